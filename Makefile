@@ -1,0 +1,51 @@
+# Everything a person or CI runs. `make` with no target lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+WORKERS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test slow lint types imports check wheel figures bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+setup: $(READY) ## make .venv with everything in it, pinned by constraints.txt
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "xent needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) --version). Name another: make setup PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	  { echo "$(PYTHON) cannot make virtual environments: it lacks ensurepip. Install it: sudo apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	@touch $(READY)
+
+demo: setup ## fit the handwritten digits; model, predictions and figures land in demo/
+	$(BIN)/xent fit --demo --out demo
+	$(BIN)/xent predict demo/model.safetensors demo/data.parquet -o demo/predictions.parquet
+
+test: setup ## run all tests but the slow ones
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+slow: setup ## the long soak tests
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+lint: setup ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy, strict on the core
+	$(BIN)/mypy
+
+imports: setup ## the direction of imports: towards core, never up
+	$(BIN)/lint-imports
+
+wheel: setup ## build the wheel, install it into an empty environment, import it there
+	sh .ci/wheel $(BIN)/python
+
+check: lint types imports wheel test ## what CI runs
+
+clean: ## remove what these targets made
+	rm -rf $(VENV) .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

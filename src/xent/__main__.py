@@ -1,0 +1,19 @@
+"""``python -m xent``, ``torchrun -m xent`` and the ``xent`` script: the command line, or which extra it needs."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    try:
+        from xent.cli import cli
+    except ModuleNotFoundError as error:
+        if error.name in {"click", "rich"}:
+            sys.exit(f"xent: {error.name} is not installed; the command line needs it: pip install 'xent[cli,probe]'")
+        raise
+    cli()
+
+
+if __name__ == "__main__":
+    main()
