@@ -1,0 +1,45 @@
+"""What goes wrong outside the code: a bad input, an extra that is not installed. One class each, caught once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+EXTRAS = {
+    "probe": ("sklearn", "scipy", "pyarrow", "safetensors"),
+    "cli": ("click", "rich"),
+    "report": ("matplotlib",),
+}
+"""The packages, by import name, that each extra installs."""
+
+_DISTRIBUTION = {"sklearn": "scikit-learn"}  # where pip's name is not the import's
+
+
+class BadInput(ValueError):
+    """The data, the model file or a setting cannot be used; the message is one line that names the way out."""
+
+
+class MissingExtra(ImportError):
+    """A package of an optional extra is not installed; the message names the extra."""
+
+
+@contextlib.contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Turn a failed import of one of the extra's packages, inside the block, into a ``MissingExtra``.
+
+    >>> with needs("report"):
+    ...     raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+    Traceback (most recent call last):
+        ...
+    xent.probe.errors.MissingExtra: matplotlib is not installed; it comes with: pip install 'xent[report]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS[extra]:
+            raise
+        said = _DISTRIBUTION.get(package, package)
+        raise MissingExtra(
+            f"{said} is not installed; it comes with: pip install 'xent[{extra}]'", name=package
+        ) from error

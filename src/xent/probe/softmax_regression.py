@@ -1,0 +1,398 @@
+"""Multinomial logistic regression on the fused cross-entropy.
+
+    min over W, b of   C · Σ_n s_n ℓ(W x_n + b, t_n)  +  ½ ‖W‖²           ℓ = a·lse(z) − ⟨t, z⟩
+
+The objective is scikit-learn's, and so is its scale inside the solver: divided by C·Σ_n s_n a_n it is a mean loss in
+nats plus λ/2 ‖W‖², λ = 1/(C·Σ s a), and ``tol`` bounds the largest component of *its* gradient. The intercept b is
+not penalised.
+
+SciPy's L-BFGS-B minimises it over (V, c) instead of (W, b), where W = V/σ and b = c − W μ: the same objective at the
+same point, seen with centred features and, by the choice of σ, a Hessian whose diagonal is constant at W = 0. Raw
+features with scales from 1e-3 to 1e3 then need tens of iterations where (W, b) need thousands. X itself is not copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from scipy.sparse import issparse
+from scipy.special import expit, log_expit, log_softmax, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import (
+    _check_sample_weight,
+    check_is_fitted,
+    check_scalar,
+    column_or_1d,
+    validate_data,
+)
+
+from xent.functional import linear_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """Where the solver stands after an iteration; what ``SoftmaxRegression.fit`` hands to its callback."""
+
+    iteration: int
+    objective: float  # mean loss in nats + λ/2 ‖W‖²
+    gradient_norm: float  # its gradient's largest component; the solver stops at tol
+    coef: np.ndarray  # (K, D), K = C or, for two classes, 1
+    intercept: np.ndarray  # (K,)
+
+
+class SoftmaxRegression(ClassifierMixin, BaseEstimator):
+    """Softmax (multinomial logistic) regression with scikit-learn's parameters and objective, and soft labels.
+
+    Parameters
+    ----------
+    C : float in (0, inf], default 1.0
+        Inverse strength of the penalty in ``C·Σ s_n ℓ_n + ½‖coef_‖²``; ``inf`` is no penalty.
+    tol : float, default 1e-4
+        Stop when no component of the scaled objective's gradient exceeds it (``LogisticRegression``'s meaning).
+    max_iter : int, default 1000
+        Most L-BFGS iterations. scikit-learn's 100 is often too few at its own tolerance; a fit that converges earlier
+        costs nothing extra, one that does not warns.
+    fit_intercept : bool, default True
+    class_weight : dict, "balanced" or None
+        Multiplies the loss class by class; ``"balanced"`` is (total mass) / (classes · mass of the class).
+    warm_start : bool, default False
+        Start from the coefficients of the last ``fit``.
+    random_state : None
+        Accepted as a scikit-learn parameter; the solver draws nothing, so it has no effect.
+    verbose : int, default 0
+        Print a line each iteration when positive.
+
+    Attributes
+    ----------
+    classes_ : (C,) labels in sorted order; ``arange(C)`` for soft labels.
+    coef_ : (C, D), for two classes (1, D): one vector, logits (0, s).
+    intercept_ : (C,), for two classes (1,).
+    n_iter_ : int
+    loss_curve_ : (n_iter_ + 1,) the scaled objective in nats, at the start and after each iteration.
+    gradient_norm_ : float, the largest component of its gradient at the end.
+    converged_ : bool
+    n_features_in_, feature_names_in_ : as scikit-learn has them.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = SoftmaxRegression().fit(X, y)
+    >>> model.predict(X[:3]).tolist(), round(model.score(X, y), 3)
+    ([0, 0, 0], 0.973)
+
+    Soft labels are rows of nonnegative numbers, one column a class:
+
+    >>> T = np.eye(3)[y] * 0.9 + 0.1 / 3
+    >>> SoftmaxRegression().fit(X, T).predict_proba(X[:1]).round(2).tolist()
+    [[0.93, 0.05, 0.02]]
+    """
+
+    classes_: np.ndarray
+    coef_: np.ndarray
+    intercept_: np.ndarray
+    n_iter_: int
+    loss_curve_: np.ndarray
+    gradient_norm_: float
+    converged_: bool
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        tol: float = 1e-4,
+        max_iter: int = 1000,
+        fit_intercept: bool = True,
+        class_weight: dict | str | None = None,
+        warm_start: bool = False,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.C = C
+        self.tol = tol
+        self.max_iter = max_iter
+        self.fit_intercept = fit_intercept
+        self.class_weight = class_weight
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, *, callback: Callable[[Progress], None] | None = None
+    ) -> SoftmaxRegression:
+        """Fit to features X (N, D) and labels y.
+
+        Parameters
+        ----------
+        X : (N, D) dense; computed in float32 when it is float32, in float64 otherwise.
+        y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n. Rows need
+            not sum to one: a row of mass a counts a times, a row of zeros not at all.
+        sample_weight : (N,) nonnegative, or None.
+        callback : called with a ``Progress`` after every iteration; it may raise ``StopIteration`` to end the fit.
+
+        Raises
+        ------
+        ValueError : fewer than two classes, negative or non-finite entries, shapes that do not match.
+        TypeError : X is sparse.
+        KeyboardInterrupt : passed on, with the coefficients of the last iteration in place.
+        """
+        check_scalar(self.C, "C", Real, min_val=0, max_val=np.inf, include_boundaries="right")
+        check_scalar(self.tol, "tol", Real, min_val=0)
+        check_scalar(self.max_iter, "max_iter", Integral, min_val=0)
+
+        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], order="C", multi_output=True)
+        if issparse(y):
+            raise TypeError("sparse labels are not supported; pass y.toarray()")
+        soft = y.ndim == 2 and y.shape[1] > 1
+        if soft:
+            classes, target = np.arange(y.shape[1]), _soft_labels(y, X.dtype)
+        else:
+            y = column_or_1d(y, warn=True)
+            check_classification_targets(y)
+            classes, target = np.unique(y, return_inverse=True)
+            if len(classes) < 2:
+                raise ValueError(
+                    f"SoftmaxRegression needs at least 2 classes; the labels hold one class: {classes[0]!r}"
+                )
+        weight = None  # (N,) or None
+        if sample_weight is not None:
+            weight = _check_sample_weight(sample_weight, X, dtype=X.dtype)
+            if (weight < 0).any():
+                row = int(np.flatnonzero(weight < 0)[0])
+                raise ValueError(f"Negative values in sample_weight: {weight[row]} at row {row}")
+        if self.class_weight is not None:
+            per_class = _class_weights(self.class_weight, classes, target, weight).astype(X.dtype)  # (C,)
+            if soft:
+                target = target * per_class
+            else:
+                weight = per_class[target] if weight is None else weight * per_class[target]
+
+        objective = _Objective(X, target, weight, len(classes), self.C, self.fit_intercept)
+        start = np.zeros((objective.rows, X.shape[1] + 1))
+        if self.warm_start and hasattr(self, "coef_"):
+            if self.coef_.shape != (objective.rows, X.shape[1]) or not np.array_equal(self.classes_, classes):
+                raise ValueError(
+                    f"warm_start: the last fit has coef_ {self.coef_.shape} for {len(self.classes_)} classes, this "
+                    f"data needs {(objective.rows, X.shape[1])} for {len(classes)}; set warm_start=False"
+                )
+            start = objective.to_solver(self.coef_, self.intercept_)
+        self.classes_ = classes
+        self._solve(objective, start, callback)
+        return self
+
+    def _solve(
+        self, objective: _Objective, start: np.ndarray, callback: Callable[[Progress], None] | None
+    ) -> None:
+        theta = start.ravel()
+        value, _ = objective(theta)
+        curve = [value]
+        gradient_norm = objective.gradient_norm
+
+        def after_iteration(intermediate_result: Any) -> None:
+            nonlocal theta, gradient_norm
+            theta = np.array(intermediate_result.x)
+            value, _ = objective(theta)
+            gradient_norm = objective.gradient_norm
+            curve.append(value)
+            if self.verbose > 0:
+                print(f"iteration {len(curve) - 1}: objective {value:.9g}, gradient {gradient_norm:.3g}")
+            if callback is not None:
+                callback(Progress(len(curve) - 1, value, gradient_norm, *objective.to_model(theta)))
+            if gradient_norm <= self.tol:
+                raise StopIteration
+
+        resolution = (
+            64 * np.finfo(np.float64).eps if objective.dtype == np.float64 else np.finfo(np.float32).eps
+        )
+        converged, why = gradient_norm <= self.tol, "max_iter is 0"
+        try:
+            if not converged and self.max_iter > 0:
+                result = minimize(
+                    objective,
+                    theta,
+                    jac=True,
+                    method="L-BFGS-B",
+                    callback=after_iteration,
+                    # gtol 0: the gradient that tol is about is the one in (W, b), tested above; ftol: a relative
+                    # decrease below what the arithmetic resolves ends the fit, as in scikit-learn
+                    options={
+                        "maxiter": self.max_iter,
+                        "maxfun": 50 * self.max_iter,
+                        "maxls": 50,
+                        "gtol": 0.0,
+                        "ftol": resolution,
+                    },
+                )
+                converged = gradient_norm <= self.tol or result.status == 0
+                why = result.message
+        finally:  # also on Ctrl-C: what has been reached is kept
+            self.coef_, self.intercept_ = objective.to_model(theta)
+            self.n_iter_ = len(curve) - 1
+            self.loss_curve_ = np.array(curve)
+            self.gradient_norm_ = gradient_norm
+            self.converged_ = bool(converged)
+        # the callback asked for the end where the message is about it: that is no failure to converge
+        if not converged and "CALLBACK" not in why:
+            precision = " or pass float64 features" if objective.dtype == np.float32 else ""
+            warnings.warn(
+                f"SoftmaxRegression stopped after {self.n_iter_} iterations with gradient {gradient_norm:.3g} above "
+                f"tol {self.tol:.3g} ({why}); raise max_iter or tol, standardise the features{precision}",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        logits = X @ self.coef_.T + self.intercept_
+        return logits[:, 0] if logits.shape[1] == 1 else logits
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities (N, C), columns in the order of ``classes_``."""
+        z = self.decision_function(X)
+        return np.stack([expit(-z), expit(z)], axis=1) if z.ndim == 1 else softmax(z, axis=1)
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Log-probabilities (N, C) in nats, from the logits: finite where a probability rounds to 0."""
+        z = self.decision_function(X)
+        return np.stack([log_expit(-z), log_expit(z)], axis=1) if z.ndim == 1 else log_softmax(z, axis=1)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable class of each row, (N,)."""
+        z = self.decision_function(X)
+        return self.classes_[(z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)]
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy; for soft labels (N, C), the share of their mass that lies on the predicted classes."""
+        y = np.asarray(y)
+        if y.ndim == 2 and y.shape[1] > 1:
+            mass = np.ones(len(y)) if sample_weight is None else np.asarray(sample_weight)
+            hit = np.take_along_axis(y, self.predict(X)[:, None], axis=1)[:, 0]
+            return float(mass @ hit / (mass @ y.sum(axis=1)))
+        return float(super().score(X, y, sample_weight))
+
+
+class _Objective:
+    """The scaled objective and its gradient at θ = (V | c), flat; the last evaluation is remembered."""
+
+    def __init__(
+        self,
+        X: np.ndarray,  # (N, D)
+        target: np.ndarray,  # (N,) class numbers or (N, C) masses
+        weight: np.ndarray | None,  # (N,)
+        classes: int,
+        C: float,
+        fit_intercept: bool,
+    ) -> None:
+        mass = np.ones(len(X)) if weight is None else weight.astype(np.float64)
+        if target.ndim == 2:
+            mass = mass * target.sum(axis=1, dtype=np.float64)
+        self.total = float(mass.sum())
+        if not self.total > 0:
+            raise ValueError("the weights leave nothing to fit: sample weight times label mass sums to 0")
+        self.penalty = 1.0 / (C * self.total)  # λ
+        self.binary = classes == 2
+        self.rows = 1 if self.binary else classes
+        self.fit_intercept = fit_intercept
+        self.dtype = X.dtype
+        self.x = _tensor(X)
+        self.target = _tensor(target)
+        self.weight = None if weight is None else _tensor(weight)
+
+        # The Hessian's diagonal at W = 0: h·E[(x_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by h σ_j²
+        # with σ_j² = E[(x_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
+        h = 0.25 if self.binary else (classes - 1) / classes**2
+        self.mean = mass @ X / self.total if fit_intercept else np.zeros(X.shape[1])
+        variance = np.zeros(X.shape[1])
+        step = max(1, 2**20 // X.shape[1])
+        for i in range(0, len(X), step):
+            variance += mass[i : i + step] @ np.square(X[i : i + step] - self.mean)
+        scale = np.sqrt(variance / self.total + self.penalty / h)
+        self.scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+
+        self._theta: np.ndarray | None = None
+        self._value = 0.0
+        self._gradient = np.empty(0)
+        self.gradient_norm = np.inf  # in (W, b), at the last θ
+
+    def to_solver(self, coef: np.ndarray, intercept: np.ndarray) -> np.ndarray:
+        """(W, b) -> θ, (K, D+1)."""
+        W = coef.astype(np.float64)
+        return np.concatenate([W * self.scale, (intercept + W @ self.mean)[:, None]], axis=1)
+
+    def to_model(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """θ -> (W, b) in the features' precision."""
+        W, b = self._unscale(theta)
+        return W.astype(self.dtype), b.astype(self.dtype)
+
+    def _unscale(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        theta = theta.reshape(self.rows, -1)
+        W = theta[:, :-1] / self.scale
+        return W, theta[:, -1] - W @ self.mean
+
+    def __call__(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
+        if self._theta is not None and np.array_equal(theta, self._theta):
+            return self._value, self._gradient
+        W, b = self._unscale(theta)
+        head = torch.from_numpy(W.astype(self.dtype)).requires_grad_()
+        bias = torch.from_numpy(b.astype(self.dtype)).requires_grad_() if self.fit_intercept else None
+        full, full_bias = head, bias
+        if self.binary:  # logits (0, s)
+            full = torch.cat([torch.zeros_like(head), head])
+            full_bias = None if bias is None else torch.cat([torch.zeros_like(bias), bias])
+        loss = linear_cross_entropy(
+            self.x, full, self.target, linear_bias=full_bias, sample_weight=self.weight, reduction="sum"
+        )
+        loss.backward()
+        assert head.grad is not None
+        to_W = head.grad.numpy().astype(np.float64) / self.total + self.penalty * W
+        to_b = np.zeros(self.rows)
+        if bias is not None:
+            assert bias.grad is not None
+            to_b = bias.grad.numpy().astype(np.float64) / self.total
+        self.gradient_norm = float(max(np.abs(to_W).max(), np.abs(to_b).max()))
+        to_V = (to_W - np.outer(to_b, self.mean)) / self.scale
+        self._value = loss.item() / self.total + 0.5 * self.penalty * float(np.vdot(W, W))
+        self._gradient = np.concatenate([to_V, to_b[:, None]], axis=1).ravel()
+        self._theta = theta.copy()
+        return self._value, self._gradient
+
+
+def _soft_labels(y: np.ndarray, dtype: np.dtype) -> np.ndarray:  # (N, C) -> (N, C)
+    if y.dtype.kind not in "fiub":
+        raise ValueError(f"soft labels (N, C) must be numbers; these are {y.dtype}")
+    if (y < 0).any():
+        row, column = np.argwhere(y < 0)[0]
+        raise ValueError(f"soft label {y[row, column]} at row {row}, class {column} is negative")
+    return np.ascontiguousarray(y, dtype=dtype)
+
+
+def _class_weights(
+    class_weight: dict | str, classes: np.ndarray, target: np.ndarray, weight: np.ndarray | None
+) -> np.ndarray:  # (C,)
+    if class_weight != "balanced":
+        return compute_class_weight(class_weight, classes=classes, y=classes)
+    if target.ndim == 2:
+        mass = target.sum(axis=0) if weight is None else weight @ target
+    else:
+        mass = np.bincount(target, weights=weight, minlength=len(classes))
+    # a class without mass has no row to weigh
+    return np.divide(mass.sum(), len(classes) * mass, out=np.zeros(len(classes)), where=mass > 0)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        # a read-only array (a memory map) is only read here, so torch's warning about writing does not apply
+        warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+        return torch.from_numpy(np.ascontiguousarray(array))

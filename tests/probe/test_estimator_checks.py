@@ -1,0 +1,15 @@
+"""scikit-learn's own checks of an estimator, every one of them, with no expected failure."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("sklearn")
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from xent.probe import SoftmaxRegression
+
+
+@parametrize_with_checks([SoftmaxRegression()])
+def test_scikit_learn(estimator, check):
+    check(estimator)
