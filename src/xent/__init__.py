@@ -1,0 +1,23 @@
+"""xent: softmax cross-entropy as one coherent system."""
+
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING
+
+from xent import nn
+from xent.functional import cross_entropy, linear_cross_entropy
+
+if TYPE_CHECKING:
+    from xent.probe import SoftmaxRegression
+
+__version__ = "0.1.0"
+__all__ = ["SoftmaxRegression", "__version__", "cross_entropy", "linear_cross_entropy", "nn"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "SoftmaxRegression":  # needs an extra, which importing xent must not
+        return _import_module("xent.probe").SoftmaxRegression
+    raise AttributeError(f"module 'xent' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,102 @@
+"""The fastest exact matrix product on this machine: C = A B and C += A B in the accumulation type.
+
+On x86 with AVX-512, torch's float32 `mm` goes to MKL; oneDNN's kernel is faster (on AMD up to twice).
+`torch.backends.mkldnn.matmul.fp32_precision = "bf16"` is what routes float32 products to oneDNN. Its
+name says that they may be rounded to bfloat16, and where the processor has AMX they are; without AMX
+(and without AVX-512 BF16 being used for it) oneDNN computes in full float32. So it is allowed only after
+a numerical probe in this process has found the products exact, it is held only while a sweep runs our
+own code, and the previous setting comes back on every way out.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_lock = threading.Lock()
+_holders = 0
+_previous = "none"
+_exact: bool | None = None  # unknown until the first probe
+
+
+def multiply_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
+    """out = a b, or out += a b; a (M, K), b (K, N), out (M, N), all of one floating type."""
+    if accumulate:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
+
+
+@contextmanager
+def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Hold the process-wide setting that makes float32 products fastest, where that keeps them exact.
+
+    Re-entrant across threads: the first holder sets it, the last one restores what was there.
+    ``XENT_ONEDNN=0`` in the environment leaves torch's own choice alone.
+    """
+    if device.type != "cpu" or dtype != torch.float32 or not _allowed():
+        yield
+        return
+    global _holders, _previous
+    with _lock:
+        if _holders == 0:
+            _previous = torch.backends.mkldnn.matmul.fp32_precision
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        _holders += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _holders -= 1
+            if _holders == 0:
+                torch.backends.mkldnn.matmul.fp32_precision = _previous
+
+
+def _allowed() -> bool:
+    global _exact
+    if _exact is None:
+        with _lock:
+            if _exact is None:
+                _exact = _routable() and _probe()
+    return _exact
+
+
+def _routable() -> bool:
+    if os.environ.get("XENT_ONEDNN", "1") == "0" or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.backends.cpu.get_cpu_capability() not in {"AVX512", "AVX512_VNNI", "AVX512_BF16"}:
+        return False
+    return not _has_amx()
+
+
+def _has_amx() -> bool:
+    """With AMX oneDNN would round the factors to bfloat16; where it cannot be ruled out, say yes."""
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return True if ask is None else bool(ask())
+
+
+def _probe() -> bool:
+    """Do products in the three layouts of a sweep come out in full float32 under the setting?"""
+    generator = torch.Generator().manual_seed(0)
+    previous = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        for m, k, n in ((96, 200, 112), (256, 64, 512)):
+            a = torch.randn(m, k, generator=generator)
+            b = torch.randn(k, n, generator=generator)
+            bound = a.abs().double() @ b.abs().double() * torch.finfo(torch.float32).eps
+            exact = a.double() @ b.double()
+            for left, right in ((a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b)):
+                for accumulate in (False, True):
+                    out = torch.zeros(m, n)
+                    multiply_(out, left, right, accumulate=accumulate)
+                    if not ((out.double() - exact).abs() <= 8 * bound).all():
+                        return False
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = previous
+    return True

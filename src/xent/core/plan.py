@@ -1,0 +1,77 @@
+"""How large a tile may be: a budget in bytes becomes rows × classes.
+
+A head's backward needs every probability of a row at once. Where the budget holds all classes of enough
+rows, a chunk's probabilities stay in the workspace between forward and gradient (*resident*) and the
+head costs three matrix products. Where it does not, the logits are computed twice (four products), with
+classes outermost, so that a slice of the classifier and of its gradient is visited once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MIB = 1 << 20
+DEFAULT_BUDGET = 64 * MIB
+CLASS_TILE = 4096  # a tile's columns: long enough for the product, short enough to stay near the cache
+TILE_ELEMENTS = 1 << 22  # a tile's elements: beyond this, more rows make the product no faster
+FEWEST_ROWS = 64  # below this a product is bound by memory: narrow the tile first
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one sweep needs beside its inputs and outputs, in bytes."""
+
+    kept: int  # per element of a tile, from forward to gradient: probabilities (and slopes)
+    scratch: int  # per element of a tile while it is worked on
+    per_row: int  # per row of a chunk: converted or gathered features, statistics
+    per_class: int  # per class of a tile: a converted slice of the classifier
+    resident_rows: int  # fewest rows of a chunk for which residence pays
+
+
+@dataclass(frozen=True)
+class Plan:
+    row_chunk: int
+    class_tile: int
+    resident: bool
+
+    @staticmethod
+    def within(budget: int, rows: int, classes: int, footprint: Footprint, *, gradient: bool) -> Plan:
+        """The largest useful tile of `rows` × `classes` whose footprint is at most `budget` bytes."""
+        f = footprint
+        tile = min(max(classes, 1), CLASS_TILE)
+        if gradient:
+            held = (budget - tile * f.per_class) // (classes * f.kept + tile * f.scratch + f.per_row)
+            if held >= min(rows, f.resident_rows):
+                return Plan(
+                    _even(rows, min(held, TILE_ELEMENTS // tile)), _even(classes, tile), resident=True
+                )
+        while True:
+            fits = (budget - tile * f.per_class) // (tile * (f.kept + f.scratch) + f.per_row)
+            if fits >= min(rows, FEWEST_ROWS) or tile == 1:
+                break
+            tile = (tile + 1) // 2
+        if fits < 1:
+            raise ValueError(
+                f"a memory budget of {budget} bytes holds not even one row × one class here; "
+                f"at least {f.kept + f.scratch + f.per_row + f.per_class} bytes are needed"
+            )
+        return Plan(_even(rows, min(fits, TILE_ELEMENTS // tile)), _even(classes, tile), resident=False)
+
+    def row_chunks(self, rows: int) -> Iterator[slice]:
+        return _slices(rows, self.row_chunk)
+
+    def class_tiles(self, classes: int) -> Iterator[slice]:
+        return _slices(classes, self.class_tile)
+
+
+def _even(total: int, largest: int) -> int:
+    """The size that splits `total` into the fewest parts of at most `largest`, all nearly equal."""
+    largest = max(1, min(largest, total))
+    parts = -(-total // largest)
+    return max(1, -(-total // max(parts, 1)))
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

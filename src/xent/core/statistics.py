@@ -1,0 +1,174 @@
+"""Running row statistics: all that a sweep keeps of the classes it has seen.
+
+    m = max z        r = Σ exp(z − m) − 1        d = Σ t (z − m)        a = Σ t
+
+    lse(z) = m + log1p(r)        ℓ = a·lse(z) − ⟨t, z⟩ = a·log1p(r) − d        log p_c = (z_c − m) − log1p(r)
+
+Everything is relative to the row's own maximum, so a common offset cancels before it can round, and r
+leaves one maximum's own term out, so a confident row keeps its digits where 1 + r would lose them.
+Two sets of classes are joined by moving both to the larger maximum and adding: the same `merge` joins
+class tiles, the target's own tile, and processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEG_INF = -math.inf
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Statistics are O(N): float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def product_with_zero(a: Tensor, shift: Tensor) -> Tensor:
+    """a·shift with 0·(−inf) = 0: a class without target mass costs nothing, however far away it is."""
+    return torch.where(a == 0, 0.0, a * shift)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Row statistics over some set of classes; every field has shape (R,)."""
+
+    m: Tensor  # (R,) largest logit
+    r: Tensor  # (R,) Σ exp(z − m) over the classes, one maximum left out; −1 over no classes
+    d: Tensor  # (R,) Σ t (z − m)
+    a: Tensor  # (R,) Σ t
+
+    @classmethod
+    def identity(cls, rows: int, device: torch.device) -> Statistics:
+        """The statistics of no classes at all: the neutral element of `merge`."""
+        zero = torch.zeros(rows, dtype=statistics_dtype(device), device=device)
+        return cls(m=zero + NEG_INF, r=zero - 1, d=zero, a=zero)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of the union of two disjoint sets of classes."""
+        m = torch.maximum(self.m, other.m)
+        mine = self.m >= other.m
+        # −inf − (−inf) is no distance at all: two sets of masked classes lie at the same place
+        shift_self = torch.where(self.m == m, 0.0, self.m - m)
+        shift_other = torch.where(other.m == m, 0.0, other.m - m)
+        near = torch.where(mine, self.r, other.r)
+        far = torch.where(mine, other.r, self.r)
+        return Statistics(
+            m=m,
+            # exactly one maximum stays left out: the nearer set's own
+            r=near + (1 + far) * torch.exp(torch.minimum(shift_self, shift_other)),
+            d=self.d
+            + product_with_zero(self.a, shift_self)
+            + other.d
+            + product_with_zero(other.a, shift_other),
+            a=self.a + other.a,
+        )
+
+    @property
+    def log_partition(self) -> Tensor:
+        """log Σ exp(z − m), (R,): never negative."""
+        return torch.log1p(self.r)
+
+    @property
+    def logsumexp(self) -> Tensor:
+        return self.m + self.log_partition
+
+    @property
+    def loss(self) -> Tensor:
+        """a·lse − ⟨t, z⟩, (R,); nan where every class is masked."""
+        loss = product_with_zero(self.a, self.log_partition) - self.d
+        return torch.where(self.m == NEG_INF, math.nan, loss)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""
+        return (z - self.m[:, None]) - self.log_partition[:, None]
+
+    def rows(self, rows: slice) -> Statistics:
+        return Statistics(self.m[rows], self.r[rows], self.d[rows], self.a[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Statistics]) -> Statistics:
+        """Statistics of consecutive row chunks, one below the other."""
+        if len(parts) == 1:
+            return parts[0]
+        return Statistics(
+            m=torch.cat([part.m for part in parts]),
+            r=torch.cat([part.r for part in parts]),
+            d=torch.cat([part.d for part in parts]),
+            a=torch.cat([part.a for part in parts]),
+        )
+
+
+def finite_base(m: Tensor) -> Tensor:
+    """What to subtract from a row whose maximum is m: a wholly masked row stays at −inf instead of nan."""
+    return torch.where(m == NEG_INF, 0.0, m)
+
+
+def summarise_(z: Tensor, t: Tensor | None, own: OwnColumns | None) -> Statistics:
+    """Statistics of one tile of logits z (R, T), which is overwritten by exp(z − m), m its own maximum.
+
+    t (R or 1, T) is the dense part of the target, None where there is none. Columns of `own` belong to
+    the target's own tile: they arrive masked, contribute nothing, and leave as zeros.
+    """
+    dtype = statistics_dtype(z.device)
+    if t is None:
+        # the mass lies in the own tile, beside which 1 + r is all that is ever needed of this one
+        m = z.amax(1)
+        z.sub_(finite_base(m)[:, None]).exp_()
+        r = z.sum(1).to(dtype) - 1
+        d = a = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
+        return Statistics(m.to(dtype), r, d, a)
+    m, top = z.max(1)
+    masked = m == NEG_INF
+    z.sub_(finite_base(m)[:, None])
+    if masked.any():
+        # all of them equally far below: at no distance from their own maximum
+        z[masked] = 0.0
+    a = t.to(dtype).sum(1).expand(z.shape[0])
+    if own is not None:
+        own.put_(z, 0.0)
+        a = a - own.take(t.expand_as(z), 0.0).to(dtype).sum(1)
+    d = masked_dot(t, z).to(dtype)
+    z.exp_()
+    if own is not None:
+        own.put_(z, 0.0)
+    z.scatter_(1, top[:, None], 0.0)
+    r = torch.where(masked, -1.0, z.sum(1).to(dtype))
+    z.scatter_(1, top[:, None], 1.0)
+    if masked.any():
+        z[masked] = 0.0
+    return Statistics(m.to(dtype), r, d, a)
+
+
+def masked_dot(t: Tensor, z: Tensor) -> Tensor:
+    """Σ_c t_c z_c, (R, T) -> (R,), with 0·(−inf) = 0."""
+    d = (t * z).sum(1)
+    if d.isnan().any():
+        d = torch.where(t == 0, 0.0, t * z).sum(1)
+    return d
+
+
+@dataclass(frozen=True)
+class OwnColumns:
+    """Where the target's own classes lie within one class tile; selection, never multiplication."""
+
+    inside: Tensor  # (R, K) bool: this tile holds the class
+    local: Tensor  # (R, K) int64 column, 0 where outside
+
+    @classmethod
+    def locate(cls, index: Tensor, classes: slice) -> OwnColumns:
+        """index (R, K): the classes of the target's own tile."""
+        local = index - classes.start
+        inside = (local >= 0) & (local < classes.stop - classes.start)
+        return cls(inside, torch.where(inside, local, 0))
+
+    def take(self, z: Tensor, default: float | Tensor) -> Tensor:
+        """Entries of z (R, T) at the columns, `default` where they lie elsewhere: (R, K)."""
+        return torch.where(self.inside, z.gather(1, self.local), default)
+
+    def put_(self, z: Tensor, value: float | Tensor) -> None:
+        """Set the entries of z (R, T) at the columns that lie here."""
+        z.scatter_(1, self.local, torch.where(self.inside, value, z.gather(1, self.local)))

@@ -1,0 +1,176 @@
+"""What a row is compared with, as one row t of the formula ℓ = a·lse(z) − ⟨t, z⟩; every option ends here.
+
+    class index y          t = (1 − ε)·w_y·e_y + (ε/C)·w
+    probabilities q        t = w∘((1 − ε)·q + ε/C)
+
+with label smoothing ε and class weights w (torch's definitions: weights after smoothing). A row that is
+ignored, or whose sample weight is 0, is not multiplied by zero but left out: `rows` lists the others.
+
+t is held as a dense part, asked for tile by tile, and an *own* part of one class a row (the index), which
+`sweep` treats as a tile of its own, so that a row that is right beyond all doubt keeps its digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xent.core.statistics import statistics_dtype
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Targets of N rows over C classes, M of which take part."""
+
+    classes: int
+    total: int  # N
+    rows: Tensor | None  # (M,) int64, ascending: the rows that take part; None means all N
+    row_weight: Tensor | None  # (M,) sample weights; None means 1
+    mean_weight: (
+        Tensor | None
+    )  # (M,) what a row adds to the divisor of `mean`, over its row_weight; None means 1
+    own: Tensor | None  # (M, K) int64: classes of the own tile
+    own_mass: Tensor | None  # (M, K) all of t at these classes
+    own_rest: Tensor | None  # (M, 1) a − Σ own_mass, exactly: 0 for a plain index
+    probabilities: Tensor | None  # (N, C)
+    class_weight: Tensor | None  # (C,) float64
+    smoothing: float
+
+    @property
+    def count(self) -> int:
+        """M, the number of rows that take part."""
+        return self.total if self.rows is None else self.rows.numel()
+
+    def pick(self, chunk: slice) -> slice | Tensor:
+        """A chunk of 0..M as something that indexes the N rows of the caller's tensors."""
+        return chunk if self.rows is None else self.rows[chunk]
+
+    @property
+    def dense(self) -> bool:
+        """Whether `tile` has anything to say."""
+        return self.probabilities is not None or self.smoothing > 0
+
+    def tile(self, picked: slice | Tensor, classes: slice, dtype: torch.dtype) -> Tensor | None:
+        """The dense part of t over a tile, (R, T) or, where every row's is the same, (1, T)."""
+        if not self.dense:
+            return None
+        w = None if self.class_weight is None else self.class_weight[classes].to(dtype)
+        if self.probabilities is None:
+            uniform = self.smoothing / self.classes
+            assert self.own is not None
+            if w is None:
+                return torch.full(
+                    (1, classes.stop - classes.start), uniform, dtype=dtype, device=self.own.device
+                )
+            return (w * uniform)[None]
+        t = self.probabilities[picked, classes].to(dtype)
+        if self.smoothing > 0:
+            t = t * (1 - self.smoothing) + self.smoothing / self.classes
+        return t if w is None else t * w
+
+    def probability_factor(self, classes: slice, dtype: torch.dtype) -> Tensor | float:
+        """∂t/∂q, the same for every row: a number or (T,)."""
+        factor = 1 - self.smoothing
+        return factor if self.class_weight is None else self.class_weight[classes].to(dtype) * factor
+
+
+def index_targets(
+    target: Tensor,  # (N,) any integer type
+    classes: int,
+    *,
+    class_weight: Tensor | None = None,  # (C,)
+    ignore_index: int = -100,
+    smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,  # (N,)
+) -> Targets:
+    """Targets given as class indices; one outside the classes costs nan (see `check_index`)."""
+    wide = target.to(torch.int64)
+    keep = wide != ignore_index
+    rows, weight = _taking_part(keep, sample_weight)
+    own = wide if rows is None else wide[rows]
+    dtype = statistics_dtype(target.device)
+    w = None if class_weight is None else class_weight.detach().to(dtype)
+    if w is None:
+        mean_weight = None
+        mass = torch.ones(own.shape, dtype=dtype, device=own.device)
+    else:
+        # out-of-range rows are nan by their logit; here they need only be harmless
+        mean_weight = w[own.clamp(0, classes - 1)] if classes else torch.zeros(own.shape, dtype=dtype)
+        mass = mean_weight
+    uniform = smoothing / classes if classes else 0.0
+    spread = uniform * (classes if w is None else w.sum()) if smoothing else 0.0  # Σ of the smooth part
+    own_smooth = mass * uniform
+    return Targets(
+        classes=classes,
+        total=target.numel(),
+        rows=rows,
+        row_weight=weight,
+        mean_weight=mean_weight,
+        own=own[:, None],
+        own_mass=(mass * (1 - smoothing) + own_smooth)[:, None],
+        own_rest=(spread - own_smooth)[:, None] if smoothing else torch.zeros_like(mass)[:, None],
+        probabilities=None,
+        class_weight=w,
+        smoothing=smoothing,
+    )
+
+
+def probability_targets(
+    target: Tensor,  # (N, C)
+    *,
+    class_weight: Tensor | None = None,  # (C,)
+    smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,  # (N,)
+) -> Targets:
+    """Targets given as one probability (of any sign and mass) for every class."""
+    total, classes = target.shape
+    keep = torch.ones((), dtype=torch.bool, device=target.device)
+    rows, weight = _taking_part(keep, sample_weight)
+    dtype = statistics_dtype(target.device)
+    return Targets(
+        classes=classes,
+        total=total,
+        rows=rows,
+        row_weight=weight,
+        mean_weight=None,
+        own=None,
+        own_mass=None,
+        own_rest=None,
+        probabilities=target,
+        class_weight=None if class_weight is None else class_weight.detach().to(dtype),
+        smoothing=smoothing,
+    )
+
+
+def _taking_part(keep: Tensor, sample_weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The rows to visit (None: all) and their sample weights."""
+    if sample_weight is not None:
+        sample_weight = sample_weight.detach().to(statistics_dtype(sample_weight.device))
+        keep = keep & (sample_weight != 0)
+    if keep.all():
+        return None, sample_weight
+    rows = keep.nonzero().squeeze(1)
+    return rows, None if sample_weight is None else sample_weight[rows]
+
+
+def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | None) -> None:
+    """A target outside the classes is never scored as something else.
+
+    On a CPU, and with ``check=True``, IndexError names the first one; elsewhere an asynchronous assertion
+    fails; with ``check=False`` it is not looked for, and costs nan.
+    """
+    if check is False:
+        return
+    good = (target == ignore_index) | ((target >= 0) & (target < classes))
+    if check is None and target.device.type != "cpu":
+        torch._assert_async(good.all(), f"a target is outside 0..{classes - 1}; check_targets=True names it")
+        return
+    if not good.all():
+        at = tuple(good.logical_not().nonzero()[0].tolist())
+        where = "" if not at else f" at row {at[0]}" if len(at) == 1 else f" at position {at}"
+        raise IndexError(
+            f"target {int(target[at])}{where} is outside 0..{classes - 1}; "
+            f"mark rows to skip with ignore_index (now {ignore_index})"
+        )

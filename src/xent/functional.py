@@ -1,0 +1,390 @@
+"""Losses with torch's names, defaults and shapes: options become objects here, and nothing below sees them.
+
+input, (weight, bias)  → Scores        target, weight, smoothing, ignoring → Targets
+reduction, z-loss, denominator → Reduction        memory budget → Plan
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent import autograd
+from xent.core.plan import DEFAULT_BUDGET
+from xent.core.reduction import Reduction
+from xent.core.scores import LinearHead, Logits, Scores, Transform
+from xent.core.statistics import statistics_dtype
+from xent.core.targets import Targets, check_index, index_targets, probability_targets
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    denominator: float | Tensor | None = None,
+    check_targets: bool | None = None,
+) -> Tensor:
+    r"""Softmax cross-entropy of logits, ``a·lse(z) − ⟨t, z⟩`` a row, in nats.
+
+    A drop-in for :func:`torch.nn.functional.cross_entropy`, computed relative to each row's maximum, so that
+    large logits, confident rows and masked (−inf) classes keep their digits. Formula: mathematics page, §1.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        target: class indices of any integer type, (), (N,) or (N, d1, ...); or probabilities, the shape of
+            ``input``, of any sign and mass, which may require gradient.
+        weight: (C,), a factor for each class. No gradient.
+        ignore_index: rows with this target are left out. None means −100.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ s·w[target] over rows not
+            ignored (indices) or by Σ s (probabilities), and is 0 over no rows.
+        label_smoothing: ε in [0, 1]; the target becomes (1 − ε)·t + ε/C.
+        sample_weight: s, the shape of the unreduced loss. A row of weight 0 is left out.
+        z_loss: λ; adds λ·s·lse² to each row that is not ignored.
+        softcap: k; logits pass through k·tanh(z/k) first.
+        temperature: logits are divided by it, after the softcap. No gradient.
+        denominator: replaces the divisor of ``"mean"`` (gradient accumulation).
+        check_targets: None checks targets on a CPU and asserts asynchronously elsewhere; True always
+            checks and names the row; False does not check, and a target outside the classes costs nan.
+
+    Returns:
+        A scalar, or the shape of an index target for ``"none"``, of the type of ``input`` (float32 under
+        autocast).
+
+    Raises:
+        IndexError: a target outside 0..C−1, naming row and value.
+        ValueError: shapes or option values that do not fit together.
+        TypeError: types that do not.
+
+    Example:
+        >>> import torch, xent
+        >>> round(xent.cross_entropy(torch.tensor([0.1, 0.12, 0.78]).log(), torch.tensor(2)).item(), 7)
+        0.2484614
+    """
+    autograd.refuse_transforms(input, target, sample_weight)
+    if input.dim() == 0:
+        raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
+    _check_floating(input=input)
+    axis = 0 if input.dim() == 1 else 1
+    classes = input.shape[axis]
+    rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
+    options = _Options.check(
+        classes,
+        rows_shape,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        sample_weight=sample_weight,
+        z_loss=z_loss,
+        denominator=denominator,
+    )
+    is_index = options.kind_of(target, rows_shape, tuple(input.shape), check_targets)
+    t = target.reshape(-1) if is_index else target.movedim(axis, -1).reshape(-1, classes)
+    s = None if sample_weight is None else sample_weight.reshape(-1)
+    scores = Logits(input.movedim(axis, -1).reshape(-1, classes), _transform(softcap, temperature))
+    part = _Part(scores, *options.resolve(t, is_index, s))
+    return _loss([part], options.reduction, DEFAULT_BUDGET, rows_shape, _loss_dtype(input))
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    denominator: float | Tensor | None = None,
+    check_targets: bool | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""Softmax cross-entropy of a linear head, straight from features: the logits never exist.
+
+    ``cross_entropy(input @ linear_weight.T + linear_bias, target)``, visited in tiles of rows × classes. For
+    ``"mean"`` and ``"sum"`` the gradient is formed in the forward sweep (three matrix products in all where
+    the budget holds 256 rows of logits, else four); ignored rows are left out before the products; a frozen
+    input or weight costs nothing. Formula: mathematics page, §§1, 2, 4.
+
+    Args:
+        input: features, (..., D): any number of leading batch dimensions.
+        linear_weight: (C, D); or (C, d1, ..., D), one classifier for each position d.
+        target: class indices of any integer type, (..., d1, ...); or probabilities (..., C, d1, ...).
+        linear_bias: (C,), or (C, d1, ...).
+        memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
+            whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
+        weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss, softcap, temperature,
+            denominator, check_targets: as in :func:`cross_entropy`.
+
+    Returns:
+        A scalar, or the shape of an index target for ``"none"``, of the type of ``input`` (float32 under
+        autocast, whose half type the products' factors then take).
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> features, classifier = torch.eye(3), torch.tensor([0.1, 0.12, 0.78]).log()[:, None].expand(3, 3)
+        >>> round(xent.linear_cross_entropy(features, classifier, torch.tensor([2, 2, 2])).item(), 7)
+        0.2484614
+    """
+    autograd.refuse_transforms(input, linear_weight, target, linear_bias, sample_weight)
+    if input.dim() < 1 or linear_weight.dim() < 2:
+        raise ValueError(
+            f"input must be (..., D) and linear_weight (C, D) or (C, d1, ..., D); "
+            f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+        )
+    classes, *positions, features = linear_weight.shape
+    if input.shape[-1] != features:
+        raise ValueError(f"input has {input.shape[-1]} features a row, linear_weight has {features}")
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise ValueError(
+            f"linear_bias must have shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    dtype = _loss_dtype(input)
+    input, linear_weight = _lower(input), _lower(linear_weight)
+    linear_bias = None if linear_bias is None else _lower(linear_bias)
+    _check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+    batch = input.shape[:-1]
+    rows_shape = torch.Size((*batch, *positions))
+    options = _Options.check(
+        classes,
+        rows_shape,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        sample_weight=sample_weight,
+        z_loss=z_loss,
+        denominator=denominator,
+    )
+    budget = _check_budget(memory_budget)
+    is_index = options.kind_of(target, rows_shape, (*batch, classes, *positions), check_targets)
+    transform = _transform(softcap, temperature)
+    places = math.prod(positions)
+    x = input.reshape(-1, features)
+    t = target.reshape(-1, places) if is_index else target.reshape(-1, classes, places)
+    # unbind: its backward is one stack, where slicing would make a zero gradient of the whole each time
+    w = linear_weight.reshape(classes, places, features).unbind(1) if positions else (linear_weight,)
+    b = (None,) * places if linear_bias is None else linear_bias.reshape(classes, places).unbind(1)
+    s = (None,) * places if sample_weight is None else sample_weight.reshape(-1, places).unbind(1)
+    parts = [
+        _Part(LinearHead(x, w[k], b[k], transform), *options.resolve(t[..., k], is_index, s[k]))
+        for k in range(places)
+    ]
+    return _loss(parts, options.reduction, budget, rows_shape, dtype)
+
+
+class _Part(NamedTuple):
+    scores: Scores
+    targets: Targets
+    row_weight: Tensor | None  # (M,)
+
+
+def _loss(
+    parts: Sequence[_Part], reduction: Reduction, budget: int, rows_shape: torch.Size, dtype: torch.dtype
+) -> Tensor:
+    """One loss from parts that share its divisor (the positions of a K-dimensional head)."""
+    if reduction.kind == "none":
+        columns = [_unreduced(part, reduction, budget) for part in parts]
+        rows = columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
+        return rows.to(dtype).reshape(rows_shape)
+    device = parts[0].scores.device
+    scale = reduction.scale([(part.targets, part.row_weight) for part in parts], device)
+    total = torch.zeros((), dtype=scale.dtype, device=device)
+    for part in parts:
+        scores, targets, s = part
+        watched = (s, targets.probabilities)
+        early = scores.early and not any(t is not None and t.requires_grad for t in watched)
+        if early and autograd.needs_gradient(scores, targets):
+            value = autograd.reduced(scores, targets, reduction, s, scale, budget)
+        else:
+            value = (reduction.values(*autograd.rows(scores, targets, budget), s) * scale).sum()
+        total = value if len(parts) == 1 else total + value
+    return total.to(dtype)
+
+
+def _unreduced(part: _Part, reduction: Reduction, budget: int) -> Tensor:
+    """Losses of all N rows of a part, zero where a row is left out."""
+    scores, targets, s = part
+    values = reduction.values(*autograd.rows(scores, targets, budget), s)
+    if targets.rows is None:
+        return values
+    return values.new_zeros(targets.total).index_copy(0, targets.rows, values)
+
+
+class _Options(NamedTuple):
+    """The options of a loss, checked once."""
+
+    classes: int
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    reduction: Reduction
+
+    @classmethod
+    def check(
+        cls,
+        classes: int,
+        rows_shape: torch.Size,
+        *,
+        weight: Tensor | None,
+        ignore_index: int | None,
+        reduction: str,
+        label_smoothing: float,
+        sample_weight: Tensor | None,
+        z_loss: float,
+        denominator: float | Tensor | None,
+    ) -> _Options:
+        if classes == 0:
+            raise ValueError("there must be at least one class, got 0")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+        if weight is not None and weight.shape != (classes,):
+            raise ValueError(f"weight must have shape ({classes},), one a class; got {tuple(weight.shape)}")
+        if sample_weight is not None and sample_weight.shape != rows_shape:
+            raise ValueError(
+                f"sample_weight must have the shape of the unreduced loss, {tuple(rows_shape)}; "
+                f"got {tuple(sample_weight.shape)}"
+            )
+        return cls(
+            classes,
+            weight,
+            -100 if ignore_index is None else ignore_index,
+            label_smoothing,
+            _reduction(reduction, z_loss, denominator),
+        )
+
+    def kind_of(
+        self, target: Tensor, rows_shape: torch.Size, full_shape: tuple[int, ...], check: bool | None
+    ) -> bool:
+        """Whether a target holds indices (checked here) rather than probabilities."""
+        shape = tuple(target.shape)
+        if target.is_floating_point() and shape == full_shape:
+            if self.ignore_index != -100:
+                raise ValueError(
+                    f"ignore_index={self.ignore_index} has no meaning for a target of probabilities; "
+                    "leave rows out with sample_weight 0"
+                )
+            return False
+        if shape == rows_shape and not target.is_floating_point():
+            if target.is_complex() or target.dtype == torch.bool:
+                raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
+            check_index(target, self.classes, self.ignore_index, check)
+            return True
+        if shape == full_shape:
+            raise TypeError(
+                f"a target of shape {shape} holds probabilities and must be floating, got {target.dtype}"
+            )
+        if shape == rows_shape:
+            raise TypeError(
+                f"a target of shape {shape} holds class indices and must be of an integer type, got {target.dtype}"
+            )
+        raise ValueError(
+            f"target must have shape {tuple(rows_shape)} (class indices) or {full_shape} (probabilities), got {shape}"
+        )
+
+    def resolve(
+        self,
+        target: Tensor,  # (N,) or (N, C)
+        is_index: bool,
+        sample_weight: Tensor | None,  # (N,)
+    ) -> tuple[Targets, Tensor | None]:
+        """The targets, and the weights (M,) of the rows that take part, as differentiable as the caller's."""
+        learnt = sample_weight is not None and sample_weight.requires_grad and torch.is_grad_enabled()
+        fixed = None if learnt else sample_weight  # a learnt weight of 0 still has a gradient
+        if is_index:
+            targets = index_targets(
+                target,
+                self.classes,
+                class_weight=self.weight,
+                ignore_index=self.ignore_index,
+                smoothing=self.label_smoothing,
+                sample_weight=fixed,
+            )
+        else:
+            targets = probability_targets(
+                target, class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=fixed
+            )
+        if sample_weight is None or not learnt:
+            return targets, targets.row_weight
+        weight = sample_weight.to(statistics_dtype(sample_weight.device))
+        return targets, weight if targets.rows is None else weight[targets.rows]
+
+
+def _reduction(kind: str, z_loss: float, denominator: float | Tensor | None) -> Reduction:
+    if not math.isfinite(z_loss):
+        raise ValueError(f"z_loss must be finite, got {z_loss}")
+    if denominator is not None and kind != "mean":
+        raise ValueError(f"denominator replaces the divisor of reduction='mean'; reduction is {kind!r}")
+    if isinstance(denominator, Tensor):
+        if denominator.numel() != 1:
+            raise ValueError(f"denominator must be one number, got shape {tuple(denominator.shape)}")
+        denominator = denominator.detach().reshape(())
+    elif denominator is not None and not denominator > 0:
+        raise ValueError(f"denominator must be positive, got {denominator}")
+    if kind == "none" or kind == "sum" or kind == "mean":
+        return Reduction(kind, z_loss, denominator)
+    raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {kind!r}")
+
+
+def _transform(softcap: float | None, temperature: float) -> Transform:
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    return Transform(softcap, float(temperature))
+
+
+def _check_floating(**tensors: Tensor | None) -> None:
+    """All floating, and of one type."""
+    given = {name: t.dtype for name, t in tensors.items() if t is not None}
+    first, *_ = given
+    for name, dtype in given.items():
+        if not dtype.is_floating_point:
+            raise TypeError(f"{name} must be of a floating type, got {dtype}")
+        if dtype != given[first]:
+            raise TypeError(
+                f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"
+            )
+
+
+def _check_budget(memory_budget: int | None) -> int:
+    if memory_budget is None:
+        return DEFAULT_BUDGET
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget is a number of bytes and must be positive, got {memory_budget}")
+    return int(memory_budget)
+
+
+def _lower(tensor: Tensor) -> Tensor:
+    """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
+    kind = tensor.device.type
+    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(kind))
+
+
+def _loss_dtype(tensor: Tensor) -> torch.dtype:
+    """The type of the loss: that of the scores, but never a half type under autocast."""
+    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
+        return torch.float32
+    return tensor.dtype

@@ -1,0 +1,183 @@
+"""The losses as modules: options at construction, tensors at call."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from xent import functional
+
+
+class CrossEntropyLoss(nn.Module):
+    """:func:`xent.cross_entropy` as a module.
+
+    Args:
+        weight: (C,), a factor for each class, kept as a buffer.
+        ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, check_targets: as in
+            :func:`xent.cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> loss = xent.nn.CrossEntropyLoss(label_smoothing=0.1)
+        >>> loss(torch.zeros(2, 4), torch.tensor([0, 3])).item() == torch.tensor(4.0).log().item()
+        True
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        *,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        check_targets: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.temperature = temperature
+        self.check_targets = check_targets
+
+    def extra_repr(self) -> str:
+        return _changed(
+            self, reduction="mean", label_smoothing=0.0, z_loss=0.0, softcap=None, temperature=1.0
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """input (C,), (N, C) or (N, C, d1, ...) and target as :func:`xent.cross_entropy` takes them."""
+        return functional.cross_entropy(
+            input, target, sample_weight=sample_weight, denominator=denominator, **_options(self)
+        )
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    """A linear classifier and its cross-entropy in one module: the logits never exist.
+
+    Takes the place of ``nn.Linear`` followed by ``nn.CrossEntropyLoss``, and loads the state dict of
+    :class:`torch.nn.LinearCrossEntropyLoss`.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        out_features: (d1, ...), the positions of a K-dimensional loss.
+        bias: whether the classifier has one.
+        weight: (C,), a factor for each class, kept as a buffer.
+        memory_budget: bytes of working memory (64 MiB by default).
+        ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, check_targets: as in
+            :func:`xent.cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> head = xent.nn.LinearCrossEntropyLoss(16, 1000)
+        >>> loss = head(torch.randn(8, 16), torch.randint(1000, (8,)))
+        >>> loss.backward()
+        >>> head.linear.weight.grad.shape
+        torch.Size([1000, 16])
+    """
+
+    weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        check_targets: bool | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.out_features = tuple(out_features)
+        self.linear = nn.Linear(
+            in_features, num_classes * math.prod(self.out_features), bias=bias, device=device, dtype=dtype
+        )
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.temperature = temperature
+        self.check_targets = check_targets
+        self.memory_budget = memory_budget
+
+    def extra_repr(self) -> str:
+        return _changed(
+            self,
+            out_features=(),
+            reduction="mean",
+            label_smoothing=0.0,
+            z_loss=0.0,
+            softcap=None,
+            temperature=1.0,
+        )
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """input (..., D) and target as :func:`xent.linear_cross_entropy` takes them."""
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return functional.linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            sample_weight=sample_weight,
+            denominator=denominator,
+            memory_budget=self.memory_budget,
+            **_options(self),
+        )
+
+
+def _options(module: CrossEntropyLoss | LinearCrossEntropyLoss) -> dict:
+    names = (
+        "weight",
+        "ignore_index",
+        "reduction",
+        "label_smoothing",
+        "z_loss",
+        "softcap",
+        "temperature",
+        "check_targets",
+    )
+    return {name: getattr(module, name) for name in names}
+
+
+def _changed(module: nn.Module, **defaults: object) -> str:
+    """The options that differ from their defaults, for `repr`."""
+    return ", ".join(f"{n}={getattr(module, n)!r}" for n, v in defaults.items() if getattr(module, n) != v)
