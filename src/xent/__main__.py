@@ -10,7 +10,9 @@ def main() -> None:
         from xent.cli import cli
     except ModuleNotFoundError as error:
         if error.name in {"click", "rich"}:
-            sys.exit(f"xent: {error.name} is not installed; the command line needs it: pip install 'xent[cli,probe]'")
+            sys.exit(
+                f"xent: {error.name} is not installed; the command line needs it: pip install 'xent[cli,probe]'"
+            )
         raise
     cli()
 

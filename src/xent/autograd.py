@@ -54,7 +54,7 @@ def rows(scores: Scores, targets: Targets, budget: int) -> tuple[Tensor, Tensor]
             found = sweep.statistics(scores, targets, budget)
         return found.loss, found.logsumexp
     recipe, tensors = _Recipe.of(scores, targets, budget)
-    return _Rows.apply(recipe, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _Rows.apply(recipe, *tensors)
 
 
 def reduced(
@@ -67,7 +67,7 @@ def reduced(
 ) -> Tensor:
     """Σ s·(ℓ + λ lse²)·scale, a float64 scalar, its gradient formed in the forward sweep."""
     recipe, tensors = _Recipe.of(scores, targets, budget)
-    return _Reduced.apply(recipe, reduction, row_weight, scale, *tensors)  # type: ignore[no-any-return, no-untyped-call]
+    return _Reduced.apply(recipe, reduction, row_weight, scale, *tensors)
 
 
 class _Rows(torch.autograd.Function):

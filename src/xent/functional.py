@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from xent import autograd
 from xent.core.plan import DEFAULT_BUDGET
-from xent.core.reduction import Reduction
+from xent.core.reduction import Kind, Reduction
 from xent.core.scores import LinearHead, Logits, Scores, Transform
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import Targets, check_index, index_targets, probability_targets
@@ -296,10 +296,12 @@ class _Options(NamedTuple):
             )
         if shape == rows_shape:
             raise TypeError(
-                f"a target of shape {shape} holds class indices and must be of an integer type, got {target.dtype}"
+                f"a target of shape {shape} holds class indices and must be of an integer type, "
+                f"got {target.dtype}"
             )
         raise ValueError(
-            f"target must have shape {tuple(rows_shape)} (class indices) or {full_shape} (probabilities), got {shape}"
+            f"target must have shape {tuple(rows_shape)} (class indices) or {full_shape} (probabilities); "
+            f"got {shape}"
         )
 
     def resolve(
@@ -341,9 +343,9 @@ def _reduction(kind: str, z_loss: float, denominator: float | Tensor | None) -> 
         denominator = denominator.detach().reshape(())
     elif denominator is not None and not denominator > 0:
         raise ValueError(f"denominator must be positive, got {denominator}")
-    if kind == "none" or kind == "sum" or kind == "mean":
-        return Reduction(kind, z_loss, denominator)
-    raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {kind!r}")
+    if kind not in ("none", "sum", "mean"):
+        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {kind!r}")
+    return Reduction(cast(Kind, kind), z_loss, denominator)
 
 
 def _transform(softcap: float | None, temperature: float) -> Transform:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -164,7 +165,7 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
 
-def _options(module: CrossEntropyLoss | LinearCrossEntropyLoss) -> dict:
+def _options(module: CrossEntropyLoss | LinearCrossEntropyLoss) -> dict[str, Any]:
     names = (
         "weight",
         "ignore_index",

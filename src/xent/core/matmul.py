@@ -14,6 +14,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,8 +46,8 @@ def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     global _holders, _previous
     with _lock:
         if _holders == 0:
-            _previous = torch.backends.mkldnn.matmul.fp32_precision
-            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            _previous = _setting().fp32_precision
+            _setting().fp32_precision = "bf16"
         _holders += 1
     try:
         yield
@@ -54,7 +55,11 @@ def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
         with _lock:
             _holders -= 1
             if _holders == 0:
-                torch.backends.mkldnn.matmul.fp32_precision = _previous
+                _setting().fp32_precision = _previous
+
+
+def _setting() -> Any:
+    return torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
 
 
 def _allowed() -> bool:
@@ -68,6 +73,8 @@ def _allowed() -> bool:
 
 def _routable() -> bool:
     if os.environ.get("XENT_ONEDNN", "1") == "0" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.backends.mkldnn, "matmul"):
         return False
     if torch.backends.cpu.get_cpu_capability() not in {"AVX512", "AVX512_VNNI", "AVX512_BF16"}:
         return False
@@ -83,8 +90,8 @@ def _has_amx() -> bool:
 def _probe() -> bool:
     """Do products in the three layouts of a sweep come out in full float32 under the setting?"""
     generator = torch.Generator().manual_seed(0)
-    previous = torch.backends.mkldnn.matmul.fp32_precision
-    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    previous = _setting().fp32_precision
+    _setting().fp32_precision = "bf16"
     try:
         for m, k, n in ((96, 200, 112), (256, 64, 512)):
             a = torch.randn(m, k, generator=generator)
@@ -98,5 +105,5 @@ def _probe() -> bool:
                     if not ((out.double() - exact).abs() <= 8 * bound).all():
                         return False
     finally:
-        torch.backends.mkldnn.matmul.fp32_precision = previous
+        _setting().fp32_precision = previous
     return True

@@ -24,7 +24,9 @@ class Footprint:
 
     kept: int  # per element of a tile, from forward to gradient: probabilities (and slopes)
     scratch: int  # per element of a tile while it is worked on
-    per_row: int  # per row of a chunk: converted or gathered features, statistics
+    per_row: (
+        int  # per row of a chunk: converted or gathered features (statistics are O(N), outside the budget)
+    )
     per_class: int  # per class of a tile: a converted slice of the classifier
     resident_rows: int  # fewest rows of a chunk for which residence pays
 

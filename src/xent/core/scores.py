@@ -57,7 +57,8 @@ class Transform:
 class Scores(Protocol):
     """What a sweep asks of the logits of N rows over C classes."""
 
-    transform: Transform
+    @property
+    def transform(self) -> Transform: ...
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]: ...
@@ -125,7 +126,7 @@ class Logits:
 
     @property
     def early(self) -> bool:
-        """A half gradient must not be rounded before it is scaled, and to keep it in float32 costs more than exp."""
+        # a half gradient must not be rounded before it is scaled, and in float32 it would be twice the input
         return self.u.dtype == self.dtype
 
     def bytes_per_row(self, gathered: bool) -> int:
@@ -214,7 +215,7 @@ class LinearHead:
 
 
 class _HeadSink:
-    """Accumulates in the type of the computation; each gradient is rounded to its own type once, at the end."""
+    """Accumulates in the type of the computation; a gradient is rounded to its own type once, at the end."""
 
     def __init__(self, scores: LinearHead, wants: tuple[bool, ...]) -> None:
         self.scores = scores
@@ -232,7 +233,9 @@ class _HeadSink:
             if isinstance(rows, slice):
                 multiply_(self.dx[rows], g, w, accumulate=True)
             else:
-                self.dx.index_add_(0, rows, g @ w)
+                part = torch.empty_like(loaded)
+                multiply_(part, g, w, accumulate=False)
+                self.dx.index_add_(0, rows, part)
         if self.dw is not None:
             multiply_(self.dw[classes], g.t(), loaded, accumulate=True)
         if self.db is not None:

@@ -24,7 +24,6 @@ from xent.core.statistics import (
     OwnColumns,
     Statistics,
     finite_base,
-    product_with_zero,
     statistics_dtype,
     summarise_,
 )
@@ -61,7 +60,7 @@ def fused(
     wants: tuple[bool, ...],
     budget: int,
 ) -> tuple[Statistics, Sink]:
-    """Statistics and gradient in one sweep; `coefficients` is asked chunk by chunk, as statistics are known."""
+    """Statistics and gradient in one sweep; `coefficients` is asked as each chunk's statistics are known."""
     plan = _plan(scores, targets, budget, gradient=True)
     if not plan.resident:
         found = statistics(scores, targets, budget)
@@ -152,7 +151,7 @@ class _Workspace:
 def _chunk_statistics(
     scores: Scores, targets: Targets, plan: Plan, workspace: _Workspace, chunk: slice
 ) -> tuple[Statistics, list[_Tile]]:
-    """Statistics of one chunk of rows over all classes; the tiles hold exp(z − base) if the plan keeps them."""
+    """Statistics of a chunk of rows over all classes; the tiles hold exp(z − base) if the plan keeps them."""
     picked = targets.pick(chunk)
     loaded = scores.load(picked)
     rows = chunk.stop - chunk.start
@@ -252,7 +251,7 @@ def _plan(scores: Scores, targets: Targets, budget: int, *, gradient: bool) -> P
         kept=size * (2 if scores.transform.curved else 1),
         # a converted tile of t, its product with z, and the booleans of a selection
         scratch=(3 * size + 1 if targets.probabilities is not None else 2 * size + 1) if dense else 0,
-        per_row=scores.bytes_per_row(gathered) + 256,
+        per_row=scores.bytes_per_row(gathered),
         per_class=scores.bytes_per_class(),
         resident_rows=scores.least_resident_rows,
     )
@@ -261,6 +260,3 @@ def _plan(scores: Scores, targets: Targets, budget: int, *, gradient: bool) -> P
 
 def _concatenate(parts: list[Statistics], scores: Scores) -> Statistics:
     return Statistics.concatenate(parts) if parts else Statistics.identity(0, scores.device)
-
-
-__all__ = ["Coefficients", "fused", "gradient", "product_with_zero", "statistics"]
