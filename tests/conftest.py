@@ -1,0 +1,29 @@
+"""Every test starts from the same seed and leaves torch's global settings as it found them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("xent", deadline=None, max_examples=60, print_blob=True)
+settings.load_profile("xent")
+
+
+@pytest.fixture(autouse=True)
+def seeded_and_restored():
+    torch.manual_seed(0)
+    before = _settings()
+    yield
+    assert _settings() == before, "a global torch setting was changed"
+
+
+def _settings() -> tuple:
+    return (
+        torch.backends.mkldnn.matmul.fp32_precision,
+        torch.get_float32_matmul_precision(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_num_threads(),
+    )

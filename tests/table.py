@@ -1,0 +1,155 @@
+"""The table that every law runs over: losses × targets × options × dtypes.
+
+A new loss, target or score transform is one row here. A law that cannot hold for a row is exempted in the
+row itself, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import xent
+
+SHIFT_Z_LOSS = "z-loss penalises lse² itself, which a shift moves"
+SHIFT_SOFTCAP = "tanh is not translation-equivariant"
+CONVEX_SOFTCAP = "the softcap is not convex in the inner logits"
+CONVEX_Z_LOSS = "λ·lse² is not convex where lse < 0"
+SUMS_Z_LOSS = "z-loss adds 2λ·lse·p, whose class sum is 2λ·lse"
+SUMS_SOFTCAP = "the slope of the softcap differs from class to class"
+SUMS_MASS = "the row's mass is not 1 times a constant: only a·p − t sums to zero, which needs softcap off"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One entry of the table."""
+
+    name: str
+    target: str = "index"  # or "probabilities"
+    options: dict[str, Any] = field(default_factory=dict)
+    class_weight: bool = False
+    sample_weight: bool = False
+    ignored: bool = False
+    exempt: dict[str, str] = field(default_factory=dict)  # law -> reason
+
+
+ROWS = [
+    Row("index"),
+    Row("index-ignored", ignored=True),
+    Row("index-smoothed", options={"label_smoothing": 0.1}),
+    Row("index-smoothed-to-the-end", options={"label_smoothing": 1.0}),
+    Row("index-weighted", class_weight=True),
+    Row("index-sample-weighted", sample_weight=True),
+    Row(
+        "index-everything-linear",
+        options={"label_smoothing": 0.1, "temperature": 1.7},
+        class_weight=True,
+        sample_weight=True,
+        ignored=True,
+    ),
+    Row(
+        "index-z-loss",
+        options={"z_loss": 1e-2},
+        exempt={"shift": SHIFT_Z_LOSS, "gradient_sum": SUMS_Z_LOSS, "convex": CONVEX_Z_LOSS},
+    ),
+    Row(
+        "index-softcap",
+        options={"softcap": 3.0},
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
+    Row(
+        "index-everything",
+        options={"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
+        class_weight=True,
+        sample_weight=True,
+        ignored=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
+    Row("probabilities", target="probabilities"),
+    Row("probabilities-smoothed", target="probabilities", options={"label_smoothing": 0.1}),
+    Row("probabilities-weighted", target="probabilities", class_weight=True, sample_weight=True),
+    Row(
+        "probabilities-everything",
+        target="probabilities",
+        options={"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
+        class_weight=True,
+        sample_weight=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
+]
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
+
+
+@dataclass
+class Problem:
+    """A row of the table with tensors: features (N, D), weight (C, D), bias (C,), target and options."""
+
+    row: Row
+    x: Tensor
+    w: Tensor
+    b: Tensor
+    target: Tensor
+    options: dict[str, Any]
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.nn.functional.linear(self.x, self.w, self.b)
+
+    def dense(self, logits: Tensor | None = None, **changed: Any) -> Tensor:
+        """The loss from logits."""
+        z = self.logits if logits is None else logits
+        return xent.cross_entropy(z, self.target, **{**self.options, **changed})
+
+    def linear(self, **changed: Any) -> Tensor:
+        """The loss from features."""
+        return xent.linear_cross_entropy(
+            self.x, self.w, self.target, linear_bias=self.b, **{**self.options, **changed}
+        )
+
+    def losses(self) -> dict[str, Callable[..., Tensor]]:
+        return {"dense": self.dense, "linear": self.linear}
+
+    def differentiable(self) -> Problem:
+        leaves = {k: getattr(self, k).detach().clone().requires_grad_() for k in ("x", "w", "b")}
+        return replace(self, **leaves)
+
+
+def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5, c: int = 6) -> Problem:
+    x = torch.randn(n, d, dtype=dtype)
+    w = torch.randn(c, d, dtype=dtype)
+    b = torch.randn(c, dtype=dtype)
+    options = dict(row.options)
+    if row.target == "index":
+        target = torch.randint(c, (n,))
+        if row.ignored:
+            target[n // 2] = -100
+    else:
+        target = torch.rand(n, c, dtype=dtype)
+        target /= target.sum(1, keepdim=True)
+    if row.class_weight:
+        options["weight"] = torch.rand(c, dtype=dtype) + 0.5
+    if row.sample_weight:
+        options["sample_weight"] = torch.rand(n, dtype=dtype) + 0.5
+    return Problem(row, x, w, b, target, options)
+
+
+def rows(law: str) -> pytest.MarkDecorator:
+    """Parametrize a law over the table's rows, less those that it cannot hold for."""
+    return pytest.mark.parametrize(
+        "row", [pytest.param(row, id=row.name) for row in ROWS if law not in row.exempt]
+    )
+
+
+def dtypes() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda t: str(t).removeprefix("torch."))
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
+    tolerance = TOLERANCE[dtype or actual.dtype]
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
