@@ -1,4 +1,4 @@
-"""What goes wrong outside the code: a bad input, an extra that is not installed. One class each, caught once."""
+"""What goes wrong outside the code: a bad input, a missing extra. One class each, caught once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DISTRIBUTION = {"sklearn": "scikit-learn"}  # where pip's name is not the impor
 
 
 class BadInput(ValueError):
-    """The data, the model file or a setting cannot be used; the message is one line that names the way out."""
+    """Data, a model file or a setting that cannot be used; the message is one line and names the way out."""
 
 
 class MissingExtra(ImportError):

@@ -2,13 +2,14 @@
 
     min over W, b of   C · Σ_n s_n ℓ(W x_n + b, t_n)  +  ½ ‖W‖²           ℓ = a·lse(z) − ⟨t, z⟩
 
-The objective is scikit-learn's, and so is its scale inside the solver: divided by C·Σ_n s_n a_n it is a mean loss in
-nats plus λ/2 ‖W‖², λ = 1/(C·Σ s a), and ``tol`` bounds the largest component of *its* gradient. The intercept b is
-not penalised.
+The objective is scikit-learn's, and so is its scale inside the solver: divided by C·Σ_n s_n a_n it is a mean
+loss in nats plus λ/2 ‖W‖², λ = 1/(C·Σ s a), and ``tol`` bounds the largest component of *its* gradient. The
+intercept b is not penalised.
 
-SciPy's L-BFGS-B minimises it over (V, c) instead of (W, b), where W = V/σ and b = c − W μ: the same objective at the
-same point, seen with centred features and, by the choice of σ, a Hessian whose diagonal is constant at W = 0. Raw
-features with scales from 1e-3 to 1e3 then need tens of iterations where (W, b) need thousands. X itself is not copied.
+SciPy's L-BFGS-B minimises it over (V, c) instead of (W, b), where W = V/σ and b = c − W μ: the same objective
+at the same point, seen with centred features and, by the choice of σ, a Hessian whose diagonal is constant at
+W = 0. Raw features with scales from 1e-3 to 1e3 then need tens of iterations where (W, b) need thousands. X
+itself is not copied.
 """
 
 from __future__ import annotations
@@ -51,17 +52,17 @@ class Progress:
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):
-    """Softmax (multinomial logistic) regression with scikit-learn's parameters and objective, and soft labels.
+    """Multinomial logistic regression with scikit-learn's parameters and objective, for hard and soft labels.
 
     Parameters
     ----------
     C : float in (0, inf], default 1.0
         Inverse strength of the penalty in ``C·Σ s_n ℓ_n + ½‖coef_‖²``; ``inf`` is no penalty.
     tol : float, default 1e-4
-        Stop when no component of the scaled objective's gradient exceeds it (``LogisticRegression``'s meaning).
+        Stop when no component of the scaled objective's gradient exceeds it, as ``LogisticRegression`` does.
     max_iter : int, default 1000
-        Most L-BFGS iterations. scikit-learn's 100 is often too few at its own tolerance; a fit that converges earlier
-        costs nothing extra, one that does not warns.
+        Most L-BFGS iterations. scikit-learn's 100 is often too few at its own tolerance; a fit that converges
+        earlier costs nothing extra, one that does not warns.
     fit_intercept : bool, default True
     class_weight : dict, "balanced" or None
         Multiplies the loss class by class; ``"balanced"`` is (total mass) / (classes · mass of the class).
@@ -113,7 +114,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         tol: float = 1e-4,
         max_iter: int = 1000,
         fit_intercept: bool = True,
-        class_weight: dict | str | None = None,
+        class_weight: dict[Any, float] | str | None = None,
         warm_start: bool = False,
         random_state: Any = None,
         verbose: int = 0,
@@ -135,10 +136,10 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         Parameters
         ----------
         X : (N, D) dense; computed in float32 when it is float32, in float64 otherwise.
-        y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n. Rows need
-            not sum to one: a row of mass a counts a times, a row of zeros not at all.
+        y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n.
+            Rows need not sum to one: a row of mass a counts a times, a row of zeros not at all.
         sample_weight : (N,) nonnegative, or None.
-        callback : called with a ``Progress`` after every iteration; it may raise ``StopIteration`` to end the fit.
+        callback : called with a ``Progress`` after each iteration; raising ``StopIteration`` ends the fit.
 
         Raises
         ------
@@ -182,8 +183,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         if self.warm_start and hasattr(self, "coef_"):
             if self.coef_.shape != (objective.rows, X.shape[1]) or not np.array_equal(self.classes_, classes):
                 raise ValueError(
-                    f"warm_start: the last fit has coef_ {self.coef_.shape} for {len(self.classes_)} classes, this "
-                    f"data needs {(objective.rows, X.shape[1])} for {len(classes)}; set warm_start=False"
+                    f"warm_start: the last fit has coef_ {self.coef_.shape} for {len(self.classes_)} classes; "
+                    f"here it is {(objective.rows, X.shape[1])} for {len(classes)}; set warm_start=False"
                 )
             start = objective.to_solver(self.coef_, self.intercept_)
         self.classes_ = classes
@@ -223,8 +224,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                     jac=True,
                     method="L-BFGS-B",
                     callback=after_iteration,
-                    # gtol 0: the gradient that tol is about is the one in (W, b), tested above; ftol: a relative
-                    # decrease below what the arithmetic resolves ends the fit, as in scikit-learn
+                    # gtol 0: the gradient that tol is about is the one in (W, b), tested above; ftol: a
+                    # relative decrease below what the arithmetic resolves ends the fit, as in scikit-learn
                     options={
                         "maxiter": self.max_iter,
                         "maxfun": 50 * self.max_iter,
@@ -245,8 +246,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         if not converged and "CALLBACK" not in why:
             precision = " or pass float64 features" if objective.dtype == np.float32 else ""
             warnings.warn(
-                f"SoftmaxRegression stopped after {self.n_iter_} iterations with gradient {gradient_norm:.3g} above "
-                f"tol {self.tol:.3g} ({why}); raise max_iter or tol, standardise the features{precision}",
+                f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient {gradient_norm:.3g} "
+                f"above tol {self.tol:.3g} ({why}); raise max_iter or tol, "
+                f"standardise the features{precision}",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -255,23 +257,31 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         """Logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
-        logits = X @ self.coef_.T + self.intercept_
+        logits: np.ndarray = X @ self.coef_.T + self.intercept_
         return logits[:, 0] if logits.shape[1] == 1 else logits
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probabilities (N, C), columns in the order of ``classes_``."""
         z = self.decision_function(X)
-        return np.stack([expit(-z), expit(z)], axis=1) if z.ndim == 1 else softmax(z, axis=1)
+        if z.ndim == 1:
+            return np.stack([expit(-z), expit(z)], axis=1)
+        p: np.ndarray = softmax(z, axis=1)
+        return p
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Log-probabilities (N, C) in nats, from the logits: finite where a probability rounds to 0."""
         z = self.decision_function(X)
-        return np.stack([log_expit(-z), log_expit(z)], axis=1) if z.ndim == 1 else log_softmax(z, axis=1)
+        if z.ndim == 1:
+            return np.stack([log_expit(-z), log_expit(z)], axis=1)
+        log_p: np.ndarray = log_softmax(z, axis=1)
+        return log_p
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class of each row, (N,)."""
         z = self.decision_function(X)
-        return self.classes_[(z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)]
+        best: np.ndarray = (z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)
+        chosen: np.ndarray = self.classes_[best]
+        return chosen
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Accuracy; for soft labels (N, C), the share of their mass that lies on the predicted classes."""
@@ -310,8 +320,8 @@ class _Objective:
         self.target = _tensor(target)
         self.weight = None if weight is None else _tensor(weight)
 
-        # The Hessian's diagonal at W = 0: h·E[(x_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by h σ_j²
-        # with σ_j² = E[(x_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
+        # The Hessian's diagonal at W = 0: h·E[(x_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
+        # h σ_j² with σ_j² = E[(x_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
         h = 0.25 if self.binary else (classes - 1) / classes**2
         self.mean = mass @ X / self.total if fit_intercept else np.zeros(X.shape[1])
         variance = np.zeros(X.shape[1])
@@ -354,13 +364,10 @@ class _Objective:
         loss = linear_cross_entropy(
             self.x, full, self.target, linear_bias=full_bias, sample_weight=self.weight, reduction="sum"
         )
-        loss.backward()
-        assert head.grad is not None
-        to_W = head.grad.numpy().astype(np.float64) / self.total + self.penalty * W
-        to_b = np.zeros(self.rows)
-        if bias is not None:
-            assert bias.grad is not None
-            to_b = bias.grad.numpy().astype(np.float64) / self.total
+        gradients = torch.autograd.grad(loss, [head] if bias is None else [head, bias])
+        to_W, *rest = (g.numpy().astype(np.float64) / self.total for g in gradients)
+        to_W = to_W + self.penalty * W
+        to_b = rest[0] if rest else np.zeros(self.rows)
         self.gradient_norm = float(max(np.abs(to_W).max(), np.abs(to_b).max()))
         to_V = (to_W - np.outer(to_b, self.mean)) / self.scale
         self._value = loss.item() / self.total + 0.5 * self.penalty * float(np.vdot(W, W))
@@ -379,16 +386,19 @@ def _soft_labels(y: np.ndarray, dtype: np.dtype) -> np.ndarray:  # (N, C) -> (N,
 
 
 def _class_weights(
-    class_weight: dict | str, classes: np.ndarray, target: np.ndarray, weight: np.ndarray | None
+    class_weight: dict[Any, float] | str, classes: np.ndarray, target: np.ndarray, weight: np.ndarray | None
 ) -> np.ndarray:  # (C,)
     if class_weight != "balanced":
-        return compute_class_weight(class_weight, classes=classes, y=classes)
+        given: np.ndarray = compute_class_weight(class_weight, classes=classes, y=classes)
+        return given
     if target.ndim == 2:
         mass = target.sum(axis=0) if weight is None else weight @ target
     else:
         mass = np.bincount(target, weights=weight, minlength=len(classes))
     # a class without mass has no row to weigh
-    return np.divide(mass.sum(), len(classes) * mass, out=np.zeros(len(classes)), where=mass > 0)
+    balanced: np.ndarray = np.zeros(len(classes))
+    np.divide(mass.sum(), len(classes) * mass, out=balanced, where=mass > 0)
+    return balanced
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,165 @@
+"""A fitted model as one ``.safetensors`` file: numbers as tensors, the rest as JSON, nothing that can run.
+
+    z = W (x − mean)/scale + b            W (C, D), b (C,); for two classes W (1, D), b (1,) and logits (0, z)
+
+Tensors ``weight``, ``bias``, ``mean``, ``scale``; the metadata's one entry ``xent`` is a JSON object with the
+format version, the classes and their type, the feature names, the label's name and the settings of the fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xent.probe.errors import BadInput, needs
+from xent.probe.files import aside
+
+VERSION = 1
+HEADER_LIMIT = 16 << 20
+"""Bytes of header that are read at most: room for a million short names. A file that claims more is refused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A softmax classifier on named, standardised features.
+
+    >>> zero, one = np.zeros(3), np.ones(3)
+    >>> model = Model(np.eye(3), zero, zero, one, np.array(["a", "b", "c"]), ("u", "v", "w"))
+    >>> model.log_proba(np.array([[0.0, 0.0, 0.0]])).round(4).tolist()
+    [[-1.0986, -1.0986, -1.0986]]
+    """
+
+    weight: np.ndarray  # (C, D); (1, D) for two classes
+    bias: np.ndarray  # (C,); (1,) for two classes
+    mean: np.ndarray  # (D,)
+    scale: np.ndarray  # (D,), positive
+    classes: np.ndarray  # (C,) str, int or bool
+    feature_names: tuple[str, ...]  # D
+    label_name: str | None = None
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def logits(self, x: np.ndarray) -> np.ndarray:  # (N, D) -> (N, C)
+        z = ((x - self.mean) / self.scale) @ self.weight.T + self.bias
+        return np.concatenate([np.zeros_like(z), z], axis=1) if z.shape[1] == 1 else z
+
+    def log_proba(self, x: np.ndarray) -> np.ndarray:  # (N, D) -> (N, C), nats
+        z = self.logits(x)
+        z = z - z.max(axis=1, keepdims=True)
+        log_p: np.ndarray = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+        return log_p
+
+
+def class_text(value: Any) -> str:
+    """A class as text, the same whether it came from CSV, Parquet or NumPy."""
+    return str(bool(value)).lower() if isinstance(value, (bool, np.bool_)) else str(value)
+
+
+def save(model: Model, path: Path) -> None:
+    """Write the model, whole or not at all. Raises ``OSError`` where the disk refuses."""
+    with needs("probe"):
+        from safetensors.numpy import save as to_bytes
+    kind = {"U": "str", "i": "int", "u": "int", "b": "bool"}[model.classes.dtype.kind]
+    about = {
+        "format": "xent.softmax_regression",
+        "version": VERSION,
+        "classes": {"type": kind, "values": model.classes.tolist()},
+        "features": list(model.feature_names),
+        "label": model.label_name,
+        "settings": model.settings,
+    }
+    # one entry, because safetensors writes several in an order that changes from run to run
+    text = json.dumps(about, ensure_ascii=False)
+    if len(text.encode()) > HEADER_LIMIT // 2:
+        raise BadInput(f"{path}: the names of features and classes take {len(text) >> 20} MiB; shorten them")
+    tensors = {
+        name: np.ascontiguousarray(getattr(model, name)) for name in ("weight", "bias", "mean", "scale")
+    }
+    with aside(path) as temporary:
+        temporary.write_bytes(to_bytes(tensors, metadata={"xent": text}))
+
+
+def load(path: str | Path) -> Model:
+    """Read a model and check it: sizes, shapes, finite numbers. Raises ``BadInput``, one line, otherwise."""
+    path = Path(path)
+    with needs("probe"):
+        from safetensors import SafetensorError, safe_open
+    if not path.is_file():
+        raise BadInput(f"{path}: no such model file")
+    _check_header(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            text = (file.metadata() or {}).get("xent")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (SafetensorError, ValueError, TypeError, OSError) as error:
+        raise BadInput(f"{path}: not a whole safetensors file ({error}); write the model again") from error
+    foreign = BadInput(f"{path}: a safetensors file, but not a model that `xent fit` wrote")
+    if text is None:
+        raise foreign
+    try:
+        about = json.loads(text)
+        if about["format"] != "xent.softmax_regression":
+            raise foreign
+        if about["version"] > VERSION:
+            raise BadInput(
+                f"{path}: format version {about['version']}, this xent reads up to {VERSION}; upgrade xent"
+            )
+        classes = _classes(about["classes"])
+        model = Model(
+            **{name: tensors[name] for name in ("weight", "bias", "mean", "scale")},
+            classes=classes,
+            feature_names=tuple(str(name) for name in about["features"]),
+            label_name=about["label"],
+            settings=dict(about["settings"]),
+        )
+    except BadInput:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise foreign from error
+    _check(model, path)
+    return model
+
+
+def _check_header(path: Path) -> None:
+    """Before any of it is parsed: eight bytes of length, then that many bytes that open a JSON object."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(9)
+    length = struct.unpack("<Q", start[:8])[0] if len(start) == 9 else 0
+    if len(start) < 9 or start[8:] != b"{":
+        raise BadInput(f"{path}: not a safetensors file; models are written by `xent fit`")
+    if length > HEADER_LIMIT:
+        raise BadInput(
+            f"{path}: its header claims {length} bytes, more than the {HEADER_LIMIT} that are read"
+        )
+    if length + 8 > size:
+        raise BadInput(f"{path}: the file ends inside its header; it is truncated, write the model again")
+
+
+def _classes(about: dict[str, Any]) -> np.ndarray:
+    types = {"str": str, "int": int, "bool": bool}
+    kind = types[about["type"]]
+    if not all(type(value) is kind for value in about["values"]):
+        raise TypeError("a class is not of the type given")
+    return np.array(about["values"], dtype=np.int64 if kind is int else kind)
+
+
+def _check(model: Model, path: Path) -> None:
+    features, classes = len(model.feature_names), len(model.classes)
+    rows = 1 if classes == 2 else classes
+    shapes = {"weight": (rows, features), "bias": (rows,), "mean": (features,), "scale": (features,)}
+    for name, shape in shapes.items():
+        tensor = getattr(model, name)
+        if tensor.shape != shape or tensor.dtype.kind != "f":
+            raise BadInput(
+                f"{path}: {name} is {tensor.dtype} {tensor.shape} where {classes} classes and {features} "
+                f"features need real numbers {shape}; the file is damaged, write the model again"
+            )
+        if not np.isfinite(tensor).all():
+            raise BadInput(f"{path}: {name} holds nan or inf; the file is damaged, write the model again")
+    if classes < 2 or not (model.scale > 0).all():
+        raise BadInput(f"{path}: a scale that is not positive, or one class; the file is damaged")
