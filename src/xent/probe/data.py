@@ -1,11 +1,11 @@
 """Files to a ``Table``: a dense matrix of features, and class numbers with the classes that they stand for.
 
-CSV (``.csv``, ``.tsv``) and Parquet go through Arrow, ``.npz`` and ``.npy`` through NumPy without pickle. Rows
-are counted from 1 in every message, a header line not counted.
+CSV (``.csv``, ``.tsv``) and Parquet go through Arrow, ``.npz`` and ``.npy`` through NumPy without pickle.
+Rows are counted from 1 in every message, a header line not counted.
 
-Arrow infers a CSV column's type from the first block of the file and fails, late, where a later block differs.
-Here that block only says which columns are numeric; these are then read as float64 throughout, so integers may
-turn into decimals, and the label column is always text, so ``7`` may turn into ``cat``.
+Arrow infers a CSV column's type from the first block of the file and fails, late, where a later block
+differs. Here that block only says which columns are numeric; these are then read as float64 throughout, so
+integers may turn into decimals, and the label column is always text, so ``7`` may turn into ``cat``.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Table:
 class Wanted:
     """Which columns to read.
 
-    ``features`` None: every numeric column but the label and ``exclude``. ``origin`` says in messages who asks
-    for them. ``label`` None: no label. ``label_optional``: the column, or a row's label, may be missing.
+    ``features`` None: every numeric column but the label and ``exclude``. ``origin`` says in messages who
+    asks for them. ``label`` None: no label. ``label_optional``: the column, or a row's label, may be missing.
     """
 
     label: str | None = None

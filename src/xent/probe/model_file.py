@@ -21,7 +21,7 @@ from xent.probe.files import aside
 
 VERSION = 1
 HEADER_LIMIT = 16 << 20
-"""Bytes of header that are read at most: room for a million short names. A file that claims more is refused."""
+"""Bytes of header read at most: room for a million short names. A file that claims more is refused."""
 
 
 @dataclasses.dataclass(frozen=True)

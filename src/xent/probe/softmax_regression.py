@@ -183,8 +183,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         if self.warm_start and hasattr(self, "coef_"):
             if self.coef_.shape != (objective.rows, X.shape[1]) or not np.array_equal(self.classes_, classes):
                 raise ValueError(
-                    f"warm_start: the last fit has coef_ {self.coef_.shape} for {len(self.classes_)} classes; "
-                    f"here it is {(objective.rows, X.shape[1])} for {len(classes)}; set warm_start=False"
+                    f"warm_start: the last fit has coef_ {self.coef_.shape} for {len(self.classes_)} "
+                    f"classes, here {(objective.rows, X.shape[1])} for {len(classes)}; set warm_start=False"
                 )
             start = objective.to_solver(self.coef_, self.intercept_)
         self.classes_ = classes

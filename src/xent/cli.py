@@ -1,0 +1,298 @@
+"""The command line, thin: parse, call, print. The work is in ``xent.probe``.
+
+Exit codes: 0 done, 1 the job could not be done, 2 bad input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table as Grid
+from rich.text import Text
+
+from xent.probe.errors import BadInput, MissingExtra
+
+if TYPE_CHECKING:
+    from xent.probe.fit import Fitted
+    from xent.probe.predict import Scored
+    from xent.probe.softmax_regression import Progress as Now
+
+
+class Commands(click.Group):
+    """The one place where an error becomes a line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BadInput as error:
+            complain(error)
+            ctx.exit(2)
+        except MissingExtra as error:
+            complain(error)
+            ctx.exit(1)
+        except (OSError, MemoryError) as error:
+            complain(f"the job could not be done: {error or type(error).__name__}")
+            ctx.exit(1)
+        except KeyboardInterrupt:
+            complain("interrupted; nothing was written")
+            ctx.exit(130)
+
+
+def complain(what: object) -> None:
+    click.echo("xent: " + " ".join(str(what).split()), err=True)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="xent")
+def cli() -> None:
+    """Softmax classifiers from files: fit one, and predict with it."""
+
+
+def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
+
+
+@cli.command()
+@click.argument("data", required=False, type=click.Path(path_type=Path))
+@click.option("--demo", is_flag=True, help="Fit scikit-learn's handwritten digits instead of a file.")
+@click.option("--label", metavar="COLUMN", help="The column to learn. NPZ: the array; NPY: the second file.")
+@click.option("--features", callback=_names, metavar="A,B", help="Columns to learn from [all numeric ones].")
+@click.option("--exclude", callback=_names, metavar="A,B", help="Numeric columns not to learn from.")
+@click.option(
+    "--validation",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.2,
+    show_default=True,
+    help="Share of the rows held out, every class alike; 0 for none.",
+)
+@click.option(
+    "--l2",
+    type=click.FloatRange(0),
+    default=1.0,
+    show_default=True,
+    help="Penalty l2/2·‖W‖²; 1/C of scikit-learn.",
+)
+@click.option("--max-iter", type=click.IntRange(1), default=1000, show_default=True, help="Most iterations.")
+@click.option(
+    "--tol",
+    type=click.FloatRange(0),
+    default=1e-4,
+    show_default=True,
+    help="Stop when no component of the mean loss's gradient exceeds it.",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the split.")
+@click.option(
+    "--standardize/--no-standardize", default=True, help="Bring features to mean 0 and deviation 1 [yes]."
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("xent-model"),
+    show_default=True,
+    help="Directory for the model, the validation predictions and the figures.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def fit(
+    data: Path | None,
+    demo: bool,
+    label: str | None,
+    features: tuple[str, ...],
+    exclude: tuple[str, ...],
+    out: Path,
+    as_json: bool,
+    quiet: bool,
+    **settings: Any,
+) -> None:
+    """Fit a softmax classifier to DATA: .csv, .tsv, .parquet, .npz, or .npy with --label labels.npy.
+
+    \b
+    xent fit --demo
+    xent fit flowers.csv --label species
+    xent fit embeddings.npy --label labels.npy --l2 0.1
+    """
+    from xent.probe import fit as job
+    from xent.probe import sources
+    from xent.probe.files import check_writable
+
+    if demo == (data is not None):
+        raise click.UsageError("name a file or --demo, not both" if demo else "name a file to fit, or --demo")
+    if demo and (label or features or exclude):
+        raise click.UsageError("--demo knows its label and features: drop --label, --features and --exclude")
+    if features and exclude:
+        raise click.UsageError("--features and --exclude do not go together: the first already chooses")
+    check_writable(out)
+    if data is None:
+        table = sources.digits()
+    elif label is None:
+        raise click.UsageError("which column is to be learned? Name it with --label")
+    else:
+        table = sources.read_labelled(data, label, features, exclude)
+    asked = job.Settings(**settings)
+    with _bar(asked.tol, asked.max_iter, quiet) as advance:
+        fitted = job.fit(table, asked, advance)
+    if fitted.interrupted:
+        complain(f"interrupted: saving the best model so far, of iteration {fitted.iterations}")
+    paths = job.write(fitted, table, out)
+    if demo:
+        paths.append(sources.write_parquet(table, out / "data.parquet"))
+    left_out = None
+    try:
+        paths += job.draw(fitted, out)
+    except MissingExtra as error:
+        left_out = f"no figures: {error}"
+    if not fitted.converged and not fitted.interrupted and not quiet:
+        complain(
+            f"not converged in {fitted.iterations} iterations: gradient {fitted.gradient_norm:.1e} is above "
+            f"--tol {asked.tol:g}; raise --max-iter, --l2 or --tol"
+        )
+    if as_json:
+        files = [str(path) for path in paths]
+        click.echo(
+            json.dumps({"source": table.source, **fitted.summary(), "files": files}, ensure_ascii=False)
+        )
+    elif not quiet:
+        _print_fit(fitted, table.source, table.skipped, paths, out)
+        if left_out:
+            click.echo(left_out)
+    if fitted.interrupted:
+        sys.exit(130)
+
+
+@cli.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=".parquet or .csv.")
+@click.option(
+    "--label", metavar="COLUMN", help="Where the labels are, if not under the name the model was fitted on."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def predict(model: Path, data: Path, output: Path, label: str | None, as_json: bool, quiet: bool) -> None:
+    """Write the probability of every class, and the most probable one, for each row of DATA.
+
+    \b
+    xent predict xent-model/model.safetensors flowers.csv -o predictions.parquet
+    """
+    from xent.probe import evaluate, model_file
+    from xent.probe import predict as job
+    from xent.probe.files import check_writable
+
+    evaluate.check_suffix(output)
+    check_writable(output.parent)
+    fitted = model_file.load(model)
+    table = job.read_for(fitted, model, data, label)
+    scored = job.score(fitted, table)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    evaluate.write_predictions(fitted, table, output)
+    if as_json:
+        found = None if scored is None or scored.evaluation is None else scored.evaluation.summary()
+        about = {
+            "source": table.source,
+            "rows": len(table.features),
+            "evaluation": found,
+            "file": str(output),
+        }
+        if scored is not None:
+            about |= {"unlabelled": scored.unlabelled, "unknown_labels": scored.unknown}
+        click.echo(json.dumps(about, ensure_ascii=False))
+    elif not quiet:
+        _print_predict(len(table.features), len(fitted.classes), scored, table.label_name, output)
+
+
+@contextlib.contextmanager
+def _bar(tol: float, max_iter: int, quiet: bool) -> Iterator[Callable[[Now], None] | None]:
+    """A bar on stderr that fills as the gradient falls, on a log scale, from where it starts to ``tol``."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+    )
+    first = math.inf
+    with bar:
+        task = bar.add_task("reading what the gradient is", total=1.0)
+
+        def advance(now: Now) -> None:
+            nonlocal first
+            first = now.gradient_norm if first == math.inf else first
+            span = math.log(max(first, 1e-300) / max(tol, 1e-16))
+            fallen = math.log(max(first, 1e-300) / max(now.gradient_norm, 1e-300)) / span if span > 0 else 1.0
+            done = max(fallen, now.iteration / max_iter, bar.tasks[0].completed)
+            bar.update(
+                task,
+                completed=min(done, 1.0),
+                description=f"iteration {now.iteration}  objective {now.objective:.4f}  "
+                f"gradient {now.gradient_norm:.1e} → {tol:.0e}",
+            )
+
+        yield advance
+
+
+def _print_fit(fitted: Fitted, source: str, skipped: tuple[str, ...], paths: list[Path], out: Path) -> None:
+    from xent.probe.model_file import class_text
+
+    console = Console(highlight=False, soft_wrap=True)
+    parts = [("training", fitted.training)]
+    if fitted.validation is not None:
+        parts.append(("validation", fitted.validation))
+    grid = Grid(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
+    grid.add_column("")
+    for name, _ in parts:
+        grid.add_column(name, justify="right")
+    grid.add_row("rows", *(f"{part.rows:,}" for _, part in parts))
+    grid.add_row("loss", *(f"{part.loss:.4f} nats" for _, part in parts))
+    grid.add_row("  knowing only class frequencies", *(f"{part.baseline:.4f} nats" for _, part in parts))
+    grid.add_row("accuracy", *(f"{100 * part.accuracy:.2f} %" for _, part in parts))
+    said = f"{source}: {len(fitted.model.classes)} classes, {len(fitted.model.feature_names)} features"
+    console.print(Text(said))
+    if skipped:
+        shown = ", ".join(skipped[:6]) + (f" and {len(skipped) - 6} more" if len(skipped) > 6 else "")
+        console.print(Text(f"not numeric, so not used: {shown}"))
+    console.print()
+    console.print(grid)
+    console.print()
+    how = "converged" if fitted.converged else "interrupted" if fitted.interrupted else "not converged"
+    console.print(
+        f"{how} after {fitted.iterations} iterations in {fitted.seconds:.2f} s, "
+        f"gradient {fitted.gradient_norm:.1e} (tol {fitted.model.settings['tol']:g})"
+    )
+    names = [class_text(value) for value in fitted.model.classes]
+    confused = fitted.judged.most_confused(3)
+    console.print(f"most confused on {parts[-1][0]} rows{':' if confused else ': none'}")
+    for a, b, ab, ba, rows in confused:
+        back = f", {names[b]} taken for {names[a]} {_times(ba)}" if ba else ""
+        console.print(Text(f"  {names[a]} taken for {names[b]} {_times(ab)}{back} (of {rows} rows)"))
+    console.print(Text(f"\nin {out}/: " + ", ".join(path.name for path in paths)))
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def _print_predict(rows: int, classes: int, scored: Scored | None, label: str | None, output: Path) -> None:
+    click.echo(f"{rows:,} rows, {classes} classes: {output}")
+    if scored is None:
+        return
+    if scored.evaluation is not None:
+        done = scored.evaluation
+        click.echo(f"against {label!r}: accuracy {100 * done.accuracy:.2f} %, loss {done.loss:.4f} nats")
+    left_out = [f"{scored.unlabelled:,} without a label"] if scored.unlabelled else []
+    left_out += [f"{n:,} labelled {text!r}" for text, n in list(scored.unknown.items())[:3]]
+    if left_out:
+        click.echo(f"left out of that: rows {', '.join(left_out)}{' ...' if len(scored.unknown) > 3 else ''}")

@@ -1,0 +1,239 @@
+"""The project's figures, in one style: Okabe and Ito's colours, which colour-blind eyes tell apart; a light
+grid; names written beside what they name instead of in a legend.
+
+Needs the extra ``report``. Nothing here touches matplotlib's global state or opens a window.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#F0E442",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
+"""Okabe and Ito's palette."""
+INK, FAINT, RULE = "#222222", "#6B6B6B", "#E6E6E6"
+
+STYLE: Any = {
+    "figure.dpi": 160,
+    "savefig.dpi": 160,
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#BBBBBB",
+    "axes.labelcolor": FAINT,
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+}
+
+
+@contextlib.contextmanager
+def style() -> Iterator[None]:
+    """The style, inside the block only."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def titled(axes: Axes, title: str, subtitle: str) -> None:
+    """A title that says what one sees, a fainter line that says of what; flush with the axes' left edge."""
+    axes.annotate(
+        title,
+        (0, 1),
+        (0, 26),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        fontsize=13,
+        weight="bold",
+    )
+    axes.annotate(
+        subtitle,
+        (0, 1),
+        (0, 10),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        color=FAINT,
+        fontsize=9.5,
+    )
+
+
+def save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a PNG (or what the suffix says), cropped to what is drawn."""
+    figure.savefig(path, bbox_inches="tight", pad_inches=0.22, facecolor="white")
+
+
+def loss_curve(
+    path: str | os.PathLike[str],
+    training: np.ndarray,  # (iterations + 1,) nats
+    validation: np.ndarray,  # the same, or empty
+    label_entropy: float,
+) -> None:
+    """Training and validation loss by iteration, under the loss of knowing only the class frequencies."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+    with style():
+        figure = Figure(figsize=(7.2, 4.2))
+        axes = figure.add_subplot()
+        last = max(1, len(training) - 1)
+        axes.axhline(label_entropy, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"class frequencies alone  {label_entropy:#.3g}",
+            (1, label_entropy),
+            (0, 5),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords="offset points",
+            ha="right",
+            color=FAINT,
+            fontsize=9.5,
+        )
+        curves = [("training", training, BLUE)]
+        if len(validation):
+            curves.append(("validation", validation, VERMILION))
+        for _, curve, colour in curves:
+            axes.plot(np.arange(len(curve)), curve, color=colour)
+            axes.plot(len(curve) - 1, curve[-1], "o", color=colour, markersize=6, clip_on=False, zorder=3)
+        # the axis is logarithmic where the losses span a factor; so labels keep apart in its units
+        values = np.concatenate([curve for _, curve, _ in curves] + [np.array([label_entropy])])
+        low, high = float(values[values > 0].min()), float(values.max())
+        logarithmic = high / low > 4
+        if logarithmic:
+            axes.set_yscale("log")
+            low, high = low / 1.35, high * 1.35
+            decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+            axes.yaxis.set_major_locator(FixedLocator([m * 10.0**k for k in decades for m in (1, 2, 5)]))
+            axes.yaxis.set_minor_locator(NullLocator())
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.set_ylim(low, high)
+        else:
+            axes.set_ylim(0, high * 1.12)
+        axes.set_xlim(0, last)
+        axes.grid(False, axis="x")  # the levels are to be read; the iterations need no ruler
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        ends = [float(curve[-1]) for _, curve, _ in curves]
+        for (name, _, colour), y in zip(curves, _apart(ends, axes, 13), strict=True):
+            end = dict(zip((n for n, _, _ in curves), ends, strict=True))[name]
+            axes.annotate(
+                f"{name}  {end:#.3g}",
+                (1, y),
+                (12, 0),
+                xycoords=axes.get_yaxis_transform(),
+                textcoords="offset points",
+                va="center",
+                color=colour,
+                weight="bold",
+                annotation_clip=False,
+            )
+        axes.set_xlabel("iteration")
+        titled(
+            axes, "Loss while fitting", "mean cross-entropy in nats" + (", log scale" if logarithmic else "")
+        )
+        save(figure, path)
+
+
+def _apart(values: Sequence[float], axes: Axes, points: float) -> list[float]:
+    """The values, moved on the y axis so that text at them stands ``points`` apart."""
+    to_pixels, from_pixels = axes.transData.transform, axes.transData.inverted().transform
+    y = [float(to_pixels((0, value))[1]) for value in values]
+    if len(y) == 2:
+        gap = points * axes.figure.dpi / 72
+        lacking = gap - abs(y[0] - y[1])
+        if lacking > 0:
+            upper = int(y[1] > y[0])
+            y[upper] += lacking / 2
+            y[1 - upper] -= lacking / 2
+    return [float(from_pixels((0, pixel))[1]) for pixel in y]
+
+
+def confusion(
+    path: str | os.PathLike[str],
+    counts: np.ndarray,  # (K, K): row true class, column predicted
+    rows: np.ndarray,  # (K,) rows of each class, also those predicted as a class that is not shown
+    names: Sequence[str],  # K
+    of: str,  # "360 validation rows"
+    classes: int | None = None,  # how many there are, if more than K
+) -> None:
+    """Which class is taken for which: colour is the share of a row's true class that goes wrong there.
+
+    The diagonal, which would drown the errors, is grey and says how often the class is got right.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    shown = len(names)
+    share = counts / np.maximum(rows, 1)[:, None]  # (K, K)
+    wrong = np.where(np.eye(shown, dtype=bool), np.nan, share)
+    top = max(float(np.nanmax(wrong)), 1e-12)
+    # one hue from white to dark: lightness alone carries the value
+    ramp = LinearSegmentedColormap.from_list(
+        "errors", ["#FFFFFF", "#FBD9BF", "#EE9A5B", VERMILION, "#7A2E00"]
+    )
+    ramp.set_bad("#EDEDED")
+    with style():
+        side = float(np.clip(0.46 * shown + 0.6, 2.6, 9.5))
+        figure = Figure(figsize=(side + 1.2, side))
+        axes = figure.add_subplot()
+        axes.grid(False)
+        image = axes.imshow(wrong, cmap=ramp, vmin=0, vmax=top)
+        size = float(np.clip(11 - 0.18 * shown, 6, 9.5))
+        for i in range(shown):
+            for j in range(shown):
+                if i == j:
+                    right = 100 * share[i, i]
+                    text, colour = f"{right:.0f}%" if right < 99.95 else "100%", FAINT
+                elif counts[i, j]:
+                    text, colour = f"{counts[i, j]}", "white" if share[i, j] > 0.55 * top else INK
+                else:
+                    continue
+                axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
+        long = max(len(name) for name in names) > 3
+        names = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+        axes.set_xticks(range(shown), names, rotation=45 if long else 0, ha="right" if long else "center")
+        axes.set_xticks(np.arange(-0.5, shown), minor=True)
+        axes.set_yticks(np.arange(-0.5, shown), minor=True)
+        axes.set_yticks(range(shown), names)
+        axes.grid(True, which="minor", color="white" if shown > 30 else RULE, linewidth=0.8)
+        axes.tick_params(labelcolor=INK)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_xlabel("predicted", labelpad=8)
+        axes.set_ylabel("true", labelpad=8)
+        bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.04, aspect=28)
+        bar.outline.set_visible(False)
+        bar.ax.grid(False)
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+        bar.set_label("of the true class, taken for the other", color=FAINT, fontsize=9)
+        part = f"; the {shown} most confused of {classes} classes" if classes and classes > shown else ""
+        titled(axes, "What is taken for what", f"counts over {of}, grey: share got right{part}")
+        save(figure, path)

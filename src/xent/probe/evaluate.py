@@ -1,0 +1,163 @@
+"""A model over the rows of a table, a chunk at a time: its loss, its errors, its predictions in a file.
+
+loss = mean −log p_y            baseline = mean −log f_y, f the class frequencies of the training rows
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xent.probe.data import Table
+from xent.probe.errors import BadInput, needs
+from xent.probe.files import aside
+from xent.probe.model_file import Model, class_text
+
+CHUNK = 1 << 22
+"""Numbers (rows × classes) of logits that exist at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a model does on some rows."""
+
+    rows: int
+    loss: float  # nats, the mean over rows
+    baseline: float | None  # nats, of knowing only the class frequencies; None where these are not known
+    accuracy: float
+    errors: np.ndarray  # (E, 3): true class, class predicted for it, how often; the most frequent first
+    per_class: np.ndarray  # (C,) rows of each class
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "loss": self.loss,
+            "label_entropy": self.baseline,
+            "accuracy": self.accuracy,
+        }
+
+    def most_confused(self, most: int) -> list[tuple[int, int, int, int, int]]:
+        """Pairs of classes by how often one is taken for the other.
+
+        Each is (a, b, a taken for b, b taken for a, rows of the two); a is the one mistaken more often.
+        """
+        pairs: dict[tuple[int, int], int] = {}
+        for true, predicted, count in self.errors.tolist():
+            pairs[true, predicted] = count
+        together = {
+            (a, b): count + pairs.get((b, a), 0)
+            for (a, b), count in pairs.items()
+            if (count, b) > (pairs.get((b, a), 0), a)  # each pair once
+        }
+        chosen = sorted(together, key=lambda pair: (-together[pair], pair))[:most]
+        size = self.per_class
+        return [(a, b, pairs[a, b], pairs.get((b, a), 0), int(size[a] + size[b])) for a, b in chosen]
+
+    def confusion(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Counts (K, K), true by predicted, of the K ≤ most classes with the most errors; and which these are."""
+        classes = len(self.per_class)
+        shown = np.arange(classes)
+        if classes > most:
+            part = np.zeros(classes, dtype=np.int64)
+            np.add.at(part, self.errors[:, 0], self.errors[:, 2])
+            np.add.at(part, self.errors[:, 1], self.errors[:, 2])
+            shown = np.sort(np.argsort(-part, kind="stable")[:most])
+        place = np.full(classes, -1, dtype=np.int64)
+        place[shown] = np.arange(len(shown))
+        counts = np.diag(self.per_class[shown])
+        for true, predicted, count in self.errors.tolist():
+            if place[true] >= 0:
+                counts[place[true], place[true]] -= count
+                if place[predicted] >= 0:
+                    counts[place[true], place[predicted]] = count
+        return counts, shown
+
+
+def chunks(model: Model, rows: np.ndarray) -> Iterator[np.ndarray]:
+    """Parts of ``rows`` whose logits fit the chunk."""
+    step = max(1, CHUNK // len(model.classes))
+    for i in range(0, len(rows), step):
+        yield rows[i : i + step]
+
+
+def evaluate(
+    model: Model,
+    features: np.ndarray,  # (N, D)
+    codes: np.ndarray,  # (N,) positions in model.classes
+    rows: np.ndarray,  # positions of the rows that count, at least one
+    frequencies: np.ndarray | None = None,  # (C,) of the training rows
+) -> Evaluation:
+    """Loss, accuracy and errors of the model on the given rows."""
+    classes = len(model.classes)
+    total = 0.0
+    wrong: list[np.ndarray] = []
+    for part in chunks(model, rows):
+        y = codes[part]
+        log_p = model.log_proba(features[part])
+        total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
+        predicted = log_p.argmax(axis=1)
+        wrong.append(y[predicted != y] * classes + predicted[predicted != y])
+    pairs, counts = np.unique(np.concatenate(wrong), return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    errors = np.stack([pairs // classes, pairs % classes, counts], axis=1)[order]
+    per_class = np.bincount(codes[rows], minlength=classes)
+    baseline = None
+    if frequencies is not None:
+        there = per_class > 0
+        baseline = float(-(per_class[there] @ np.log(frequencies[there])) / len(rows))
+    return Evaluation(len(rows), total / len(rows), baseline, 1 - counts.sum() / len(rows), errors, per_class)
+
+
+def write_predictions(model: Model, table: Table, path: Path, rows: np.ndarray | None = None) -> None:
+    """One column of probabilities a class, and ``prediction``; ``.parquet`` or ``.csv`` by the suffix.
+
+    With ``rows`` (positions in the table) only these are written, led by ``row_number``, counted from 1, and
+    ``true_label``.
+    """
+    with needs("probe"):
+        import pyarrow as pa
+        from pyarrow import csv, parquet
+    check_suffix(path)
+    extra = ("prediction",) if rows is None else ("row_number", "true_label", "prediction")
+    names = [class_text(value) for value in model.classes]
+    check_names(names, extra, table.source)
+    chosen = np.arange(len(table.features)) if rows is None else rows
+    kind = {"U": pa.string(), "b": pa.bool_()}.get(model.classes.dtype.kind, pa.int64())
+    number = pa.float32() if model.weight.dtype == np.float32 else pa.float64()
+    fields = [pa.field(name, number) for name in names] + [pa.field("prediction", kind)]
+    if rows is not None:
+        fields = [pa.field("row_number", pa.int64()), pa.field("true_label", kind), *fields]
+    schema = pa.schema(fields)
+    with aside(path) as temporary:
+        writer = (csv.CSVWriter if path.suffix.lower() == ".csv" else parquet.ParquetWriter)(
+            temporary, schema
+        )
+        with writer:
+            for part in chunks(model, chosen):
+                p = np.exp(model.log_proba(table.features[part]))
+                columns = [pa.array(p[:, c], number) for c in range(len(names))]
+                columns.append(pa.array(model.classes[p.argmax(axis=1)].tolist(), kind))
+                if rows is not None:
+                    assert table.codes is not None
+                    true = pa.array(model.classes[table.codes[part]].tolist(), kind)
+                    columns = [pa.array(part + 1, pa.int64()), true, *columns]
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+
+def check_suffix(path: Path) -> None:
+    """Predictions are Parquet or CSV by their suffix; any other is a ``BadInput``."""
+    if path.suffix.lower() not in (".parquet", ".csv"):
+        raise BadInput(f"{path}: predictions are written as .parquet or .csv; choose one of these suffixes")
+
+
+def check_names(classes: list[str], extra: tuple[str, ...], source: str) -> None:
+    """The predictions' columns are named after the classes; one called like the others cannot be."""
+    taken = [name for name in classes if name in extra]
+    if taken:
+        raise BadInput(
+            f"{source}: a class is called {taken[0]!r}, as is a column of the predictions; rename it"
+        )

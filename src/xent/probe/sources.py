@@ -1,0 +1,48 @@
+"""Where labelled tables come from: a file, or the digits that scikit-learn ships."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xent.probe import data
+from xent.probe.data import Table
+from xent.probe.errors import needs
+from xent.probe.files import aside
+
+
+def read_labelled(
+    path: str | Path, label: str, features: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Table:
+    """A table of which every row has a label; see ``xent.probe.data.read``."""
+    return data.read(path, data.Wanted(label=label, features=features or None, exclude=exclude))
+
+
+def digits() -> Table:
+    """1,797 handwritten digits, 8 × 8 pixels of 0 to 16, in the package itself: no network."""
+    with needs("probe"):
+        from sklearn.datasets import load_digits
+    found = load_digits()
+    return Table(
+        source="scikit-learn's digits",
+        features=found.data,
+        feature_names=tuple(found.feature_names),
+        label_name="digit",
+        codes=found.target.astype(np.int64),
+        classes=np.arange(10),
+    )
+
+
+def write_parquet(table: Table, path: Path) -> Path:
+    """The table as Parquet, its label last."""
+    with needs("probe"):
+        import pyarrow as pa
+        from pyarrow import parquet
+    columns = {name: table.features[:, j] for j, name in enumerate(table.feature_names)}
+    if table.codes is not None and table.classes is not None:
+        columns[str(table.label_name)] = table.classes[table.codes]
+    with aside(path) as temporary:
+        parquet.write_table(pa.table(columns), temporary)
+    return path
