@@ -58,7 +58,7 @@ class Evaluation:
         return [(a, b, pairs[a, b], pairs.get((b, a), 0), int(size[a] + size[b])) for a, b in chosen]
 
     def confusion(self, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Counts (K, K), true by predicted, of the K ≤ most classes with the most errors; and which these are."""
+        """Counts (K, K), true by predicted, of the K ≤ most classes with most errors; and which these are."""
         classes = len(self.per_class)
         shown = np.arange(classes)
         if classes > most:

@@ -198,9 +198,10 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         value, _ = objective(theta)
         curve = [value]
         gradient_norm = objective.gradient_norm
+        asked_to_stop = False
 
         def after_iteration(intermediate_result: Any) -> None:
-            nonlocal theta, gradient_norm
+            nonlocal theta, gradient_norm, asked_to_stop
             theta = np.array(intermediate_result.x)
             value, _ = objective(theta)
             gradient_norm = objective.gradient_norm
@@ -208,7 +209,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             if self.verbose > 0:
                 print(f"iteration {len(curve) - 1}: objective {value:.9g}, gradient {gradient_norm:.3g}")
             if callback is not None:
-                callback(Progress(len(curve) - 1, value, gradient_norm, *objective.to_model(theta)))
+                try:
+                    callback(Progress(len(curve) - 1, value, gradient_norm, *objective.to_model(theta)))
+                except StopIteration:
+                    asked_to_stop = True
+                    raise
             if gradient_norm <= self.tol:
                 raise StopIteration
 
@@ -242,8 +247,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             self.loss_curve_ = np.array(curve)
             self.gradient_norm_ = gradient_norm
             self.converged_ = bool(converged)
-        # the callback asked for the end where the message is about it: that is no failure to converge
-        if not converged and "CALLBACK" not in why:
+        if not converged and not asked_to_stop:
             precision = " or pass float64 features" if objective.dtype == np.float32 else ""
             warnings.warn(
                 f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient {gradient_norm:.3g} "
