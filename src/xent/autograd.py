@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from xent.core import sweep
 from xent.core.reduction import Reduction
@@ -82,14 +81,14 @@ class _Rows(torch.autograd.Function):
         return found.loss, found.logsumexp
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, loss: Tensor | None, logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
         if loss is None:
             if logsumexp is None:
                 return (None,) * len(ctx.needs_input_grad)
             loss = torch.zeros_like(logsumexp)
         asked = sweep.Coefficients(loss, logsumexp)
-        return None, *_recompute(ctx.recipe, ctx.saved_tensors, ctx.found, asked, ctx.needs_input_grad[1:])
+        wants = ctx.needs_input_grad[1:]
+        return _once((None, *_recompute(ctx.recipe, ctx.saved_tensors, ctx.found, asked, wants)))
 
 
 class _Reduced(torch.autograd.Function):
@@ -117,18 +116,19 @@ class _Reduced(torch.autograd.Function):
         return (reduction.values(found.loss, found.logsumexp, row_weight) * scale).sum()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # asked for even where unused: it is what notices a freed graph
         early, ctx.early = ctx.early, None
         nothing = (None,) * 4
         if early is not None:
-            return *nothing, None, *early.finish(upstream)
+            with torch.no_grad():
+                gradients = early.finish(upstream)
+            return _once((*nothing, None, *gradients))
         asked = sweep.Coefficients(
             ctx.asked.loss * upstream,
             None if ctx.asked.logsumexp is None else ctx.asked.logsumexp * upstream,
         )
-        return *nothing, *_recompute(ctx.recipe, tensors, ctx.found, asked, ctx.needs_input_grad[4:])
+        return _once((*nothing, *_recompute(ctx.recipe, tensors, ctx.found, asked, ctx.needs_input_grad[4:])))
 
 
 def _recompute(
@@ -145,6 +145,17 @@ def _recompute(
             scores, targets, found, asked, wants[1:], recipe.budget, wants_target=wants[0]
         )
         return dq, *sink.finish(None)
+
+
+def _once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Gradients that refuse to be differentiated: under `create_graph` a constant would be a silent zero."""
+    if not torch.is_grad_enabled():
+        return gradients
+    refuse = torch._C._functions.DelayedError(
+        b"xent's losses cannot be differentiated twice yet: use torch.nn.functional for this for now",
+        len(gradients),
+    )
+    return tuple(refuse(*(g if g is None else g.detach().requires_grad_() for g in gradients)))
 
 
 class _plain:

@@ -16,7 +16,7 @@ from torch import Tensor
 from xent import autograd
 from xent.core.plan import DEFAULT_BUDGET
 from xent.core.reduction import Kind, Reduction
-from xent.core.scores import LinearHead, Logits, Scores, Transform
+from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import Targets, check_index, index_targets, probability_targets
 
@@ -181,6 +181,10 @@ def linear_cross_entropy(
     transform = _transform(softcap, temperature)
     places = math.prod(positions)
     x = input.reshape(-1, features)
+    if places > 1:
+        x = x.to(
+            compute_dtype(x.dtype)
+        )  # so that the gradients of all positions add up before they are rounded
     t = target.reshape(-1, places) if is_index else target.reshape(-1, classes, places)
     # unbind: its backward is one stack, where slicing would make a zero gradient of the whole each time
     w = linear_weight.reshape(classes, places, features).unbind(1) if positions else (linear_weight,)

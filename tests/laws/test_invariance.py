@@ -61,7 +61,7 @@ def test_class_permutation_equivariance(row, dtype, reduction):
 @pytest.mark.parametrize("gradient", ["early", "recomputed"])
 def test_tiling_changes_nothing(row, dtype, reduction, gradient):
     """Loss and gradients are the same through any tile that a budget allows."""
-    p = problem(row, dtype, n=23, d=5, c=37).differentiable()
+    p = problem(row, dtype, n=11, d=5, c=13).differentiable()
     leaves = [p.x, p.w, p.b]
 
     def run(budget):
@@ -72,7 +72,7 @@ def test_tiling_changes_nothing(row, dtype, reduction, gradient):
         return loss, torch.autograd.grad(loss, leaves, upstream)
 
     whole_loss, whole = run(None)
-    for budget in (200, 900, 5_000, 12_000):
+    for budget in (500, 3_000):
         loss, gradients = run(budget)
         close(loss, whole_loss)
         for a, b in zip(gradients, whole, strict=True):

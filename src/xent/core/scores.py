@@ -191,15 +191,14 @@ class LinearHead:
     def early(self) -> bool:
         return True
 
-    def _converts(self) -> bool:
-        return self.dtype != self.x.dtype
-
     def bytes_per_row(self, gathered: bool) -> int:
-        copies = (gathered or self._converts()) + gathered  # the rows, and their gradient to scatter
+        copies = (
+            gathered or self.x.dtype != self.dtype
+        ) + gathered  # the rows, and their gradient to scatter
         return copies * self.x.shape[1] * self.dtype.itemsize
 
     def bytes_per_class(self) -> int:
-        return self.w.shape[1] * self.dtype.itemsize if self._converts() else 0
+        return 0 if self.w.dtype == self.dtype else self.w.shape[1] * self.dtype.itemsize
 
     def load(self, rows: Rows) -> Tensor:
         return self.x[rows].to(self.dtype)
@@ -243,8 +242,8 @@ class _HeadSink:
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(
-            None if gradient is None else _finish(gradient, scale, self.scores.x.dtype)
-            for gradient in (self.dx, self.dw, self.db)
+            None if gradient is None or tensor is None else _finish(gradient, scale, tensor.dtype)
+            for gradient, tensor in zip((self.dx, self.dw, self.db), self.scores.tensors, strict=True)
         )
 
 

@@ -1,0 +1,75 @@
+"""The package as a whole: what importing costs, that every documented snippet runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import xent
+
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = [m.name for m in pkgutil.walk_packages(xent.__path__, "xent.") if not m.name.endswith("__main__")]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_xent_imports_no_extra():
+    loaded = python("import sys, xent; print(*sys.modules)").split()
+    extras = {"sklearn", "scipy", "pyarrow", "safetensors", "click", "rich", "matplotlib", "jinja2", "pandas"}
+    assert not extras & set(loaded)
+
+
+def test_public_names_are_there():
+    for name in xent.__all__:
+        assert getattr(xent, name) is not None
+    assert set(dir(xent)) == set(xent.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'crossentropy'"):
+        _ = xent.crossentropy
+
+
+def test_a_missing_extra_is_named():
+    """SoftmaxRegression without scikit-learn says which extra to install."""
+    code = """
+import sys
+sys.modules["sklearn"] = None
+import xent
+try:
+    xent.SoftmaxRegression
+except ImportError as error:
+    print(error)
+"""
+    assert "xent[probe]" in python(code)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    outcome = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_snippets_of_a_page_run(page, tmp_path, monkeypatch):
+    """Every python block of a page, in order, in one namespace."""
+    monkeypatch.chdir(tmp_path)
+    namespace: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
