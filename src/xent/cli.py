@@ -43,7 +43,7 @@ class Commands(click.Group):
             complain(f"the job could not be done: {error or type(error).__name__}")
             ctx.exit(1)
         except KeyboardInterrupt:
-            complain("interrupted; nothing was written")
+            complain("interrupted; no file is half-written")
             ctx.exit(130)
 
 
@@ -145,11 +145,11 @@ def fit(
     paths = job.write(fitted, table, out)
     if demo:
         paths.append(sources.write_parquet(table, out / "data.parquet"))
-    left_out = None
     try:
         paths += job.draw(fitted, out)
     except MissingExtra as error:
-        left_out = f"no figures: {error}"
+        if not quiet:
+            complain(f"no figures: {error}")
     if not fitted.converged and not fitted.interrupted and not quiet:
         complain(
             f"not converged in {fitted.iterations} iterations: gradient {fitted.gradient_norm:.1e} is above "
@@ -162,8 +162,6 @@ def fit(
         )
     elif not quiet:
         _print_fit(fitted, table.source, table.skipped, paths, out)
-        if left_out:
-            click.echo(left_out)
     if fitted.interrupted:
         sys.exit(130)
 

@@ -199,7 +199,6 @@ def confusion(
     ramp = LinearSegmentedColormap.from_list(
         "errors", ["#FFFFFF", "#FBD9BF", "#EE9A5B", VERMILION, "#7A2E00"]
     )
-    ramp.set_bad("#EDEDED")
     with style():
         side = float(np.clip(0.46 * shown + 0.6, 2.6, 9.5))
         figure = Figure(figsize=(side + 1.2, side))

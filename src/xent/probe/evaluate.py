@@ -20,6 +20,9 @@ from xent.probe.model_file import Model, class_text
 CHUNK = 1 << 22
 """Numbers (rows × classes) of logits that exist at a time."""
 
+COLUMNS = ("prediction", "row_number", "true_label")
+"""Of predictions, beside those named after the classes; the last two where a part of the rows is written."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
@@ -122,9 +125,8 @@ def write_predictions(model: Model, table: Table, path: Path, rows: np.ndarray |
         import pyarrow as pa
         from pyarrow import csv, parquet
     check_suffix(path)
-    extra = ("prediction",) if rows is None else ("row_number", "true_label", "prediction")
+    check_names(model.classes, COLUMNS[:1] if rows is None else COLUMNS, table.source)
     names = [class_text(value) for value in model.classes]
-    check_names(names, extra, table.source)
     chosen = np.arange(len(table.features)) if rows is None else rows
     kind = {"U": pa.string(), "b": pa.bool_()}.get(model.classes.dtype.kind, pa.int64())
     number = pa.float32() if model.weight.dtype == np.float32 else pa.float64()
@@ -154,9 +156,9 @@ def check_suffix(path: Path) -> None:
         raise BadInput(f"{path}: predictions are written as .parquet or .csv; choose one of these suffixes")
 
 
-def check_names(classes: list[str], extra: tuple[str, ...], source: str) -> None:
+def check_names(classes: np.ndarray, extra: tuple[str, ...], source: str) -> None:
     """The predictions' columns are named after the classes; one called like the others cannot be."""
-    taken = [name for name in classes if name in extra]
+    taken = [name for name in map(class_text, classes) if name in extra]
     if taken:
         raise BadInput(
             f"{source}: a class is called {taken[0]!r}, as is a column of the predictions; rename it"

@@ -20,7 +20,7 @@ import numpy as np
 from xent.probe import model_file
 from xent.probe.data import Table
 from xent.probe.errors import BadInput, needs
-from xent.probe.evaluate import Evaluation, evaluate, write_predictions
+from xent.probe.evaluate import COLUMNS, Evaluation, check_names, evaluate, write_predictions
 from xent.probe.files import aside
 from xent.probe.model_file import Model
 
@@ -126,9 +126,12 @@ def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], Non
     ``on_iteration`` sees every iteration. Ctrl-C during the iterations ends them: the result is then the
     model of the last one, with ``interrupted`` set; before the first, ``KeyboardInterrupt`` goes on.
 
-    Raises ``BadInput`` for one class only, or too few rows to split.
+    Raises ``BadInput`` for one class only, too few rows to split, or a class called like a column of the
+    predictions.
     """
     with needs("probe"):
+        import pyarrow  # noqa: F401  (needed to write; a missing one is to be known before the work)
+        import safetensors  # noqa: F401
         from sklearn.exceptions import ConvergenceWarning
 
         from xent.probe.softmax_regression import SoftmaxRegression
@@ -136,6 +139,7 @@ def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], Non
     assert table.codes is not None
     assert table.classes is not None
     codes = table.codes
+    check_names(table.classes, COLUMNS, table.source)
     mean, scale = _standardisation(table.features[training], settings.standardize)
 
     def prepared(rows: np.ndarray) -> np.ndarray:

@@ -1,0 +1,322 @@
+"""The commands as a person types them: what they print, what they leave behind, how they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import threadpoolctl
+from click.testing import CliRunner
+from pyarrow import csv, parquet
+
+from xent.cli import cli
+from xent.probe import model_file
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with threadpoolctl.threadpool_limits(1):
+        yield
+
+
+def run(*arguments: object, code: int = 0):
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
+    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
+    return done
+
+
+def flowers(path, rows=40, seed=0):
+    """Two numbers, an id and a name a row, of three kinds."""
+    rng = np.random.default_rng(seed)
+    lines = ["id,name,u,v,kind"]
+    for i in range(rows):
+        c = i % 3
+        lines.append(
+            f"{i},flower {i},{rng.normal() + 2 * c:.4f},{rng.normal() - c:.4f},{['iris', 'rose', 'tulip'][c]}"
+        )
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_demo_and_predict(tmp_path):
+    done = run("fit", "--demo", "--out", "demo")
+    for said in (
+        "training",
+        "validation",
+        "nats",
+        "knowing only class frequencies",
+        "accuracy",
+        "iterations",
+    ):
+        assert said in done.stdout
+    assert done.stdout.count(" taken for ") >= 3
+    assert done.stderr == ""  # not a terminal: no progress
+    made = {path.name for path in (tmp_path / "demo").iterdir()}
+    assert made == {
+        "model.safetensors",
+        "validation.parquet",
+        "summary.json",
+        "data.parquet",
+        "loss.png",
+        "confusion.png",
+    }
+    done = run("predict", "demo/model.safetensors", "demo/data.parquet", "-o", "demo/predictions.parquet")
+    assert "accuracy 99" in done.stdout
+    read = parquet.read_table(tmp_path / "demo" / "predictions.parquet")
+    assert read.column_names == [*"0123456789", "prediction"]
+    assert read.num_rows == 1797
+    held_out = json.loads((tmp_path / "demo" / "summary.json").read_text())["validation"]
+    assert held_out["accuracy"] > 0.95
+    assert held_out["loss"] < 0.15 < held_out["label_entropy"]
+
+
+def test_fit_and_predict_a_csv(tmp_path):
+    done = run("fit", flowers(tmp_path / "f.csv"), "--label", "kind", "--exclude", "id", "--out", "m")
+    assert "f.csv: 3 classes, 2 features" in done.stdout
+    assert "not numeric, so not used: name" in done.stdout
+    assert "in m/: model.safetensors" in done.stdout
+    (tmp_path / "g.csv").write_text("v,extra,u\n-2,x,4\n0,y,0\n")  # another order, another column, no label
+    assert "2 rows, 3 classes: p.csv" in run("predict", "m/model.safetensors", "g.csv", "-o", "p.csv").stdout
+    read = csv.read_csv(tmp_path / "p.csv")
+    assert read.column_names == ["iris", "rose", "tulip", "prediction"]
+    assert read.column("prediction").to_pylist() == ["tulip", "iris"]
+    (tmp_path / "h.csv").write_text("u,v,kind\n0,0,iris\n4,-2,rose\n4,-2,\n0,0,daisy\n")
+    done = run("predict", "m/model.safetensors", "h.csv", "-o", "p.csv")
+    assert "against 'kind': accuracy 50.00 %, loss " in done.stdout
+    assert "rows 1 without a label, 1 labelled 'daisy'" in done.stdout
+    found = json.loads(run("predict", "m/model.safetensors", "h.csv", "-o", "p.csv", "--json").stdout)
+    assert found["evaluation"]["rows"] == 2
+    assert found["unknown_labels"] == {"daisy": 1}
+
+
+def test_fit_and_predict_arrays(tmp_path):
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 3
+    X = rng.normal(size=(60, 4)) + 3 * np.eye(4)[y]
+    np.save(tmp_path / "X.npy", X.astype(np.float32))
+    np.save(tmp_path / "y.npy", y)
+    np.savez(tmp_path / "a.npz", X=X, y=y)
+    run("fit", "X.npy", "--label", "y.npy", "--out", "m")
+    assert model_file.load(tmp_path / "m" / "model.safetensors").weight.dtype == np.float32
+    said = run("predict", "m/model.safetensors", "X.npy", "-o", "p.parquet").stdout
+    assert "accuracy" in said
+    run("fit", "a.npz", "--label", "y", "--out", "n")
+    assert "accuracy" in run("predict", "n/model.safetensors", "a.npz", "-o", "p.parquet").stdout
+    assert (
+        "accuracy"
+        in run("predict", "n/model.safetensors", "X.npy", "--label", "y.npy", "-o", "p.parquet").stdout
+    )
+
+
+def test_json_is_one_object_and_quiet_is_nothing(tmp_path):
+    flowers(tmp_path / "f.csv")
+    done = run("fit", "f.csv", "--label", "kind", "--features", "u,v", "--json", "--seed", 3, "--l2", 0.5)
+    found = json.loads(done.stdout)
+    assert found["settings"]["seed"] == 3
+    assert found["settings"]["l2"] == 0.5
+    assert found["training"]["rows"] + found["validation"]["rows"] == 40
+    assert {"loss", "label_entropy", "accuracy"} < set(found["validation"])
+    assert {"iterations", "seconds", "gradient_norm", "converged", "most_confused", "files"} < set(found)
+    assert found["files"][0] == "xent-model/model.safetensors"
+    done = run("fit", "f.csv", "--label", "kind", "--quiet")
+    assert done.output == ""
+    assert run("predict", "xent-model/model.safetensors", "f.csv", "-o", "p.parquet", "--quiet").output == ""
+
+
+def test_the_same_seed_is_the_same_model(tmp_path):
+    flowers(tmp_path / "f.csv")
+    for out in "ab":
+        run("fit", "f.csv", "--label", "kind", "--out", out, "--quiet")
+    models = [(tmp_path / out / "model.safetensors").read_bytes() for out in "ab"]
+    assert models[0] == models[1]
+
+
+def test_not_converged_is_said(tmp_path):
+    flowers(tmp_path / "f.csv")
+    done = run("fit", "f.csv", "--label", "kind", "--max-iter", 2)
+    assert "xent: not converged in 2 iterations" in done.stderr
+    assert "not converged after 2 iterations" in done.stdout
+
+
+def test_no_validation(tmp_path):
+    flowers(tmp_path / "f.csv")
+    done = run("fit", "f.csv", "--label", "kind", "--validation", 0, "--out", "m")
+    assert "validation" not in done.stdout
+    assert "most confused on training rows" in done.stdout
+    assert not (tmp_path / "m" / "validation.parquet").exists()
+
+
+# Bad input: one line on stderr, exit code 2, nothing written
+
+GOOD = "u,v,kind\n" + "1,2,a\n2,1,b\n" * 10
+BAD = {
+    "missing file": (None, [], r"f.csv: no such file"),
+    "empty file": ("", [], "the file is empty"),
+    "header only": ("u,v,kind\n", ["--features", "u"], "columns but no rows"),
+    "no such column": (GOOD.replace("kind", "sort"), [], "no column 'kind' for --label"),
+    "no such feature": (GOOD, ["--features", "u,w"], "no column 'w' (--features)"),
+    "no numeric column": ("u,kind\n" + "x,a\ny,b\n" * 10, [], "no numeric column"),
+    "nan": (GOOD + "nan,1,a\n", [], "row 21, column 'u' holds nan"),
+    "inf": (GOOD + "1,inf,a\n", [], "row 21, column 'v' holds inf"),
+    "missing label": (GOOD + "1,1,\n", [], "row 21 has no label"),
+    "one class": ("u,kind\n" + "1,a\n2,a\n" * 10, [], "every label in 'kind' is 'a'"),
+    "a lone row": (GOOD + "1,1,c\n", [], "class 'c' has a single row (row 21)"),
+    "unwritable": (GOOD, ["--out", "f.csv/out"], "f.csv is a file, not a directory"),
+    "reserved class": (GOOD.replace("a\n", "prediction\n"), [], "a class is called 'prediction'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, case):
+    content, options, message = BAD[case]
+    if content is not None:
+        (tmp_path / "f.csv").write_text(content)
+    before = sorted(tmp_path.rglob("*"))
+    done = run("fit", "f.csv", "--label", "kind", *options, code=2)
+    assert done.stdout == ""
+    assert done.stderr.startswith("xent: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name a file to fit, or --demo"),
+        (["f.csv"], "Name it with --label"),
+        (["f.csv", "--demo"], "not both"),
+        (["--demo", "--label", "x"], "drop --label"),
+        (["f.csv", "--label", "kind", "--features", "u", "--exclude", "v"], "do not go together"),
+        (["f.csv", "--label", "kind", "--validation", "1"], "validation"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, arguments, message):
+    (tmp_path / "f.csv").write_text(GOOD)
+    assert message in run("fit", *arguments, code=2).stderr
+
+
+def test_bad_predictions(tmp_path):
+    run("fit", flowers(tmp_path / "f.csv"), "--label", "kind", "--exclude", "id", "--out", "m", "--quiet")
+    whole = (tmp_path / "m" / "model.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-8])
+    (tmp_path / "foreign.safetensors").write_bytes(b"{}")
+    (tmp_path / "g.csv").write_text("u,w\n1,2\n")
+    before = sorted(tmp_path.rglob("*"))
+    for model, source, output, message in [
+        ("m/model.safetensors", "g.csv", "p.parquet", "no column 'v' (a feature of m/model.safetensors)"),
+        ("m/none.safetensors", "f.csv", "p.parquet", "no such model file"),
+        ("cut.safetensors", "f.csv", "p.parquet", "not a whole safetensors file"),
+        ("foreign.safetensors", "f.csv", "p.parquet", "not a safetensors file"),
+        ("m/model.safetensors", "f.csv", "p.xlsx", "written as .parquet or .csv"),
+        ("m/model.safetensors", "f.csv", "f.csv/p.parquet", "is a file, not a directory"),
+        ("m/model.safetensors", "none.csv", "p.parquet", "none.csv: no such file"),
+    ]:
+        done = run("predict", model, source, "-o", output, code=2)
+        assert message in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Processes: extras that are missing, terminals, Ctrl-C
+
+
+def process(*arguments: str, without: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
+    code = f"import sys; sys.modules.update(dict.fromkeys({without!r})); from xent.cli import cli; cli()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("package", "said"),
+    [
+        ("sklearn", "scikit-learn is not installed; it comes with: pip install 'xent[probe]'"),
+        ("pyarrow", "pyarrow is not installed; it comes with: pip install 'xent[probe]'"),
+        ("safetensors", "safetensors is not installed; it comes with: pip install 'xent[probe]'"),
+    ],
+)
+def test_a_missing_extra_is_one_line(tmp_path, package, said):
+    flowers(tmp_path / "f.csv")
+    done = process("fit", "f.csv", "--label", "kind", without=(package,))
+    assert done.returncode == 1
+    assert done.stderr == f"xent: {said}\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["f.csv"]
+
+
+def test_without_matplotlib_there_are_no_figures(tmp_path):
+    flowers(tmp_path / "f.csv")
+    done = process("fit", "f.csv", "--label", "kind", "--out", "m", without=("matplotlib",))
+    assert done.returncode == 0
+    assert (
+        done.stderr
+        == "xent: no figures: matplotlib is not installed; it comes with: pip install 'xent[report]'\n"
+    )
+    assert not list(tmp_path.glob("m/*.png"))
+
+
+def test_importing_the_package_imports_no_extra():
+    code = (
+        "import sys, xent, xent.probe; "
+        "print({'sklearn', 'scipy', 'pyarrow', 'safetensors', 'click', 'rich', 'matplotlib'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+def test_ctrl_c_saves_the_best_model_so_far(tmp_path):
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "X.npy", rng.normal(size=(20_000, 100)))
+    np.save(tmp_path / "y.npy", rng.integers(0, 20, 20_000))
+    command = [
+        "fit",
+        "X.npy",
+        "--label",
+        "y.npy",
+        "--l2",
+        "0",
+        "--tol",
+        "0",
+        "--max-iter",
+        "1000000",
+        "--out",
+        "m",
+    ]
+    ours, theirs = pty.openpty()  # a terminal: the progress there says that iterations have begun
+    fit = subprocess.Popen(
+        [sys.executable, "-m", "xent", *command],
+        stdout=subprocess.PIPE,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(theirs)
+    seen = b""
+    deadline = time.monotonic() + 60
+    while b"iteration 2" not in seen:
+        assert time.monotonic() < deadline, seen[-500:]
+        seen += os.read(ours, 4096)
+    fit.send_signal(signal.SIGINT)
+    while True:
+        try:
+            more = os.read(ours, 4096)
+        except OSError:  # Linux: the other end is closed
+            break
+        if not more:
+            break
+        seen += more
+    out = fit.communicate(timeout=60)[0].decode()
+    os.close(ours)
+    assert fit.returncode == 130
+    assert b"interrupted: saving the best model so far, of iteration" in seen
+    assert b"Traceback" not in seen
+    assert "interrupted after" in out
+    model = model_file.load(tmp_path / "m" / "model.safetensors")
+    assert np.abs(model.weight).max() > 0
+    assert not list(tmp_path.glob("m/.*"))  # nothing half-written
