@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
 
-settings.register_profile("xent", deadline=None, max_examples=60, print_blob=True)
+# CI must give one verdict on one tree; at a desk every run looks somewhere new
+settings.register_profile(
+    "xent", deadline=None, max_examples=60, print_blob=True, derandomize=bool(os.environ.get("CI"))
+)
 settings.load_profile("xent")
 
 

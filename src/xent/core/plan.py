@@ -41,6 +41,7 @@ class Plan:
     def within(budget: int, rows: int, classes: int, footprint: Footprint, *, gradient: bool) -> Plan:
         """The largest useful tile of `rows` × `classes` whose footprint is at most `budget` bytes."""
         f = footprint
+        rows = max(rows, 1)
         tile = min(max(classes, 1), CLASS_TILE)
         if gradient:
             held = (budget - tile * f.per_class) // (classes * f.kept + tile * f.scratch + f.per_row)
@@ -71,7 +72,7 @@ def _even(total: int, largest: int) -> int:
     """The size that splits `total` into the fewest parts of at most `largest`, all nearly equal."""
     largest = max(1, min(largest, total))
     parts = -(-total // largest)
-    return max(1, -(-total // max(parts, 1)))
+    return -(-total // parts)
 
 
 def _slices(total: int, size: int) -> Iterator[slice]:
