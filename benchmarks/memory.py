@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--shape N,D,C] [--dtype float32]
 
 Prints, beside the time of that one call, what the process needed at its peak beyond inputs and gradients: the
-resident set's high-water mark after the call, less the resident set before it (inputs made, library warm), less
-the bytes of the gradients. Linux only.
+resident set's high-water mark after the call, less the resident set before it (inputs made, library warm),
+less the bytes of the gradients. Linux only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m xent``, ``torchrun -m xent`` and the ``xent`` script: the command line, or which extra it needs."""
+"""``python -m xent``, ``torchrun -m xent`` and the ``xent`` script: the command line, or the extra it needs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name in {"click", "rich"}:
             sys.exit(
-                f"xent: {error.name} is not installed; the command line needs it: pip install 'xent[cli,probe]'"
+                f"xent: the command line needs {error.name}, which is not installed: pip install 'xent[cli,probe]'"
             )
         raise
     cli()
