@@ -1,4 +1,4 @@
-"""``python -m xent``, ``torchrun -m xent`` and the ``xent`` script: the command line, or the extra it needs."""
+"""``python -m xent``, ``torchrun -m xent`` and the ``xent`` script: the command line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ def main() -> None:
         from xent.cli import cli
     except ModuleNotFoundError as error:
         if error.name in {"click", "rich"}:
-            sys.exit(
-                f"xent: the command line needs {error.name}, which is not installed: pip install 'xent[cli,probe]'"
-            )
+            sys.exit(f"xent: the command line needs {error.name}: pip install 'xent[cli,probe]'")
         raise
     cli()
 

@@ -155,7 +155,8 @@ def _once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         b"xent's losses cannot be differentiated twice yet: use torch.nn.functional for this for now",
         len(gradients),
     )
-    return tuple(refuse(*(g if g is None else g.detach().requires_grad_() for g in gradients)))
+    watched: list[Any] = [g if g is None else g.detach().requires_grad_() for g in gradients]
+    return tuple(refuse(*watched))
 
 
 class _plain:
