@@ -96,7 +96,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
     >>> T = np.eye(3)[y] * 0.9 + 0.1 / 3
     >>> SoftmaxRegression().fit(X, T).predict_proba(X[:1]).round(2).tolist()
-    [[0.93, 0.05, 0.02]]
+    [[0.92, 0.08, 0.0]]
     """
 
     classes_: np.ndarray
