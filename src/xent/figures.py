@@ -117,6 +117,7 @@ def loss_curve(
             ha="right",
             color=FAINT,
             fontsize=9.5,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
         )
         curves = [("training", training, BLUE)]
         if len(validation):
@@ -196,14 +197,14 @@ def confusion(
     wrong = np.where(np.eye(shown, dtype=bool), np.nan, share)
     top = max(float(np.nanmax(wrong)), 1e-12)
     # one hue from white to dark: lightness alone carries the value
-    ramp = LinearSegmentedColormap.from_list(
-        "errors", ["#FFFFFF", "#FBD9BF", "#EE9A5B", VERMILION, "#7A2E00"]
-    )
+    stops = ["#FFFFFF", "#FBD9BF", "#EE9A5B", VERMILION, "#7A2E00"]
+    ramp = LinearSegmentedColormap.from_list("errors", stops)
     with style():
-        side = float(np.clip(0.46 * shown + 0.6, 2.6, 9.5))
+        side = float(np.clip(0.46 * shown + 0.6, 3.0, 9.5))
         figure = Figure(figsize=(side + 1.2, side))
         axes = figure.add_subplot()
         axes.grid(False)
+        axes.set_facecolor("#EDEDED")  # seen through the diagonal, which has no colour of its own
         image = axes.imshow(wrong, cmap=ramp, vmin=0, vmax=top)
         size = float(np.clip(11 - 0.18 * shown, 6, 9.5))
         for i in range(shown):
@@ -232,7 +233,7 @@ def confusion(
         bar.outline.set_visible(False)
         bar.ax.grid(False)
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        bar.set_label("of the true class, taken for the other", color=FAINT, fontsize=9)
+        bar.set_label("share of the true class", color=FAINT, fontsize=9)
         part = f"; the {shown} most confused of {classes} classes" if classes and classes > shown else ""
         titled(axes, "What is taken for what", f"counts over {of}, grey: share got right{part}")
         save(figure, path)
