@@ -224,7 +224,7 @@ def _bar(tol: float, max_iter: int, quiet: bool) -> Iterator[Callable[[Now], Non
     )
     first = math.inf
     with bar:
-        task = bar.add_task("reading what the gradient is", total=1.0)
+        task = bar.add_task("first iteration", total=1.0)
 
         def advance(now: Now) -> None:
             nonlocal first

@@ -117,6 +117,9 @@ def test_other_files_are_refused(tmp_path):
     path.write_bytes(struct.pack("<Q", 1 << 40) + b"{" + bytes(100))
     with pytest.raises(BadInput, match="claims 1099511627776 bytes"):
         model_file.load(path)
+    path.write_bytes(struct.pack("<Q", 1000) + b"{" + bytes(100))
+    with pytest.raises(BadInput, match="ends inside its header; it is truncated"):
+        model_file.load(path)
     path.write_bytes(to_bytes({"weight": np.eye(2)}))
     with pytest.raises(BadInput, match="not a model that `xent fit` wrote"):
         model_file.load(path)

@@ -67,6 +67,13 @@ def read(path: str | Path, wanted: Wanted) -> Table:
     the features: the array ``X`` or the only two-dimensional one. Columns of arrays are named x0, x1, ...
 
     Raises ``BadInput`` with one line that names the file, and the row, column and value where there are such.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "flowers.csv"
+    >>> _ = path.write_text("id,petal,kind\\n1,0.5,rose\\n2,1.5,iris\\n")
+    >>> table = read(path, Wanted("kind", exclude=["id"]))
+    >>> table.feature_names, table.features.tolist(), table.classes[table.codes].tolist()
+    (('petal',), [[0.5], [1.5]], ['rose', 'iris'])
     """
     path = Path(path)
     reader = _READERS.get(path.suffix.lower())

@@ -112,7 +112,9 @@ def evaluate(
     if frequencies is not None:
         there = per_class > 0
         baseline = float(-(per_class[there] @ np.log(frequencies[there])) / len(rows))
-    return Evaluation(len(rows), total / len(rows), baseline, 1 - counts.sum() / len(rows), errors, per_class)
+    return Evaluation(
+        len(rows), total / len(rows), baseline, 1 - int(counts.sum()) / len(rows), errors, per_class
+    )
 
 
 def write_predictions(model: Model, table: Table, path: Path, rows: np.ndarray | None = None) -> None:

@@ -126,6 +126,11 @@ def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], Non
     ``on_iteration`` sees every iteration. Ctrl-C during the iterations ends them: the result is then the
     model of the last one, with ``interrupted`` set; before the first, ``KeyboardInterrupt`` goes on.
 
+    >>> from xent.probe.sources import digits
+    >>> fitted = fit(digits(), Settings(seed=1))
+    >>> fitted.validation.accuracy > 0.94, fitted.validation.loss < fitted.validation.baseline / 10
+    (True, True)
+
     Raises ``BadInput`` for one class only, too few rows to split, or a class called like a column of the
     predictions.
     """
