@@ -1,9 +1,12 @@
-"""Where the sweep meets torch's differentiation; wiring only, no formula.
+"""Where the sweeps meet torch's differentiation; wiring only, no formula.
 
-Two functions of the same tensors. `reduced` gives the scalar loss and forms its gradient in the forward
-sweep: the first backward scales that gradient in place and lets it go, a second one recomputes. `rows`
-gives each row's ℓ and lse, from which anything can be made by ordinary operations, and recomputes the
-tiles in backward from the saved statistics.
+    rows  ── backward ──▶  gradient  ── backward, jvp ──▶  Hessian product
+      └──── jvp ──▶ tangent
+
+Each is a Function of the same tensors, and each one's derivative is the next. `rows` gives ℓ and lse of each
+row, from which anything can be made by ordinary operations. `reduced` is a shortcut for one plain backward
+of a scalar loss: it forms the gradient in the forward sweep, scales it in place and lets it go. A second
+backward recomputes, and one that is to be differentiated itself goes through `rows`.
 """
 
 from __future__ import annotations
@@ -15,83 +18,305 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from xent.core import sweep
+from xent.core import hessian, sweep
+from xent.core.arithmetic import arithmetic_for
 from xent.core.reduction import Reduction
-from xent.core.scores import Scores, Transform
+from xent.core.scores import Transform
 from xent.core.statistics import Statistics
+from xent.core.sweep import Coefficients, Problem
 from xent.core.targets import Targets
+
+THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn.functional for it"
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A problem without the tensors that autograd watches: those go through `save_for_backward`."""
+    """A problem without its tensors, which autograd wants to see: leaves (q, *scores) first, then the rest."""
 
     kind: type[Any]
     transform: Transform
-    targets: Targets
+    classes: int
+    total: int
+    smoothing: float
     budget: int
+    leaves: int
+    wants: tuple[
+        bool, ...
+    ] = ()  # of what the function at hand may answer; here, as torch.func unpacks tuples
+
+    def asking(self, wants: tuple[bool, ...]) -> _Recipe:
+        return replace(self, wants=tuple(wants))
 
     @classmethod
-    def of(cls, scores: Scores, targets: Targets, budget: int) -> tuple[_Recipe, tuple[Tensor | None, ...]]:
-        recipe = cls(type(scores), scores.transform, replace(targets, probabilities=None), budget)
-        return recipe, (targets.probabilities, *scores.tensors)
+    def of(cls, problem: Problem) -> tuple[_Recipe, tuple[Tensor | None, ...]]:
+        scores, t = problem.scores, problem.targets
+        leaves = (t.probabilities, *scores.tensors)
+        rest = (t.rows, t.own, t.own_mass, t.own_rest, t.class_weight)
+        recipe = cls(
+            type(scores), scores.transform, t.classes, t.total, t.smoothing, problem.budget, len(leaves)
+        )
+        return recipe, leaves + rest
 
-    def bind(self, tensors: tuple[Tensor | None, ...]) -> tuple[Scores, Targets]:
-        probabilities, *rest = tensors
-        return self.kind(*rest, transform=self.transform), replace(self.targets, probabilities=probabilities)
+    def bind(self, tensors: tuple[Tensor | None, ...], *others: Tensor | None) -> Problem:
+        """The problem again; `others` are tensors beside its own that may be batched."""
+        probabilities, *scores = tensors[: self.leaves]
+        rows, own, own_mass, own_rest, class_weight = tensors[self.leaves :]
+        targets = Targets(
+            classes=self.classes,
+            total=self.total,
+            rows=rows,
+            row_weight=None,
+            mean_weight=None,
+            own=own,
+            own_mass=own_mass,
+            own_rest=own_rest,
+            probabilities=probabilities,
+            class_weight=class_weight,
+            smoothing=self.smoothing,
+        )
+        arithmetic = arithmetic_for(*tensors, *others)
+        return Problem(self.kind(*scores, transform=self.transform), targets, self.budget, arithmetic)
 
 
-def needs_gradient(scores: Scores, targets: Targets) -> bool:
-    tensors = (targets.probabilities, *scores.tensors)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def rows(scores: Scores, targets: Targets, budget: int) -> tuple[Tensor, Tensor]:
-    """(ℓ, lse), each (M,) float64, differentiable once in every tensor of scores and in probabilities."""
-    if not needs_gradient(scores, targets):
-        with _plain(scores):
-            found = sweep.statistics(scores, targets, budget)
+def rows(problem: Problem) -> tuple[Tensor, Tensor]:
+    """(ℓ, lse), each (M,) float64, differentiable twice in every tensor of scores and in probabilities."""
+    recipe, tensors = _Recipe.of(problem)
+    if not (needs_gradient(problem) or transformed(*tensors)):
+        with _plain(problem):
+            found = sweep.statistics(problem)
         return found.loss, found.logsumexp
-    recipe, tensors = _Recipe.of(scores, targets, budget)
-    return _Rows.apply(recipe, *tensors)
+    loss, logsumexp, *_ = _Rows.apply(recipe, None, *tensors)
+    return loss, logsumexp
 
 
-def reduced(
-    scores: Scores,
-    targets: Targets,
-    reduction: Reduction,
-    row_weight: Tensor | None,
-    scale: Tensor,
-    budget: int,
-) -> Tensor:
+def reduced(problem: Problem, reduction: Reduction, row_weight: Tensor | None, scale: Tensor) -> Tensor:
     """Σ s·(ℓ + λ lse²)·scale, a float64 scalar, its gradient formed in the forward sweep."""
-    recipe, tensors = _Recipe.of(scores, targets, budget)
+    recipe, tensors = _Recipe.of(problem)
     return _Reduced.apply(recipe, reduction, row_weight, scale, *tensors)
 
 
+def needs_gradient(problem: Problem) -> bool:
+    tensors = (problem.targets.probabilities, *problem.scores.tensors)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func or forward mode is looking at any of the tensors."""
+    given = [t for t in tensors if t is not None]
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+        if any(wrapped(t) for t in given):
+            return True
+    return forward_ad._current_level >= 0 and any(
+        t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in given
+    )
+
+
+def batched(*tensors: Tensor | None) -> bool:
+    """Whether `vmap` has batched any of the tensors, at any level."""
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    for t in tensors:
+        while t is not None and functorch.is_functorch_wrapped_tensor(t):
+            if functorch.is_batchedtensor(t):
+                return True
+            t = functorch.get_unwrapped(t)
+    return False
+
+
 class _Rows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, recipe: _Recipe, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores, targets = recipe.bind(tensors)
-        with _plain(scores):
-            found = sweep.statistics(scores, targets, recipe.budget)
-        ctx.recipe, ctx.found = recipe, found
-        ctx.save_for_backward(*tensors)
-        ctx.set_materialize_grads(False)
-        return found.loss, found.logsumexp
+    """(q, *scores) → ℓ, lse, and the statistics m, r, a that the derivatives start from."""
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, loss: Tensor | None, logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
+    def forward(recipe: _Recipe, known: Statistics | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        found = known
+        if found is None:
+            problem = recipe.bind(tensors)
+            with _plain(problem):
+                found = sweep.statistics(problem)
+        return found.loss, found.logsumexp, found.m.clone(), found.r.clone(), found.a.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.recipe, _, *tensors = inputs
+        ctx.mark_non_differentiable(*output[2:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[2:], *tensors)
+        ctx.save_for_forward(*output[2:], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        m, r, a, *tensors = ctx.saved_tensors
+        loss, logsumexp = upstream[:2]
+        wants = ctx.needs_input_grad[2 : 2 + ctx.recipe.leaves]
+        if (loss is None and logsumexp is None) or not any(wants):
+            return (None,) * (2 + len(tensors))
         if loss is None:
-            if logsumexp is None:
-                return (None,) * len(ctx.needs_input_grad)
-            loss = torch.zeros_like(logsumexp)
-        asked = sweep.Coefficients(loss, logsumexp)
-        wants = ctx.needs_input_grad[1:]
-        return _once((None, *_recompute(ctx.recipe, ctx.saved_tensors, ctx.found, asked, wants)))
+            loss = torch.zeros_like(m)
+        gradients = _Gradient.apply(ctx.recipe.asking(wants), loss, logsumexp, m, r, a, *tensors)
+        return None, None, *_spread(gradients, wants, len(tensors))
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        m, r, a, *tensors = ctx.saved_tensors
+        along = tangents[2 : 2 + ctx.recipe.leaves]
+        loss, logsumexp = _Tangent.apply(ctx.recipe, m, r, a, *along, *tensors)
+        return loss, logsumexp, None, None, None
+
+
+class _Gradient(torch.autograd.Function):
+    """∂⟨(ℓ, lse), (γ, e)⟩ in the leaves that are wanted."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        recipe: _Recipe,
+        loss: Tensor,
+        logsumexp: Tensor | None,
+        m: Tensor,
+        r: Tensor,
+        a: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        problem, wants = recipe.bind(tensors, loss, logsumexp, m, r, a), recipe.wants
+        with _plain(problem):
+            sink, dq = sweep.gradient(
+                problem, _found(m, r, a), Coefficients(loss, logsumexp), wants[1:], wants_target=wants[0]
+            )
+            return _wanted(wants, problem, dq, sink)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.recipe, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        loss, logsumexp, m, r, a, *tensors = ctx.saved_tensors
+        along = _spread(upstream, ctx.recipe.wants, ctx.recipe.leaves)
+        needs = ctx.needs_input_grad[1:]
+        wants = (needs[0], needs[1], *needs[5 : 5 + ctx.recipe.leaves])
+        if not any(wants) or all(t is None for t in along):
+            return (None,) * (6 + len(tensors))
+        out = _Product.apply(ctx.recipe.asking(wants), loss, logsumexp, m, r, a, *along, *tensors)
+        d_loss, d_logsumexp, *leaves = _spread(out, wants, len(wants))
+        rest = (None,) * (len(tensors) - ctx.recipe.leaves)
+        return None, d_loss, d_logsumexp, None, None, None, *leaves, *rest
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        loss, logsumexp, m, r, a, *tensors = ctx.saved_tensors
+        _, d_loss, d_logsumexp, _, _, _, *rest = tangents
+        along = tuple(rest[: ctx.recipe.leaves])
+        total: list[Tensor | None] = [None] * sum(ctx.recipe.wants)
+        if any(t is not None for t in along):
+            wants = (False, False, *ctx.recipe.wants)
+            total = list(_Product.apply(ctx.recipe.asking(wants), loss, logsumexp, m, r, a, *along, *tensors))
+        if d_loss is not None or d_logsumexp is not None:
+            d_loss = torch.zeros_like(loss) if d_loss is None else d_loss
+            linear = _Gradient.apply(ctx.recipe, d_loss, d_logsumexp, m, r, a, *tensors)
+            total = [g if t is None else t + g for t, g in zip(total, linear, strict=True)]
+        return tuple(total)
+
+
+class _Tangent(torch.autograd.Function):
+    """The derivative of (ℓ, lse) along tangents of the leaves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        recipe: _Recipe, m: Tensor, r: Tensor, a: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        (dq, *along), tensors = tensors[: recipe.leaves], tensors[recipe.leaves :]
+        problem = recipe.bind(tensors, m, r, a, dq, *along)
+        with _plain(problem):
+            out = hessian.tangent(problem, _found(m, r, a), tuple(along), dq)
+        return out.loss, out.logsumexp
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.recipe, *tensors = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        n = ctx.recipe.leaves
+        m, r, a, *tensors = ctx.saved_tensors
+        along, tensors = tensors[:n], tensors[n:]
+        loss, logsumexp = upstream
+        if loss is None:
+            loss = torch.zeros_like(m)
+        wants_along, wants = ctx.needs_input_grad[4 : 4 + n], ctx.needs_input_grad[4 + n : 4 + 2 * n]
+        d_along: tuple[Tensor | None, ...] = (None,) * n
+        if any(wants_along):
+            out = _Gradient.apply(ctx.recipe.asking(wants_along), loss, logsumexp, m, r, a, *tensors)
+            d_along = _spread(out, wants_along, n)
+        d_leaves: tuple[Tensor | None, ...] = (None,) * len(tensors)
+        if any(wants):
+            both = (False, False, *wants)
+            out = _Product.apply(ctx.recipe.asking(both), loss, logsumexp, m, r, a, *along, *tensors)
+            d_leaves = _spread(out, wants, len(tensors))
+        return None, None, None, None, *d_along, *d_leaves
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        raise NotImplementedError("forward mode over forward mode is not supported: put reverse mode inside")
+
+
+class _Product(torch.autograd.Function):
+    """The derivative of ⟨gradient, tangents⟩ in γ, e and the leaves that are wanted."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        recipe: _Recipe,
+        loss: Tensor,
+        logsumexp: Tensor | None,
+        m: Tensor,
+        r: Tensor,
+        a: Tensor,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        (dq, *along), tensors = tensors[: recipe.leaves], tensors[recipe.leaves :]
+        problem, wants = recipe.bind(tensors, loss, logsumexp, m, r, a, dq, *along), recipe.wants
+        asked = Coefficients(loss, logsumexp)
+        with _plain(problem):
+            if not any(wants[2:]):
+                part = hessian.tangent(problem, _found(m, r, a), tuple(along), dq)
+                gradients: tuple[Tensor, ...] = ()
+            else:
+                part, sink, q_part = hessian.product(
+                    problem, _found(m, r, a), asked, tuple(along), dq, wants[3:], wants_target=wants[2]
+                )
+                gradients = _wanted(wants[2:], problem, q_part, sink)
+        scalars = tuple(v for want, v in zip(wants[:2], part[:2], strict=True) if want)
+        return scalars + gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        raise NotImplementedError(THIRD)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
+        raise NotImplementedError(THIRD)
 
 
 class _Reduced(torch.autograd.Function):
+    """The scalar loss; its gradient is formed at once, or again from the statistics."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -101,70 +326,74 @@ class _Reduced(torch.autograd.Function):
         scale: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
-        scores, targets = recipe.bind(tensors)
+        problem = recipe.bind(tensors)
 
-        def coefficients(found: Statistics, chunk: slice) -> sweep.Coefficients:
-            return reduction.coefficients(found, targets, row_weight, scale, chunk)
+        def coefficients(found: Statistics, chunk: slice) -> Coefficients:
+            return reduction.coefficients(found, problem.targets, row_weight, scale, chunk)
 
-        with _plain(scores):
-            found, ctx.early = sweep.fused(
-                scores, targets, coefficients, ctx.needs_input_grad[5:], recipe.budget
-            )
-        ctx.recipe, ctx.found = recipe, found
-        ctx.asked = coefficients(found, slice(None))
+        with _plain(problem):
+            found, ctx.early = sweep.fused(problem, coefficients, ctx.needs_input_grad[5 : 4 + recipe.leaves])
+        ctx.recipe, ctx.reduction, ctx.found = recipe, reduction, found
+        ctx.row_weight, ctx.scale = row_weight, scale
         ctx.save_for_backward(*tensors)
         return (reduction.values(found.loss, found.logsumexp, row_weight) * scale).sum()
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors  # asked for even where unused: it is what notices a freed graph
+        n = ctx.recipe.leaves
+        wants = ctx.needs_input_grad[4 : 4 + n]
+        rest = (None,) * (len(tensors) - n)
         early, ctx.early = ctx.early, None
-        nothing = (None,) * 4
+        if torch.is_grad_enabled():  # create_graph: the answer must be differentiable
+            loss, logsumexp, *_ = _Rows.apply(ctx.recipe, ctx.found, *tensors)
+            value = (ctx.reduction.values(loss, logsumexp, ctx.row_weight) * ctx.scale).sum()
+            leaves = [t for t, want in zip(tensors, wants, strict=False) if want]
+            gradients = torch.autograd.grad(value, leaves, upstream, create_graph=True)
+            return None, None, None, None, *_spread(gradients, wants, n), *rest
         if early is not None:
-            with torch.no_grad():
-                gradients = early.finish(upstream)
-            return _once((*nothing, None, *gradients))
-        asked = sweep.Coefficients(
-            ctx.asked.loss * upstream,
-            None if ctx.asked.logsumexp is None else ctx.asked.logsumexp * upstream,
-        )
-        return _once((*nothing, *_recompute(ctx.recipe, tensors, ctx.found, asked, ctx.needs_input_grad[4:])))
+            return None, None, None, None, None, *early.finish(upstream), *rest
+        problem = ctx.recipe.bind(tensors)
+        with _plain(problem):
+            asked = ctx.reduction.coefficients(
+                ctx.found, problem.targets, ctx.row_weight, ctx.scale * upstream, slice(None)
+            )
+            sink, _ = sweep.gradient(problem, ctx.found, asked, wants[1:])
+            return None, None, None, None, None, *sink.finish(None), *rest
 
 
-def _recompute(
-    recipe: _Recipe,
-    tensors: tuple[Tensor | None, ...],
-    found: Statistics,
-    asked: sweep.Coefficients,
-    wants: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of (probabilities, *scores.tensors) from the saved statistics."""
-    scores, targets = recipe.bind(tensors)
-    with _plain(scores):
-        sink, dq = sweep.gradient(
-            scores, targets, found, asked, wants[1:], recipe.budget, wants_target=wants[0]
-        )
-        return dq, *sink.finish(None)
+def _found(m: Tensor, r: Tensor, a: Tensor) -> Statistics:
+    """Statistics for derivatives, which never ask for d."""
+    return Statistics(m=m, r=r, d=torch.zeros_like(m), a=a)
 
 
-def _once(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    """Gradients that refuse to be differentiated: under `create_graph` a constant would be a silent zero."""
-    if not torch.is_grad_enabled():
-        return gradients
-    refuse = torch._C._functions.DelayedError(
-        b"xent's losses cannot be differentiated twice yet: use torch.nn.functional for this for now",
-        len(gradients),
+def _wanted(wants: tuple[bool, ...], problem: Problem, dq: Any, sink: sweep.Sink) -> tuple[Tensor, ...]:
+    """Gradients of the leaves that are wanted, in order; zero where nothing reached one."""
+    q = problem.targets.probabilities
+    of_q = None if dq is None or q is None else dq.finish(None, q.dtype)
+    found = (of_q, *sink.finish(None))
+    leaves = (q, *problem.scores.tensors)
+    return tuple(
+        torch.zeros_like(leaf) if g is None and leaf is not None else g
+        for want, g, leaf in zip(wants, found, leaves, strict=True)
+        if want
     )
-    watched: list[Any] = [g if g is None else g.detach().requires_grad_() for g in gradients]
-    return tuple(refuse(*watched))
+
+
+def _spread(
+    given: tuple[Tensor | None, ...], wants: tuple[bool, ...], length: int
+) -> tuple[Tensor | None, ...]:
+    """Put the tensors of the wanted ones into their places, None elsewhere, `length` in all."""
+    rest = iter(given)
+    return tuple(next(rest) if want else None for want in wants) + (None,) * (length - len(wants))
 
 
 class _plain:
     """The sweep's own arithmetic: no graph, and no autocast of products whose types are already chosen."""
 
-    def __init__(self, scores: Scores) -> None:
+    def __init__(self, problem: Problem) -> None:
         self.no_grad = torch.no_grad()
-        kind = scores.device.type
+        kind = problem.scores.device.type
         self.autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
 
     def __enter__(self) -> None:
@@ -176,18 +405,3 @@ class _plain:
         if self.autocast is not None:
             self.autocast.__exit__(*error)
         self.no_grad.__exit__(*error)
-
-
-def refuse_transforms(*tensors: Tensor | None) -> None:
-    """Raise where the answer would be wrong or zero: torch.func, forward mode and torch.compile."""
-    way_out = "use torch.nn.functional for this for now"
-    if torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"xent's losses do not compile yet: mark the call torch.compiler.disable, or {way_out}"
-        )
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise NotImplementedError(f"xent's losses do not support torch.func transforms yet: {way_out}")
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
-    ):
-        raise NotImplementedError(f"xent's losses do not support forward-mode differentiation yet: {way_out}")

@@ -18,7 +18,8 @@ from xent.core.plan import DEFAULT_BUDGET
 from xent.core.reduction import Kind, Reduction
 from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
 from xent.core.statistics import statistics_dtype
-from xent.core.targets import Targets, check_index, index_targets, probability_targets
+from xent.core.sweep import Problem
+from xent.core.targets import check_index, index_targets, probability_targets
 
 
 def cross_entropy(
@@ -72,7 +73,6 @@ def cross_entropy(
         >>> round(xent.cross_entropy(torch.tensor([0.1, 0.12, 0.78]).log(), torch.tensor(2)).item(), 7)
         0.2484614
     """
-    autograd.refuse_transforms(input, target, sample_weight)
     if input.dim() == 0:
         raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
     _check_floating(input=input)
@@ -94,8 +94,7 @@ def cross_entropy(
     t = target.reshape(-1) if is_index else target.movedim(axis, -1).reshape(-1, classes)
     s = None if sample_weight is None else sample_weight.reshape(-1)
     scores = Logits(input.movedim(axis, -1).reshape(-1, classes), _transform(softcap, temperature))
-    part = _Part(scores, *options.resolve(t, is_index, s))
-    return _loss([part], options.reduction, DEFAULT_BUDGET, rows_shape, _loss_dtype(input))
+    return _loss([options.part(scores, t, is_index, s)], options.reduction, rows_shape, _loss_dtype(input))
 
 
 def linear_cross_entropy(
@@ -146,7 +145,6 @@ def linear_cross_entropy(
         >>> round(xent.linear_cross_entropy(features, classifier, torch.tensor([2, 2, 2])).item(), 7)
         0.2484614
     """
-    autograd.refuse_transforms(input, linear_weight, target, linear_bias, sample_weight)
     if input.dim() < 1 or linear_weight.dim() < 2:
         raise ValueError(
             f"input must be (..., D) and linear_weight (C, D) or (C, d1, ..., D); "
@@ -191,45 +189,58 @@ def linear_cross_entropy(
     b = (None,) * places if linear_bias is None else linear_bias.reshape(classes, places).unbind(1)
     s = (None,) * places if sample_weight is None else sample_weight.reshape(-1, places).unbind(1)
     parts = [
-        _Part(LinearHead(x, w[k], b[k], transform), *options.resolve(t[..., k], is_index, s[k]))
+        options.part(LinearHead(x, w[k], b[k], transform), t[..., k], is_index, s[k], budget)
         for k in range(places)
     ]
-    return _loss(parts, options.reduction, budget, rows_shape, dtype)
+    return _loss(parts, options.reduction, rows_shape, dtype)
 
 
 class _Part(NamedTuple):
-    scores: Scores
-    targets: Targets
+    problem: Problem
     row_weight: Tensor | None  # (M,)
+    kept: Tensor | None  # (M,) bool: rows that count, where they could not be selected beforehand
 
 
-def _loss(
-    parts: Sequence[_Part], reduction: Reduction, budget: int, rows_shape: torch.Size, dtype: torch.dtype
-) -> Tensor:
+def _loss(parts: Sequence[_Part], reduction: Reduction, rows_shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """One loss from parts that share its divisor (the positions of a K-dimensional head)."""
     if reduction.kind == "none":
-        columns = [_unreduced(part, reduction, budget) for part in parts]
+        columns = [_unreduced(part, reduction) for part in parts]
         rows = columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
         return rows.to(dtype).reshape(rows_shape)
-    device = parts[0].scores.device
-    scale = reduction.scale([(part.targets, part.row_weight) for part in parts], device)
+    device = parts[0].problem.scores.device
+    scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts], device)
     total = torch.zeros((), dtype=scale.dtype, device=device)
     for part in parts:
-        scores, targets, s = part
-        watched = (s, targets.probabilities)
-        early = scores.early and not any(t is not None and t.requires_grad for t in watched)
-        if early and autograd.needs_gradient(scores, targets):
-            value = autograd.reduced(scores, targets, reduction, s, scale, budget)
-        else:
-            value = (reduction.values(*autograd.rows(scores, targets, budget), s) * scale).sum()
+        value = _early(part, reduction, scale)
+        if value is None:
+            value = (_values(part, reduction) * scale).sum()
         total = value if len(parts) == 1 else total + value
     return total.to(dtype)
 
 
-def _unreduced(part: _Part, reduction: Reduction, budget: int) -> Tensor:
+def _early(part: _Part, reduction: Reduction, scale: Tensor) -> Tensor | None:
+    """The loss whose gradient is formed in the forward sweep; None where that would not pay or not do."""
+    problem, s, _ = part
+    q = problem.targets.probabilities
+    if not problem.scores.early or any(t is not None and t.requires_grad for t in (s, q)):
+        return None
+    if not autograd.needs_gradient(problem) or autograd.transformed(*problem.scores.tensors, q, s):
+        return None
+    return autograd.reduced(problem, reduction, s, scale)
+
+
+def _values(part: _Part, reduction: Reduction) -> Tensor:
+    """What each of the M rows adds to the loss, before the divisor."""
+    nll, logsumexp = autograd.rows(part.problem)
+    if part.kept is not None:  # select before weighing: 0·nan is not 0
+        nll, logsumexp = (torch.where(part.kept, v, 0.0) for v in (nll, logsumexp))
+    return reduction.values(nll, logsumexp, part.row_weight)
+
+
+def _unreduced(part: _Part, reduction: Reduction) -> Tensor:
     """Losses of all N rows of a part, zero where a row is left out."""
-    scores, targets, s = part
-    values = reduction.values(*autograd.rows(scores, targets, budget), s)
+    targets = part.problem.targets
+    values = _values(part, reduction)
     if targets.rows is None:
         return values
     return values.new_zeros(targets.total).index_copy(0, targets.rows, values)
@@ -292,7 +303,8 @@ class _Options(NamedTuple):
         if shape == rows_shape and not target.is_floating_point():
             if target.is_complex() or target.dtype == torch.bool:
                 raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
-            check_index(target, self.classes, self.ignore_index, check)
+            if not autograd.batched(target):  # there it costs nan instead
+                check_index(target, self.classes, self.ignore_index, check)
             return True
         if shape == full_shape:
             raise TypeError(
@@ -308,15 +320,29 @@ class _Options(NamedTuple):
             f"got {shape}"
         )
 
-    def resolve(
+    def part(
         self,
+        scores: Scores,
         target: Tensor,  # (N,) or (N, C)
         is_index: bool,
         sample_weight: Tensor | None,  # (N,)
-    ) -> tuple[Targets, Tensor | None]:
-        """The targets, and the weights (M,) of the rows that take part, as differentiable as the caller's."""
+        budget: int = DEFAULT_BUDGET,
+    ) -> _Part:
+        """Scores with their targets, and the weights of the rows that take part."""
         learnt = sample_weight is not None and sample_weight.requires_grad and torch.is_grad_enabled()
         fixed = None if learnt else sample_weight  # a learnt weight of 0 still has a gradient
+        kept = None
+        if autograd.batched(target, sample_weight, self.weight, *scores.tensors):
+            # data cannot choose rows here: those that do not count become harmless, and are selected out after
+            kept = torch.ones(target.shape[:1], dtype=torch.bool, device=target.device)
+            if is_index:
+                kept = target != self.ignore_index
+                target = torch.where(kept, target, 0)
+            if fixed is not None:
+                kept = kept & (fixed != 0)
+            scores = scores.select(kept)
+            given = torch.ones((), dtype=torch.float64) if sample_weight is None else sample_weight
+            sample_weight, fixed, learnt = torch.where(kept, given, 0.0), None, True
         if is_index:
             targets = index_targets(
                 target,
@@ -325,15 +351,17 @@ class _Options(NamedTuple):
                 ignore_index=self.ignore_index,
                 smoothing=self.label_smoothing,
                 sample_weight=fixed,
+                select=kept is None,
             )
         else:
             targets = probability_targets(
                 target, class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=fixed
             )
+        problem = Problem(scores, targets, budget)
         if sample_weight is None or not learnt:
-            return targets, targets.row_weight
+            return _Part(problem, targets.row_weight, kept)
         weight = sample_weight.to(statistics_dtype(sample_weight.device))
-        return targets, weight if targets.rows is None else weight[targets.rows]
+        return _Part(problem, weight if targets.rows is None else weight[targets.rows], kept)
 
 
 def _reduction(kind: str, z_loss: float, denominator: float | Tensor | None) -> Reduction:

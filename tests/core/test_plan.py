@@ -28,7 +28,7 @@ footprints = st.builds(
 def test_a_plan_stays_within_its_budget_and_covers_everything(budget, rows, classes, footprint, gradient):
     f = footprint
     try:
-        plan = Plan.within(budget, rows, classes, f, gradient=gradient)
+        plan = Plan.within(budget, rows, classes, f, resident=gradient)
     except ValueError:
         assert budget < f.kept + f.scratch + f.per_row + f.per_class
         return
@@ -49,15 +49,15 @@ def test_a_plan_stays_within_its_budget_and_covers_everything(budget, rows, clas
 
 def test_the_default_budget_keeps_256_rows_of_65536_classes():
     f = Footprint(kept=4, scratch=0, per_row=0, per_class=0, resident_rows=256)
-    plan = Plan.within(64 * MIB, 8192, 65536, f, gradient=True)
+    plan = Plan.within(64 * MIB, 8192, 65536, f, resident=True)
     assert plan.resident
     assert plan.row_chunk == 256
-    assert not Plan.within(64 * MIB, 8192, 65537, f, gradient=True).resident
+    assert not Plan.within(64 * MIB, 8192, 65537, f, resident=True).resident
 
 
 def test_a_narrow_budget_keeps_rows_before_classes():
     f = Footprint(kept=4, scratch=0, per_row=0, per_class=0, resident_rows=256)
-    plan = Plan.within(FEWEST_ROWS * 100 * 4, 1000, 10_000, f, gradient=False)
+    plan = Plan.within(FEWEST_ROWS * 100 * 4, 1000, 10_000, f, resident=False)
     assert plan.row_chunk >= FEWEST_ROWS
     with pytest.raises(ValueError, match="holds not even one row"):
-        Plan.within(3, 1000, 10_000, f, gradient=False)
+        Plan.within(3, 1000, 10_000, f, resident=False)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xent.core.statistics import Statistics, summarise_
+from xent.core.arithmetic import InPlace
+from xent.core.statistics import Statistics, summarise
 
 logit = st.floats(-1e300, 1e300) | st.floats(-50, 50) | st.just(-math.inf)
 mass = st.floats(0, 2) | st.just(0.0)
@@ -17,7 +18,7 @@ tile = st.lists(st.tuples(logit, mass), min_size=1, max_size=6)
 
 def of(entries: list[tuple[float, float]]) -> Statistics:
     z, t = (torch.tensor([column], dtype=torch.float64) for column in zip(*entries, strict=True))
-    return summarise_(z, t, None)
+    return summarise(InPlace(), z, t, None)[1]
 
 
 def agree(a: Statistics, b: Statistics, entries: list[tuple[float, float]]) -> None:

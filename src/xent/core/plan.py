@@ -38,12 +38,12 @@ class Plan:
     resident: bool
 
     @staticmethod
-    def within(budget: int, rows: int, classes: int, footprint: Footprint, *, gradient: bool) -> Plan:
+    def within(budget: int, rows: int, classes: int, footprint: Footprint, *, resident: bool) -> Plan:
         """The largest useful tile of `rows` × `classes` whose footprint is at most `budget` bytes."""
         f = footprint
         rows = max(rows, 1)
         tile = min(max(classes, 1), CLASS_TILE)
-        if gradient:
+        if resident:
             held = (budget - tile * f.per_class) // (classes * f.kept + tile * f.scratch + f.per_row)
             if held >= min(rows, f.resident_rows):
                 return Plan(
@@ -60,6 +60,12 @@ class Plan:
                 f"at least {f.kept + f.scratch + f.per_row + f.per_class} bytes are needed"
             )
         return Plan(_even(rows, min(fits, TILE_ELEMENTS // tile)), _even(classes, tile), resident=False)
+
+    @staticmethod
+    def of_all_rows(budget: int, rows: int, classes: int, footprint: Footprint) -> Plan:
+        """One chunk of all rows, for sweeps that cannot accumulate; as many classes as the budget holds."""
+        fits = budget // max(1, rows * (footprint.kept + footprint.scratch) + footprint.per_class)
+        return Plan(max(rows, 1), _even(classes, max(1, min(fits, CLASS_TILE))), resident=False)
 
     def row_chunks(self, rows: int) -> Iterator[slice]:
         return _slices(rows, self.row_chunk)

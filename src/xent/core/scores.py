@@ -10,16 +10,17 @@ the z of a chunk over some classes, and a gradient `sink` pulls a tile of ∂L/�
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from xent.core.matmul import multiply_
+from xent.core.arithmetic import Arithmetic
 
 Rows: TypeAlias = slice | Tensor  # consecutive rows, or (R,) int64
+Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
+Tangents: TypeAlias = tuple[Tensor | None, ...]  # one for each of Scores.tensors, of its shape
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -42,16 +43,30 @@ class Transform:
     def curved(self) -> bool:
         return self.softcap is not None
 
-    def apply_(self, z: Tensor, slope: Tensor | None) -> None:
-        """u (R, T) becomes z in place; where the transform is curved, `slope` receives dz/du ÷ gain."""
+    def apply(self, o: Arithmetic, u: Tensor, room: Room) -> tuple[Tensor, Tensor | None]:
+        """z (R, T) and, where the transform is curved and the slope is wanted, dz/du ÷ gain."""
+        z, slope = u, None
         if self.softcap is not None:
-            z.div_(self.softcap).tanh_()
-            if slope is not None:
-                torch.mul(z, z, out=slope)
-                slope.neg_().add_(1.0)
-            z.mul_(self.softcap)
+            z = o.tanh(o.div(z, self.softcap))
+            if room.wants_slope:
+                slope = o.one_minus_square(z, room.slope)
+            z = o.mul(z, self.softcap)
         if self.temperature != 1.0:
-            z.div_(self.temperature)
+            z = o.div(z, self.temperature)
+        return z, slope
+
+    def bend(self, z: Tensor, slope: Tensor) -> Tensor:
+        """d²z/du² ÷ gain, from z and the slope: −(2/k)·tanh(u/k)·slope."""
+        assert self.softcap is not None
+        return z * (-2.0 * self.temperature / self.softcap**2) * slope
+
+
+class Room(NamedTuple):
+    """Where a tile of logits, and of slopes where they are wanted, may be written."""
+
+    z: Tensor | None  # (R, T)
+    slope: Tensor | None  # (R, T)
+    wants_slope: bool
 
 
 class Scores(Protocol):
@@ -84,15 +99,31 @@ class Scores(Protocol):
 
     def load(self, rows: Rows) -> Tensor: ...
 
-    def tile(self, loaded: Tensor, classes: slice, z: Tensor, slope: Tensor | None) -> None: ...
+    def select(self, kept: Tensor) -> Scores: ...
 
-    def sink(self, wants: tuple[bool, ...], untouched_rows: bool) -> Sink: ...
+    def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile: ...
+
+    def push(
+        self,
+        o: Arithmetic,
+        rows: Rows,
+        loaded: Tensor,
+        tangents: Tangents,
+        classes: slice,
+        out: Tensor | None,
+    ) -> Tensor: ...
+
+    def sink(self, o: Arithmetic, wants: tuple[bool, ...]) -> Sink: ...
 
 
 class Sink(Protocol):
     """Accumulates tiles of ∂L/∂u; `finish` gives one gradient for each of `Scores.tensors`."""
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None: ...
+
+    def crosses(self, tangents: Tangents) -> bool: ...
+
+    def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None: ...
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]: ...
 
@@ -138,24 +169,48 @@ class Logits:
     def load(self, rows: Rows) -> Tensor:
         return self.u[rows]
 
-    def tile(self, loaded: Tensor, classes: slice, z: Tensor, slope: Tensor | None) -> None:
-        z.copy_(loaded[:, classes])
-        self.transform.apply_(z, slope)
+    def select(self, kept: Tensor) -> Logits:
+        """With zeros in the rows that are not kept (N,), whatever they held."""
+        return replace(self, u=torch.where(kept[:, None], self.u, 0.0))
 
-    def sink(self, wants: tuple[bool, ...], untouched_rows: bool) -> Sink:
-        return _LogitsSink(self, untouched_rows)
+    def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile:
+        return self.transform.apply(o, o.copy(loaded[:, classes].to(self.dtype), room.z), room)
+
+    def push(
+        self,
+        o: Arithmetic,
+        rows: Rows,
+        loaded: Tensor,
+        tangents: Tangents,
+        classes: slice,
+        out: Tensor | None,
+    ) -> Tensor:
+        """The tangent of u over a tile."""
+        (du,) = tangents
+        assert du is not None
+        return o.copy(du[rows, classes].to(self.dtype), out)
+
+    def sink(self, o: Arithmetic, wants: tuple[bool, ...]) -> Sink:
+        return _LogitsSink(self, o)
 
 
 class _LogitsSink:
-    def __init__(self, scores: Logits, untouched_rows: bool) -> None:
-        new = torch.zeros if untouched_rows else torch.empty
-        self.du = new(scores.shape, dtype=scores.u.dtype, device=scores.device)
+    def __init__(self, scores: Logits, o: Arithmetic) -> None:
+        # every entry is written once, so it may be rounded at once
+        self.dtype = scores.u.dtype
+        self.du = o.total(scores.shape, self.dtype, scores.device, dim=1)
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
-        self.du[rows, classes] = g
+        self.du.put((rows, classes), g)
+
+    def crosses(self, tangents: Tangents) -> bool:
+        return False  # u̇ depends on no other tensor
+
+    def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
+        pass
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (_finish(self.du, scale, self.du.dtype),)
+        return (self.du.finish(scale, self.dtype),)
 
 
 @dataclass(frozen=True)
@@ -203,51 +258,76 @@ class LinearHead:
     def load(self, rows: Rows) -> Tensor:
         return self.x[rows].to(self.dtype)
 
-    def tile(self, loaded: Tensor, classes: slice, z: Tensor, slope: Tensor | None) -> None:
-        multiply_(z, loaded, self.w[classes].to(self.dtype).t(), accumulate=False)
-        if self.b is not None:
-            z.add_(self.b[classes])
-        self.transform.apply_(z, slope)
+    def select(self, kept: Tensor) -> LinearHead:
+        """With zeros in the rows that are not kept (N,), whatever they held."""
+        return replace(self, x=torch.where(kept[:, None], self.x, 0.0))
 
-    def sink(self, wants: tuple[bool, ...], untouched_rows: bool) -> Sink:
-        return _HeadSink(self, wants)
+    def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile:
+        u = o.product(loaded, self.w[classes].to(self.dtype).t(), room.z)
+        if self.b is not None:
+            u = o.add(u, self.b[classes].to(self.dtype))
+        return self.transform.apply(o, u, room)
+
+    def push(
+        self,
+        o: Arithmetic,
+        rows: Rows,
+        loaded: Tensor,
+        tangents: Tangents,
+        classes: slice,
+        out: Tensor | None,
+    ) -> Tensor:
+        """The tangent of u over a tile: ẋ Wᵀ + x Ẇᵀ + ḃ, a term for each tangent that there is."""
+        dx, dw, db = tangents
+        v = None
+        if dx is not None:
+            v = o.product(dx[rows].to(self.dtype), self.w[classes].to(self.dtype).t(), out)
+        if dw is not None:
+            w = dw[classes].to(self.dtype).t()
+            v = o.product(loaded, w, out) if v is None else o.add_product(v, loaded, w)
+        if db is not None:
+            b = db[classes].to(self.dtype)
+            v = o.copy(b.expand(loaded.shape[0], -1), out) if v is None else o.add(v, b)
+        assert v is not None
+        return v
+
+    def sink(self, o: Arithmetic, wants: tuple[bool, ...]) -> Sink:
+        return _HeadSink(self, o, wants)
 
 
 class _HeadSink:
     """Accumulates in the type of the computation; a gradient is rounded to its own type once, at the end."""
 
-    def __init__(self, scores: LinearHead, wants: tuple[bool, ...]) -> None:
+    def __init__(self, scores: LinearHead, o: Arithmetic, wants: tuple[bool, ...]) -> None:
         self.scores = scores
-        new: Callable[[Tensor], Tensor] = lambda like: torch.zeros(  # noqa: E731
-            like.shape, dtype=scores.dtype, device=scores.device
-        )
         self.dx, self.dw, self.db = (
-            new(tensor) if want and tensor is not None else None
+            o.total(tuple(tensor.shape), scores.dtype, scores.device) if want and tensor is not None else None
             for want, tensor in zip(wants, scores.tensors, strict=True)
         )
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
         if self.dx is not None:
-            w = self.scores.w[classes].to(self.scores.dtype)
-            if isinstance(rows, slice):
-                multiply_(self.dx[rows], g, w, accumulate=True)
-            else:
-                part = torch.empty_like(loaded)
-                multiply_(part, g, w, accumulate=False)
-                self.dx.index_add_(0, rows, part)
+            self.dx.add_product(rows, g, self.scores.w[classes].to(self.scores.dtype))
         if self.dw is not None:
-            multiply_(self.dw[classes], g.t(), loaded, accumulate=True)
+            self.dw.add_product(classes, g.t(), loaded)
         if self.db is not None:
-            self.db[classes] += g.sum(0)
+            self.db.add(classes, g.sum(0))
+
+    def crosses(self, tangents: Tangents) -> bool:
+        """Whether `add_tangent` has anything to add."""
+        dx, dw, _ = tangents
+        return (self.dx is not None and dw is not None) or (self.dw is not None and dx is not None)
+
+    def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
+        """What a tile of ∂L/∂u̇ adds where u̇ = ẋ Wᵀ + x Ẇᵀ + ḃ is itself a function of x and W."""
+        dx, dw, _ = tangents
+        if self.dx is not None and dw is not None:
+            self.dx.add_product(rows, g, dw[classes].to(self.scores.dtype))
+        if self.dw is not None and dx is not None:
+            self.dw.add_product(classes, g.t(), dx[rows].to(self.scores.dtype))
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(
-            None if gradient is None or tensor is None else _finish(gradient, scale, tensor.dtype)
-            for gradient, tensor in zip((self.dx, self.dw, self.db), self.scores.tensors, strict=True)
+            None if total is None or tensor is None else total.finish(scale, tensor.dtype)
+            for total, tensor in zip((self.dx, self.dw, self.db), self.scores.tensors, strict=True)
         )
-
-
-def _finish(gradient: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if scale is not None:
-        gradient.mul_(scale)
-    return gradient.to(dtype)

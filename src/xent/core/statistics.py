@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xent.core.arithmetic import Arithmetic
+
 NEG_INF = -math.inf
 
 
@@ -107,8 +109,10 @@ def finite_base(m: Tensor) -> Tensor:
     return torch.where(m == NEG_INF, 0.0, m)
 
 
-def summarise_(z: Tensor, t: Tensor | None, own: OwnColumns | None) -> Statistics:
-    """Statistics of one tile of logits z (R, T), which is overwritten by exp(z − m), m its own maximum.
+def summarise(
+    o: Arithmetic, z: Tensor, t: Tensor | None, own: OwnColumns | None
+) -> tuple[Tensor, Statistics]:
+    """exp(z − m) of one tile of logits z (R, T), m its own maximum, and the tile's statistics.
 
     t (R or 1, T) is the dense part of the target, None where there is none. Columns of `own` belong to
     the target's own tile: they arrive masked, contribute nothing, and leave as zeros.
@@ -117,36 +121,36 @@ def summarise_(z: Tensor, t: Tensor | None, own: OwnColumns | None) -> Statistic
     if t is None:
         # the mass lies in the own tile, beside which 1 + r is all that is ever needed of this one
         m = z.amax(1)
-        z.sub_(finite_base(m)[:, None]).exp_()
-        r = z.sum(1).to(dtype) - 1
-        d = a = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
-        return Statistics(m.to(dtype), r, d, a)
+        z = o.exp(o.sub(z, finite_base(m)[:, None]))
+        zero = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
+        return z, Statistics(m.to(dtype), z.sum(1).to(dtype) - 1, zero, zero)
     m, top = z.max(1)
     masked = m == NEG_INF
-    z.sub_(finite_base(m)[:, None])
-    if masked.any():
+    all_masked = o.possible(masked)
+    z = o.sub(z, finite_base(m)[:, None])
+    if all_masked:
         # all of them equally far below: at no distance from their own maximum
-        z[masked] = 0.0
+        z = torch.where(masked[:, None], 0.0, z)
     a = t.to(dtype).sum(1).expand(z.shape[0])
     if own is not None:
-        own.put_(z, 0.0)
-        a = a - own.take(t.expand_as(z), 0.0).to(dtype).sum(1)
-    d = masked_dot(t, z).to(dtype)
-    z.exp_()
+        z = own.put(o, z, 0.0)
+        a = a - own.take(t.expand(z.shape), 0.0).to(dtype).sum(1)
+    d = masked_dot(o, t, z).to(dtype)
+    z = o.exp(z)
     if own is not None:
-        own.put_(z, 0.0)
-    z.scatter_(1, top[:, None], 0.0)
+        z = own.put(o, z, 0.0)
+    z = o.scatter(z, top[:, None], 0.0)
     r = torch.where(masked, -1.0, z.sum(1).to(dtype))
-    z.scatter_(1, top[:, None], 1.0)
-    if masked.any():
-        z[masked] = 0.0
-    return Statistics(m.to(dtype), r, d, a)
+    z = o.scatter(z, top[:, None], 1.0)
+    if all_masked:
+        z = torch.where(masked[:, None], 0.0, z)
+    return z, Statistics(m.to(dtype), r, d, a)
 
 
-def masked_dot(t: Tensor, z: Tensor) -> Tensor:
+def masked_dot(o: Arithmetic, t: Tensor, z: Tensor) -> Tensor:
     """Σ_c t_c z_c, (R, T) -> (R,), with 0·(−inf) = 0."""
     d = (t * z).sum(1)
-    if d.isnan().any():
+    if o.possible(d.isnan()):
         d = torch.where(t == 0, 0.0, t * z).sum(1)
     return d
 
@@ -169,6 +173,6 @@ class OwnColumns:
         """Entries of z (R, T) at the columns, `default` where they lie elsewhere: (R, K)."""
         return torch.where(self.inside, z.gather(1, self.local), default)
 
-    def put_(self, z: Tensor, value: float | Tensor) -> None:
-        """Set the entries of z (R, T) at the columns that lie here."""
-        z.scatter_(1, self.local, torch.where(self.inside, value, z.gather(1, self.local)))
+    def put(self, o: Arithmetic, z: Tensor, value: float | Tensor) -> Tensor:
+        """z (R, T) with `value` at the columns that lie here."""
+        return o.scatter(z, self.local, torch.where(self.inside, value, z.gather(1, self.local)))

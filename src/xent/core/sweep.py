@@ -12,26 +12,20 @@ gradient while the probabilities are still in the workspace: three in all.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from xent.core.arithmetic import Arithmetic, InPlace, Total
 from xent.core.matmul import fast_products
 from xent.core.plan import Footprint, Plan
-from xent.core.scores import Rows, Scores, Sink
-from xent.core.statistics import (
-    OwnColumns,
-    Statistics,
-    finite_base,
-    statistics_dtype,
-    summarise_,
-)
+from xent.core.scores import Room, Scores, Sink
+from xent.core.statistics import OwnColumns, Statistics, finite_base, statistics_dtype, summarise
 from xent.core.targets import Targets
 
 
-@dataclass(frozen=True)
-class Coefficients:
+class Coefficients(NamedTuple):
     """∂L/∂(row outputs) of M rows: `loss` (M,) float64 and `logsumexp` (M,) or None where it is zero."""
 
     loss: Tensor
@@ -41,142 +35,225 @@ class Coefficients:
         return Coefficients(self.loss[rows], None if self.logsumexp is None else self.logsumexp[rows])
 
 
-def statistics(scores: Scores, targets: Targets, budget: int) -> Statistics:
+class Problem(NamedTuple):
+    """Scores, targets, the bytes of working memory, and which body of a tile to use."""
+
+    scores: Scores
+    targets: Targets
+    budget: int
+    arithmetic: Arithmetic = InPlace()
+
+    def plan(self, *, resident: bool, buffers: int = 1, least_rows: int = 1) -> Plan:
+        """Tiles within the budget; `buffers` tile-sized tensors are held at once, `least_rows` divides the
+        fewest rows for which it pays to keep them."""
+        scores, targets = self.scores, self.targets
+        size = scores.dtype.itemsize
+        footprint = Footprint(
+            kept=size * (buffers + scores.transform.curved),
+            # a converted tile of t, its product with z, and the booleans of a selection
+            scratch=(3 * size + 1 if targets.probabilities is not None else 2 * size + 1)
+            if targets.dense
+            else 0,
+            per_row=scores.bytes_per_row(targets.rows is not None),
+            per_class=scores.bytes_per_class(),
+            resident_rows=max(1, scores.least_resident_rows // least_rows),
+        )
+        if not self.arithmetic.buffered:
+            return Plan.of_all_rows(self.budget, targets.count, targets.classes, footprint)
+        return Plan.within(self.budget, targets.count, targets.classes, footprint, resident=resident)
+
+    def products(self):  # type: ignore[no-untyped-def]
+        return fast_products(self.scores.device, self.scores.dtype)
+
+
+def statistics(problem: Problem) -> Statistics:
     """Row statistics of the M rows that take part, each (M,)."""
-    plan = _plan(scores, targets, budget, gradient=False)
-    workspace = _Workspace(scores, targets, plan, slopes=False)
-    parts = []
-    with fast_products(scores.device, scores.dtype):
-        for chunk in plan.row_chunks(targets.count):
-            found, _ = _chunk_statistics(scores, targets, plan, workspace, chunk)
-            parts.append(found)
-    return _concatenate(parts, scores)
+    plan = problem.plan(resident=False)
+    workspace = Workspace(problem, plan, slopes=False)
+    with problem.products():
+        parts = [
+            chunk_statistics(problem, plan, workspace, chunk)[0]
+            for chunk in plan.row_chunks(problem.targets.count)
+        ]
+    return _concatenate(parts, problem)
 
 
 def fused(
-    scores: Scores,
-    targets: Targets,
-    coefficients: Callable[[Statistics, slice], Coefficients],
-    wants: tuple[bool, ...],
-    budget: int,
+    problem: Problem, coefficients: Callable[[Statistics, slice], Coefficients], wants: tuple[bool, ...]
 ) -> tuple[Statistics, Sink]:
     """Statistics and gradient in one sweep; `coefficients` is asked as each chunk's statistics are known."""
-    plan = _plan(scores, targets, budget, gradient=True)
+    scores, targets, _, o = problem
+    plan = problem.plan(resident=True)
     if not plan.resident:
-        found = statistics(scores, targets, budget)
-        return found, gradient(scores, targets, found, coefficients(found, slice(None)), wants, budget)[0]
-    workspace = _Workspace(scores, targets, plan, slopes=scores.transform.curved)
-    sink = scores.sink(wants, targets.rows is not None)
+        found = statistics(problem)
+        return found, gradient(problem, found, coefficients(found, slice(None)), wants)[0]
+    workspace = Workspace(problem, plan, slopes=scores.transform.curved)
+    sink = scores.sink(o, wants)
     parts = []
-    with fast_products(scores.device, scores.dtype):
+    with problem.products():
         for chunk in plan.row_chunks(targets.count):
-            found, tiles = _chunk_statistics(scores, targets, plan, workspace, chunk)
+            found, tiles = chunk_statistics(problem, plan, workspace, chunk)
             parts.append(found)
             picked = targets.pick(chunk)
             loaded = scores.load(picked)
             asked = coefficients(found, chunk)
             for tile in tiles:
-                _differentiate_(scores, targets, chunk, picked, tile, found, asked)
-                sink.add(picked, loaded, tile.classes, tile.z)
-    return _concatenate(parts, scores), sink
+                g = differentiate(problem, chunk, tile, found, asked)
+                sink.add(picked, loaded, tile.classes, g)
+    return _concatenate(parts, problem), sink
 
 
 def gradient(
-    scores: Scores,
-    targets: Targets,
+    problem: Problem,
     found: Statistics,
     coefficients: Coefficients,
     wants: tuple[bool, ...],
-    budget: int,
     *,
     wants_target: bool = False,
-) -> tuple[Sink, Tensor | None]:
+) -> tuple[Sink, Total | None]:
     """The gradient from saved statistics: the logits are computed once more, classes outermost."""
-    plan = _plan(scores, targets, budget, gradient=False)
-    workspace = _Workspace(scores, targets, plan, slopes=scores.transform.curved)
-    sink = scores.sink(wants, targets.rows is not None)
-    dq = _target_gradient(targets) if wants_target else None
-    with fast_products(scores.device, scores.dtype):
+    scores, targets, _, o = problem
+    plan = problem.plan(resident=False)
+    workspace = Workspace(problem, plan, slopes=scores.transform.curved)
+    sink = scores.sink(o, wants)
+    dq = target_total(problem) if wants_target else None
+    with problem.products():
         for classes in plan.class_tiles(targets.classes):
             for chunk in plan.row_chunks(targets.count):
                 picked = targets.pick(chunk)
                 loaded = scores.load(picked)
                 rows = found.rows(chunk)
                 asked = coefficients.rows(chunk)
-                z, slope = workspace.tile(0, chunk, classes)
-                scores.tile(loaded, classes, z, slope)
-                own = _own_columns(targets, chunk, classes)
-                own_z = None if own is None else own.take(z, 0.0).to(rows.m.dtype)
-                z.sub_(finite_base(rows.m).to(z.dtype)[:, None])
+                tile, shifted = revisit(problem, workspace, chunk, loaded, classes, rows)
                 if dq is not None:
-                    _target_tile(targets, dq, picked, classes, z, rows, asked)
-                z.exp_()
-                tile = _Tile(classes, z, slope, rows.m, own, own_z)
-                _differentiate_(scores, targets, chunk, picked, tile, rows, asked)
-                sink.add(picked, loaded, classes, z)
+                    # −log p, before exp overwrites the shifted logits
+                    surprise = rows.log_partition.to(shifted.dtype)[:, None] - shifted
+                    factor = targets.probability_factor(classes, shifted.dtype)
+                    dq.put((picked, classes), surprise * factor * asked.loss.to(shifted.dtype)[:, None])
+                tile = tile._replace(z=o.exp(shifted))
+                g = differentiate(problem, chunk, tile, rows, asked)
+                sink.add(picked, loaded, classes, g)
     return sink, dq
 
 
-@dataclass
-class _Tile:
+class Tile(NamedTuple):
     classes: slice
-    z: Tensor  # (R, T) exp(z − base), then the gradient
+    z: Tensor  # (R, T) exp(z − base)
     slope: Tensor | None  # (R, T)
     base: Tensor  # (R,) what was subtracted before exp
     own: OwnColumns | None
     own_z: Tensor | None  # (R, K) logits of the own classes, where this tile holds them
 
 
-class _Workspace:
+class Workspace:
     """The one buffer of a sweep, cut into contiguous tiles: products write into it, nothing is allocated."""
 
-    def __init__(self, scores: Scores, targets: Targets, plan: Plan, *, slopes: bool) -> None:
+    def __init__(
+        self, problem: Problem, plan: Plan, *, slopes: bool, buffers: int = 1, slope_at: int = 1
+    ) -> None:
         self.slopes = slopes
-        self.width = targets.classes if plan.resident else min(plan.class_tile, targets.classes)
+        self.slope_at = slope_at
+        self.width = (
+            problem.targets.classes if plan.resident else min(plan.class_tile, problem.targets.classes)
+        )
         self.rows = plan.row_chunk
-        size = self.rows * self.width * (2 if slopes else 1)
-        self.buffer = torch.empty(size, dtype=scores.dtype, device=scores.device)
+        self.resident = plan.resident
+        self.buffer = None
+        if problem.arithmetic.buffered:
+            size = self.rows * self.width * (buffers + slopes)
+            self.buffer = torch.empty(size, dtype=problem.scores.dtype, device=problem.scores.device)
 
-    def tile(self, offset: int, chunk: slice, classes: slice) -> tuple[Tensor, Tensor | None]:
-        """Logits and slopes of a tile whose classes start at column `offset` of the workspace."""
+    def tile(self, chunk: slice, classes: slice, number: int = 0) -> Tensor | None:
+        """Room for one tile; `number` tells apart those that are held at once."""
+        if self.buffer is None:
+            return None
         rows, width = chunk.stop - chunk.start, classes.stop - classes.start
-        start, size = offset * self.rows, rows * width
-        z = self.buffer[start : start + size].view(rows, width)
-        if not self.slopes:
-            return z, None
-        start += self.rows * self.width
-        return z, self.buffer[start : start + size].view(rows, width)
+        start = number * self.rows * self.width + (classes.start * self.rows if self.resident else 0)
+        return self.buffer[start : start + rows * width].view(rows, width)
+
+    def room(self, chunk: slice, classes: slice) -> Room:
+        slope = self.tile(chunk, classes, self.slope_at) if self.slopes else None
+        return Room(self.tile(chunk, classes), slope, self.slopes)
 
 
-def _chunk_statistics(
-    scores: Scores, targets: Targets, plan: Plan, workspace: _Workspace, chunk: slice
-) -> tuple[Statistics, list[_Tile]]:
+def chunk_statistics(
+    problem: Problem, plan: Plan, workspace: Workspace, chunk: slice
+) -> tuple[Statistics, list[Tile]]:
     """Statistics of a chunk of rows over all classes; the tiles hold exp(z − base) if the plan keeps them."""
+    scores, targets, _, o = problem
     picked = targets.pick(chunk)
     loaded = scores.load(picked)
-    rows = chunk.stop - chunk.start
-    found = None
-    own_z = None
+    found = own_z = None
     tiles = []
     for classes in plan.class_tiles(targets.classes):
-        z, slope = workspace.tile(classes.start if plan.resident else 0, chunk, classes)
-        scores.tile(loaded, classes, z, slope)
+        z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
         own = _own_columns(targets, chunk, classes)
         here = None
         if own is not None:
             here = own.take(z, torch.nan).to(statistics_dtype(z.device))
             own_z = here if own_z is None else torch.where(own.inside, here, own_z)
-            own.put_(z, -torch.inf)
-        part = summarise_(z, targets.tile(picked, classes, z.dtype), own)
+            z = own.put(o, z, -torch.inf)
+        z, part = summarise(o, z, targets.tile(picked, classes, z.dtype), own)
         found = part if found is None else found.merge(part)
         if plan.resident:
-            tiles.append(_Tile(classes, z, slope, part.m, own, here))
-    if found is None:
-        found = Statistics.identity(rows, scores.device)
+            tiles.append(Tile(classes, z, slope, part.m, own, here))
+    assert found is not None
     if own_z is not None:
         assert targets.own_mass is not None
         found = found.merge(_own_statistics(own_z, targets.own_mass[chunk]))
     return found, tiles
+
+
+def revisit(
+    problem: Problem, workspace: Workspace, chunk: slice, loaded: Tensor, classes: slice, found: Statistics
+) -> tuple[Tile, Tensor]:
+    """A tile of rows whose statistics are known, and z − m, whose exponential the tile still wants."""
+    scores, targets, _, o = problem
+    z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
+    own = _own_columns(targets, chunk, classes)
+    own_z = None if own is None else own.take(z, 0.0).to(found.m.dtype)
+    shifted = o.sub(z, finite_base(found.m).to(z.dtype)[:, None])
+    return Tile(classes, shifted, slope, found.m, own, own_z), shifted
+
+
+def differentiate(
+    problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
+) -> Tensor:
+    """∂L/∂u (R, T) of a tile, in the place of its exponentials."""
+    g = differentiate_logits(problem, chunk, tile, found, asked)
+    return g if tile.slope is None else problem.arithmetic.mul(g, tile.slope)
+
+
+def differentiate_logits(
+    problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
+) -> Tensor:
+    """gain·(α·p − γ·t) (R, T) of a tile."""
+    scores, targets, _, o = problem
+    gain = scores.transform.gain
+    gamma = asked.loss if gain == 1.0 else asked.loss * gain
+    extra = None if asked.logsumexp is None else asked.logsumexp * gain
+    alpha = found.a * gamma if extra is None else found.a * gamma + extra
+    shift = torch.where(tile.base == found.m, 0.0, tile.base - found.m)
+    g = o.mul(tile.z, (alpha * torch.exp(shift) / (1 + found.r)).to(tile.z.dtype)[:, None])
+    t = targets.tile(targets.pick(chunk), tile.classes, g.dtype)
+    if t is not None:
+        g = o.subtract_scaled(g, t, gamma.to(g.dtype)[:, None])
+    if tile.own is not None:
+        assert tile.own_z is not None
+        assert targets.own_rest is not None
+        at_own = alpha[:, None] * torch.expm1(found.log_prob(tile.own_z))
+        at_own = at_own + gamma[:, None] * targets.own_rest[chunk]
+        if extra is not None:
+            at_own = at_own + extra[:, None]
+        g = tile.own.put(o, g, at_own.to(g.dtype))
+    return g
+
+
+def target_total(problem: Problem) -> Total:
+    """Where ∂L/∂q is collected."""
+    q = problem.targets.probabilities
+    assert q is not None
+    return problem.arithmetic.total(tuple(q.shape), q.dtype, q.device, dim=1)
 
 
 def _own_columns(targets: Targets, chunk: slice, classes: slice) -> OwnColumns | None:
@@ -190,73 +267,5 @@ def _own_statistics(z: Tensor, mass: Tensor) -> Statistics:
     return Statistics(m=z, r=torch.where(z == -torch.inf, -1.0, zero), d=zero, a=mass)
 
 
-def _differentiate_(
-    scores: Scores,
-    targets: Targets,
-    chunk: slice,
-    picked: Rows,
-    tile: _Tile,
-    found: Statistics,
-    asked: Coefficients,
-) -> None:
-    """exp(z − base) becomes ∂L/∂u in place."""
-    z = tile.z
-    gain = scores.transform.gain
-    gamma = asked.loss * gain
-    extra = None if asked.logsumexp is None else asked.logsumexp * gain
-    alpha = found.a * gamma if extra is None else found.a * gamma + extra
-    shift = torch.where(tile.base == found.m, 0.0, tile.base - found.m)
-    z.mul_((alpha * torch.exp(shift) / (1 + found.r)).to(z.dtype)[:, None])
-    t = targets.tile(picked, tile.classes, z.dtype)
-    if t is not None:
-        z.addcmul_(t, gamma.to(z.dtype)[:, None], value=-1)
-    if tile.own is not None:
-        assert tile.own_z is not None
-        assert targets.own_rest is not None
-        at_own = alpha[:, None] * torch.expm1(found.log_prob(tile.own_z))
-        at_own += gamma[:, None] * targets.own_rest[chunk]
-        if extra is not None:
-            at_own += extra[:, None]
-        tile.own.put_(z, at_own.to(z.dtype))
-    if tile.slope is not None:
-        z.mul_(tile.slope)
-
-
-def _target_gradient(targets: Targets) -> Tensor:
-    q = targets.probabilities
-    assert q is not None
-    return torch.zeros_like(q) if targets.rows is not None else torch.empty_like(q)
-
-
-def _target_tile(
-    targets: Targets,
-    dq: Tensor,
-    picked: Rows,
-    classes: slice,
-    z: Tensor,
-    found: Statistics,
-    asked: Coefficients,
-) -> None:
-    """∂L/∂q = γ·(∂t/∂q)·(−log p), z already relative to the maximum."""
-    surprise = found.log_partition.to(z.dtype)[:, None] - z
-    factor = targets.probability_factor(classes, z.dtype)
-    dq[picked, classes] = (surprise * factor * asked.loss.to(z.dtype)[:, None]).to(dq.dtype)
-
-
-def _plan(scores: Scores, targets: Targets, budget: int, *, gradient: bool) -> Plan:
-    size = scores.dtype.itemsize
-    gathered = targets.rows is not None
-    dense = targets.dense
-    footprint = Footprint(
-        kept=size * (2 if scores.transform.curved else 1),
-        # a converted tile of t, its product with z, and the booleans of a selection
-        scratch=(3 * size + 1 if targets.probabilities is not None else 2 * size + 1) if dense else 0,
-        per_row=scores.bytes_per_row(gathered),
-        per_class=scores.bytes_per_class(),
-        resident_rows=scores.least_resident_rows,
-    )
-    return Plan.within(budget, targets.count, targets.classes, footprint, gradient=gradient)
-
-
-def _concatenate(parts: list[Statistics], scores: Scores) -> Statistics:
-    return Statistics.concatenate(parts) if parts else Statistics.identity(0, scores.device)
+def _concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
+    return Statistics.concatenate(parts) if parts else Statistics.identity(0, problem.scores.device)

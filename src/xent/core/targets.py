@@ -84,11 +84,15 @@ def index_targets(
     ignore_index: int = -100,
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
+    select: bool = True,
 ) -> Targets:
-    """Targets given as class indices; one outside the classes costs nan (see `check_index`)."""
+    """Targets given as class indices; one outside the classes costs nan (see `check_index`).
+
+    ``select=False``: all rows take part, whatever their target.
+    """
     wide = target.to(torch.int64)
     keep = wide != ignore_index
-    rows, weight = _taking_part(keep, sample_weight)
+    rows, weight = _taking_part(keep, sample_weight) if select else (None, sample_weight)
     own = wide if rows is None else wide[rows]
     dtype = statistics_dtype(target.device)
     w = None if class_weight is None else class_weight.detach().to(dtype)
@@ -126,8 +130,9 @@ def probability_targets(
 ) -> Targets:
     """Targets given as one probability (of any sign and mass) for every class."""
     total, classes = target.shape
-    keep = torch.ones((), dtype=torch.bool, device=target.device)
-    rows, weight = _taking_part(keep, sample_weight)
+    rows = weight = None
+    if sample_weight is not None:
+        rows, weight = _taking_part(torch.ones((), dtype=torch.bool, device=target.device), sample_weight)
     dtype = statistics_dtype(target.device)
     return Targets(
         classes=classes,

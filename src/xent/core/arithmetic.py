@@ -1,0 +1,233 @@
+"""The two bodies of a tile: in place on a workspace, or functional.
+
+A sweep writes its tiles into one buffer and changes them in place. Under `torch.func.vmap` that is not
+allowed (no `out=`, no accumulation into a tensor made outside, no question whose answer is data), so there
+the same steps make new tensors. Every step that differs has its two forms here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from xent.core.matmul import multiply_
+
+At: TypeAlias = slice | Tensor | tuple[slice | Tensor, slice]
+
+
+class Arithmetic(Protocol):
+    """Steps that return their result; they may overwrite their first tensor, or write into `out`."""
+
+    buffered: bool
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor: ...
+
+    def copy(self, a: Tensor, out: Tensor | None) -> Tensor: ...
+
+    def one_minus_square(self, a: Tensor, out: Tensor | None) -> Tensor: ...
+
+    def add(self, z: Tensor, y: Tensor) -> Tensor: ...
+
+    def add_product(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor: ...
+
+    def subtract_scaled(self, z: Tensor, t: Tensor, c: Tensor) -> Tensor: ...
+
+    def sub(self, z: Tensor, y: Tensor) -> Tensor: ...
+
+    def mul(self, z: Tensor, y: Tensor | float) -> Tensor: ...
+
+    def div(self, z: Tensor, y: float) -> Tensor: ...
+
+    def exp(self, z: Tensor) -> Tensor: ...
+
+    def tanh(self, z: Tensor) -> Tensor: ...
+
+    def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor: ...
+
+    def possible(self, mask: Tensor) -> bool: ...
+
+    def total(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0
+    ) -> Total: ...
+
+
+class Total(Protocol):
+    """A gradient in the making: a tensor to whose parts tiles are added."""
+
+    def add(self, at: slice, value: Tensor) -> None: ...
+
+    def put(self, at: At, value: Tensor) -> None: ...
+
+    def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None: ...
+
+    def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor: ...
+
+
+class InPlace:
+    """On buffers: nothing is allocated, and questions may be asked of the data."""
+
+    buffered = True
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
+        multiply_(out, a, b, accumulate=False)
+        return out
+
+    def copy(self, a: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
+        return out.copy_(a)
+
+    def one_minus_square(self, a: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
+        return torch.mul(a, a, out=out).neg_().add_(1.0)
+
+    def add(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.add_(y)
+
+    def add_product(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        multiply_(z, a, b, accumulate=True)
+        return z
+
+    def subtract_scaled(self, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return z.addcmul_(t, c, value=-1)
+
+    def sub(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.sub_(y)
+
+    def mul(self, z: Tensor, y: Tensor | float) -> Tensor:
+        return z.mul_(y)
+
+    def div(self, z: Tensor, y: float) -> Tensor:
+        return z.div_(y)
+
+    def exp(self, z: Tensor) -> Tensor:
+        return z.exp_()
+
+    def tanh(self, z: Tensor) -> Tensor:
+        return z.tanh_()
+
+    def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor:
+        return z.scatter_(1, index, value)  # type: ignore[arg-type]
+
+    def possible(self, mask: Tensor) -> bool:
+        return bool(mask.any())
+
+    def total(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0) -> Total:
+        return _Accumulator(shape, dtype, device)
+
+
+class _Accumulator:
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.value = torch.zeros(shape, dtype=dtype, device=device)
+
+    def add(self, at: slice, value: Tensor) -> None:
+        self.value[at].add_(value)
+
+    def put(self, at: At, value: Tensor) -> None:
+        self.value[at] = value.to(self.value.dtype)
+
+    def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
+        if isinstance(at, slice):
+            multiply_(self.value[at], a, b, accumulate=True)
+        else:
+            part = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+            multiply_(part, a, b, accumulate=False)
+            self.value.index_add_(0, at, part)
+
+    def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if scale is not None:
+            self.value.mul_(scale)
+        return self.value.to(dtype)
+
+
+class Functional:
+    """For tensors that `vmap` has batched: new tensors, and the general case wherever there is a choice."""
+
+    buffered = False
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+        return a @ b
+
+    def copy(self, a: Tensor, out: Tensor | None) -> Tensor:
+        return a
+
+    def one_minus_square(self, a: Tensor, out: Tensor | None) -> Tensor:
+        return 1.0 - a * a
+
+    def add(self, z: Tensor, y: Tensor) -> Tensor:
+        return z + y
+
+    def add_product(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return z + a @ b
+
+    def subtract_scaled(self, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return z - t * c
+
+    def sub(self, z: Tensor, y: Tensor) -> Tensor:
+        return z - y
+
+    def mul(self, z: Tensor, y: Tensor | float) -> Tensor:
+        return z * y
+
+    def div(self, z: Tensor, y: float) -> Tensor:
+        return z / y
+
+    def exp(self, z: Tensor) -> Tensor:
+        return z.exp()
+
+    def tanh(self, z: Tensor) -> Tensor:
+        return z.tanh()
+
+    def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor:
+        return z.scatter(1, index, value)  # type: ignore[arg-type]
+
+    def possible(self, mask: Tensor) -> bool:
+        return True
+
+    def total(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0) -> Total:
+        return _Parts(shape[0], dim)
+
+
+class _Parts:
+    """Sums kept apart by where they start along one dimension, joined at the end."""
+
+    def __init__(self, rows: int, dim: int) -> None:
+        self.rows = rows
+        self.dim = dim
+        self.selected: Tensor | None = None  # (M,) which of the rows there are parts of, None for all
+        self.parts: dict[int, Tensor] = {}
+
+    def add(self, at: slice, value: Tensor) -> None:
+        start = at.start or 0
+        self.parts[start] = self.parts[start] + value if start in self.parts else value
+
+    def put(self, at: At, value: Tensor) -> None:
+        rows, *rest = at if isinstance(at, tuple) else (at,)
+        self._select(rows)
+        self.parts[rest[0].start or 0 if rest else 0] = value
+
+    def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
+        self._select(at)
+        self.add(slice(0, None) if isinstance(at, Tensor) else at, a @ b)
+
+    def _select(self, rows: slice | Tensor) -> None:
+        if isinstance(rows, Tensor):  # a functional sweep visits all of its rows at once
+            self.selected = rows
+
+    def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        parts = [self.parts[start] for start in sorted(self.parts)]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
+        value = (value if scale is None else value * scale).to(dtype)
+        if self.selected is None:
+            return value
+        return value.new_zeros(self.rows, *value.shape[1:]).index_copy(0, self.selected, value)
+
+
+def arithmetic_for(*tensors: Tensor | None) -> Arithmetic:
+    """Functional where `vmap` has batched any of the tensors, else in place."""
+    batched = torch._C._functorch.is_batchedtensor
+    if any(t is not None and batched(t) for t in tensors):
+        return Functional()
+    return InPlace()

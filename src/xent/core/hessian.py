@@ -1,0 +1,218 @@
+"""Second derivatives of the rows' losses in closed form, tile by tile; no logits are kept.
+
+Along tangents (ẋ, Ẇ, ḃ) of the scores' tensors and q̇ of the probabilities, with u̇ pushed through the head,
+ζ = (dz/du)·u̇, f = ∂t/∂q and the row coefficients α, γ of the gradient:
+
+    ℓ̇ = a⟨p, ζ⟩ − ⟨t, ζ⟩ + ⟨f∘q̇, −log p⟩        lsė = ⟨p, ζ⟩
+
+    R = dz/du·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇)) + d²z/du²·u̇∘(α p − γ t)
+    x-part: R W + G Ẇ        W-part: Rᵀx + Gᵀẋ        b-part: Rᵀ1        q-part: γ·f∘(⟨p, ζ⟩ − ζ)
+
+with G = ∂L/∂u. `tangent` gives the first line (a Jacobian product); `product` gives both: the derivative of
+⟨gradient, tangents⟩ in everything that the gradient depends on, which is the Hessian product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent.core.arithmetic import Total
+from xent.core.plan import Plan
+from xent.core.scores import Rows, Sink, Tangents
+from xent.core.statistics import Statistics
+from xent.core.sweep import (
+    Coefficients,
+    Problem,
+    Tile,
+    Workspace,
+    differentiate_logits,
+    revisit,
+    target_total,
+)
+
+
+class RowTangent(NamedTuple):
+    loss: Tensor  # (M,) ℓ̇
+    logsumexp: Tensor  # (M,)
+    mass: Tensor  # (M,) ⟨f, q̇⟩
+
+
+class _Pushed(NamedTuple):
+    tile: Tile  # z: exp(z − m)
+    du: Tensor  # (R, T) tangent of u
+    zeta: Tensor  # (R, T) tangent of z; in the place of du where the transform is straight
+    bend: Tensor | None  # (R, T) d²z/du² ÷ gain
+
+
+def tangent(problem: Problem, found: Statistics, tangents: Tangents, dq: Tensor | None) -> RowTangent:
+    """Directional derivatives of the rows' ℓ and lse."""
+    plan = _plan(problem, resident=False)
+    workspace = _workspace(problem, plan)
+    with problem.products():
+        parts = [
+            _chunk_tangent(problem, plan, workspace, chunk, found.rows(chunk), tangents, dq)[0]
+            for chunk in plan.row_chunks(problem.targets.count)
+        ]
+    return _concatenate(parts, found)
+
+
+def product(
+    problem: Problem,
+    found: Statistics,
+    coefficients: Coefficients,
+    tangents: Tangents,
+    dq: Tensor | None,
+    wants: tuple[bool, ...],
+    *,
+    wants_target: bool,
+) -> tuple[RowTangent, Sink, Total | None]:
+    """Row tangents, and the derivative of ⟨gradient, tangents⟩ in the scores' tensors and in q."""
+    scores, targets, _, o = problem
+    plan = _plan(problem, resident=True)
+    workspace = _workspace(problem, plan)
+    sink = scores.sink(o, wants)
+    q_part = target_total(problem) if wants_target else None
+    wants_g = scores.transform.curved or sink.crosses(tangents)
+    parts = []
+    with problem.products():
+        for chunk in plan.row_chunks(targets.count):
+            picked = targets.pick(chunk)
+            loaded = scores.load(picked)
+            rows = found.rows(chunk)
+            asked = coefficients.rows(chunk)
+            part, kept = _chunk_tangent(problem, plan, workspace, chunk, rows, tangents, dq)
+            parts.append(part)
+            for number, classes in enumerate(plan.class_tiles(targets.classes)):
+                if plan.resident:
+                    pushed = kept[number]
+                else:
+                    pushed = _push(problem, workspace, chunk, picked, loaded, classes, rows, tangents)[0]
+                if q_part is not None:
+                    factor = targets.probability_factor(classes, pushed.zeta.dtype)
+                    centred = part.logsumexp.to(pushed.zeta.dtype)[:, None] - pushed.zeta
+                    q_part.put((picked, classes), centred * factor * asked.loss.to(centred.dtype)[:, None])
+                r = _hessian_tile(problem, picked, pushed, rows, asked, part, dq)
+                if wants_g:
+                    g = differentiate_logits(problem, chunk, pushed.tile, rows, asked)
+                    slope = pushed.tile.slope
+                    if slope is not None:
+                        assert pushed.bend is not None
+                        r = r * slope + g * pushed.bend * pushed.du
+                        g = g * slope
+                    sink.add_tangent(picked, tangents, classes, g)
+                sink.add(picked, loaded, classes, r)
+    return _concatenate(parts, found), sink, q_part
+
+
+def _chunk_tangent(
+    problem: Problem,
+    plan: Plan,
+    workspace: Workspace,
+    chunk: slice,
+    found: Statistics,
+    tangents: Tangents,
+    dq: Tensor | None,
+) -> tuple[RowTangent, list[_Pushed]]:
+    """Row tangents of a chunk; its tiles, where the plan keeps them."""
+    scores, targets, _, _ = problem
+    picked = targets.pick(chunk)
+    loaded = scores.load(picked)
+    p_zeta = t_zeta = surprise = mass = torch.zeros_like(found.m)
+    kept = []
+    for classes in plan.class_tiles(targets.classes):
+        pushed, shifted = _push(problem, workspace, chunk, picked, loaded, classes, found, tangents)
+        zeta, own = pushed.zeta, pushed.tile.own
+        p_zeta = p_zeta + (pushed.tile.z * zeta).sum(1).to(found.m.dtype) / (1 + found.r)
+        t = targets.tile(picked, classes, zeta.dtype)
+        if t is not None:
+            t_zeta = t_zeta + (t * zeta).sum(1).to(found.m.dtype)
+        if own is not None:
+            assert targets.own_mass is not None
+            mass_here = targets.own_mass[chunk]
+            if t is not None:  # the own class's share of the dense part is in own_mass already
+                mass_here = mass_here - own.take(t.expand(zeta.shape), 0.0).to(found.m.dtype)
+            t_zeta = t_zeta + (mass_here * own.take(zeta, 0.0).to(found.m.dtype)).sum(1)
+        if dq is not None:
+            dt = dq[picked, classes].to(zeta.dtype) * targets.probability_factor(classes, zeta.dtype)
+            cost = found.log_partition.to(zeta.dtype)[:, None] - shifted
+            surprise = surprise + torch.where(dt == 0, 0.0, dt * cost).sum(1).to(found.m.dtype)
+            mass = mass + dt.sum(1).to(found.m.dtype)
+        if plan.resident:
+            kept.append(pushed)
+    return RowTangent(found.a * p_zeta - t_zeta + surprise, p_zeta, mass), kept
+
+
+def _push(
+    problem: Problem,
+    workspace: Workspace,
+    chunk: slice,
+    picked: Rows,
+    loaded: Tensor,
+    classes: slice,
+    found: Statistics,
+    tangents: Tangents,
+) -> tuple[_Pushed, Tensor | None]:
+    """A tile with its tangents; and z − m where probabilities ask for it."""
+    scores, targets, _, o = problem
+    tile, shifted = revisit(problem, workspace, chunk, loaded, classes, found)
+    bend = None
+    if tile.slope is not None:
+        bend = scores.transform.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope)
+    saved = shifted.clone() if targets.probabilities is not None else None
+    tile = tile._replace(z=o.exp(shifted))
+    du = zeta = torch.zeros_like(tile.z)
+    if any(t is not None for t in tangents):
+        du = scores.push(o, picked, loaded, tangents, classes, workspace.tile(chunk, classes, 1))
+        gain = scores.transform.gain
+        if tile.slope is not None:
+            zeta = du * tile.slope * gain
+        else:
+            zeta = du if gain == 1.0 else o.mul(du, gain)
+    return _Pushed(tile, du, zeta, bend), saved
+
+
+def _hessian_tile(
+    problem: Problem,
+    picked: Rows,
+    pushed: _Pushed,
+    found: Statistics,
+    asked: Coefficients,
+    part: RowTangent,
+    dq: Tensor | None,
+) -> Tensor:
+    """gain·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇)), in the place of ζ."""
+    scores, targets, _, o = problem
+    dtype = pushed.zeta.dtype
+    gain = scores.transform.gain
+    gamma = asked.loss * gain
+    alpha = found.a * gamma if asked.logsumexp is None else found.a * gamma + asked.logsumexp * gain
+    r = o.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
+    r = o.mul(o.mul(r, pushed.tile.z), (alpha / (1 + found.r)).to(dtype)[:, None])
+    if dq is not None:
+        classes = pushed.tile.classes
+        dt = dq[picked, classes].to(dtype) * targets.probability_factor(classes, dtype)
+        share = (gamma * part.mass / (1 + found.r)).to(dtype)[:, None]
+        r = r + pushed.tile.z * share - dt * gamma.to(dtype)[:, None]
+    return r
+
+
+def _plan(problem: Problem, *, resident: bool) -> Plan:
+    # probabilities and tangents at once; where the transform is curved, their slopes and bends too
+    return problem.plan(resident=resident, buffers=4 if problem.scores.transform.curved else 2, least_rows=2)
+
+
+def _workspace(problem: Problem, plan: Plan) -> Workspace:
+    return Workspace(problem, plan, slopes=problem.scores.transform.curved, buffers=2, slope_at=2)
+
+
+def _concatenate(parts: list[RowTangent], found: Statistics) -> RowTangent:
+    if not parts:
+        return RowTangent(found.a, found.a, found.a)
+    return (
+        parts[0]
+        if len(parts) == 1
+        else RowTangent(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    )
