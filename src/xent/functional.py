@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from xent import autograd
+from xent import autograd, opaque
 from xent.core.plan import DEFAULT_BUDGET
 from xent.core.reduction import Kind, Reduction
 from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
@@ -94,7 +94,12 @@ def cross_entropy(
     t = target.reshape(-1) if is_index else target.movedim(axis, -1).reshape(-1, classes)
     s = None if sample_weight is None else sample_weight.reshape(-1)
     scores = Logits(input.movedim(axis, -1).reshape(-1, classes), _transform(softcap, temperature))
-    return _loss([options.part(scores, t, is_index, s)], options.reduction, rows_shape, _loss_dtype(input))
+    return _loss(
+        [options.part(scores, t, is_index, s, check_targets)],
+        options.reduction,
+        rows_shape,
+        _loss_dtype(input),
+    )
 
 
 def linear_cross_entropy(
@@ -189,7 +194,7 @@ def linear_cross_entropy(
     b = (None,) * places if linear_bias is None else linear_bias.reshape(classes, places).unbind(1)
     s = (None,) * places if sample_weight is None else sample_weight.reshape(-1, places).unbind(1)
     parts = [
-        options.part(LinearHead(x, w[k], b[k], transform), t[..., k], is_index, s[k], budget)
+        options.part(LinearHead(x, w[k], b[k], transform), t[..., k], is_index, s[k], check_targets, budget)
         for k in range(places)
     ]
     return _loss(parts, options.reduction, rows_shape, dtype)
@@ -199,6 +204,8 @@ class _Part(NamedTuple):
     problem: Problem
     row_weight: Tensor | None  # (M,)
     kept: Tensor | None  # (M,) bool: rows that count, where they could not be selected beforehand
+    opaque: bool  # whether the sweep is to be one operator
+    check: bool | None  # of targets, by that operator
 
 
 def _loss(parts: Sequence[_Part], reduction: Reduction, rows_shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -220,9 +227,9 @@ def _loss(parts: Sequence[_Part], reduction: Reduction, rows_shape: torch.Size, 
 
 def _early(part: _Part, reduction: Reduction, scale: Tensor) -> Tensor | None:
     """The loss whose gradient is formed in the forward sweep; None where that would not pay or not do."""
-    problem, s, _ = part
+    problem, s = part.problem, part.row_weight
     q = problem.targets.probabilities
-    if not problem.scores.early or any(t is not None and t.requires_grad for t in (s, q)):
+    if part.opaque or not problem.scores.early or any(t is not None and t.requires_grad for t in (s, q)):
         return None
     if not autograd.needs_gradient(problem) or autograd.transformed(*problem.scores.tensors, q, s):
         return None
@@ -231,7 +238,10 @@ def _early(part: _Part, reduction: Reduction, scale: Tensor) -> Tensor | None:
 
 def _values(part: _Part, reduction: Reduction) -> Tensor:
     """What each of the M rows adds to the loss, before the divisor."""
-    nll, logsumexp = autograd.rows(part.problem)
+    if part.opaque:
+        nll, logsumexp = opaque.rows(part.problem, part.kept, part.check)
+    else:
+        nll, logsumexp = autograd.rows(part.problem)
     if part.kept is not None:  # select before weighing: 0·nan is not 0
         nll, logsumexp = (torch.where(part.kept, v, 0.0) for v in (nll, logsumexp))
     return reduction.values(nll, logsumexp, part.row_weight)
@@ -303,7 +313,8 @@ class _Options(NamedTuple):
         if shape == rows_shape and not target.is_floating_point():
             if target.is_complex() or target.dtype == torch.bool:
                 raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
-            if not autograd.batched(target):  # there it costs nan instead
+            # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
+            if not (opaque.is_opaque(target) or autograd.batched(target)):
                 check_index(target, self.classes, self.ignore_index, check)
             return True
         if shape == full_shape:
@@ -326,13 +337,15 @@ class _Options(NamedTuple):
         target: Tensor,  # (N,) or (N, C)
         is_index: bool,
         sample_weight: Tensor | None,  # (N,)
+        check: bool | None,
         budget: int = DEFAULT_BUDGET,
     ) -> _Part:
         """Scores with their targets, and the weights of the rows that take part."""
         learnt = sample_weight is not None and sample_weight.requires_grad and torch.is_grad_enabled()
         fixed = None if learnt else sample_weight  # a learnt weight of 0 still has a gradient
         kept = None
-        if autograd.batched(target, sample_weight, self.weight, *scores.tensors):
+        in_graph = opaque.is_opaque(target, *scores.tensors)
+        if in_graph or autograd.batched(target, sample_weight, self.weight, *scores.tensors):
             # data cannot choose rows here: those that do not count become harmless, and are selected out after
             kept = torch.ones(target.shape[:1], dtype=torch.bool, device=target.device)
             if is_index:
@@ -340,7 +353,8 @@ class _Options(NamedTuple):
                 target = torch.where(kept, target, 0)
             if fixed is not None:
                 kept = kept & (fixed != 0)
-            scores = scores.select(kept)
+            if not in_graph:  # the operator selects for itself
+                scores = scores.select(kept)
             given = torch.ones((), dtype=torch.float64) if sample_weight is None else sample_weight
             sample_weight, fixed, learnt = torch.where(kept, given, 0.0), None, True
         if is_index:
@@ -359,9 +373,10 @@ class _Options(NamedTuple):
             )
         problem = Problem(scores, targets, budget)
         if sample_weight is None or not learnt:
-            return _Part(problem, targets.row_weight, kept)
+            return _Part(problem, targets.row_weight, kept, in_graph, check)
         weight = sample_weight.to(statistics_dtype(sample_weight.device))
-        return _Part(problem, weight if targets.rows is None else weight[targets.rows], kept)
+        weight = weight if targets.rows is None else weight[targets.rows]
+        return _Part(problem, weight, kept, in_graph, check)
 
 
 def _reduction(kind: str, z_loss: float, denominator: float | Tensor | None) -> Reduction:
@@ -411,14 +426,16 @@ def _check_budget(memory_budget: int | None) -> int:
 
 def _lower(tensor: Tensor) -> Tensor:
     """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
-    kind = tensor.device.type
-    if not torch.is_autocast_enabled(kind) or tensor.dtype == torch.float64:
+    if not _autocasts(tensor):
         return tensor
-    return tensor.to(torch.get_autocast_dtype(kind))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _loss_dtype(tensor: Tensor) -> torch.dtype:
     """The type of the loss: that of the scores, but never a half type under autocast."""
-    if torch.is_autocast_enabled(tensor.device.type) and tensor.dtype != torch.float64:
-        return torch.float32
-    return tensor.dtype
+    return torch.float32 if _autocasts(tensor) else tensor.dtype
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64

@@ -1,0 +1,235 @@
+"""The rows' ℓ and lse as custom operators, for `torch.compile`, `torch.export`, and tensors without data.
+
+The tile loop must not be unrolled into a graph, so there the two sweeps are operators that a graph holds as
+they are: ``xent::rows`` and its derivative ``xent::rows_gradient``. They have one derivative and no rule for
+torch.func, which is why eager code never goes through them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from xent.core import sweep
+from xent.core.scores import LinearHead, Logits, Scores, Transform
+from xent.core.statistics import Statistics, statistics_dtype
+from xent.core.sweep import Coefficients, Problem
+from xent.core.targets import Targets, check_index
+
+
+def is_opaque(*tensors: Tensor | None) -> bool:
+    """Whether a graph is being made, or a tensor has a shape but no data."""
+    if torch.compiler.is_compiling():
+        return True
+    fake = torch._subclasses.fake_tensor.FakeTensor
+    return any(t is not None and (t.is_meta or isinstance(t, fake)) for t in tensors)
+
+
+def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> tuple[Tensor, Tensor]:
+    """(ℓ, lse), each (N,) float64, zero in the rows that are not kept (N,); differentiable once."""
+    scores, t = problem.scores, problem.targets
+    x, w, b = (*scores.tensors, None, None)[:3]
+    assert x is not None
+    loss, logsumexp, _ = torch.ops.xent.rows(
+        x,
+        w,
+        b,
+        t.probabilities,
+        t.own,
+        t.own_mass,
+        t.own_rest,
+        t.class_weight,
+        kept,
+        t.classes,
+        t.smoothing,
+        scores.transform.softcap,
+        scores.transform.temperature,
+        problem.budget,
+        check is not False,
+    )
+    return loss, logsumexp
+
+
+@torch.library.custom_op("xent::rows", mutates_args=())
+def _rows(
+    x: Tensor,  # (N, D) features, or (N, C) logits where there is no w
+    w: Tensor | None,  # (C, D)
+    b: Tensor | None,  # (C,)
+    q: Tensor | None,  # (N, C)
+    own: Tensor | None,  # (N, 1)
+    own_mass: Tensor | None,  # (N, 1)
+    own_rest: Tensor | None,  # (N, 1)
+    class_weight: Tensor | None,  # (C,)
+    kept: Tensor | None,  # (N,) bool
+    classes: int,
+    smoothing: float,
+    softcap: float | None,
+    temperature: float,
+    budget: int,
+    check: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if own is not None and check:
+        shown = own if kept is None else torch.where(kept[:, None], own, 0)
+        check_index(shown[:, 0], classes, -100, None)
+    problem = _problem(
+        x,
+        w,
+        b,
+        q,
+        own,
+        own_mass,
+        own_rest,
+        class_weight,
+        kept,
+        classes,
+        smoothing,
+        softcap,
+        temperature,
+        budget,
+    )
+    found = sweep.statistics(problem)
+    out = torch.stack((found.loss, found.logsumexp, found.m, found.r, found.a))
+    if problem.targets.rows is not None:
+        out = out.new_zeros(5, x.shape[0]).index_copy(1, problem.targets.rows, out)
+    return out[0].clone(), out[1].clone(), out[2:].clone()
+
+
+@_rows.register_fake
+def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, n = statistics_dtype(x.device), x.shape[0]
+    return x.new_empty(n, dtype=dtype), x.new_empty(n, dtype=dtype), x.new_empty((3, n), dtype=dtype)
+
+
+@torch.library.custom_op("xent::rows_gradient", mutates_args=())
+def _rows_gradient(
+    loss: Tensor,  # (N,) ∂L/∂ℓ
+    logsumexp: Tensor,  # (N,) ∂L/∂lse
+    statistics: Tensor,  # (3, N)
+    wants: Sequence[bool],
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    q: Tensor | None,
+    own: Tensor | None,
+    own_mass: Tensor | None,
+    own_rest: Tensor | None,
+    class_weight: Tensor | None,
+    kept: Tensor | None,
+    classes: int,
+    smoothing: float,
+    softcap: float | None,
+    temperature: float,
+    budget: int,
+) -> list[Tensor]:
+    problem = _problem(
+        x,
+        w,
+        b,
+        q,
+        own,
+        own_mass,
+        own_rest,
+        class_weight,
+        kept,
+        classes,
+        smoothing,
+        softcap,
+        temperature,
+        budget,
+    )
+    of_rows = torch.stack((loss, logsumexp, *statistics))
+    if problem.targets.rows is not None:
+        of_rows = of_rows[:, problem.targets.rows]
+    loss, logsumexp, m, r, a = of_rows
+    found = Statistics(m=m, r=r, d=torch.zeros_like(m), a=a)
+    sink, dq = sweep.gradient(
+        problem,
+        found,
+        Coefficients(loss, logsumexp),
+        tuple(wants[: len(problem.scores.tensors)]),
+        wants_target=wants[3],
+    )
+    gradients = [*sink.finish(None), None, None][:3]
+    gradients.append(None if dq is None or q is None else dq.finish(None, q.dtype))
+    return [
+        torch.zeros_like(t) if g is None else g
+        for g, t, want in zip(gradients, (x, w, b, q), wants, strict=True)
+        if want and t is not None
+    ]
+
+
+@_rows_gradient.register_fake
+def _(
+    loss: Tensor,
+    logsumexp: Tensor,
+    statistics: Tensor,
+    wants: Sequence[bool],
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    q: Tensor | None,
+    *_: object,
+) -> list[Tensor]:
+    wanted = [t for t, want in zip((x, w, b, q), wants, strict=True) if want and t is not None]
+    return [t.new_empty(t.shape) for t in wanted]
+
+
+def _problem(
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    q: Tensor | None,
+    own: Tensor | None,
+    own_mass: Tensor | None,
+    own_rest: Tensor | None,
+    class_weight: Tensor | None,
+    kept: Tensor | None,
+    classes: int,
+    smoothing: float,
+    softcap: float | None,
+    temperature: float,
+    budget: int,
+) -> Problem:
+    transform = Transform(softcap, temperature)
+    scores: Scores = Logits(x, transform) if w is None else LinearHead(x, w, b, transform)
+    targets = Targets(
+        classes=classes,
+        total=x.shape[0],
+        rows=None,
+        row_weight=None,
+        mean_weight=None,
+        own=own,
+        own_mass=own_mass,
+        own_rest=own_rest,
+        probabilities=q,
+        class_weight=class_weight,
+        smoothing=smoothing,
+    )
+    if kept is not None and not kept.all():
+        chosen = kept.nonzero().squeeze(1)
+        parts = {
+            name: None if t is None else t[chosen]
+            for name, t in (("own", own), ("own_mass", own_mass), ("own_rest", own_rest))
+        }
+        targets = replace(targets, rows=chosen, **parts)
+    return Problem(scores, targets, budget)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    *tensors, classes, smoothing, softcap, temperature, budget, _ = inputs
+    ctx.settings = (classes, smoothing, softcap, temperature, budget)
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(output[2], *tensors)
+
+
+def _backward(ctx, loss, logsumexp, _):  # type: ignore[no-untyped-def]
+    statistics, *tensors = ctx.saved_tensors
+    wants = [bool(need) and t is not None for need, t in zip(ctx.needs_input_grad[:4], tensors, strict=False)]
+    wanted = iter(torch.ops.xent.rows_gradient(loss, logsumexp, statistics, wants, *tensors, *ctx.settings))
+    return *(next(wanted) if want else None for want in wants), *(None,) * 11
+
+
+torch.library.register_autograd("xent::rows", _backward, setup_context=_setup_context)
