@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from xent.core import hessian, sweep
-from xent.core.arithmetic import arithmetic_for
+from xent.core.arithmetic import arithmetic_for, is_batched
 from xent.core.reduction import Reduction
-from xent.core.scores import Transform
+from xent.core.scores import Sink, Transform
 from xent.core.statistics import Statistics
 from xent.core.sweep import Coefficients, Problem
 from xent.core.targets import Targets
@@ -31,7 +31,7 @@ THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn
 
 @dataclass(frozen=True)
 class _Recipe:
-    """A problem without its tensors, which autograd wants to see: leaves (q, *scores) first, then the rest."""
+    """A problem without its tensors, which autograd is to see: leaves (q, *scores) first, then the rest."""
 
     kind: type[Any]
     transform: Transform
@@ -115,13 +115,11 @@ def transformed(*tensors: Tensor | None) -> bool:
 def batched(*tensors: Tensor | None) -> bool:
     """Whether `vmap` has batched any of the tensors, at any level."""
     functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is None:
-        return False
     for t in tensors:
-        while t is not None and functorch.is_functorch_wrapped_tensor(t):
-            if functorch.is_batchedtensor(t):
-                return True
+        while t is not None and not is_batched(t) and functorch.is_functorch_wrapped_tensor(t):
             t = functorch.get_unwrapped(t)
+        if t is not None and is_batched(t):
+            return True
     return False
 
 
@@ -245,6 +243,7 @@ class _Tangent(torch.autograd.Function):
         ctx.recipe, *tensors = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -303,7 +302,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        # under vmap torch reaches `backward`, to be told there is none, only where something was saved
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -329,7 +330,7 @@ class _Reduced(torch.autograd.Function):
         problem = recipe.bind(tensors)
 
         def coefficients(found: Statistics, chunk: slice) -> Coefficients:
-            return reduction.coefficients(found, problem.targets, row_weight, scale, chunk)
+            return reduction.coefficients(found, row_weight, scale, chunk)
 
         with _plain(problem):
             found, ctx.early = sweep.fused(problem, coefficients, ctx.needs_input_grad[5 : 4 + recipe.leaves])
@@ -351,15 +352,13 @@ class _Reduced(torch.autograd.Function):
             leaves = [t for t, want in zip(tensors, wants, strict=False) if want]
             gradients = torch.autograd.grad(value, leaves, upstream, create_graph=True)
             return None, None, None, None, *_spread(gradients, wants, n), *rest
-        if early is not None:
+        if early is not None and not batched(upstream):
             return None, None, None, None, None, *early.finish(upstream), *rest
-        problem = ctx.recipe.bind(tensors)
-        with _plain(problem):
-            asked = ctx.reduction.coefficients(
-                ctx.found, problem.targets, ctx.row_weight, ctx.scale * upstream, slice(None)
-            )
-            sink, _ = sweep.gradient(problem, ctx.found, asked, wants[1:])
-            return None, None, None, None, None, *sink.finish(None), *rest
+        found, scale = ctx.found, ctx.scale * upstream
+        asked = ctx.reduction.coefficients(found, ctx.row_weight, scale, slice(0, found.m.shape[0]))
+        recipe = ctx.recipe.asking(wants)
+        gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, *tensors)
+        return None, None, None, None, *_spread(gradients, wants, n), *rest
 
 
 def _found(m: Tensor, r: Tensor, a: Tensor) -> Statistics:
@@ -367,17 +366,18 @@ def _found(m: Tensor, r: Tensor, a: Tensor) -> Statistics:
     return Statistics(m=m, r=r, d=torch.zeros_like(m), a=a)
 
 
-def _wanted(wants: tuple[bool, ...], problem: Problem, dq: Any, sink: sweep.Sink) -> tuple[Tensor, ...]:
+def _wanted(wants: tuple[bool, ...], problem: Problem, dq: Any, sink: Sink) -> tuple[Tensor, ...]:
     """Gradients of the leaves that are wanted, in order; zero where nothing reached one."""
     q = problem.targets.probabilities
     of_q = None if dq is None or q is None else dq.finish(None, q.dtype)
     found = (of_q, *sink.finish(None))
     leaves = (q, *problem.scores.tensors)
-    return tuple(
-        torch.zeros_like(leaf) if g is None and leaf is not None else g
-        for want, g, leaf in zip(wants, found, leaves, strict=True)
-        if want
-    )
+    answers = []
+    for want, g, leaf in zip(wants, found, leaves, strict=True):
+        if want:
+            assert leaf is not None
+            answers.append(torch.zeros_like(leaf) if g is None else g)
+    return tuple(answers)
 
 
 def _spread(

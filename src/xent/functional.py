@@ -214,9 +214,8 @@ def _loss(parts: Sequence[_Part], reduction: Reduction, rows_shape: torch.Size, 
         columns = [_unreduced(part, reduction) for part in parts]
         rows = columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
         return rows.to(dtype).reshape(rows_shape)
-    device = parts[0].problem.scores.device
-    scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts], device)
-    total = torch.zeros((), dtype=scale.dtype, device=device)
+    scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts])
+    total = torch.zeros_like(scale)
     for part in parts:
         value = _early(part, reduction, scale)
         if value is None:
@@ -243,7 +242,7 @@ def _values(part: _Part, reduction: Reduction) -> Tensor:
     else:
         nll, logsumexp = autograd.rows(part.problem)
     if part.kept is not None:  # select before weighing: 0·nan is not 0
-        nll, logsumexp = (torch.where(part.kept, v, 0.0) for v in (nll, logsumexp))
+        nll, logsumexp = (v.masked_fill(~part.kept, 0.0) for v in (nll, logsumexp))
     return reduction.values(nll, logsumexp, part.row_weight)
 
 
@@ -346,17 +345,18 @@ class _Options(NamedTuple):
         kept = None
         in_graph = opaque.is_opaque(target, *scores.tensors)
         if in_graph or autograd.batched(target, sample_weight, self.weight, *scores.tensors):
-            # data cannot choose rows here: those that do not count become harmless, and are selected out after
-            kept = torch.ones(target.shape[:1], dtype=torch.bool, device=target.device)
+            # data cannot choose rows here: those that do not count become harmless, and are taken out later
             if is_index:
                 kept = target != self.ignore_index
-                target = torch.where(kept, target, 0)
+                target = target.masked_fill(~kept, 0)
+            else:
+                kept = torch.ones_like(target[:, 0], dtype=torch.bool)
             if fixed is not None:
                 kept = kept & (fixed != 0)
             if not in_graph:  # the operator selects for itself
                 scores = scores.select(kept)
-            given = torch.ones((), dtype=torch.float64) if sample_weight is None else sample_weight
-            sample_weight, fixed, learnt = torch.where(kept, given, 0.0), None, True
+            weight = kept.to(statistics_dtype(kept.device)) if sample_weight is None else sample_weight
+            sample_weight, fixed, learnt = weight.masked_fill(~kept, 0.0), None, True
         if is_index:
             targets = index_targets(
                 target,

@@ -210,11 +210,13 @@ def _problem(
     )
     if kept is not None and not kept.all():
         chosen = kept.nonzero().squeeze(1)
-        parts = {
-            name: None if t is None else t[chosen]
-            for name, t in (("own", own), ("own_mass", own_mass), ("own_rest", own_rest))
-        }
-        targets = replace(targets, rows=chosen, **parts)
+        targets = replace(
+            targets,
+            rows=chosen,
+            own=None if own is None else own[chosen],
+            own_mass=None if own_mass is None else own_mass[chosen],
+            own_rest=None if own_rest is None else own_rest[chosen],
+        )
     return Problem(scores, targets, budget)
 
 

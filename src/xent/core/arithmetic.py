@@ -109,7 +109,7 @@ class InPlace:
         return z.tanh_()
 
     def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor:
-        return z.scatter_(1, index, value)  # type: ignore[arg-type]
+        return z.scatter_(1, index, value)
 
     def possible(self, mask: Tensor) -> bool:
         return bool(mask.any())
@@ -181,7 +181,7 @@ class Functional:
         return z.tanh()
 
     def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor:
-        return z.scatter(1, index, value)  # type: ignore[arg-type]
+        return z.scatter(1, index, value)
 
     def possible(self, mask: Tensor) -> bool:
         return True
@@ -225,9 +225,14 @@ class _Parts:
         return value.new_zeros(self.rows, *value.shape[1:]).index_copy(0, self.selected, value)
 
 
+def is_batched(t: Tensor) -> bool:
+    """Whether the outermost wrapper of a tensor is vmap's (that of `is_grads_batched` is its own kind)."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
+
+
 def arithmetic_for(*tensors: Tensor | None) -> Arithmetic:
     """Functional where `vmap` has batched any of the tensors, else in place."""
-    batched = torch._C._functorch.is_batchedtensor
-    if any(t is not None and batched(t) for t in tensors):
+    if any(t is not None and is_batched(t) for t in tensors):
         return Functional()
     return InPlace()

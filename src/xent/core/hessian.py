@@ -137,6 +137,7 @@ def _chunk_tangent(
             t_zeta = t_zeta + (mass_here * own.take(zeta, 0.0).to(found.m.dtype)).sum(1)
         if dq is not None:
             dt = dq[picked, classes].to(zeta.dtype) * targets.probability_factor(classes, zeta.dtype)
+            assert shifted is not None  # dq has probabilities beside it
             cost = found.log_partition.to(zeta.dtype)[:, None] - shifted
             surprise = surprise + torch.where(dt == 0, 0.0, dt * cost).sum(1).to(found.m.dtype)
             mass = mass + dt.sum(1).to(found.m.dtype)

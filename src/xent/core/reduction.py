@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from xent.core.statistics import Statistics, statistics_dtype
@@ -33,22 +32,25 @@ class Reduction:
         values = nll if self.z_loss == 0.0 else nll + self.z_loss * logsumexp.square()
         return values if row_weight is None else values * row_weight
 
-    def scale(self, parts: Sequence[tuple[Targets, Tensor | None]], device: torch.device) -> Tensor:
+    def scale(self, parts: Sequence[tuple[Targets, Tensor | None]]) -> Tensor:
         """One over the divisor of all parts (targets and row weights) together: a float64 scalar."""
-        one = torch.ones((), dtype=statistics_dtype(device), device=device)
+        like = parts[0][0].own if parts[0][0].own is not None else parts[0][0].probabilities
+        assert like is not None
+        one = like.new_ones((), dtype=statistics_dtype(like.device))
         if self.kind != "mean":
             return one
         if self.denominator is not None:
-            return one / torch.as_tensor(self.denominator, dtype=one.dtype, device=device).detach()
+            by = self.denominator
+            return one / (by.detach().to(one) if isinstance(by, Tensor) else by)
         divisor = sum((_divisor(targets, weight, one) for targets, weight in parts), start=one * 0)
-        return torch.where(divisor == 0, 0.0, 1.0 / torch.where(divisor == 0, 1.0, divisor))
+        nothing = divisor == 0
+        return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
     def coefficients(
-        self, found: Statistics, targets: Targets, row_weight: Tensor | None, scale: Tensor, chunk: slice
+        self, found: Statistics, row_weight: Tensor | None, scale: Tensor, chunk: slice
     ) -> Coefficients:
-        """∂L/∂(ℓ, lse) of a chunk of rows."""
-        rows = len(range(*chunk.indices(targets.count)))
-        loss = scale.expand(rows) if row_weight is None else row_weight[chunk] * scale
+        """∂L/∂(ℓ, lse) of a chunk of rows, whose statistics `found` are."""
+        loss = scale.expand(found.m.shape) if row_weight is None else row_weight[chunk] * scale
         return Coefficients(loss, 2 * self.z_loss * found.logsumexp * loss if self.z_loss != 0.0 else None)
 
 

@@ -98,12 +98,12 @@ def index_targets(
     w = None if class_weight is None else class_weight.detach().to(dtype)
     if w is None:
         mean_weight = None
-        mass = torch.ones(own.shape, dtype=dtype, device=own.device)
+        mass = torch.ones_like(own, dtype=dtype)
     else:
         # out-of-range rows are nan by their logit; here they need only be harmless
-        mean_weight = w[own.clamp(0, classes - 1)] if classes else torch.zeros(own.shape, dtype=dtype)
+        mean_weight = w[own.clamp(0, classes - 1)]
         mass = mean_weight
-    uniform = smoothing / classes if classes else 0.0
+    uniform = smoothing / classes
     spread = uniform * (classes if w is None else w.sum()) if smoothing else 0.0  # Σ of the smooth part
     own_smooth = mass * uniform
     return Targets(
