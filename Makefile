@@ -26,8 +26,9 @@ demo: setup ## fit the handwritten digits; model, predictions and figures land i
 	$(BIN)/xent fit --demo --out demo
 	$(BIN)/xent predict demo/model.safetensors demo/data.parquet -o demo/predictions.parquet
 
+# as many processes as cores, each on one thread: small products on threads that share a core wait for each other
 test: setup ## run all tests but the slow ones
-	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
 
 slow: setup ## the long soak tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow

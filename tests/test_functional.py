@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
 
 import xent
 from xent.core import reference
@@ -144,6 +145,46 @@ def test_integer_targets_of_any_width(dtype):
     torch.testing.assert_close(xent.cross_entropy(x @ w.T, target.to(dtype)), expected)
 
 
+@pytest.mark.parametrize(("dtype", "classes"), [(torch.uint8, 256), (torch.int8, 1000), (torch.int16, 40000)])
+def test_narrow_targets_among_more_classes_than_they_can_count(dtype, classes):
+    z = torch.randn(4, classes)
+    target = torch.tensor([1, 2, 3, 127], dtype=dtype)
+    assert_close(xent.cross_entropy(z, target), F.cross_entropy(z, target.long()))
+    if dtype == torch.uint8:
+        with pytest.raises(IndexError, match="target 156 at row 0"):  # not the ignore index, −100, wrapped
+            xent.cross_entropy(z[:, :100], torch.tensor([156, 0, 0, 0], dtype=dtype))
+
+
+def test_no_features():
+    """D = 0: every class alike, or the bias alone."""
+    x, w, b, target = torch.zeros(3, 0), torch.zeros(5, 0), torch.randn(5), torch.tensor([0, 1, 4])
+    assert_close(xent.linear_cross_entropy(x, w, target), torch.tensor(5.0).log())
+    expected = F.cross_entropy(b.expand(3, 5), target)
+    assert_close(xent.linear_cross_entropy(x, w, target, linear_bias=b), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("changed", ["target", "weight", "sample_weight"])
+def test_a_target_changed_before_backward_is_noticed(reduction, changed):
+    z, target = torch.randn(3, 4, requires_grad=True), torch.tensor([0, 1, 2])
+    given = {
+        "weight": torch.rand(4, dtype=torch.float64),
+        "sample_weight": torch.ones(3, dtype=torch.float64),
+    }
+    given = {k: v for k, v in given.items() if k == changed}
+    loss = xent.cross_entropy(z, target, reduction=reduction, **given).sum()
+    (target if changed == "target" else given[changed]).zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_mean_without_weight_is_zero_whatever_its_rows_cost():
+    loss = xent.cross_entropy(
+        torch.tensor([[-math.inf, 0.0]]), torch.tensor([1]), torch.tensor([1.0, 0.0]), label_smoothing=0.1
+    )
+    assert loss == 0
+
+
 def test_ignore_index_none_is_minus_hundred():
     z, target = torch.randn(3, 4), torch.tensor([1, -100, 2])
     ignoring = xent.cross_entropy(z, target, ignore_index=None)
@@ -248,6 +289,12 @@ BAD = [
     (ValueError, "needs a class dimension", dict(input=torch.zeros(()))),
     (ValueError, "at least one class", dict(input=torch.zeros(3, 0))),
     (IndexError, "target 9 at row 1 is outside 0..3", dict(target=torch.tensor([0, 9, 2]))),
+    (
+        ValueError,
+        r"weight takes no gradient: pass weight\.detach",
+        dict(weight=torch.ones(4, requires_grad=True)),
+    ),
+    (TypeError, "16, 32 or 64 bits", dict(input=torch.zeros(3, 4).to(torch.float8_e5m2))),
 ]
 
 

@@ -335,27 +335,29 @@ class _Reduced(torch.autograd.Function):
         with _plain(problem):
             found, ctx.early = sweep.fused(problem, coefficients, ctx.needs_input_grad[5 : 4 + recipe.leaves])
         ctx.recipe, ctx.reduction, ctx.found = recipe, reduction, found
-        ctx.row_weight, ctx.scale = row_weight, scale
-        ctx.save_for_backward(*tensors)
-        return (reduction.values(found.loss, found.logsumexp, row_weight) * scale).sum()
+        ctx.scale = scale
+        ctx.save_for_backward(row_weight, *tensors)
+        return reduction.total(reduction.values(found.loss, found.logsumexp, row_weight), scale)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        tensors = ctx.saved_tensors  # asked for even where unused: it is what notices a freed graph
+        row_weight, *tensors = (
+            ctx.saved_tensors
+        )  # asked for even where unused: it is what notices a freed graph
         n = ctx.recipe.leaves
         wants = ctx.needs_input_grad[4 : 4 + n]
         rest = (None,) * (len(tensors) - n)
         early, ctx.early = ctx.early, None
         if torch.is_grad_enabled():  # create_graph: the answer must be differentiable
             loss, logsumexp, *_ = _Rows.apply(ctx.recipe, ctx.found, *tensors)
-            value = (ctx.reduction.values(loss, logsumexp, ctx.row_weight) * ctx.scale).sum()
+            value = ctx.reduction.total(ctx.reduction.values(loss, logsumexp, row_weight), ctx.scale)
             leaves = [t for t, want in zip(tensors, wants, strict=False) if want]
             gradients = torch.autograd.grad(value, leaves, upstream, create_graph=True)
             return None, None, None, None, *_spread(gradients, wants, n), *rest
         if early is not None and not batched(upstream):
             return None, None, None, None, None, *early.finish(upstream), *rest
         found, scale = ctx.found, ctx.scale * upstream
-        asked = ctx.reduction.coefficients(found, ctx.row_weight, scale, slice(0, found.m.shape[0]))
+        asked = ctx.reduction.coefficients(found, row_weight, scale, slice(0, found.m.shape[0]))
         recipe = ctx.recipe.asking(wants)
         gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, *tensors)
         return None, None, None, None, *_spread(gradients, wants, n), *rest

@@ -91,9 +91,10 @@ def cross_entropy(
         denominator=denominator,
     )
     is_index = options.kind_of(target, rows_shape, tuple(input.shape), check_targets)
-    t = target.reshape(-1) if is_index else target.movedim(axis, -1).reshape(-1, classes)
-    s = None if sample_weight is None else sample_weight.reshape(-1)
-    scores = Logits(input.movedim(axis, -1).reshape(-1, classes), _transform(softcap, temperature))
+    n = math.prod(rows_shape)
+    t = target.reshape(n) if is_index else target.movedim(axis, -1).reshape(n, classes)
+    s = None if sample_weight is None else sample_weight.reshape(n)
+    scores = Logits(input.movedim(axis, -1).reshape(n, classes), _transform(softcap, temperature))
     return _loss(
         [options.part(scores, t, is_index, s, check_targets)],
         options.reduction,
@@ -182,19 +183,22 @@ def linear_cross_entropy(
     budget = _check_budget(memory_budget)
     is_index = options.kind_of(target, rows_shape, (*batch, classes, *positions), check_targets)
     transform = _transform(softcap, temperature)
-    places = math.prod(positions)
-    x = input.reshape(-1, features)
+    places, n = math.prod(positions), math.prod(batch)
+    x = input.reshape(n, features)
     if places > 1:
         x = x.to(
             compute_dtype(x.dtype)
         )  # so that the gradients of all positions add up before they are rounded
-    t = target.reshape(-1, places) if is_index else target.reshape(-1, classes, places)
     # unbind: its backward is one stack, where slicing would make a zero gradient of the whole each time
+    if is_index:
+        t = target.reshape(n, places).unbind(1)
+    else:
+        t = target.reshape(n, classes, places).unbind(2) if positions else (target.reshape(n, classes),)
     w = linear_weight.reshape(classes, places, features).unbind(1) if positions else (linear_weight,)
     b = (None,) * places if linear_bias is None else linear_bias.reshape(classes, places).unbind(1)
-    s = (None,) * places if sample_weight is None else sample_weight.reshape(-1, places).unbind(1)
+    s = (None,) * places if sample_weight is None else sample_weight.reshape(n, places).unbind(1)
     parts = [
-        options.part(LinearHead(x, w[k], b[k], transform), t[..., k], is_index, s[k], check_targets, budget)
+        options.part(LinearHead(x, w[k], b[k], transform), t[k], is_index, s[k], check_targets, budget)
         for k in range(places)
     ]
     return _loss(parts, options.reduction, rows_shape, dtype)
@@ -217,9 +221,10 @@ def _loss(parts: Sequence[_Part], reduction: Reduction, rows_shape: torch.Size, 
     scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts])
     total = torch.zeros_like(scale)
     for part in parts:
-        value = _early(part, reduction, scale)
+        # one part only: the gradients of several, kept until backward, would be several times the memory
+        value = _early(part, reduction, scale) if len(parts) == 1 else None
         if value is None:
-            value = (_values(part, reduction) * scale).sum()
+            value = reduction.total(_values(part, reduction), scale)
         total = value if len(parts) == 1 else total + value
     return total.to(dtype)
 
@@ -284,6 +289,9 @@ class _Options(NamedTuple):
             raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
         if weight is not None and weight.shape != (classes,):
             raise ValueError(f"weight must have shape ({classes},), one a class; got {tuple(weight.shape)}")
+        for name, value in (("weight", weight), ("denominator", denominator)):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
         if sample_weight is not None and sample_weight.shape != rows_shape:
             raise ValueError(
                 f"sample_weight must have the shape of the unreduced loss, {tuple(rows_shape)}; "
@@ -312,6 +320,7 @@ class _Options(NamedTuple):
         if shape == rows_shape and not target.is_floating_point():
             if target.is_complex() or target.dtype == torch.bool:
                 raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
+            target = target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
             # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
             if not (opaque.is_opaque(target) or autograd.batched(target)):
                 check_index(target, self.classes, self.ignore_index, check)
@@ -403,13 +412,16 @@ def _transform(softcap: float | None, temperature: float) -> Transform:
     return Transform(softcap, float(temperature))
 
 
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def _check_floating(**tensors: Tensor | None) -> None:
     """All floating, and of one type."""
     given = {name: t.dtype for name, t in tensors.items() if t is not None}
     first, *_ = given
     for name, dtype in given.items():
-        if not dtype.is_floating_point:
-            raise TypeError(f"{name} must be of a floating type, got {dtype}")
+        if dtype not in _FLOATING:
+            raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {dtype}")
         if dtype != given[first]:
             raise TypeError(
                 f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"

@@ -51,9 +51,7 @@ class CrossEntropyLoss(nn.Module):
         self.check_targets = check_targets
 
     def extra_repr(self) -> str:
-        return _changed(
-            self, reduction="mean", label_smoothing=0.0, z_loss=0.0, softcap=None, temperature=1.0
-        )
+        return _changed(self, **_DEFAULTS)
 
     def forward(
         self,
@@ -132,15 +130,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.memory_budget = memory_budget
 
     def extra_repr(self) -> str:
-        return _changed(
-            self,
-            out_features=(),
-            reduction="mean",
-            label_smoothing=0.0,
-            z_loss=0.0,
-            softcap=None,
-            temperature=1.0,
-        )
+        return _changed(self, out_features=(), memory_budget=None, **_DEFAULTS)
 
     def forward(
         self,
@@ -165,18 +155,19 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
 
+_DEFAULTS: dict[str, Any] = {
+    "ignore_index": -100,
+    "reduction": "mean",
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "softcap": None,
+    "temperature": 1.0,
+    "check_targets": None,
+}
+
+
 def _options(module: CrossEntropyLoss | LinearCrossEntropyLoss) -> dict[str, Any]:
-    names = (
-        "weight",
-        "ignore_index",
-        "reduction",
-        "label_smoothing",
-        "z_loss",
-        "softcap",
-        "temperature",
-        "check_targets",
-    )
-    return {name: getattr(module, name) for name in names}
+    return {name: getattr(module, name) for name in ("weight", *_DEFAULTS)}
 
 
 def _changed(module: nn.Module, **defaults: object) -> str:

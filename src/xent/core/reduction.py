@@ -32,6 +32,10 @@ class Reduction:
         values = nll if self.z_loss == 0.0 else nll + self.z_loss * logsumexp.square()
         return values if row_weight is None else values * row_weight
 
+    def total(self, values: Tensor, scale: Tensor) -> Tensor:
+        """The loss: 0 where nothing counts, whatever the rows would have cost."""
+        return (values.sum() * scale).masked_fill(scale == 0, 0.0)
+
     def scale(self, parts: Sequence[tuple[Targets, Tensor | None]]) -> Tensor:
         """One over the divisor of all parts (targets and row weights) together: a float64 scalar."""
         like = parts[0][0].own if parts[0][0].own is not None else parts[0][0].probabilities

@@ -72,7 +72,9 @@ def statistics(problem: Problem) -> Statistics:
     workspace = Workspace(problem, plan, slopes=False)
     with problem.products():
         parts = [
-            chunk_statistics(problem, plan, workspace, chunk)[0]
+            chunk_statistics(
+                problem, plan, workspace, chunk, problem.scores.load(problem.targets.pick(chunk))
+            )[0]
             for chunk in plan.row_chunks(problem.targets.count)
         ]
     return _concatenate(parts, problem)
@@ -92,14 +94,13 @@ def fused(
     parts = []
     with problem.products():
         for chunk in plan.row_chunks(targets.count):
-            found, tiles = chunk_statistics(problem, plan, workspace, chunk)
+            loaded = scores.load(targets.pick(chunk))
+            found, tiles = chunk_statistics(problem, plan, workspace, chunk, loaded)
             parts.append(found)
-            picked = targets.pick(chunk)
-            loaded = scores.load(picked)
             asked = coefficients(found, chunk)
             for tile in tiles:
                 g = differentiate(problem, chunk, tile, found, asked)
-                sink.add(picked, loaded, tile.classes, g)
+                sink.add(targets.pick(chunk), loaded, tile.classes, g)
     return _concatenate(parts, problem), sink
 
 
@@ -177,12 +178,11 @@ class Workspace:
 
 
 def chunk_statistics(
-    problem: Problem, plan: Plan, workspace: Workspace, chunk: slice
+    problem: Problem, plan: Plan, workspace: Workspace, chunk: slice, loaded: Tensor
 ) -> tuple[Statistics, list[Tile]]:
     """Statistics of a chunk of rows over all classes; the tiles hold exp(z − base) if the plan keeps them."""
     scores, targets, _, o = problem
     picked = targets.pick(chunk)
-    loaded = scores.load(picked)
     found = own_z = None
     tiles = []
     for classes in plan.class_tiles(targets.classes):

@@ -168,6 +168,7 @@ def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | N
     """
     if check is False:
         return
+    target = target.to(torch.int64)
     good = (target == ignore_index) | ((target >= 0) & (target < classes))
     if check is None and target.device.type != "cpu":
         torch._assert_async(good.all(), f"a target is outside 0..{classes - 1}; check_targets=True names it")

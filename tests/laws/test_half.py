@@ -1,0 +1,46 @@
+"""Half types: what float64 makes of the same inputs, rounded once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from table import ROWS, problem
+
+DOUBLE = torch.float64
+
+
+def in_double(p):
+    options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in p.options.items()}
+    target = p.target.double() if p.target.is_floating_point() else p.target
+    return replace(p, x=p.x.double(), w=p.w.double(), b=p.b.double(), target=target, options=options)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("scores", ["dense", "linear", "tiled"])
+def test_half_types_are_rounded_once(row, dtype, reduction, scores):
+    p = problem(row, dtype)
+    exact = in_double(p).differentiable()
+    p = p.differentiable()
+    if scores == "dense":
+        z = p.logits.detach().requires_grad_()
+        leaves, double = [z], [z.detach().double().requires_grad_()]
+        loss, right = p.dense(z, reduction=reduction), exact.dense(double[0], reduction=reduction)
+    else:
+        budget = 1500 if scores == "tiled" else None
+        leaves, double = [p.x, p.w, p.b], [exact.x, exact.w, exact.b]
+        loss = p.linear(reduction=reduction, memory_budget=budget)
+        right = exact.linear(reduction=reduction)
+    assert loss.dtype == dtype
+    upstream = torch.rand(loss.shape).to(dtype)
+    found = [loss, *torch.autograd.grad(loss, leaves, upstream)]
+    expected = [right, *torch.autograd.grad(right, double, upstream.double())]
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == dtype
+        inside = 64 * torch.finfo(torch.float32).eps * b.abs().max()  # float32 sums
+        assert ((a.double() - b).abs() <= torch.finfo(dtype).eps / 2 * b.abs() + inside + tiny).all()
