@@ -6,6 +6,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 from scipy.special import logsumexp
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
@@ -17,6 +18,8 @@ import xent
 from xent.probe.softmax_regression import Progress, SoftmaxRegression
 
 LOADERS = {"digits": load_digits, "iris": load_iris, "wine": load_wine, "breast_cancer": load_breast_cancer}
+# many fits below ask for more than the arithmetic resolves, to come as close as it can
+pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 TIGHT = {"tol": 1e-10, "max_iter": 20_000}
 
 
@@ -211,6 +214,24 @@ def test_warns_when_not_converged():
         model = SoftmaxRegression(max_iter=3).fit(X, y)
     assert model.n_iter_ == 3
     assert not model.converged_
+
+
+def test_converged_means_that_the_gradient_is_within_tol():
+    X, y = load("digits", standardised=False)
+    with pytest.warns(ConvergenceWarning, match="resolves no further decrease.*or pass float64 features"):
+        single = SoftmaxRegression(C=100, tol=1e-10, max_iter=5000).fit(X.astype(np.float32), y)
+    assert not single.converged_
+    double = SoftmaxRegression(C=100, tol=1e-6, max_iter=5000).fit(X, y)
+    assert double.converged_
+    assert objective(single, X, y, 100) == pytest.approx(objective(double, X, y, 100), rel=1e-3)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_gradient_mode_does_not_matter(mode):
+    X, y = load("iris")
+    with mode():
+        inside = SoftmaxRegression().fit(X, y)
+    np.testing.assert_array_equal(inside.coef_, SoftmaxRegression().fit(X, y).coef_)
 
 
 def test_callback_sees_every_iteration_and_may_end_the_fit():

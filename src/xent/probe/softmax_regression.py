@@ -89,7 +89,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     n_iter_ : int
     loss_curve_ : (n_iter_ + 1,) the scaled objective in nats, at the start and after each iteration.
     gradient_norm_ : float, the largest component of its gradient at the end.
-    converged_ : bool
+    converged_ : bool, whether ``gradient_norm_`` is at most ``tol``.
     n_features_in_, feature_names_in_ : as scikit-learn has them.
 
     Examples
@@ -186,6 +186,19 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             else:
                 weight = per_class[target] if weight is None else weight * per_class[target]
 
+        # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
+        with torch.inference_mode(False), torch.enable_grad():
+            self._fit(X, target, weight, classes, callback)
+        return self
+
+    def _fit(
+        self,
+        X: np.ndarray,  # (N, D)
+        target: np.ndarray,  # (N,) class numbers or (N, C) masses
+        weight: np.ndarray | None,  # (N,)
+        classes: np.ndarray,  # (C,)
+        callback: Callable[[Progress], None] | None,
+    ) -> None:
         objective = _Objective(X, target, weight, len(classes), self.C, self.fit_intercept)
         start = np.zeros((objective.rows, X.shape[1] + 1))
         if self.warm_start and hasattr(self, "coef_"):
@@ -199,7 +212,6 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         small = X.shape[0] * X.shape[1] * len(classes) < SMALL
         with threadpool_limits(1 if small else None):
             self._solve(objective, start, callback)
-        return self
 
     def _solve(
         self, objective: _Objective, start: np.ndarray, callback: Callable[[Progress], None] | None
@@ -227,44 +239,42 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             if gradient_norm <= self.tol:
                 raise StopIteration
 
-        resolution = (
-            64 * np.finfo(np.float64).eps if objective.dtype == np.float64 else np.finfo(np.float32).eps
-        )
-        converged, why = gradient_norm <= self.tol, "max_iter is 0"
+        why = "max_iter is reached"
         try:
-            if not converged and self.max_iter > 0:
+            if gradient_norm > self.tol and self.max_iter > 0:
                 result = minimize(
                     objective,
                     theta,
                     jac=True,
                     method="L-BFGS-B",
                     callback=after_iteration,
-                    # gtol 0: the gradient that tol is about is the one in (W, b), tested above; ftol: a
-                    # relative decrease below what the arithmetic resolves ends the fit, as in scikit-learn
+                    # gtol 0: the gradient that tol is about is the one in (W, b), tested above; ftol is
+                    # scikit-learn's, for float32 too: the sum over rows resolves more than one number does,
+                    # and a float32 epsilon here ended fits a few percent above the minimum
                     options={
                         "maxiter": self.max_iter,
                         "maxfun": 50 * self.max_iter,
                         "maxls": 50,
                         "gtol": 0.0,
-                        "ftol": resolution,
+                        "ftol": 64 * np.finfo(np.float64).eps,
                     },
                 )
-                converged = gradient_norm <= self.tol or result.status == 0
-                why = result.message
+                if result.nit < self.max_iter:
+                    why = "the arithmetic resolves no further decrease"
         finally:  # also on Ctrl-C: what has been reached is kept
             self.coef_, self.intercept_ = objective.to_model(theta)
             self.n_iter_ = len(curve) - 1
             self.loss_curve_ = np.array(curve)
             self.gradient_norm_ = gradient_norm
-            self.converged_ = bool(converged)
-        if not converged and not asked_to_stop:
+            self.converged_ = bool(gradient_norm <= self.tol)
+        if not self.converged_ and not asked_to_stop:
             precision = " or pass float64 features" if objective.dtype == np.float32 else ""
             warnings.warn(
                 f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient {gradient_norm:.3g} "
                 f"above tol {self.tol:.3g} ({why}); raise max_iter or tol, "
                 f"standardise the features{precision}",
                 ConvergenceWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -340,8 +350,9 @@ class _Objective:
         self.mean = mass @ X / self.total if fit_intercept else np.zeros(X.shape[1])
         variance = np.zeros(X.shape[1])
         step = max(1, 2**20 // X.shape[1])
-        for i in range(0, len(X), step):
-            variance += mass[i : i + step] @ np.square(X[i : i + step] - self.mean)
+        with np.errstate(over="ignore"):  # a scale that is not finite is replaced below
+            for i in range(0, len(X), step):
+                variance += mass[i : i + step] @ np.square(X[i : i + step] - self.mean)
         scale = np.sqrt(variance / self.total + self.penalty / h)
         self.scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
 
