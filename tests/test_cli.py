@@ -107,8 +107,12 @@ def test_fit_and_predict_arrays(tmp_path):
     np.savez(tmp_path / "a.npz", X=X, y=y)
     run("fit", "X.npy", "--label", "y.npy", "--out", "m")
     assert model_file.load(tmp_path / "m" / "model.safetensors").weight.dtype == np.float32
-    said = run("predict", "m/model.safetensors", "X.npy", "-o", "p.parquet").stdout
-    assert "accuracy" in said
+    # the labels are a file, with rows that are not the next X's: only an explicit --label counts
+    assert model_file.load(tmp_path / "m" / "model.safetensors").label_name is None
+    np.save(tmp_path / "new.npy", X[:9].astype(np.float32))
+    assert "accuracy" not in run("predict", "m/model.safetensors", "new.npy", "-o", "p.parquet").stdout
+    said = run("predict", "m/model.safetensors", "X.npy", "--label", "y.npy", "-o", "p.parquet").stdout
+    assert "against 'y.npy': accuracy" in said
     run("fit", "a.npz", "--label", "y", "--out", "n")
     assert "accuracy" in run("predict", "n/model.safetensors", "a.npz", "-o", "p.parquet").stdout
     assert (

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+import time
+
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
-from xent.probe import data
+from xent.probe import csv_files, data
 from xent.probe.data import Wanted
 from xent.probe.errors import BadInput
 
@@ -36,7 +39,7 @@ def test_csv_type_change(tmp_path):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Late in the file begins after 64 bytes, as after ``BLOCK`` in a large one."""
-    monkeypatch.setattr(data, "BLOCK", 64)
+    monkeypatch.setattr(csv_files, "BLOCK", 64)
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -53,6 +56,40 @@ def test_a_number_that_turns_into_text_late_is_named(tmp_path):
     assert data.read(
         written(tmp_path / "b.csv", "x,z,y\n1,2,a\n"), Wanted("y", exclude=["x"])
     ).feature_names == ("z",)
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_line_end_within_quotes_where_a_block_ends(tmp_path):
+    path = written(tmp_path / "a.csv", "x,y\n" + '1,"two\nlines"\n' * 50)
+    assert labels(data.read(path, Wanted("y"))) == ["two\nlines"] * 50
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("text", ["x" * 100 + ",y\n1,a\n", "x,y\n1,a\n1," + "a" * 200 + "\n1,a\n"])
+def test_a_line_longer_than_a_block(tmp_path, text):
+    with pytest.raises(BadInput, match=r"a line is longer than 64 bytes"):
+        data.read(written(tmp_path / "a.csv", text), Wanted("y"))
+
+
+@pytest.mark.parametrize("spoiled", ["?", "12,5", "1_0"])
+def test_a_number_spoiled_early_is_an_error_and_text_is_not(tmp_path, spoiled):
+    rows = "name,zip,u,y\nann,A1,1,a\nbob,7,,b\ncid,B2,{},a\ndan,9,2,b\neve,C3,3,a\nfay,9,4,a\n"
+    path = written(tmp_path / "a.csv", rows.format(f'"{spoiled}"'))
+    message = rf"row 3, column 'u' holds '{re.escape(spoiled)}'.*--exclude u"
+    with pytest.raises(BadInput, match=message):
+        data.read(path, Wanted("y"))
+    good = written(tmp_path / "b.csv", rows.format("7").replace(",,", ",0,"))
+    assert data.read(good, Wanted("y")).skipped == ("name", "zip")
+    with pytest.raises(BadInput, match="no numeric column is left"):
+        data.read(path, Wanted("y", exclude=["u"]))
+
+
+def test_many_columns_are_read_at_once(tmp_path):
+    names = [f"c{j}" for j in range(20_000)]
+    text = ",".join(names) + ",u,y\n" + "art," * 20_000 + "1,a\n"
+    started = time.perf_counter()
+    assert len(data.read(written(tmp_path / "a.csv", text), Wanted("y")).skipped) == 20_000
+    assert time.perf_counter() - started < 10  # quadratic in the columns, it was 28 s
 
 
 def test_csv_features_are_the_numeric_columns(tmp_path):
@@ -87,9 +124,12 @@ def test_parquet_labels_keep_their_type(tmp_path, values, kind):
     table = data.read(path, Wanted("y"))
     assert labels(table) == values
     assert table.classes.dtype.kind == kind
-    encoded = pa.table({"u": [1.0, 2.0], "y": pa.array(values).dictionary_encode()})
-    parquet.write_table(encoded, path)
-    assert labels(data.read(path, Wanted("y"))) == values
+    others = [pa.array(values).dictionary_encode()]
+    if kind == "U":
+        others += [pa.array(values, pa.large_string()), pa.array(values, pa.string_view())]
+    for other in others:
+        parquet.write_table(pa.table({"u": [1.0, 2.0], "y": other}), path)
+        assert labels(data.read(path, Wanted("y"))) == values
 
 
 def test_parquet_numbers(tmp_path):
@@ -125,6 +165,26 @@ def test_optional_labels(tmp_path):
     assert data.read(path, Wanted("z", ["u"], label_optional=True)).codes is None
 
 
+@pytest.mark.parametrize(
+    "column",
+    [pa.nulls(2), pa.array([None, float("nan")]), pa.array(["", None]), pa.nulls(2, pa.int64())],
+    ids=lambda column: str(column.type),
+)
+def test_a_label_column_without_a_label(tmp_path, column):
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.table({"u": [1.0, 2.0], "y": column}), path)
+    assert data.read(path, Wanted("y", ["u"], label_optional=True)).codes is None
+    with pytest.raises(BadInput, match="row 1 has no label"):
+        data.read(path, Wanted("y", ["u"]))
+
+
+def test_an_optional_label_of_npy_is_no_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("X.npy", np.eye(3))
+    np.save("y.npy", np.arange(2))  # of other rows
+    assert data.read("X.npy", Wanted("y.npy", label_optional=True)).codes is None
+
+
 # Bad files: (name, content or a function that writes it, what is wanted, the message)
 
 CSV = "id,u,y\n1,0.5,a\n2,1.5,b\n"
@@ -136,6 +196,10 @@ BAD_TEXT = {
     "no_such_feature": (CSV, Wanted("y", ["w"]), r"no column 'w' \(--features\); its columns are"),
     "no_such_exclude": (CSV, Wanted("y", exclude=["w"]), r"no column 'w' \(--exclude\)"),
     "label_as_feature": (CSV, Wanted("y", ["y"]), r"label column 'y' cannot be a feature"),
+    "twice_asked": (CSV, Wanted("y", ["u", "u"]), r"'u' is asked for 2 times \(--features\)"),
+    "only_header": ("u,y\n", Wanted("y"), r"a\.csv: the file has columns but no rows"),
+    "utf16": (CSV.encode("utf-16"), Wanted("y"), r"the text is UTF-16; save it as UTF-8"),
+    "quoted_name": ('"u,v",y\nnan,a\n', Wanted("y"), r"--exclude '\"u,v\"'"),
     "no_numeric": ("n,y\nann,a\nbob,b\n", Wanted("y"), r"no numeric column is left"),
     "text_feature": ("n,y\nann,a\n", Wanted("y", ["n"]), r"row 1, column 'n' holds 'ann'"),
     "nan": ("u,y\n1,a\nnan,b\n", Wanted("y"), r"row 2, column 'u' holds nan"),
@@ -201,6 +265,9 @@ def test_bad_arrays(tmp_path):
     refused(r"row 2, column 'x1' holds nan", X=np.diag([1, np.nan, 1]))
     refused(r"not float64; cast", y=np.arange(3.0))
     refused(r"row 2 has no label", y=np.array(["a", "", "b"]))
+    refused(r"label 9223372036854775808 is above 2\*\*63", y=np.array([1, 2, 2**63], dtype=np.uint64))
+    refused(r"the label b'\\xff' is not UTF-8", y=np.array([b"a", b"\xff", b"b"]))
+    refused(r"the label '\\ud800' is not valid text", y=np.array(["a", "\ud800", "b"]))
     refused(r"one-dimensional", y=np.eye(3, dtype=int))
     refused(r"no such file", name="W.npy")
     (tmp_path / "t.npz").write_bytes(b"PK\x03\x04 not a zip")

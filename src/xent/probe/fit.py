@@ -92,9 +92,8 @@ def split(table: Table, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     rows, classes = len(table.codes), len(table.classes)
     if classes < 2:
         only = model_file.class_text(table.classes[0])
-        raise BadInput(
-            f"{table.source}: every label in {table.label_name!r} is {only!r}; a classifier needs two classes"
-        )
+        where = f" in {table.label_name!r}" if table.label_name else ""
+        raise BadInput(f"{table.source}: every label{where} is {only!r}; a classifier needs two classes")
     if settings.validation == 0:
         return np.arange(rows), np.arange(0)
     counts = np.bincount(table.codes, minlength=classes)

@@ -1,0 +1,116 @@
+"""``.npz`` and ``.npy`` files to a ``Table``, through NumPy without pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from xent.probe.errors import BadInput
+from xent.probe.table import Table, Wanted, check_finite, choose, numbered, some
+
+
+def read_npz(path: Path, wanted: Wanted) -> Table:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = list(archive.files)
+            label = wanted.label if wanted.label in names else None
+            if wanted.label is not None and label is None and not wanted.label_optional:
+                raise BadInput(f"{path}: no array {wanted.label!r} for --label; its arrays are {some(names)}")
+            if "X" in names:
+                chosen = "X"
+            else:
+                flat = [name for name in names if name != label and archive[name].ndim == 2]
+                if len(flat) != 1:
+                    raise BadInput(
+                        f"{path}: which array holds the features? Name it X; there are {some(names)}"
+                    )
+                chosen = flat[0]
+            array, labels = archive[chosen], None if label is None else archive[label]
+    except BadInput:
+        raise
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, "NPZ", error) from error
+    return _from_arrays(path, wanted, array, labels, f"{path}: array {label!r}")
+
+
+def read_npy(path: Path, wanted: Wanted) -> Table:
+    array = _load_npy(path)
+    if wanted.label is None or wanted.label_optional:  # an optional label is a column's name, never a path
+        return _from_arrays(path, wanted, array, None, "")
+    if not wanted.label.endswith(".npy"):
+        raise BadInput(f"{path}: the labels are a second file, --label y.npy; got --label {wanted.label}")
+    if not Path(wanted.label).is_file():
+        raise BadInput(f"{wanted.label}: no such file (--label)")
+    table = _from_arrays(path, wanted, array, _load_npy(Path(wanted.label)), wanted.label)
+    return dataclasses.replace(table, label_name=None)
+
+
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        array: np.ndarray = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise _unreadable(path, "NPY", error) from error
+    if not isinstance(array, np.ndarray):
+        raise BadInput(f"{path}: is an archive of arrays; call it .npz")
+    return array
+
+
+def _unreadable(path: Path, kind: str, error: Exception) -> BadInput:
+    if "pickle" in str(error).lower():
+        return BadInput(
+            f"{path}: holds Python objects or is no {kind} file; save plain arrays (objects are not read)"
+        )
+    return BadInput(f"{path}: not readable as {kind}: {' '.join(str(error).split())[:300]}")
+
+
+def _from_arrays(
+    path: Path, wanted: Wanted, array: np.ndarray, labels: np.ndarray | None, where: str
+) -> Table:
+    if array.ndim != 2:
+        raise BadInput(f"{path}: the features are to be (rows, columns); this array has shape {array.shape}")
+    if array.dtype.kind not in "fiub":
+        raise BadInput(f"{path}: the features are of type {array.dtype}, not real numbers")
+    if labels is not None and len(np.atleast_1d(labels)) != len(array):
+        raise BadInput(f"{path}: {len(array)} rows, but {where} holds {len(np.atleast_1d(labels))} labels")
+    names = [f"x{j}" for j in range(array.shape[1])]
+    # the label is another array, not one of these columns
+    columns = dataclasses.replace(wanted, label=None)
+    features = choose(path, columns, names, [True] * len(names))
+    if features != names:
+        place = {name: j for j, name in enumerate(names)}
+        array = array[:, [place[name] for name in features]]
+    single = array.dtype.kind == "f" and array.dtype.itemsize <= 4
+    matrix = np.ascontiguousarray(array, dtype=np.float32 if single else np.float64)
+    check_finite(path, matrix, features)
+    if labels is None:
+        return Table(str(path), matrix, tuple(features))
+    codes, classes = _array_labels(where, labels, wanted.label_optional)
+    return Table(str(path), matrix, tuple(features), wanted.label, codes, classes)
+
+
+def _array_labels(where: str, labels: np.ndarray, optional: bool) -> tuple[np.ndarray, np.ndarray]:
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.ndim != 1:
+        raise BadInput(f"{where}: labels are to be one-dimensional; this array has shape {labels.shape}")
+    if labels.dtype.kind == "S":
+        try:
+            labels = np.char.decode(labels, "utf-8")
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"{where}: the label {error.object!r} is not UTF-8; save text, not bytes"
+            ) from error
+    if labels.dtype.kind not in "Uiub":
+        raise BadInput(f"{where}: labels are text, integers or booleans, not {labels.dtype}; cast them first")
+    values, codes = np.unique(labels, return_inverse=True)
+    codes = codes.astype(np.int64)
+    if labels.dtype.kind == "U":
+        blank = np.flatnonzero(np.char.strip(values) == "")
+        codes[np.isin(codes, blank)] = -1
+    if not optional and (codes < 0).any():
+        row = int(np.flatnonzero(codes < 0)[0])
+        raise BadInput(f"{where}: row {row + 1} has no label; fill it in or drop the row")
+    return numbered(where, codes, values)

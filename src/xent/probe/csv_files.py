@@ -1,0 +1,130 @@
+"""``.csv`` and ``.tsv`` files to a ``Table``, through Arrow.
+
+Arrow infers a column's type from the first block of the file and fails, late, where a later block differs.
+Here that block only says which columns are numeric; these are then read as float64 throughout, so integers
+may turn into decimals, and the label column is always text, so ``7`` may turn into ``cat``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from xent.probe.errors import BadInput, needs
+from xent.probe.parquet_files import from_arrow, is_number
+from xent.probe.table import Table, Wanted, bad_number, choose, skipped
+
+BLOCK = 8 << 20
+"""Bytes of the file that Arrow parses at a time; a line must fit."""
+
+MISSING = ["", "NA", "N/A", "n/a", "#N/A", "NULL", "null"]
+"""What counts as a missing number. (As a label, all but the empty text are text like any other.)"""
+
+SAMPLE = 1000
+"""Cells that say whether a column of text is one of numbers with something else in between."""
+
+
+def read_csv(path: Path, wanted: Wanted) -> Table:
+    with needs("probe"):
+        import pyarrow as pa
+        from pyarrow import csv
+    with open(path, "rb") as file:
+        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
+            raise BadInput(f"{path}: the text is UTF-16; save it as UTF-8, for example with iconv")
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+    blocks = csv.ReadOptions(block_size=BLOCK)
+
+    def types(columns: dict[str, Any], include: list[str] | None = None) -> csv.ConvertOptions:
+        return csv.ConvertOptions(
+            column_types=columns, include_columns=include, null_values=MISSING, strings_can_be_null=False
+        )
+
+    try:
+        as_text = {} if wanted.label is None else {wanted.label: pa.string()}
+        with csv.open_csv(
+            path, parse_options=parse, read_options=blocks, convert_options=types(as_text)
+        ) as file:
+            schema = file.schema
+            head = next(iter(file), None)
+        if head is None:
+            raise BadInput(f"{path}: the file has columns but no rows")
+        _no_number_spoiled(path, wanted, head)
+        features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
+        label = wanted.label if wanted.label in schema.names else None
+        column_types = {name: pa.float64() for name in features}
+        if label is not None:
+            column_types[label] = pa.string()
+        arrow = csv.read_csv(
+            path,
+            parse_options=parse,
+            read_options=blocks,
+            convert_options=types(column_types, list(column_types)),
+        )
+    except BadInput:
+        raise
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _diagnose_csv(path, wanted, parse, error) from error
+    return from_arrow(path, wanted, arrow, features, label, skipped(wanted, schema.names, features))
+
+
+def _no_number_spoiled(path: Path, wanted: Wanted, head: Any) -> None:
+    """Raise ``BadInput`` for a column that would be left out as text though most of it is numbers."""
+    import pyarrow as pa
+
+    if wanted.features is not None:
+        return
+    passed_over = {wanted.label, *wanted.exclude}
+    for name, column in zip(head.schema.names, head.columns, strict=True):
+        if name in passed_over or not pa.types.is_string(column.type):
+            continue
+        sample = [_is_bad(text) for text in column.slice(0, SAMPLE).to_pylist() if text not in MISSING]
+        if 2 * sum(sample) < len(sample):
+            texts = column.to_pylist()
+            row = next((i for i, text in enumerate(texts) if _is_bad(text)), None)
+            if row is not None:
+                raise bad_number(path, name, row, texts[row])
+
+
+def _diagnose_csv(path: Path, wanted: Wanted, parse: Any, error: Exception) -> BadInput:
+    """Why Arrow could not read the file: read it again, slowly, as text; look for the first bad number."""
+    import pyarrow as pa
+    from pyarrow import csv
+
+    one_thread = csv.ReadOptions(block_size=BLOCK, use_threads=False)  # so that messages carry row numbers
+    try:
+        with csv.open_csv(path, parse_options=parse, read_options=one_thread) as head:
+            schema = head.schema
+        features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
+        texts = csv.ConvertOptions(column_types=dict.fromkeys(schema.names, pa.string()))
+        with csv.open_csv(
+            path, parse_options=parse, read_options=one_thread, convert_options=texts
+        ) as blocks:
+            first = 0
+            for block in blocks:
+                for name in features:
+                    for i, text in enumerate(block.column(name).to_pylist()):
+                        if _is_bad(text):
+                            return bad_number(path, name, first + i, text)
+                first += len(block)
+    except BadInput as found:
+        return found
+    except (pa.ArrowInvalid, OSError) as again:
+        error = again
+    why = " ".join(str(error).split())
+    if "UTF" in why:
+        return BadInput(f"{path}: the text is not UTF-8; convert it first, for example with iconv")
+    if "straddl" in why or ("Empty CSV" in why and path.stat().st_size > BLOCK):
+        return BadInput(f"{path}: a line is longer than {BLOCK:,} bytes; is a quote in it left open?")
+    return BadInput(f"{path}: not readable as CSV: {why[:300]}")
+
+
+def _is_bad(text: str) -> bool:
+    """Whether Arrow reads the cell neither as a number nor as a missing one."""
+    if text in MISSING:
+        return False
+    try:
+        float(text)
+    except ValueError:
+        return True
+    return "_" in text or not text.isascii()  # which Python alone reads

@@ -1,0 +1,154 @@
+"""A ``Table``, which columns of a file become one, and what every reader refuses in the same words.
+
+Rows are counted from 1 in every message, a header line not counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import io
+import itertools
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xent.probe.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rows of a file.
+
+    ``codes`` and ``classes`` are None where no label was asked for or, if it was optional, found; a code is
+    −1 where an optional label is missing.
+    """
+
+    source: str
+    features: np.ndarray  # (N, D) float32 or float64, finite
+    feature_names: tuple[str, ...]  # D
+    label_name: str | None = None  # the column; None too for labels that are a file of their own
+    codes: np.ndarray | None = None  # (N,) int64, positions in classes
+    classes: np.ndarray | None = None  # (C,) str, int or bool, sorted
+    skipped: tuple[str, ...] = ()  # columns that are neither, for not being numeric
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which columns to read.
+
+    ``features`` None: every numeric column but the label and ``exclude``. ``origin`` says in messages who
+    asks for them. ``label`` None: no label. ``label_optional``: the column, or a row's label, may be missing.
+    """
+
+    label: str | None = None
+    features: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    label_optional: bool = False
+    origin: str = "--features"
+
+
+def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[bool]) -> list[str]:
+    """The feature columns, in the order asked for, else the file's."""
+    times = collections.Counter(names)
+    for name, count in times.items():
+        if count > 1:
+            raise BadInput(f"{path}: column {name!r} is there {count} times; rename all but one")
+    for name, count in collections.Counter(wanted.features or ()).items():
+        if count > 1:
+            raise BadInput(
+                f"{path}: column {name!r} is asked for {count} times ({wanted.origin}); once is enough"
+            )
+    if wanted.label is not None and wanted.label not in times and not wanted.label_optional:
+        raise BadInput(f"{path}: no column {wanted.label!r} for --label; {_there_are(names)}")
+    for option, asked in (("--exclude", wanted.exclude), (wanted.origin, wanted.features or ())):
+        lacking = [name for name in asked if name not in times]
+        if lacking:
+            raise BadInput(f"{path}: no column {some(lacking)} ({option}); {_there_are(names)}")
+    if wanted.features is not None:
+        if wanted.label in wanted.features:
+            raise BadInput(
+                f"{path}: the label column {wanted.label!r} cannot be a feature; drop it from --features"
+            )
+        return list(wanted.features)
+    passed_over = {wanted.label, *wanted.exclude}
+    chosen = [
+        name for name, is_number in zip(names, numeric, strict=True) if is_number and name not in passed_over
+    ]
+    if not chosen:
+        raise BadInput(f"{path}: no numeric column is left for features; {_there_are(names)}")
+    return chosen
+
+
+def skipped(wanted: Wanted, names: Sequence[str], chosen: Sequence[str]) -> tuple[str, ...]:
+    if wanted.features is not None:
+        return ()
+    accounted_for = {*chosen, wanted.label, *wanted.exclude}
+    return tuple(name for name in names if name not in accounted_for)
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(repr(name) for name in itertools.islice(names, most))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _there_are(names: Sequence[str]) -> str:
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        return f"the header is one column, {names[0]!r}: separate columns by commas (.csv) or tabs (.tsv)"
+    return f"its columns are {some(names)}"
+
+
+def bad_number(path: Path, column: str, row: int, value: object) -> BadInput:
+    said = "is missing" if value is None else f"holds {value!r}"
+    return BadInput(
+        f"{path}: row {row + 1}, column {column!r} {said} where a finite number is needed; "
+        f"correct or drop the row, or leave the column out with --exclude {_as_option(column)}"
+    )
+
+
+def no_label(path: Path, label: str, row: int) -> BadInput:
+    return BadInput(f"{path}: row {row + 1} has no label in column {label!r}; fill it in or drop the row")
+
+
+def _as_option(name: str) -> str:
+    """The name as a shell and ``--exclude``, whose value is a row of CSV, read it."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="").writerow([name])
+    return shlex.quote(row.getvalue())
+
+
+def check_finite(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
+    step = max(1, 2**22 // max(1, matrix.shape[1]))  # a flag a number, for a few million at a time
+    for i in range(0, len(matrix), step):
+        finite = np.isfinite(matrix[i : i + step])
+        if not finite.all():
+            row, j = np.argwhere(~finite)[0]
+            raise bad_number(path, names[j], i + int(row), float(matrix[i + row, j]))
+
+
+def numbered(where: str, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Number the values that occur in sorted order, −1 stays; ``values`` become text, int64 or bool."""
+    if values.dtype.kind == "u":
+        if len(values) and values.max() > np.iinfo(np.int64).max:
+            raise BadInput(f"{where}: the label {values.max()} is above 2**63 - 1; save the labels as text")
+        values = values.astype(np.int64)
+    if values.dtype.kind == "U":
+        for value in values.tolist():
+            if not _is_text(value):
+                raise BadInput(f"{where}: the label {value!r} is not valid text; rename it")
+    used = np.unique(codes[codes >= 0])
+    used = used[np.argsort(values[used], kind="stable")]
+    place = np.full(len(values) + 1, -1, dtype=np.int64)  # the last one is where −1 points
+    place[used] = np.arange(len(used))
+    return place[codes], values[used]
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
