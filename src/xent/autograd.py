@@ -92,7 +92,7 @@ def rows(problem: Problem) -> tuple[Tensor, Tensor]:
 def reduced(problem: Problem, reduction: Reduction, row_weight: Tensor | None, scale: Tensor) -> Tensor:
     """Σ s·(ℓ + λ lse²)·scale, a float64 scalar, its gradient formed in the forward sweep."""
     recipe, tensors = _Recipe.of(problem)
-    return _Reduced.apply(recipe, reduction, row_weight, scale, *tensors)
+    return _Reduced.apply(problem, recipe, reduction, row_weight, scale, *tensors)
 
 
 def needs_gradient(problem: Problem) -> bool:
@@ -321,31 +321,32 @@ class _Reduced(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        problem: Problem,
         recipe: _Recipe,
         reduction: Reduction,
         row_weight: Tensor | None,
         scale: Tensor,
         *tensors: Tensor | None,
     ) -> Tensor:
-        problem = recipe.bind(tensors)
 
         def coefficients(found: Statistics, chunk: slice) -> Coefficients:
             return reduction.coefficients(found, row_weight, scale, chunk)
 
         with _plain(problem):
-            found, ctx.early = sweep.fused(problem, coefficients, ctx.needs_input_grad[5 : 4 + recipe.leaves])
+            found, ctx.early = sweep.fused(problem, coefficients, ctx.needs_input_grad[6 : 5 + recipe.leaves])
         ctx.recipe, ctx.reduction, ctx.found = recipe, reduction, found
         ctx.scale = scale
         ctx.save_for_backward(row_weight, *tensors)
-        return reduction.total(reduction.values(found.loss, found.logsumexp, row_weight), scale)
+        loss = found.loss
+        logsumexp = found.logsumexp if reduction.z_loss else loss
+        return reduction.total(reduction.values(loss, logsumexp, row_weight), scale)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        row_weight, *tensors = (
-            ctx.saved_tensors
-        )  # asked for even where unused: it is what notices a freed graph
+        # asked for even where unused: it is what notices a freed graph, and tensors that have changed
+        row_weight, *tensors = ctx.saved_tensors
         n = ctx.recipe.leaves
-        wants = ctx.needs_input_grad[4 : 4 + n]
+        wants = ctx.needs_input_grad[5 : 5 + n]
         rest = (None,) * (len(tensors) - n)
         early, ctx.early = ctx.early, None
         if torch.is_grad_enabled():  # create_graph: the answer must be differentiable
@@ -353,14 +354,14 @@ class _Reduced(torch.autograd.Function):
             value = ctx.reduction.total(ctx.reduction.values(loss, logsumexp, row_weight), ctx.scale)
             leaves = [t for t, want in zip(tensors, wants, strict=False) if want]
             gradients = torch.autograd.grad(value, leaves, upstream, create_graph=True)
-            return None, None, None, None, *_spread(gradients, wants, n), *rest
+            return *(None,) * 5, *_spread(gradients, wants, n), *rest
         if early is not None and not batched(upstream):
-            return None, None, None, None, None, *early.finish(upstream), *rest
+            return *(None,) * 6, *early.finish(upstream), *rest
         found, scale = ctx.found, ctx.scale * upstream
         asked = ctx.reduction.coefficients(found, row_weight, scale, slice(0, found.m.shape[0]))
         recipe = ctx.recipe.asking(wants)
         gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, *tensors)
-        return None, None, None, None, *_spread(gradients, wants, n), *rest
+        return *(None,) * 5, *_spread(gradients, wants, n), *rest
 
 
 def _found(m: Tensor, r: Tensor, a: Tensor) -> Statistics:

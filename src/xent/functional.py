@@ -90,13 +90,13 @@ def cross_entropy(
         z_loss=z_loss,
         denominator=denominator,
     )
-    is_index = options.kind_of(target, rows_shape, tuple(input.shape), check_targets)
+    is_index, every = options.kind_of(target, rows_shape, tuple(input.shape), check_targets)
     n = math.prod(rows_shape)
     t = target.reshape(n) if is_index else target.movedim(axis, -1).reshape(n, classes)
     s = None if sample_weight is None else sample_weight.reshape(n)
     scores = Logits(input.movedim(axis, -1).reshape(n, classes), _transform(softcap, temperature))
     return _loss(
-        [options.part(scores, t, is_index, s, check_targets)],
+        [options.part(scores, t, is_index, every, s, check_targets)],
         options.reduction,
         rows_shape,
         _loss_dtype(input),
@@ -181,7 +181,7 @@ def linear_cross_entropy(
         denominator=denominator,
     )
     budget = _check_budget(memory_budget)
-    is_index = options.kind_of(target, rows_shape, (*batch, classes, *positions), check_targets)
+    is_index, every = options.kind_of(target, rows_shape, (*batch, classes, *positions), check_targets)
     transform = _transform(softcap, temperature)
     places, n = math.prod(positions), math.prod(batch)
     x = input.reshape(n, features)
@@ -198,7 +198,7 @@ def linear_cross_entropy(
     b = (None,) * places if linear_bias is None else linear_bias.reshape(classes, places).unbind(1)
     s = (None,) * places if sample_weight is None else sample_weight.reshape(n, places).unbind(1)
     parts = [
-        options.part(LinearHead(x, w[k], b[k], transform), t[k], is_index, s[k], check_targets, budget)
+        options.part(LinearHead(x, w[k], b[k], transform), t[k], is_index, every, s[k], check_targets, budget)
         for k in range(places)
     ]
     return _loss(parts, options.reduction, rows_shape, dtype)
@@ -307,8 +307,8 @@ class _Options(NamedTuple):
 
     def kind_of(
         self, target: Tensor, rows_shape: torch.Size, full_shape: tuple[int, ...], check: bool | None
-    ) -> bool:
-        """Whether a target holds indices (checked here) rather than probabilities."""
+    ) -> tuple[bool, bool]:
+        """Whether a target holds indices (checked here), and whether all are known to be classes."""
         shape = tuple(target.shape)
         if target.is_floating_point() and shape == full_shape:
             if self.ignore_index != -100:
@@ -316,15 +316,15 @@ class _Options(NamedTuple):
                     f"ignore_index={self.ignore_index} has no meaning for a target of probabilities; "
                     "leave rows out with sample_weight 0"
                 )
-            return False
+            return False, False
         if shape == rows_shape and not target.is_floating_point():
             if target.is_complex() or target.dtype == torch.bool:
                 raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
             target = target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
             # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
-            if not (opaque.is_opaque(target) or autograd.batched(target)):
-                check_index(target, self.classes, self.ignore_index, check)
-            return True
+            if opaque.is_opaque(target) or autograd.batched(target):
+                return True, False
+            return True, check_index(target, self.classes, self.ignore_index, check)
         if shape == full_shape:
             raise TypeError(
                 f"a target of shape {shape} holds probabilities and must be floating, got {target.dtype}"
@@ -344,6 +344,7 @@ class _Options(NamedTuple):
         scores: Scores,
         target: Tensor,  # (N,) or (N, C)
         is_index: bool,
+        every: bool,  # whether each index is known to be a class
         sample_weight: Tensor | None,  # (N,)
         check: bool | None,
         budget: int = DEFAULT_BUDGET,
@@ -374,7 +375,7 @@ class _Options(NamedTuple):
                 ignore_index=self.ignore_index,
                 smoothing=self.label_smoothing,
                 sample_weight=fixed,
-                select=kept is None,
+                every=every or kept is not None,
             )
         else:
             targets = probability_targets(

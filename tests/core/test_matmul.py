@@ -11,6 +11,7 @@ import xent
 from xent.core import matmul
 
 CPU = torch.device("cpu")
+LARGE = 1 << 30
 
 
 def setting():
@@ -26,7 +27,7 @@ def allowed(monkeypatch):
 def test_products_are_exact_in_every_layout():
     """Componentwise within the rounding of a float32 product of K terms."""
     generator = torch.Generator().manual_seed(1)
-    with matmul.fast_products(CPU, torch.float32):
+    with matmul.fast_products(CPU, torch.float32, LARGE):
         for _ in range(30):
             m, k, n = (int(torch.randint(1, 300, (), generator=generator)) for _ in range(3))
             a, b = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
@@ -42,9 +43,9 @@ def test_products_are_exact_in_every_layout():
 
 def test_setting_is_restored(allowed):
     before = setting()
-    with matmul.fast_products(CPU, torch.float32):
+    with matmul.fast_products(CPU, torch.float32, LARGE):
         assert setting() == "bf16"
-        with matmul.fast_products(CPU, torch.float32):
+        with matmul.fast_products(CPU, torch.float32, LARGE):
             assert setting() == "bf16"
         assert setting() == "bf16"
     assert setting() == before
@@ -52,7 +53,7 @@ def test_setting_is_restored(allowed):
 
 def test_setting_is_restored_on_exceptions(allowed):
     before = setting()
-    with pytest.raises(KeyboardInterrupt), matmul.fast_products(CPU, torch.float32):
+    with pytest.raises(KeyboardInterrupt), matmul.fast_products(CPU, torch.float32, LARGE):
         raise KeyboardInterrupt
     assert setting() == before
 
@@ -61,7 +62,7 @@ def test_a_callers_own_setting_comes_back(allowed):
     before = setting()
     torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     try:
-        xent.linear_cross_entropy(torch.randn(3, 4), torch.randn(5, 4), torch.tensor([0, 1, 2]))
+        xent.linear_cross_entropy(torch.randn(300, 128), torch.randn(200, 128), torch.randint(200, (300,)))
         assert setting() == "ieee"
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
@@ -73,12 +74,12 @@ def test_overlapping_threads_restore_once(allowed):
     inside, leave = threading.Event(), threading.Event()
 
     def hold():
-        with matmul.fast_products(CPU, torch.float32):
+        with matmul.fast_products(CPU, torch.float32, LARGE):
             inside.set()
             leave.wait(10)
 
     thread = threading.Thread(target=hold)
-    with matmul.fast_products(CPU, torch.float32):
+    with matmul.fast_products(CPU, torch.float32, LARGE):
         thread.start()
         assert inside.wait(10)
     assert setting() == "bf16", "another thread still multiplies"
@@ -89,7 +90,12 @@ def test_overlapping_threads_restore_once(allowed):
 
 @pytest.mark.parametrize("dtype", [torch.float64])
 def test_other_types_leave_the_setting_alone(allowed, dtype):
-    with matmul.fast_products(CPU, dtype):
+    with matmul.fast_products(CPU, dtype, LARGE):
+        assert setting() == "none"
+
+
+def test_small_products_leave_the_setting_alone(allowed):
+    with matmul.fast_products(CPU, torch.float32, matmul.SMALL - 1):
         assert setting() == "none"
 
 
@@ -105,7 +111,7 @@ def test_an_inexact_machine_is_found_out(monkeypatch):
     monkeypatch.undo()
     assert matmul._probe() or not matmul._routable()
     monkeypatch.setattr(matmul, "_exact", False)
-    with matmul.fast_products(CPU, torch.float32):
+    with matmul.fast_products(CPU, torch.float32, LARGE):
         assert setting() == "none"
 
 

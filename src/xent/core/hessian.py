@@ -130,8 +130,9 @@ def _chunk_tangent(
         if t is not None:
             t_zeta = t_zeta + (t * zeta).sum(1).to(found.m.dtype)
         if own is not None:
-            assert targets.own_mass is not None
-            mass_here = targets.own_mass[chunk]
+            mass_here = torch.ones_like(own.local, dtype=found.m.dtype)
+            if targets.own_mass is not None:
+                mass_here = targets.own_mass[chunk]
             if t is not None:  # the own class's share of the dense part is in own_mass already
                 mass_here = mass_here - own.take(t.expand(zeta.shape), 0.0).to(found.m.dtype)
             t_zeta = t_zeta + (mass_here * own.take(zeta, 0.0).to(found.m.dtype)).sum(1)

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALL = 1 << 22  # below it oneDNN's setting up costs more (20 µs a call) than its kernel saves
+
 _lock = threading.Lock()
 _holders = 0
 _previous = "none"
@@ -34,13 +36,14 @@ def multiply_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
 
 
 @contextmanager
-def fast_products(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+def fast_products(device: torch.device, dtype: torch.dtype, size: int) -> Iterator[None]:
     """Hold the process-wide setting that makes float32 products fastest, where that keeps them exact.
 
+    `size` counts the multiplications of one product: small ones are faster where they are.
     Re-entrant across threads: the first holder sets it, the last one restores what was there.
     ``XENT_ONEDNN=0`` in the environment leaves torch's own choice alone.
     """
-    if device.type != "cpu" or dtype != torch.float32 or not _allowed():
+    if size < SMALL or device.type != "cpu" or dtype != torch.float32 or not _allowed():
         yield
         return
     global _holders, _previous

@@ -33,14 +33,17 @@ class Reduction:
         return values if row_weight is None else values * row_weight
 
     def total(self, values: Tensor, scale: Tensor) -> Tensor:
-        """The loss: 0 where nothing counts, whatever the rows would have cost."""
+        """The loss: 0 where the weights leave nothing to count, whatever the rows would have cost."""
         return (values.sum() * scale).masked_fill(scale == 0, 0.0)
 
     def scale(self, parts: Sequence[tuple[Targets, Tensor | None]]) -> Tensor:
         """One over the divisor of all parts (targets and row weights) together: a float64 scalar."""
         like = parts[0][0].own if parts[0][0].own is not None else parts[0][0].probabilities
         assert like is not None
-        one = like.new_ones((), dtype=statistics_dtype(like.device))
+        dtype = statistics_dtype(like.device)
+        if self.kind == "mean" and self.denominator is None and not _weighted(parts):
+            return like.new_full((), 1.0 / max(1, sum(targets.count for targets, _ in parts)), dtype=dtype)
+        one = like.new_ones((), dtype=dtype)
         if self.kind != "mean":
             return one
         if self.denominator is not None:
@@ -56,6 +59,11 @@ class Reduction:
         """∂L/∂(ℓ, lse) of a chunk of rows, whose statistics `found` are."""
         loss = scale.expand(found.m.shape) if row_weight is None else row_weight[chunk] * scale
         return Coefficients(loss, 2 * self.z_loss * found.logsumexp * loss if self.z_loss != 0.0 else None)
+
+
+def _weighted(parts: Sequence[tuple[Targets, Tensor | None]]) -> bool:
+    """Whether anything but the number of rows decides the divisor."""
+    return any(weight is not None or targets.mean_weight is not None for targets, weight in parts)
 
 
 def _divisor(targets: Targets, row_weight: Tensor | None, one: Tensor) -> Tensor:

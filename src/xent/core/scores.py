@@ -88,6 +88,9 @@ class Scores(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def depth(self) -> int: ...
+
+    @property
     def least_resident_rows(self) -> int: ...
 
     @property
@@ -150,6 +153,11 @@ class Logits:
     @property
     def device(self) -> torch.device:
         return self.u.device
+
+    @property
+    def depth(self) -> int:
+        """Multiplications behind one logit."""
+        return 0
 
     @property
     def least_resident_rows(self) -> int:
@@ -237,6 +245,10 @@ class LinearHead:
     @property
     def device(self) -> torch.device:
         return self.x.device
+
+    @property
+    def depth(self) -> int:
+        return self.x.shape[1]
 
     @property
     def least_resident_rows(self) -> int:

@@ -147,6 +147,27 @@ def summarise(
     return z, Statistics(m.to(dtype), r, d, a)
 
 
+def summarise_row(
+    o: Arithmetic, z: Tensor, own: OwnColumns, mass: Tensor | None
+) -> tuple[Tensor, Tensor, Statistics]:
+    """`summarise` of a tile that holds every class, merged with the target's own tile (K = 1) in one go.
+
+    exp(z − m) with m the row's maximum, zero at the own class; the own logit (R, 1); the row's statistics.
+    With the own class apart, Σ exp(z − m) = 1 + r for r = Σ_{j≠y} exp(z_j − m) + expm1(z_y − m).
+    """
+    dtype = statistics_dtype(z.device)
+    own_z = own.take(z, torch.nan)
+    z = own.put(o, z, NEG_INF)
+    top = torch.maximum(z.amax(1, keepdim=True), own_z)
+    z = o.exp(o.sub(z, finite_base(top)))
+    own_z, m = own_z.to(dtype), top[:, 0].to(dtype)
+    distance = own_z[:, 0] - finite_base(m)
+    r = z.sum(1).to(dtype) + torch.expm1(distance)
+    a = torch.ones_like(m) if mass is None else mass[:, 0]
+    d = distance if mass is None else product_with_zero(a, distance)
+    return z, own_z, Statistics(m=m, r=r, d=d, a=a)
+
+
 def masked_dot(o: Arithmetic, t: Tensor, z: Tensor) -> Tensor:
     """Σ_c t_c z_c, (R, T) -> (R,), with 0·(−inf) = 0."""
     d = (t * z).sum(1)

@@ -12,6 +12,7 @@ gradient while the probabilities are still in the workspace: three in all.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,14 @@ from xent.core.arithmetic import Arithmetic, InPlace, Total
 from xent.core.matmul import fast_products
 from xent.core.plan import Footprint, Plan
 from xent.core.scores import Room, Scores, Sink
-from xent.core.statistics import OwnColumns, Statistics, finite_base, statistics_dtype, summarise
+from xent.core.statistics import (
+    OwnColumns,
+    Statistics,
+    finite_base,
+    statistics_dtype,
+    summarise,
+    summarise_row,
+)
 from xent.core.targets import Targets
 
 
@@ -62,8 +70,9 @@ class Problem(NamedTuple):
             return Plan.of_all_rows(self.budget, targets.count, targets.classes, footprint)
         return Plan.within(self.budget, targets.count, targets.classes, footprint, resident=resident)
 
-    def products(self):  # type: ignore[no-untyped-def]
-        return fast_products(self.scores.device, self.scores.dtype)
+    def products(self) -> AbstractContextManager[None]:
+        rows, classes = self.scores.shape
+        return fast_products(self.scores.device, self.scores.dtype, rows * classes * self.scores.depth)
 
 
 def statistics(problem: Problem) -> Statistics:
@@ -188,6 +197,10 @@ def chunk_statistics(
     for classes in plan.class_tiles(targets.classes):
         z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
         own = _own_columns(targets, chunk, classes)
+        if own is not None and not targets.dense and classes == slice(0, targets.classes):
+            mass = None if targets.own_mass is None else targets.own_mass[chunk]
+            z, row_own_z, whole = summarise_row(o, z, own, mass)
+            return whole, [Tile(classes, z, slope, whole.m, own, row_own_z)]
         here = None
         if own is not None:
             here = own.take(z, torch.nan).to(statistics_dtype(z.device))
@@ -199,8 +212,8 @@ def chunk_statistics(
             tiles.append(Tile(classes, z, slope, part.m, own, here))
     assert found is not None
     if own_z is not None:
-        assert targets.own_mass is not None
-        found = found.merge(_own_statistics(own_z, targets.own_mass[chunk]))
+        mass = None if targets.own_mass is None else targets.own_mass[chunk]
+        found = found.merge(_own_statistics(own_z, mass))
     return found, tiles
 
 
@@ -233,16 +246,18 @@ def differentiate_logits(
     gamma = asked.loss if gain == 1.0 else asked.loss * gain
     extra = None if asked.logsumexp is None else asked.logsumexp * gain
     alpha = found.a * gamma if extra is None else found.a * gamma + extra
-    shift = torch.where(tile.base == found.m, 0.0, tile.base - found.m)
-    g = o.mul(tile.z, (alpha * torch.exp(shift) / (1 + found.r)).to(tile.z.dtype)[:, None])
+    share = alpha / (1 + found.r)
+    if tile.base is not found.m:
+        share = share * torch.exp(torch.where(tile.base == found.m, 0.0, tile.base - found.m))
+    g = o.mul(tile.z, share.to(tile.z.dtype)[:, None])
     t = targets.tile(targets.pick(chunk), tile.classes, g.dtype)
     if t is not None:
         g = o.subtract_scaled(g, t, gamma.to(g.dtype)[:, None])
     if tile.own is not None:
         assert tile.own_z is not None
-        assert targets.own_rest is not None
         at_own = alpha[:, None] * torch.expm1(found.log_prob(tile.own_z))
-        at_own = at_own + gamma[:, None] * targets.own_rest[chunk]
+        if targets.own_rest is not None:
+            at_own = at_own + gamma[:, None] * targets.own_rest[chunk]
         if extra is not None:
             at_own = at_own + extra[:, None]
         g = tile.own.put(o, g, at_own.to(g.dtype))
@@ -260,11 +275,12 @@ def _own_columns(targets: Targets, chunk: slice, classes: slice) -> OwnColumns |
     return None if targets.own is None else OwnColumns.locate(targets.own[chunk], classes)
 
 
-def _own_statistics(z: Tensor, mass: Tensor) -> Statistics:
+def _own_statistics(z: Tensor, mass: Tensor | None) -> Statistics:
     """The own tile's statistics, z (R, 1) and mass (R, 1): one class, so r = 0 and d = 0."""
-    z, mass = z[:, 0], mass[:, 0]
+    z = z[:, 0]
     zero = torch.zeros_like(z)
-    return Statistics(m=z, r=torch.where(z == -torch.inf, -1.0, zero), d=zero, a=mass)
+    a = torch.ones_like(z) if mass is None else mass[:, 0]
+    return Statistics(m=z, r=torch.where(z == -torch.inf, -1.0, zero), d=zero, a=a)
 
 
 def _concatenate(parts: list[Statistics], problem: Problem) -> Statistics:

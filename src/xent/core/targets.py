@@ -32,8 +32,8 @@ class Targets:
         Tensor | None
     )  # (M,) what a row adds to the divisor of `mean`, over its row_weight; None means 1
     own: Tensor | None  # (M, K) int64: classes of the own tile
-    own_mass: Tensor | None  # (M, K) all of t at these classes
-    own_rest: Tensor | None  # (M, 1) a − Σ own_mass, exactly: 0 for a plain index
+    own_mass: Tensor | None  # (M, K) all of t at these classes; None means 1
+    own_rest: Tensor | None  # (M, 1) a − Σ own_mass, exactly; None means 0
     probabilities: Tensor | None  # (N, C)
     class_weight: Tensor | None  # (C,) float64
     smoothing: float
@@ -84,28 +84,30 @@ def index_targets(
     ignore_index: int = -100,
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
-    select: bool = True,
+    every: bool = False,
 ) -> Targets:
     """Targets given as class indices; one outside the classes costs nan (see `check_index`).
 
-    ``select=False``: all rows take part, whatever their target.
+    ``every``: all rows take part, whatever their target; there is none to ignore.
     """
     wide = target.to(torch.int64)
-    keep = wide != ignore_index
-    rows, weight = _taking_part(keep, sample_weight) if select else (None, sample_weight)
+    rows, weight = None, sample_weight
+    if not every or sample_weight is not None:
+        keep = torch.ones((), dtype=torch.bool, device=target.device) if every else wide != ignore_index
+        rows, weight = _taking_part(keep, sample_weight)
     own = wide if rows is None else wide[rows]
     dtype = statistics_dtype(target.device)
     w = None if class_weight is None else class_weight.detach().to(dtype)
-    if w is None:
-        mean_weight = None
-        mass = torch.ones_like(own, dtype=dtype)
-    else:
-        # out-of-range rows are nan by their logit; here they need only be harmless
-        mean_weight = w[own.clamp(0, classes - 1)]
-        mass = mean_weight
-    uniform = smoothing / classes
-    spread = uniform * (classes if w is None else w.sum()) if smoothing else 0.0  # Σ of the smooth part
-    own_smooth = mass * uniform
+    # out-of-range rows are nan by their logit; here they need only be harmless
+    mean_weight = None if w is None else w[own.clamp(0, classes - 1)]
+    own_mass = None if mean_weight is None else mean_weight[:, None]
+    own_rest = None
+    if smoothing:
+        mass = torch.ones_like(own, dtype=dtype)[:, None] if own_mass is None else own_mass
+        uniform = smoothing / classes
+        spread = uniform * (classes if w is None else w.sum())  # Σ of the smooth part
+        own_mass = mass * (1 - smoothing) + mass * uniform
+        own_rest = spread - mass * uniform
     return Targets(
         classes=classes,
         total=target.numel(),
@@ -113,8 +115,8 @@ def index_targets(
         row_weight=weight,
         mean_weight=mean_weight,
         own=own[:, None],
-        own_mass=(mass * (1 - smoothing) + own_smooth)[:, None],
-        own_rest=(spread - own_smooth)[:, None] if smoothing else torch.zeros_like(mass)[:, None],
+        own_mass=own_mass,
+        own_rest=own_rest,
         probabilities=None,
         class_weight=w,
         smoothing=smoothing,
@@ -160,19 +162,23 @@ def _taking_part(keep: Tensor, sample_weight: Tensor | None) -> tuple[Tensor | N
     return rows, None if sample_weight is None else sample_weight[rows]
 
 
-def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | None) -> None:
+def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | None) -> bool:
     """A target outside the classes is never scored as something else.
 
     On a CPU, and with ``check=True``, IndexError names the first one; elsewhere an asynchronous assertion
-    fails; with ``check=False`` it is not looked for, and costs nan.
+    fails; with ``check=False`` it is not looked for, and costs nan. Says whether all are known to be classes.
     """
     if check is False:
-        return
+        return False
     target = target.to(torch.int64)
+    if target.device.type == "cpu" and target.numel():
+        low, high = (int(bound) for bound in target.aminmax())
+        if low >= 0 and high < classes and not low <= ignore_index <= high:
+            return True
     good = (target == ignore_index) | ((target >= 0) & (target < classes))
     if check is None and target.device.type != "cpu":
         torch._assert_async(good.all(), f"a target is outside 0..{classes - 1}; check_targets=True names it")
-        return
+        return False
     if not good.all():
         at = tuple(good.logical_not().nonzero()[0].tolist())
         where = "" if not at else f" at row {at[0]}" if len(at) == 1 else f" at position {at}"
@@ -180,3 +186,4 @@ def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | N
             f"target {int(target[at])}{where} is outside 0..{classes - 1}; "
             f"mark rows to skip with ignore_index (now {ignore_index})"
         )
+    return False
