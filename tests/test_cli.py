@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import threadpoolctl
 from click.testing import CliRunner
 from pyarrow import csv, parquet
 
+from xent.__main__ import main
 from xent.cli import cli
 from xent.probe import model_file
 
@@ -130,9 +132,11 @@ def test_json_is_one_object_and_quiet_is_nothing(tmp_path):
     assert found["training"]["rows"] + found["validation"]["rows"] == 40
     assert {"loss", "label_entropy", "accuracy"} < set(found["validation"])
     assert {"iterations", "seconds", "gradient_norm", "converged", "most_confused", "files"} < set(found)
+    assert found["skipped"] == []
     assert found["files"][0] == "xent-model/model.safetensors"
     done = run("fit", "f.csv", "--label", "kind", "--quiet")
     assert done.output == ""
+    assert json.loads((tmp_path / "xent-model" / "summary.json").read_text())["skipped"] == ["name"]
     assert run("predict", "xent-model/model.safetensors", "f.csv", "-o", "p.parquet", "--quiet").output == ""
 
 
@@ -173,6 +177,7 @@ BAD = {
     "inf": (GOOD + "1,inf,a\n", [], "row 21, column 'v' holds inf"),
     "missing label": (GOOD + "1,1,\n", [], "row 21 has no label"),
     "one class": ("u,kind\n" + "1,a\n2,a\n" * 10, [], "every label in 'kind' is 'a'"),
+    "a spoiled number": (GOOD.replace("2,1", "2,?", 1), [], "row 2, column 'v' holds '?'"),
     "a lone row": (GOOD + "1,1,c\n", [], "class 'c' has a single row (row 21)"),
     "unwritable": (GOOD, ["--out", "f.csv/out"], "f.csv is a file, not a directory"),
     "reserved class": (GOOD.replace("a\n", "prediction\n"), [], "a class is called 'prediction'"),
@@ -202,11 +207,28 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, case):
         (["--demo", "--label", "x"], "drop --label"),
         (["f.csv", "--label", "kind", "--features", "u", "--exclude", "v"], "do not go together"),
         (["f.csv", "--label", "kind", "--validation", "1"], "validation"),
+        (["f.csv", "--label", "kind", "--validation", "nan"], "'--validation': nan is not a finite number"),
+        (["f.csv", "--label", "kind", "--l2", "inf"], "'--l2': inf is not a finite number"),
+        (["f.csv", "--label", "kind", "--l2", "nan"], "'--l2': nan is not a finite number"),
+        (["f.csv", "--label", "kind", "--tol", "nan"], "'--tol': nan is not a finite number"),
+        (["f.csv", "--label", "kind", "--features", "u,u"], "'u' is asked for 2 times"),
+        (["f.csv", "--label", "kind", "--exclude", '"u'], "is no row of CSV"),
+        (["f.csv", "--label", "kind", "--colour"], "No such option"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path, arguments, message):
     (tmp_path / "f.csv").write_text(GOOD)
-    assert message in run("fit", *arguments, code=2).stderr
+    said = run("fit", *arguments, code=2).stderr
+    assert message in said
+    assert said.startswith("xent: ")
+    assert said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["f.csv"]
+
+
+def test_names_with_commas_and_spaces(tmp_path):
+    (tmp_path / "f.csv").write_text('"a,b", c,kind\n' + "1,2,x\n2,1,y\n" * 10)
+    run("fit", "f.csv", "--label", "kind", "--features", '"a,b", c', "--out", "m")
+    assert model_file.load(tmp_path / "m" / "model.safetensors").feature_names == ("a,b", " c")
 
 
 def test_bad_predictions(tmp_path):
@@ -215,7 +237,8 @@ def test_bad_predictions(tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(whole[:-8])
     (tmp_path / "foreign.safetensors").write_bytes(b"{}")
     (tmp_path / "g.csv").write_text("u,w\n1,2\n")
-    before = sorted(tmp_path.rglob("*"))
+    (tmp_path / "huge.csv").write_text("u,v\n1,2\n-1e308,1e308\n")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     for model, source, output, message in [
         ("m/model.safetensors", "g.csv", "p.parquet", "no column 'v' (a feature of m/model.safetensors)"),
         ("m/none.safetensors", "f.csv", "p.parquet", "no such model file"),
@@ -224,11 +247,50 @@ def test_bad_predictions(tmp_path):
         ("m/model.safetensors", "f.csv", "p.xlsx", "written as .parquet or .csv"),
         ("m/model.safetensors", "f.csv", "f.csv/p.parquet", "is a file, not a directory"),
         ("m/model.safetensors", "none.csv", "p.parquet", "none.csv: no such file"),
+        ("m/model.safetensors", "f.csv", "m/../f.csv", "is read by this command and would be overwritten"),
+        ("m/model.safetensors", "huge.csv", "p.csv", "huge.csv: row 2 has no probabilities"),
     ]:
         done = run("predict", model, source, "-o", output, code=2)
         assert message in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
-    assert sorted(tmp_path.rglob("*")) == before
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_the_input_of_a_fit_is_not_its_output(tmp_path):
+    run("fit", flowers(tmp_path / "f.csv"), "--label", "kind", "--exclude", "id", "--out", "m", "--quiet")
+    arguments = ["m/validation.parquet", "--label", "true_label", "--exclude", "row_number", "--out", "m"]
+    assert "would be overwritten" in run("fit", *arguments, code=2).stderr
+
+
+# Figures, after the model
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (RuntimeError("no\nink"), 1, "no figures, but the model is saved: RuntimeError: no ink"),
+        (KeyboardInterrupt(), 130, "interrupted while drawing figures; the model is saved in m/"),
+    ],
+    ids=["error", "Ctrl-C"],
+)
+def test_figures_that_fail_leave_the_model(tmp_path, monkeypatch, error, code, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("xent.figures.loss_curve", fail)
+    flowers(tmp_path / "f.csv")
+    done = run("fit", "f.csv", "--label", "kind", "--out", "m", code=code)
+    assert done.stderr == f"xent: {said}\n"
+    assert model_file.load(tmp_path / "m" / "model.safetensors").classes.tolist() == ["iris", "rose", "tulip"]
+
+
+def test_control_characters_are_shown_as_escapes(tmp_path):
+    text = "u,v,\x1b[1mname,kind\n" + "1,2,p,$a_$\n1,2,q,\x1b[31mb\n" * 10
+    (tmp_path / "f.csv").write_text(text)
+    done = run("fit", "f.csv", "--label", "kind", "--out", "m")
+    assert "\x1b" not in done.output
+    assert r"\x1b[31mb" in done.stdout
+    assert r"not numeric, so not used: \x1b[1mname" in done.stdout
 
 
 # Processes: extras that are missing, terminals, Ctrl-C
@@ -266,6 +328,29 @@ def test_without_matplotlib_there_are_no_figures(tmp_path):
         == "xent: no figures: matplotlib is not installed; it comes with: pip install 'xent[report]'\n"
     )
     assert not list(tmp_path.glob("m/*.png"))
+
+
+def test_a_closed_pipe_is_no_failure(tmp_path):
+    flowers(tmp_path / "f.csv")
+    for output in ([], ["--json"]):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "xent", "fit", "f.csv", "--label", "kind", *output]
+        done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+        os.close(write)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_while_importing_is_one_line(monkeypatch, capsys):
+    class Importing(types.ModuleType):
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "xent.cli", Importing("xent.cli"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "xent: interrupted\n"
 
 
 def test_importing_the_package_imports_no_extra():

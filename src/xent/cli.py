@@ -6,8 +6,9 @@ Exit codes: 0 done, 1 the job could not be done, 2 bad input, 130 Ctrl-C.
 from __future__ import annotations
 
 import contextlib
-import json
+import csv
 import math
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from xent.probe.errors import BadInput, MissingExtra
+from xent.probe.text import class_text, json_text, printable
 
 if TYPE_CHECKING:
     from xent.probe.fit import Fitted
@@ -33,6 +35,14 @@ class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # by `xent fit … | head`: printing comes last, so the work is done
+            with contextlib.suppress(OSError):  # Python's own flush at the end is not to fail again
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "xent"
+            complain(f"{error.format_message()} ({command} --help)")
+            ctx.exit(2)
         except BadInput as error:
             complain(error)
             ctx.exit(2)
@@ -48,7 +58,8 @@ class Commands(click.Group):
 
 
 def complain(what: object) -> None:
-    click.echo("xent: " + " ".join(str(what).split()), err=True)
+    with contextlib.suppress(BrokenPipeError):
+        click.echo("xent: " + printable(" ".join(str(what).split())), err=True)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -58,7 +69,21 @@ def cli() -> None:
 
 
 def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
-    return tuple(name.strip() for name in value.split(",") if name.strip()) if value else ()
+    """Names as a row of CSV, so that one may hold a comma."""
+    try:
+        return tuple(name for row in csv.reader([value or ""], strict=True) for name in row)
+    except csv.Error as error:
+        raise click.BadParameter(f"{value!r} is no row of CSV: {error}") from error
+
+
+class Finite(click.FloatRange):
+    """A range without nan, which no comparison keeps out, and without infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 @cli.command()
@@ -69,14 +94,14 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option("--exclude", callback=_names, metavar="A,B", help="Numeric columns not to learn from.")
 @click.option(
     "--validation",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Finite(0, 1, max_open=True),
     default=0.2,
     show_default=True,
     help="Share of the rows held out, every class alike; 0 for none.",
 )
 @click.option(
     "--l2",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=1.0,
     show_default=True,
     help="Penalty l2/2·‖W‖²; 1/C of scikit-learn.",
@@ -84,7 +109,7 @@ def _names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[st
 @click.option("--max-iter", type=click.IntRange(1), default=1000, show_default=True, help="Most iterations.")
 @click.option(
     "--tol",
-    type=click.FloatRange(0),
+    type=Finite(0),
     default=1e-4,
     show_default=True,
     help="Stop when no component of the mean loss's gradient exceeds it.",
@@ -131,6 +156,8 @@ def fit(
     if features and exclude:
         raise click.UsageError("--features and --exclude do not go together: the first already chooses")
     check_writable(out)
+    if data is not None:
+        _keep_inputs(out / job.VALIDATION, data)
     if data is None:
         table = sources.digits()
     elif label is None:
@@ -145,25 +172,42 @@ def fit(
     paths = job.write(fitted, table, out)
     if demo:
         paths.append(sources.write_parquet(table, out / "data.parquet"))
+    drawn = True
     try:
         paths += job.draw(fitted, out)
     except MissingExtra as error:
         if not quiet:
             complain(f"no figures: {error}")
+    except KeyboardInterrupt:
+        complain(f"interrupted while drawing figures; the model is saved in {out}/")
+        sys.exit(130)
+    except Exception as error:  # whatever a drawing library raises, the model is saved and to be reported
+        drawn = False
+        complain(f"no figures, but the model is saved: {type(error).__name__}: {error}")
     if not fitted.converged and not fitted.interrupted and not quiet:
+        stopped_early = fitted.iterations < asked.max_iter
         complain(
             f"not converged in {fitted.iterations} iterations: gradient {fitted.gradient_norm:.1e} is above "
-            f"--tol {asked.tol:g}; raise --max-iter, --l2 or --tol"
+            f"--tol {asked.tol:g}"
+            + (", as far as the arithmetic resolves" if stopped_early else "")
+            + f"; raise {'' if stopped_early else '--max-iter, '}--l2 or --tol"
         )
     if as_json:
         files = [str(path) for path in paths]
-        click.echo(
-            json.dumps({"source": table.source, **fitted.summary(), "files": files}, ensure_ascii=False)
-        )
+        click.echo(json_text({"source": table.source, **fitted.summary(), "files": files}))
     elif not quiet:
-        _print_fit(fitted, table.source, table.skipped, paths, out)
+        _print_fit(fitted, table.source, paths, out)
     if fitted.interrupted:
         sys.exit(130)
+    if not drawn:
+        sys.exit(1)
+
+
+def _keep_inputs(output: Path, *inputs: Path) -> None:
+    """Raise ``BadInput`` if the output would replace a file that the command reads."""
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise BadInput(f"{output}: is read by this command and would be overwritten; name another output")
 
 
 @cli.command()
@@ -186,6 +230,7 @@ def predict(model: Path, data: Path, output: Path, label: str | None, as_json: b
     from xent.probe.files import check_writable
 
     evaluate.check_suffix(output)
+    _keep_inputs(output, model, data, *([Path(label)] if label else []))
     check_writable(output.parent)
     fitted = model_file.load(model)
     table = job.read_for(fitted, model, data, label)
@@ -202,9 +247,9 @@ def predict(model: Path, data: Path, output: Path, label: str | None, as_json: b
         }
         if scored is not None:
             about |= {"unlabelled": scored.unlabelled, "unknown_labels": scored.unknown}
-        click.echo(json.dumps(about, ensure_ascii=False))
+        click.echo(json_text(about))
     elif not quiet:
-        _print_predict(len(table.features), len(fitted.classes), scored, table.label_name, output)
+        _print_predict(len(table.features), len(fitted.classes), scored, label or table.label_name, output)
 
 
 @contextlib.contextmanager
@@ -242,10 +287,14 @@ def _bar(tol: float, max_iter: int, quiet: bool) -> Iterator[Callable[[Now], Non
         yield advance
 
 
-def _print_fit(fitted: Fitted, source: str, skipped: tuple[str, ...], paths: list[Path], out: Path) -> None:
-    from xent.probe.model_file import class_text
-
+def _print_fit(fitted: Fitted, source: str, paths: list[Path], out: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
+    with console.capture() as said:  # printed by click: rich ends the process, with 1, on a closed pipe
+        _say_fit(console, fitted, source, paths, out)
+    click.echo(said.get(), nl=False)
+
+
+def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], out: Path) -> None:
     parts = [("training", fitted.training)]
     if fitted.validation is not None:
         parts.append(("validation", fitted.validation))
@@ -258,10 +307,11 @@ def _print_fit(fitted: Fitted, source: str, skipped: tuple[str, ...], paths: lis
     grid.add_row("  knowing only class frequencies", *(f"{part.baseline:.4f} nats" for _, part in parts))
     grid.add_row("accuracy", *(f"{100 * part.accuracy:.2f} %" for _, part in parts))
     said = f"{source}: {len(fitted.model.classes)} classes, {len(fitted.model.feature_names)} features"
-    console.print(Text(said))
+    console.print(Text(printable(said)))
+    skipped = fitted.skipped
     if skipped:
         shown = ", ".join(skipped[:6]) + (f" and {len(skipped) - 6} more" if len(skipped) > 6 else "")
-        console.print(Text(f"not numeric, so not used: {shown}"))
+        console.print(Text(f"not numeric, so not used: {printable(shown)}"))
     console.print()
     console.print(grid)
     console.print()
@@ -270,13 +320,13 @@ def _print_fit(fitted: Fitted, source: str, skipped: tuple[str, ...], paths: lis
         f"{how} after {fitted.iterations} iterations in {fitted.seconds:.2f} s, "
         f"gradient {fitted.gradient_norm:.1e} (tol {fitted.model.settings['tol']:g})"
     )
-    names = [class_text(value) for value in fitted.model.classes]
+    names = [printable(class_text(value)) for value in fitted.model.classes]
     confused = fitted.judged.most_confused(3)
     console.print(f"most confused on {parts[-1][0]} rows{':' if confused else ': none'}")
     for a, b, ab, ba, rows in confused:
         back = f", {names[b]} taken for {names[a]} {_times(ba)}" if ba else ""
         console.print(Text(f"  {names[a]} taken for {names[b]} {_times(ab)}{back} (of {rows} rows)"))
-    console.print(Text(f"\nin {out}/: " + ", ".join(path.name for path in paths)))
+    console.print(Text(f"\nin {printable(str(out))}/: " + ", ".join(path.name for path in paths)))
 
 
 def _times(count: int) -> str:
@@ -284,7 +334,7 @@ def _times(count: int) -> str:
 
 
 def _print_predict(rows: int, classes: int, scored: Scored | None, label: str | None, output: Path) -> None:
-    click.echo(f"{rows:,} rows, {classes} classes: {output}")
+    click.echo(f"{rows:,} rows, {classes} classes: {printable(str(output))}")
     if scored is None:
         return
     if scored.evaluation is not None:

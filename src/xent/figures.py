@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "text.color": INK,
+    "text.parse_math": False,  # a class may be called $x_$
     "axes.edgecolor": "#BBBBBB",
     "axes.labelcolor": FAINT,
     "axes.linewidth": 0.8,
@@ -90,7 +92,9 @@ def titled(axes: Axes, title: str, subtitle: str) -> None:
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a PNG (or what the suffix says), cropped to what is drawn."""
-    figure.savefig(path, bbox_inches="tight", pad_inches=0.22, facecolor="white")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.22, facecolor="white")
 
 
 def loss_curve(

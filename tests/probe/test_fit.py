@@ -55,6 +55,23 @@ def test_what_cannot_be_split(counts, settings, message):
         job.split(table(counts, classes=("a", "b", "c")[: len(counts)]), Settings(**settings))
 
 
+@pytest.mark.parametrize("share", [0.03, 0.1, 0.5, 0.9, 0.97])
+def test_rare_classes_are_on_both_sides(share):
+    t = table((100, 2, 2))
+    sides = job.split(t, Settings(validation=share))
+    assert sorted(np.concatenate(sides)) == list(range(104))
+    assert all((np.diff(side) > 0).all() for side in sides)
+    assert all(np.bincount(t.codes[side], minlength=3).min() >= 1 for side in sides)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e200, float), (1e-200, float), (1e35, np.float32)])
+def test_features_beyond_what_can_be_squared_are_refused(scale, dtype):
+    t = table(dtype=dtype)
+    t.features[:, 1] *= dtype(scale)
+    with pytest.raises(BadInput, match=r"rows\.csv: the numbers in column 'u1' reach .*rescale or exclude"):
+        job.fit(t, Settings())
+
+
 def test_a_single_row_is_enough_without_validation():
     assert job.fit(table((5, 1, 5)), Settings(validation=0)).validation is None
 
@@ -193,6 +210,15 @@ def test_writing_and_the_validation_rows(tmp_path):
     assert json.loads(paths[2].read_text()) == fitted.summary()
 
 
+def test_nothing_of_an_earlier_fit_stays_beside_the_model(tmp_path):
+    t = table()
+    fitted = job.fit(t, Settings())
+    job.write(fitted, t, tmp_path)
+    job.draw(fitted, tmp_path)
+    job.write(job.fit(t, Settings(validation=0)), t, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.safetensors", "summary.json"]
+
+
 def test_digits_as_parquet(tmp_path):
     digits = sources.digits()
     read = parquet.read_table(sources.write_parquet(digits, tmp_path / "d.parquet"))
@@ -213,6 +239,16 @@ def test_figures_of_few_and_many_classes(tmp_path, classes, validation):
     assert [path.name for path in job.draw(fitted, tmp_path)] == ["loss.png", "confusion.png"]
     assert is_png(tmp_path / "loss.png")
     assert is_png(tmp_path / "confusion.png")
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_of_names_that_mean_something_to_matplotlib_or_a_terminal(tmp_path, monkeypatch):
+    shown = []
+    confusion = figures.confusion
+    monkeypatch.setattr(figures, "confusion", lambda *a, **k: (shown.extend(a[3]), confusion(*a, **k)))
+    fitted = job.fit(table((12,) * 4, classes=("$x_$", "\x1b[31mred", "日本語", "é")), Settings())
+    assert is_png(job.draw(fitted, tmp_path)[1])
+    assert shown == ["$x_$", r"\x1b[31mred", "日本語", "é"]
 
 
 def test_figures_of_a_perfect_and_a_hopeless_classifier(tmp_path):

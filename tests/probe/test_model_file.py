@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import struct
 
@@ -90,6 +91,23 @@ def changed(path, change_about=None, change_tensors=None) -> None:
     ("change", "message"),
     [
         ({"change_about": lambda a: a.update(version=2)}, "format version 2.*upgrade xent"),
+        ({"change_about": lambda a: a.update(version=-3)}, "not a model that `xent fit` wrote"),
+        ({"change_about": lambda a: a.update(version=True)}, "not a model that `xent fit` wrote"),
+        ({"change_about": lambda a: a.update(label=7)}, "not a model that `xent fit` wrote"),
+        ({"change_about": lambda a: a.update(features="uvwx")}, "not a model that `xent fit` wrote"),
+        (
+            {"change_about": lambda a: a.update(features=list("uvwu"))},
+            "feature 'u' is there 2 times.*damaged",
+        ),
+        ({"change_about": lambda a: a["classes"].update(values=list("aba"))}, "class 'a' is there 2 times"),
+        (
+            {"change_about": lambda a: a.update(classes={"type": "int", "values": [0, 1, 2**70]})},
+            "not a model that `xent fit` wrote",
+        ),
+        (
+            {"change_about": lambda a: a.update(classes={"type": "str", "values": ["a", "b", "\ud800"]})},
+            "not a model that `xent fit` wrote",
+        ),
         ({"change_about": lambda a: a.update(format="else")}, "not a model that `xent fit` wrote"),
         ({"change_about": lambda a: a.pop("classes")}, "not a model that `xent fit` wrote"),
         ({"change_about": lambda a: a["classes"].update(type="int")}, "not a model that `xent fit` wrote"),
@@ -105,6 +123,20 @@ def test_foreign_or_damaged_is_refused(tmp_path, change, message):
     changed(tmp_path / "m.safetensors", **change)
     with pytest.raises(BadInput, match=message):
         model_file.load(tmp_path / "m.safetensors")
+
+
+def test_deeply_nested_metadata_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(to_bytes({"weight": np.eye(2)}, metadata={"xent": "[" * 100_000 + "]" * 100_000}))
+    with pytest.raises(BadInput, match="not a model that `xent fit` wrote"):
+        model_file.load(path)
+
+
+def test_a_model_that_would_be_refused_is_not_written(tmp_path):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(BadInput, match="not written, because bias holds nan or inf"):
+        model_file.save(dataclasses.replace(example(), bias=np.full(3, np.inf)), path)
+    assert not path.exists()
 
 
 def test_other_files_are_refused(tmp_path):

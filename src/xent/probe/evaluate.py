@@ -15,7 +15,8 @@ import numpy as np
 from xent.probe.data import Table
 from xent.probe.errors import BadInput, needs
 from xent.probe.files import aside
-from xent.probe.model_file import Model, class_text
+from xent.probe.model_file import Model
+from xent.probe.text import class_text
 
 CHUNK = 1 << 22
 """Numbers (rows × classes) of logits that exist at a time."""
@@ -87,12 +88,27 @@ def chunks(model: Model, rows: np.ndarray) -> Iterator[np.ndarray]:
         yield rows[i : i + step]
 
 
+def log_proba(model: Model, features: np.ndarray, part: np.ndarray, source: str) -> np.ndarray:  # (n, C)
+    """The model's log-probabilities of some rows; ``BadInput`` for one whose numbers are too large for it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        log_p = model.log_proba(features[part])
+    finite = np.isfinite(log_p).all(axis=1)
+    if not finite.all():
+        row = int(part[np.flatnonzero(~finite)[0]])
+        raise BadInput(
+            f"{source}: row {row + 1} has no probabilities: its numbers, up to "
+            f"{np.abs(features[row]).max():.3g}, are too large for the model; correct or drop the row"
+        )
+    return log_p
+
+
 def evaluate(
     model: Model,
     features: np.ndarray,  # (N, D)
     codes: np.ndarray,  # (N,) positions in model.classes
     rows: np.ndarray,  # positions of the rows that count, at least one
     frequencies: np.ndarray | None = None,  # (C,) of the training rows
+    source: str = "the table",  # where the rows are from
 ) -> Evaluation:
     """Loss, accuracy and errors of the model on the given rows."""
     classes = len(model.classes)
@@ -100,7 +116,7 @@ def evaluate(
     wrong: list[np.ndarray] = []
     for part in chunks(model, rows):
         y = codes[part]
-        log_p = model.log_proba(features[part])
+        log_p = log_proba(model, features, part, source)
         total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
         predicted = log_p.argmax(axis=1)
         wrong.append(y[predicted != y] * classes + predicted[predicted != y])
@@ -142,7 +158,7 @@ def write_predictions(model: Model, table: Table, path: Path, rows: np.ndarray |
         )
         with writer:
             for part in chunks(model, chosen):
-                p = np.exp(model.log_proba(table.features[part]))
+                p = np.exp(log_proba(model, table.features, part, table.source))
                 columns = [pa.array(p[:, c], number) for c in range(len(names))]
                 columns.append(pa.array(model.classes[p.argmax(axis=1)].tolist(), kind))
                 if rows is not None:

@@ -7,7 +7,6 @@ with the class frequencies of the training rows.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 import warnings
@@ -23,9 +22,13 @@ from xent.probe.errors import BadInput, needs
 from xent.probe.evaluate import COLUMNS, Evaluation, check_names, evaluate, write_predictions
 from xent.probe.files import aside
 from xent.probe.model_file import Model
+from xent.probe.text import class_text, json_text, printable
 
 if TYPE_CHECKING:
     from xent.probe.softmax_regression import Progress, SoftmaxRegression
+
+VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png")
+"""Files that not every fit writes."""
 
 MOST_SHOWN = 24
 """Classes in the confusion figure; with more it shows the most confused."""
@@ -58,6 +61,7 @@ class Fitted:
     gradient_norm: float
     converged: bool
     interrupted: bool
+    skipped: tuple[str, ...]  # columns left out for not being numeric
 
     @property
     def judged(self) -> Evaluation:
@@ -66,10 +70,11 @@ class Fitted:
 
     def summary(self) -> dict[str, Any]:
         """Everything worth reading, as plain JSON values."""
-        text = [model_file.class_text(value) for value in self.model.classes]
+        text = [class_text(value) for value in self.model.classes]
         return {
             "classes": len(text),
             "features": len(self.model.feature_names),
+            "skipped": list(self.skipped),
             "training": self.training.summary(),
             "validation": None if self.validation is None else self.validation.summary(),
             "iterations": self.iterations,
@@ -91,7 +96,7 @@ def split(table: Table, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     assert table.classes is not None
     rows, classes = len(table.codes), len(table.classes)
     if classes < 2:
-        only = model_file.class_text(table.classes[0])
+        only = class_text(table.classes[0])
         where = f" in {table.label_name!r}" if table.label_name else ""
         raise BadInput(f"{table.source}: every label{where} is {only!r}; a classifier needs two classes")
     if settings.validation == 0:
@@ -101,7 +106,7 @@ def split(table: Table, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
         lone = int(counts.argmin())
         row = int(np.flatnonzero(table.codes == lone)[0])
         raise BadInput(
-            f"{table.source}: class {model_file.class_text(table.classes[lone])!r} has a single row "
+            f"{table.source}: class {class_text(table.classes[lone])!r} has a single row "
             f"(row {row + 1}) and a validation split needs two; drop it, or fit with --validation 0"
         )
     held = math.ceil(settings.validation * rows)
@@ -116,7 +121,18 @@ def split(table: Table, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     training, validation = train_test_split(
         np.arange(rows), test_size=held, stratify=table.codes, random_state=settings.seed
     )
+    training, validation = _with_every_class(training, validation, table.codes)
+    validation, training = _with_every_class(validation, training, table.codes)
     return np.sort(training), np.sort(validation)
+
+
+def _with_every_class(
+    rows: np.ndarray, others: np.ndarray, codes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Move a row of each class that ``rows`` lacks there; a class of few rows may fall on one side alone."""
+    found, first = np.unique(codes[others], return_index=True)
+    moved = first[~np.isin(found, codes[rows])]
+    return np.concatenate([rows, others[moved]]), np.delete(others, moved)
 
 
 def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], None] | None = None) -> Fitted:
@@ -144,6 +160,7 @@ def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], Non
     assert table.classes is not None
     codes = table.codes
     check_names(table.classes, COLUMNS, table.source)
+    _check_range(table)
     mean, scale = _standardisation(table.features[training], settings.standardize)
 
     def prepared(rows: np.ndarray) -> np.ndarray:
@@ -181,8 +198,8 @@ def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], Non
     frequencies = np.bincount(codes[training], minlength=len(table.classes)) / len(training)
     return Fitted(
         model=model,
-        training=evaluate(model, table.features, codes, training, frequencies),
-        validation=evaluate(model, table.features, codes, validation, frequencies)
+        training=evaluate(model, table.features, codes, training, frequencies, table.source),
+        validation=evaluate(model, table.features, codes, validation, frequencies, table.source)
         if len(validation)
         else None,
         validation_rows=validation,
@@ -193,22 +210,26 @@ def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], Non
         gradient_norm=estimator.gradient_norm_,
         converged=estimator.converged_,
         interrupted=interrupted,
+        skipped=table.skipped,
     )
 
 
 def write(fitted: Fitted, table: Table, out: Path) -> list[Path]:
-    """Write the model, the validation predictions and the summary into ``out``; the paths, model first."""
+    """Write the model, the validation predictions and the summary into ``out``; the paths, model first.
+
+    What an earlier fit left there and this one does not write goes: it would be taken for this model's.
+    """
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / "model.safetensors"]
     model_file.save(fitted.model, paths[0])
+    for name in (VALIDATION, *FIGURES):
+        (out / name).unlink(missing_ok=True)
     if len(fitted.validation_rows):
-        paths.append(out / "validation.parquet")
+        paths.append(out / VALIDATION)
         write_predictions(fitted.model, table, paths[-1], fitted.validation_rows)
     paths.append(out / "summary.json")
     with aside(paths[-1]) as temporary:
-        temporary.write_text(
-            json.dumps(fitted.summary(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        temporary.write_text(json_text(fitted.summary(), indent=2) + "\n", encoding="utf-8")
     return paths
 
 
@@ -220,17 +241,30 @@ def draw(fitted: Fitted, out: Path) -> list[Path]:
 
     baseline = fitted.judged.baseline
     assert baseline is not None
-    paths = [out / "loss.png", out / "confusion.png"]
+    paths = [out / name for name in FIGURES]
     with aside(paths[0]) as temporary:
         figures.loss_curve(temporary, fitted.training_curve, fitted.validation_curve, baseline)
     counts, shown = fitted.judged.confusion(MOST_SHOWN)
-    names = [model_file.class_text(value) for value in fitted.model.classes[shown]]
+    names = [printable(class_text(value)) for value in fitted.model.classes[shown]]
     of = f"{fitted.judged.rows:,} {'training' if fitted.validation is None else 'validation'} rows"
     with aside(paths[1]) as temporary:
         figures.confusion(
             temporary, counts, fitted.judged.per_class[shown], names, of, classes=len(fitted.model.classes)
         )
     return paths
+
+
+def _check_range(table: Table) -> None:
+    """Squares of features, and their sums over rows, are to be numbers neither infinite nor 0."""
+    x = table.features
+    limit = 1e150 if x.dtype == np.float64 else 1e30
+    peaks = np.maximum(x.max(axis=0), -x.min(axis=0))
+    beyond = np.flatnonzero((peaks > limit) | ((peaks > 0) & (peaks < 1 / limit)))
+    if len(beyond):
+        raise BadInput(
+            f"{table.source}: the numbers in column {table.feature_names[beyond[0]]!r} reach "
+            f"{peaks[beyond[0]]:.3g}, outside {1 / limit:g} to {limit:g}; rescale or exclude the column"
+        )
 
 
 def _standardisation(x: np.ndarray, wanted: bool) -> tuple[np.ndarray, np.ndarray]:  # (N, D) -> (D,), (D,)

@@ -8,6 +8,7 @@ format version, the classes and their type, the feature names, the label's name 
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import struct
@@ -18,6 +19,7 @@ import numpy as np
 
 from xent.probe.errors import BadInput, needs
 from xent.probe.files import aside
+from xent.probe.text import json_text
 
 VERSION = 1
 HEADER_LIMIT = 16 << 20
@@ -54,15 +56,18 @@ class Model:
         return log_p
 
 
-def class_text(value: Any) -> str:
-    """A class as text, the same whether it came from CSV, Parquet or NumPy."""
-    return str(bool(value)).lower() if isinstance(value, (bool, np.bool_)) else str(value)
-
-
 def save(model: Model, path: Path) -> None:
-    """Write the model, whole or not at all. Raises ``OSError`` where the disk refuses."""
+    """Write the model, whole or not at all.
+
+    Raises ``OSError`` where the disk refuses, ``BadInput`` for a model that ``load`` would refuse.
+    """
     with needs("probe"):
         from safetensors.numpy import save as to_bytes
+    fault = _fault(model)
+    if fault is not None:
+        raise BadInput(
+            f"{path}: not written, because {fault}; raise --l2, standardise or rescale the features"
+        )
     kind = {"U": "str", "i": "int", "u": "int", "b": "bool"}[model.classes.dtype.kind]
     about = {
         "format": "xent.softmax_regression",
@@ -73,7 +78,7 @@ def save(model: Model, path: Path) -> None:
         "settings": model.settings,
     }
     # one entry, because safetensors writes several in an order that changes from run to run
-    text = json.dumps(about, ensure_ascii=False)
+    text = json_text(about)
     if len(text.encode()) > HEADER_LIMIT // 2:
         raise BadInput(f"{path}: the names of features and classes take {len(text) >> 20} MiB; shorten them")
     tensors = {
@@ -104,6 +109,8 @@ def load(path: str | Path) -> Model:
         about = json.loads(text)
         if about["format"] != "xent.softmax_regression":
             raise foreign
+        if type(about["version"]) is not int or about["version"] < 1:
+            raise foreign
         if about["version"] > VERSION:
             raise BadInput(
                 f"{path}: format version {about['version']}, this xent reads up to {VERSION}; upgrade xent"
@@ -112,15 +119,17 @@ def load(path: str | Path) -> Model:
         model = Model(
             **{name: tensors[name] for name in ("weight", "bias", "mean", "scale")},
             classes=classes,
-            feature_names=tuple(str(name) for name in about["features"]),
-            label_name=about["label"],
+            feature_names=tuple(_texts(about["features"])),
+            label_name=None if about["label"] is None else _texts([about["label"]])[0],
             settings=dict(about["settings"]),
         )
     except BadInput:
         raise
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise foreign from error
-    _check(model, path)
+    fault = _fault(model)
+    if fault is not None:
+        raise BadInput(f"{path}: {fault}; the file is damaged, write the model again")
     return model
 
 
@@ -143,23 +152,41 @@ def _check_header(path: Path) -> None:
 def _classes(about: dict[str, Any]) -> np.ndarray:
     types = {"str": str, "int": int, "bool": bool}
     kind = types[about["type"]]
-    if not all(type(value) is kind for value in about["values"]):
+    values = _texts(about["values"]) if kind is str else about["values"]
+    if not all(type(value) is kind for value in values):
         raise TypeError("a class is not of the type given")
-    return np.array(about["values"], dtype=np.int64 if kind is int else kind)
+    return np.array(values, dtype=np.int64 if kind is int else kind)
 
 
-def _check(model: Model, path: Path) -> None:
+def _texts(values: list[Any]) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TypeError("names are a list of texts")
+    "".join(
+        values
+    ).encode()  # a lone surrogate, which JSON can hold and no file or terminal can, is a ValueError
+    return values
+
+
+def _fault(model: Model) -> str | None:
+    """What is wrong with the model, if anything."""
     features, classes = len(model.feature_names), len(model.classes)
     rows = 1 if classes == 2 else classes
     shapes = {"weight": (rows, features), "bias": (rows,), "mean": (features,), "scale": (features,)}
     for name, shape in shapes.items():
         tensor = getattr(model, name)
         if tensor.shape != shape or tensor.dtype.kind != "f":
-            raise BadInput(
-                f"{path}: {name} is {tensor.dtype} {tensor.shape} where {classes} classes and {features} "
-                f"features need real numbers {shape}; the file is damaged, write the model again"
+            return (
+                f"{name} is {tensor.dtype} {tensor.shape} where {classes} classes and {features} "
+                f"features need real numbers {shape}"
             )
         if not np.isfinite(tensor).all():
-            raise BadInput(f"{path}: {name} holds nan or inf; the file is damaged, write the model again")
-    if classes < 2 or not (model.scale > 0).all():
-        raise BadInput(f"{path}: a scale that is not positive, or one class; the file is damaged")
+            return f"{name} holds nan or inf"
+    if not (model.scale > 0).all():
+        return "it has a scale that is not positive"
+    if classes < 2:
+        return "it has one class"
+    for what, names in (("class", model.classes.tolist()), ("feature", model.feature_names)):
+        name, times = collections.Counter(names).most_common(1)[0] if len(names) else ("", 1)
+        if times > 1:
+            return f"{what} {name!r} is there {times} times"
+    return None

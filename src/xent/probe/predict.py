@@ -10,7 +10,8 @@ import numpy as np
 from xent.probe import data
 from xent.probe.data import Table
 from xent.probe.evaluate import Evaluation, evaluate
-from xent.probe.model_file import Model, class_text
+from xent.probe.model_file import Model
+from xent.probe.text import class_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ def score(model: Model, table: Table) -> Scored | None:
     counts = np.bincount(table.codes[table.codes >= 0], minlength=len(texts))
     rows = np.flatnonzero(codes >= 0)
     return Scored(
-        evaluate(model, table.features, codes, rows) if len(rows) else None,
+        evaluate(model, table.features, codes, rows, source=table.source) if len(rows) else None,
         int((table.codes < 0).sum()),
         {text: int(n) for text, n in zip(texts, counts, strict=True) if text not in known},
     )

@@ -1,0 +1,40 @@
+"""Values as text: a class, an object as JSON, a name in a terminal or a figure."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+
+def class_text(value: Any) -> str:
+    """A class as text, the same whether it came from CSV, Parquet or NumPy."""
+    return str(bool(value)).lower() if isinstance(value, (bool, np.bool_)) else str(value)
+
+
+def printable(text: str) -> str:
+    """Control characters, which could steer a terminal, as escapes.
+
+    >>> print(printable("a \\x1b[31mred\\x1b[0m é"))
+    a \\x1b[31mred\\x1b[0m é
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Valid JSON: what is not finite, for which JSON has no word, as null.
+
+    >>> json_text({"loss": float("inf"), "rows": 3})
+    '{"loss": null, "rows": 3}'
+    """
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
