@@ -21,7 +21,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from xent.probe.errors import BadInput, MissingExtra
-from xent.probe.text import class_text, json_text, printable
+from xent.probe.text import class_text, json_text, printable, quoted
 
 if TYPE_CHECKING:
     from xent.probe.fit import Fitted
@@ -320,7 +320,7 @@ def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], o
         f"{how} after {fitted.iterations} iterations in {fitted.seconds:.2f} s, "
         f"gradient {fitted.gradient_norm:.1e} (tol {fitted.model.settings['tol']:g})"
     )
-    names = [printable(class_text(value)) for value in fitted.model.classes]
+    names = [printable(class_text(value)[:60]) for value in fitted.model.classes]
     confused = fitted.judged.most_confused(3)
     console.print(f"most confused on {parts[-1][0]} rows{':' if confused else ': none'}")
     for a, b, ab, ba, rows in confused:
@@ -341,6 +341,6 @@ def _print_predict(rows: int, classes: int, scored: Scored | None, label: str | 
         done = scored.evaluation
         click.echo(f"against {label!r}: accuracy {100 * done.accuracy:.2f} %, loss {done.loss:.4f} nats")
     left_out = [f"{scored.unlabelled:,} without a label"] if scored.unlabelled else []
-    left_out += [f"{n:,} labelled {text!r}" for text, n in list(scored.unknown.items())[:3]]
+    left_out += [f"{n:,} labelled {quoted(text)}" for text, n in list(scored.unknown.items())[:3]]
     if left_out:
         click.echo(f"left out of that: rows {', '.join(left_out)}{' ...' if len(scored.unknown) > 3 else ''}")

@@ -198,6 +198,11 @@ BAD_TEXT = {
     "label_as_feature": (CSV, Wanted("y", ["y"]), r"label column 'y' cannot be a feature"),
     "twice_asked": (CSV, Wanted("y", ["u", "u"]), r"'u' is asked for 2 times \(--features\)"),
     "only_header": ("u,y\n", Wanted("y"), r"a\.csv: the file has columns but no rows"),
+    "open_quote": (
+        'u,y\n1,a\n"' + "2\n" * 999 + '",b\n',
+        Wanted("y", ["u"]),
+        r"row 2, column 'u' holds '2.{57}…",
+    ),
     "utf16": (CSV.encode("utf-16"), Wanted("y"), r"the text is UTF-16; save it as UTF-8"),
     "quoted_name": ('"u,v",y\nnan,a\n', Wanted("y"), r"--exclude '\"u,v\"'"),
     "no_numeric": ("n,y\nann,a\nbob,b\n", Wanted("y"), r"no numeric column is left"),

@@ -22,7 +22,7 @@ from xent.probe.errors import BadInput, needs
 from xent.probe.evaluate import COLUMNS, Evaluation, check_names, evaluate, write_predictions
 from xent.probe.files import aside
 from xent.probe.model_file import Model
-from xent.probe.text import class_text, json_text, printable
+from xent.probe.text import class_text, json_text, printable, quoted
 
 if TYPE_CHECKING:
     from xent.probe.softmax_regression import Progress, SoftmaxRegression
@@ -96,9 +96,9 @@ def split(table: Table, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
     assert table.classes is not None
     rows, classes = len(table.codes), len(table.classes)
     if classes < 2:
-        only = class_text(table.classes[0])
+        only = quoted(class_text(table.classes[0]))
         where = f" in {table.label_name!r}" if table.label_name else ""
-        raise BadInput(f"{table.source}: every label{where} is {only!r}; a classifier needs two classes")
+        raise BadInput(f"{table.source}: every label{where} is {only}; a classifier needs two classes")
     if settings.validation == 0:
         return np.arange(rows), np.arange(0)
     counts = np.bincount(table.codes, minlength=classes)
@@ -106,7 +106,7 @@ def split(table: Table, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
         lone = int(counts.argmin())
         row = int(np.flatnonzero(table.codes == lone)[0])
         raise BadInput(
-            f"{table.source}: class {class_text(table.classes[lone])!r} has a single row "
+            f"{table.source}: class {quoted(class_text(table.classes[lone]))} has a single row "
             f"(row {row + 1}) and a validation split needs two; drop it, or fit with --validation 0"
         )
     held = math.ceil(settings.validation * rows)

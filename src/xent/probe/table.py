@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from xent.probe.errors import BadInput
+from xent.probe.text import quoted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _there_are(names: Sequence[str]) -> str:
 
 
 def bad_number(path: Path, column: str, row: int, value: object) -> BadInput:
-    said = "is missing" if value is None else f"holds {value!r}"
+    said = "is missing" if value is None else f"holds {quoted(value)}"
     return BadInput(
         f"{path}: row {row + 1}, column {column!r} {said} where a finite number is needed; "
         f"correct or drop the row, or leave the column out with --exclude {_as_option(column)}"
@@ -138,7 +139,7 @@ def numbered(where: str, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndar
     if values.dtype.kind == "U":
         for value in values.tolist():
             if not _is_text(value):
-                raise BadInput(f"{where}: the label {value!r} is not valid text; rename it")
+                raise BadInput(f"{where}: the label {quoted(value)} is not valid text; rename it")
     used = np.unique(codes[codes >= 0])
     used = used[np.argsort(values[used], kind="stable")]
     place = np.full(len(values) + 1, -1, dtype=np.int64)  # the last one is where −1 points

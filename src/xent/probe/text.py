@@ -23,6 +23,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def quoted(value: Any, most: int = 60) -> str:
+    """The value as a message quotes it, cut where it is long: an open quote makes a cell of a whole file."""
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
     """Valid JSON: what is not finite, for which JSON has no word, as null.
 
