@@ -44,8 +44,10 @@ class _Recipe:
         bool, ...
     ] = ()  # of what the function at hand may answer; here, as torch.func unpacks tuples
 
-    def asking(self, wants: tuple[bool, ...]) -> _Recipe:
-        return replace(self, wants=tuple(wants))
+    known: tuple[Tensor, ...] | None = None  # the answer, where it has been computed already
+
+    def asking(self, wants: tuple[bool, ...], known: tuple[Tensor, ...] | None = None) -> _Recipe:
+        return replace(self, wants=tuple(wants), known=known)
 
     @classmethod
     def of(cls, problem: Problem) -> tuple[_Recipe, tuple[Tensor | None, ...]]:
@@ -180,6 +182,8 @@ class _Gradient(torch.autograd.Function):
         a: Tensor,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
+        if recipe.known is not None:
+            return recipe.known
         problem, wants = recipe.bind(tensors, loss, logsumexp, m, r, a), recipe.wants
         with _plain(problem):
             sink, dq = sweep.gradient(
@@ -189,7 +193,8 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.recipe, *tensors = inputs
+        recipe, *tensors = inputs
+        ctx.recipe = recipe.asking(recipe.wants)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -349,17 +354,24 @@ class _Reduced(torch.autograd.Function):
         wants = ctx.needs_input_grad[5 : 5 + n]
         rest = (None,) * (len(tensors) - n)
         early, ctx.early = ctx.early, None
-        if torch.is_grad_enabled():  # create_graph: the answer must be differentiable
+        if early is not None and not batched(upstream):
+            with torch.no_grad():
+                formed: tuple[Tensor | None, ...] = early.finish(upstream)
+            if not torch.is_grad_enabled():
+                return *(None,) * 6, *formed, *rest
+        else:
+            formed = ()
+        found = ctx.found
+        if torch.is_grad_enabled() and ctx.reduction.z_loss:  # whose derivative goes through lse
             loss, logsumexp, *_ = _Rows.apply(ctx.recipe, ctx.found, *tensors)
             value = ctx.reduction.total(ctx.reduction.values(loss, logsumexp, row_weight), ctx.scale)
             leaves = [t for t, want in zip(tensors, wants, strict=False) if want]
             gradients = torch.autograd.grad(value, leaves, upstream, create_graph=True)
             return *(None,) * 5, *_spread(gradients, wants, n), *rest
-        if early is not None and not batched(upstream):
-            return *(None,) * 6, *early.finish(upstream), *rest
-        found, scale = ctx.found, ctx.scale * upstream
-        asked = ctx.reduction.coefficients(found, row_weight, scale, slice(0, found.m.shape[0]))
-        recipe = ctx.recipe.asking(wants)
+        every = slice(0, found.m.shape[0])
+        asked = ctx.reduction.coefficients(found, row_weight, ctx.scale * upstream, every)
+        # under create_graph what has been formed is the answer, and this its derivative's way
+        recipe = ctx.recipe.asking(wants, tuple(g for g in formed if g is not None) if formed else None)
         gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, *tensors)
         return *(None,) * 5, *_spread(gradients, wants, n), *rest
 
