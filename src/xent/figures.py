@@ -93,7 +93,7 @@ def titled(axes: Axes, title: str, subtitle: str) -> None:
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
     """Write a PNG (or what the suffix says), cropped to what is drawn."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box is drawn instead
+        warnings.simplefilter("ignore", UserWarning)  # of letters that the font lacks: boxes stand for them
         figure.savefig(path, bbox_inches="tight", pad_inches=0.22, facecolor="white")
 
 

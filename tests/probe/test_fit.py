@@ -246,9 +246,9 @@ def test_figures_of_names_that_mean_something_to_matplotlib_or_a_terminal(tmp_pa
     shown = []
     confusion = figures.confusion
     monkeypatch.setattr(figures, "confusion", lambda *a, **k: (shown.extend(a[3]), confusion(*a, **k)))
-    fitted = job.fit(table((12,) * 4, classes=("$x_$", "\x1b[31mred", "日本語", "é")), Settings())
+    fitted = job.fit(table((12,) * 4, classes=("$x_$", "\x1b[31mred", "日本語", "عربي")), Settings())
     assert is_png(job.draw(fitted, tmp_path)[1])
-    assert shown == ["$x_$", r"\x1b[31mred", "日本語", "é"]
+    assert shown == ["$x_$", r"\x1b[31mred", "日本語", "عربي"]
 
 
 def test_figures_of_a_perfect_and_a_hopeless_classifier(tmp_path):
