@@ -82,6 +82,8 @@ def test_a_number_spoiled_early_is_an_error_and_text_is_not(tmp_path, spoiled):
     assert data.read(good, Wanted("y")).skipped == ("name", "zip")
     with pytest.raises(BadInput, match="no numeric column is left"):
         data.read(path, Wanted("y", exclude=["u"]))
+    with pytest.raises(BadInput, match="no column 'kind' for --label"):
+        data.read(path, Wanted("kind"))
 
 
 def test_many_columns_are_read_at_once(tmp_path):

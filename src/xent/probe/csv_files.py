@@ -72,9 +72,9 @@ def _no_number_spoiled(path: Path, wanted: Wanted, head: Any) -> None:
     """Raise ``BadInput`` for a column that would be left out as text though most of it is numbers."""
     import pyarrow as pa
 
-    if wanted.features is not None:
-        return
     passed_over = {wanted.label, *wanted.exclude}
+    if wanted.features is not None or not passed_over <= {None, *head.schema.names}:  # `choose` names these
+        return
     for name, column in zip(head.schema.names, head.columns, strict=True):
         if name in passed_over or not pa.types.is_string(column.type):
             continue
