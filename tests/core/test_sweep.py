@@ -119,6 +119,32 @@ def test_a_sweep_stays_within_its_budget(budget, options, kind):
     assert budget / 8 < live.peak <= budget
 
 
+@pytest.mark.parametrize("budget", [HOLDS_256_ROWS, 40_000])
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("kind", ["index", "probabilities"])
+def test_a_hessian_product_stays_within_its_budget(budget, options, kind):
+    x, w, target = tensors(x_grad=False)
+    if kind == "probabilities":
+        target = torch.rand(N, C)
+    v = torch.randn(C, D)
+    matmul._allowed()
+    with LiveBytes(x, w, target, v) as live:
+        loss = xent.linear_cross_entropy(x, w, target, memory_budget=budget, **options)
+        (g,) = torch.autograd.grad(loss, w, create_graph=True)
+        torch.autograd.grad(g, w, v)
+    assert budget / 8 < live.peak <= budget
+
+
+def test_a_hessian_product_of_the_weight_costs_three_products(products):
+    """Beside those of loss and gradient (of the weight: two), where a chunk's tiles fit the budget."""
+    x, w, target = tensors(x_grad=False)
+    loss = xent.linear_cross_entropy(x, w, target)
+    (g,) = torch.autograd.grad(loss, w, create_graph=True)
+    assert products() == 2
+    torch.autograd.grad(g, w, torch.randn(C, D))
+    assert products() == 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(8192, 256, 65536), (2048, 256, 200003)])
 def test_peak_memory_of_a_process(shape):

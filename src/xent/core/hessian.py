@@ -202,8 +202,12 @@ def _hessian_tile(
 
 
 def _plan(problem: Problem, *, resident: bool) -> Plan:
-    # probabilities and tangents at once; where the transform is curved, their slopes and bends too
-    return problem.plan(resident=resident, buffers=4 if problem.scores.transform.curved else 2, least_rows=2)
+    # kept: probabilities and tangents, and where the transform is curved its slopes, bends and ζ beside u̇
+    curved, soft = problem.scores.transform.curved, problem.targets.probabilities is not None
+    kept = 2 + 2 * curved + soft
+    # those of a tile live on while the next tile makes its own
+    passing = 1 + 6 * curved + 3 * soft
+    return problem.plan(resident=resident, buffers=kept, temporaries=passing, least_rows=2)
 
 
 def _workspace(problem: Problem, plan: Plan) -> Workspace:

@@ -51,17 +51,14 @@ class Problem(NamedTuple):
     budget: int
     arithmetic: Arithmetic = InPlace()
 
-    def plan(self, *, resident: bool, buffers: int = 1, least_rows: int = 1) -> Plan:
-        """Tiles within the budget; `buffers` tile-sized tensors are held at once, `least_rows` divides the
-        fewest rows for which it pays to keep them."""
+    def plan(self, *, resident: bool, buffers: int = 1, temporaries: int = 0, least_rows: int = 1) -> Plan:
+        """Tiles within the budget; `buffers` tile-sized tensors are held at once and `temporaries` come and
+        go, `least_rows` divides the fewest rows for which it pays to keep a chunk's tiles."""
         scores, targets = self.scores, self.targets
         size = scores.dtype.itemsize
         footprint = Footprint(
             kept=size * (buffers + scores.transform.curved),
-            # a converted tile of t, its product with z, and the booleans of a selection
-            scratch=(3 * size + 1 if targets.probabilities is not None else 2 * size + 1)
-            if targets.dense
-            else 0,
+            scratch=size * temporaries + self._of_dense_targets(size),
             per_row=scores.bytes_per_row(targets.rows is not None),
             per_class=scores.bytes_per_class(),
             resident_rows=max(1, scores.least_resident_rows // least_rows),
@@ -69,6 +66,12 @@ class Problem(NamedTuple):
         if not self.arithmetic.buffered:
             return Plan.of_all_rows(self.budget, targets.count, targets.classes, footprint)
         return Plan.within(self.budget, targets.count, targets.classes, footprint, resident=resident)
+
+    def _of_dense_targets(self, size: int) -> int:
+        """Bytes an element: a converted tile of t, its product with z, the booleans of a selection."""
+        if not self.targets.dense:
+            return 0
+        return (3 if self.targets.probabilities is not None else 2) * size + 1
 
     def products(self) -> AbstractContextManager[None]:
         rows, classes = self.scores.shape

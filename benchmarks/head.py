@@ -1,0 +1,217 @@
+"""Forward + backward of a linear head: xent beside its peers, in one run, interleaved.
+
+    python benchmarks/head.py [--rounds 7] [--shapes 2048,768,32768 ...] [--jax PYTHON] [--save FILE]
+
+Every round runs every form once, in turn, so that a machine whose speed drifts slows all of them alike; what
+is printed are medians over the rounds and their ratios to xent's. The limit is the machine's own: 6·N·D·C
+operations at the best rate that its float32 matrix product reached in this run. JAX runs in a process of its
+own (an interpreter that has jax and optax, ``--jax``), asked round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+import xent
+from xent.core import matmul
+
+SHAPES = [
+    (2048, 768, 32768),
+    (1024, 256, 32768),
+    (4096, 256, 10000),
+    (8192, 512, 1000),
+    (512, 2048, 128256),
+    (64, 512, 1000000),
+    (1024, 128, 100),
+    (256, 64, 10),
+]
+NOT_RUN = {
+    "Liger, Cut Cross-Entropy (Triton)": "their kernels need CUDA",
+    "cut-cross-entropy, impl='torch_compile'": "the package needs Triton to be imported",
+}
+
+JAX_WORKER = """
+import json, sys, time
+import jax, jax.numpy as jnp, optax
+n, d, c = json.loads(sys.stdin.readline())
+k = jax.random.split(jax.random.PRNGKey(0), 3)
+x, w = jax.random.normal(k[0], (n, d)), jax.random.normal(k[1], (c, d)) * 0.02
+t = jax.random.randint(k[2], (n,), 0, c)
+def loss(x, w): return optax.softmax_cross_entropy_with_integer_labels(x @ w.T, t).mean()
+both, forward = jax.jit(jax.grad(loss, (0, 1))), jax.jit(loss)
+for line in sys.stdin:
+    f = both if line.strip() == "both" else forward
+    start = time.perf_counter()
+    jax.block_until_ready(f(x, w))
+    print(time.perf_counter() - start, flush=True)
+"""
+
+
+def timed(f: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+class Jax:
+    def __init__(self, python: str, shape: tuple[int, int, int]) -> None:
+        self.process = subprocess.Popen(
+            [python, "-c", JAX_WORKER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._say(json.dumps(shape))
+
+    def _say(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line + "\n")
+        self.process.stdin.flush()
+
+    def __call__(self, what: str) -> float:
+        self._say(what)
+        assert self.process.stdout is not None
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.kill()
+
+
+def forms(
+    shape: tuple[int, int, int], jax: Jax | None
+) -> dict[str, tuple[Callable[[], float], Callable[[], float] | None]]:
+    """Name -> (seconds of forward + backward, seconds of forward only)."""
+    n, d, c = shape
+    torch.manual_seed(0)
+    x = torch.randn(n, d, requires_grad=True)
+    w = (torch.randn(c, d) * 0.02).requires_grad_()
+    t = torch.randint(c, (n,))
+
+    def form(f: Callable[..., torch.Tensor]) -> tuple[Callable[[], float], Callable[[], float]]:
+        def both() -> float:
+            return timed(lambda: torch.autograd.grad(f(x, w, t), (x, w)))
+
+        def forward() -> float:
+            with torch.no_grad():
+                return timed(lambda: f(x, w, t))
+
+        return both, forward
+
+    def chunked(rows: int | None) -> Callable[..., torch.Tensor]:
+        options = torch.nn.LinearCrossEntropyOptions(**({} if rows is None else {"batch_chunk_size": rows}))
+        return lambda x, w, t: F.linear_cross_entropy(x, w, t, options=options)
+
+    def unfused(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, w), t)
+
+    every = {"xent": form(xent.linear_cross_entropy)}
+    every["torch, eager"] = form(unfused)
+    if n * c <= 1 << 27:  # beyond it Inductor's logits and their gradient are gigabytes
+        every["torch, compiled"] = form(torch.compile(unfused))
+    every["torch fused, default"] = form(chunked(None))
+    for rows in (256, 512, 1024):
+        if rows <= n:
+            every[f"torch fused, {rows} rows"] = form(chunked(rows))
+    if jax is not None:
+        every["jax, jit"] = (lambda: jax("both"), lambda: jax("forward"))
+    return every
+
+
+def best_rate(rounds: int = 5) -> float:
+    """The best float32 product of a few shapes, in operations a second, by either of torch's kernels."""
+    best = 0.0
+    for m, k, n in ((512, 768, 4096), (1024, 1024, 1024), (2048, 768, 2048), (1024, 256, 4096)):
+        a, b, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
+        for size in (0, 1 << 62):
+            multiply = partial(torch.mm, a, b.t(), out=out)
+            with matmul.fast_products(a.device, a.dtype, size):
+                multiply()
+                seconds = min(timed(multiply) for _ in range(rounds))
+            best = max(best, 2 * m * k * n / seconds)
+    return best
+
+
+def measure(shape: tuple[int, int, int], rounds: int, jax_python: str | None) -> dict[str, object]:
+    n, d, c = shape
+    jax = Jax(jax_python, shape) if jax_python else None
+    every = forms(shape, jax)
+    both: dict[str, list[float]] = {name: [] for name in every}
+    forward: dict[str, list[float]] = {name: [] for name in every}
+    rates = []
+    repeats = max(1, min(50, int(2e9 / (6 * n * d * c + 1))))
+    for round_ in range(rounds + 1):
+        rates.append(best_rate())
+        for name, (f, g) in every.items():
+            a = statistics.median(f() for _ in range(repeats))
+            b = statistics.median(g() for _ in range(repeats)) if g is not None else float("nan")
+            if round_:  # the first is a warm-up
+                both[name].append(a)
+                forward[name].append(b)
+    if jax is not None:
+        jax.close()
+    rate = max(rates)
+    return {
+        "shape": shape,
+        "limit": 6 * n * d * c / rate,
+        "rate": rate,
+        "both": {name: sorted(v) for name, v in both.items()},
+        "forward": {name: sorted(v) for name, v in forward.items()},
+    }
+
+
+def show(row: dict) -> None:
+    n, d, c = row["shape"]
+    limit, rate = 1e3 * row["limit"], row["rate"] / 1e9
+    ours, forward = (statistics.median(row[what]["xent"]) for what in ("both", "forward"))
+    print(f"\nN {n}, D {d}, C {c}: the products alone {limit:.1f} ms at {rate:.0f} GFLOP/s")
+    print(f"  {'ms':22} {'forward+backward':>17} {'spread':>15} {'÷ xent':>7} {'forward':>9} {'÷ xent':>7}")
+    for name, seconds in row["both"].items():
+        median, only = statistics.median(seconds), statistics.median(row["forward"][name])
+        spread = f"{1e3 * seconds[0]:.1f}–{1e3 * seconds[-1]:.1f}"
+        of = f"{1e3 * median:17.2f} {spread:>15} {median / ours:7.2f}"
+        print(f"  {name:22} {of} {1e3 * only:9.2f} {only / forward:7.2f}")
+    print(f"  {limit / 10 / ours:.0f} % of the limit; forward + backward is {ours / forward:.2f} forwards")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", nargs="*", help="N,D,C ...")
+    parser.add_argument("--jax", metavar="PYTHON", help="an interpreter that has jax and optax")
+    parser.add_argument("--save", metavar="FILE", help="append the raw rows, one JSON object a line")
+    options = parser.parse_args()
+    shapes = [tuple(map(int, s.split(","))) for s in options.shapes] if options.shapes else SHAPES
+    about = {
+        "date": str(date.today()),
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "xent": xent.__version__,
+        "python": platform.python_version(),
+    }
+    print(", ".join(f"{k} {v}" for k, v in about.items()))
+    for peer, why in NOT_RUN.items():
+        print(f"not run: {peer}: {why}")
+    for shape in shapes:
+        row = measure(shape, options.rounds, options.jax)
+        show(row)
+        sys.stdout.flush()
+        if options.save:
+            with open(options.save, "a") as file:
+                file.write(json.dumps(about | row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
