@@ -268,3 +268,36 @@ def test_bf16_round_trip_loss():
     loss = xent.cross_entropy(z, torch.tensor([7]))
     assert loss.dtype == torch.bfloat16
     assert loss == torch.tensor(math.log(100)).bfloat16()
+
+
+@pytest.mark.parametrize("classes", [2, 1000])
+def test_bf16_confident_target(classes):
+    """p_y = 0.999: the target's entry of the gradient, −0.001, to half a percent."""
+    z = torch.full((1, classes), -8.0, dtype=torch.bfloat16)
+    z[0, 1:] -= torch.tensor(classes - 1.0).log().item()
+    z[0, 0] = z[0, 1].float() + math.log(classes - 1) + math.log(999)
+    exact = torch.softmax(z.double(), 1)[0, 0] - 1
+    assert 0.998 < 1 + exact < 0.9995
+    _, g = gradient(z, torch.tensor([0]))
+    assert g[0, 0].item() == pytest.approx(exact.item(), rel=5e-3)
+    bias = z[0].clone().requires_grad_()
+    zero = torch.zeros(1, 1, dtype=torch.bfloat16)
+    head = torch.zeros(classes, 1, dtype=torch.bfloat16)
+    xent.linear_cross_entropy(zero, head, torch.tensor([0]), linear_bias=bias).backward()
+    assert bias.grad[0].item() == pytest.approx(exact.item(), rel=5e-3)
+
+
+@pytest.mark.parametrize("budget", [None, 1 << 20, 1 << 16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_bf16_many_chunks(budget, reduction):
+    """The weight gradient of many row chunks errs like the exact one rounded once, not chunk by chunk."""
+    n, d, c = 4096, 32, 256
+    x, w = torch.randn(n, d).bfloat16(), (torch.randn(c, d) * 0.1).bfloat16().requires_grad_()
+    target = torch.randint(c, (n,))
+    xent.linear_cross_entropy(
+        x, w, target, reduction=reduction, memory_budget=budget
+    ).float().mean().backward()
+    double = w.detach().double().requires_grad_()
+    F.cross_entropy(x.double() @ double.T, target).backward()
+    floor = (double.grad.bfloat16().double() - double.grad).norm()
+    assert (w.grad.double() - double.grad).norm() <= 1.2 * floor
