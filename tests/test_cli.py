@@ -364,10 +364,11 @@ def test_importing_the_package_imports_no_extra():
 
 def test_ctrl_c_saves_the_best_model_so_far(tmp_path):
     rng = np.random.default_rng(0)
-    # features that are nearly one feature: thousands of iterations, so the signal comes in the middle of them
-    x = rng.normal(size=(20_000, 1)) + 0.01 * rng.normal(size=(20_000, 100))
-    np.save(tmp_path / "X.npy", x)
-    np.save(tmp_path / "y.npy", rng.integers(0, 20, 20_000))
+    # features that are nearly one feature, and labels that the rest of them separates: without a penalty
+    # there is no end to it, so the signal comes in the middle
+    rest = rng.normal(size=(20_000, 100))
+    np.save(tmp_path / "X.npy", rng.normal(size=(20_000, 1)) + 0.01 * rest)
+    np.save(tmp_path / "y.npy", (rest @ rng.normal(size=(100, 20))).argmax(axis=1))
     command = [
         "fit",
         "X.npy",

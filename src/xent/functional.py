@@ -125,7 +125,7 @@ def linear_cross_entropy(
 
     ``cross_entropy(input @ linear_weight.T + linear_bias, target)``, visited in tiles of rows × classes. For
     ``"mean"`` and ``"sum"`` the gradient is formed in the forward sweep (three matrix products in all where
-    the budget holds 256 rows of logits, else four); ignored rows are left out before the products; a frozen
+    the budget holds 128 rows of logits, else four); ignored rows are left out before the products; a frozen
     input or weight costs nothing. Formula: mathematics page, §§1, 2, 4.
 
     Args:

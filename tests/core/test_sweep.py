@@ -36,13 +36,13 @@ def tensors(x_grad=True, w_grad=True):
     return x, w, torch.randint(C, (N,))
 
 
-HOLDS_256_ROWS = 256 * C * 4
-HOLDS_FEWER = 255 * C * 4 - C
+HOLDS_A_CHUNK = 128 * C * 4
+HOLDS_FEWER = 127 * C * 4 - C
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-@pytest.mark.parametrize(("budget", "count"), [(None, 3), (HOLDS_256_ROWS, 3), (HOLDS_FEWER, 4)])
-def test_three_products_where_the_budget_holds_256_rows_else_four(products, reduction, budget, count):
+@pytest.mark.parametrize(("budget", "count"), [(None, 3), (HOLDS_A_CHUNK, 3), (HOLDS_FEWER, 4)])
+def test_three_products_where_the_budget_holds_128_rows_else_four(products, reduction, budget, count):
     x, w, target = tensors()
     xent.linear_cross_entropy(x, w, target, reduction=reduction, memory_budget=budget).backward()
     assert products() == count
@@ -99,7 +99,7 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("budget", [HOLDS_256_ROWS, HOLDS_256_ROWS // 2, 40_000])
+@pytest.mark.parametrize("budget", [HOLDS_A_CHUNK, HOLDS_A_CHUNK // 2, 40_000])
 @pytest.mark.parametrize(
     "options",
     [{}, {"label_smoothing": 0.1}, {"softcap": 5.0}, {"reduction": "none"}, {"z_loss": 0.1, "softcap": 3.0}],
@@ -119,7 +119,7 @@ def test_a_sweep_stays_within_its_budget(budget, options, kind):
     assert budget / 8 < live.peak <= budget
 
 
-@pytest.mark.parametrize("budget", [HOLDS_256_ROWS, 40_000])
+@pytest.mark.parametrize("budget", [HOLDS_A_CHUNK, 40_000])
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("kind", ["index", "probabilities"])
 def test_a_hessian_product_stays_within_its_budget(budget, options, kind):

@@ -252,7 +252,7 @@ class LinearHead:
 
     @property
     def least_resident_rows(self) -> int:
-        return 256  # fewer rows make the products slower than a fourth product costs
+        return 128  # fewer rows make the products slower than a fourth product costs
 
     @property
     def early(self) -> bool:
