@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from xent.core import hessian, sweep
 from xent.core.arithmetic import arithmetic_for, is_batched
-from xent.core.reduction import Reduction
+from xent.core.reduction import Reduction, Scale
 from xent.core.scores import Sink, Transform
 from xent.core.statistics import Statistics
 from xent.core.sweep import Coefficients, Problem
@@ -38,6 +38,7 @@ class _Recipe:
     classes: int
     total: int
     smoothing: float
+    own_known: bool
     budget: int
     leaves: int
     wants: tuple[
@@ -55,7 +56,14 @@ class _Recipe:
         leaves = (t.probabilities, *scores.tensors)
         rest = (t.rows, t.own, t.own_mass, t.own_rest, t.class_weight)
         recipe = cls(
-            type(scores), scores.transform, t.classes, t.total, t.smoothing, problem.budget, len(leaves)
+            type(scores),
+            scores.transform,
+            t.classes,
+            t.total,
+            t.smoothing,
+            t.own_known,
+            problem.budget,
+            len(leaves),
         )
         return recipe, leaves + rest
 
@@ -72,6 +80,7 @@ class _Recipe:
             own=own,
             own_mass=own_mass,
             own_rest=own_rest,
+            own_known=self.own_known,
             probabilities=probabilities,
             class_weight=class_weight,
             smoothing=self.smoothing,
@@ -91,7 +100,7 @@ def rows(problem: Problem) -> tuple[Tensor, Tensor]:
     return loss, logsumexp
 
 
-def reduced(problem: Problem, reduction: Reduction, row_weight: Tensor | None, scale: Tensor) -> Tensor:
+def reduced(problem: Problem, reduction: Reduction, row_weight: Tensor | None, scale: Scale) -> Tensor:
     """Σ s·(ℓ + λ lse²)·scale, a float64 scalar, its gradient formed in the forward sweep."""
     recipe, tensors = _Recipe.of(problem)
     return _Reduced.apply(problem, recipe, reduction, row_weight, scale, *tensors)
@@ -103,14 +112,14 @@ def needs_gradient(problem: Problem) -> bool:
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func or forward mode is looking at any of the tensors."""
-    given = [t for t in tensors if t is not None]
+    """Whether torch.func is at work, or forward mode is looking at any of the tensors."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-        if any(wrapped(t) for t in given):
-            return True
+        return (
+            True  # at these tensors or not: under a transform torch takes a Function with a rule of its own
+        )
     return forward_ad._current_level >= 0 and any(
-        t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None for t in given
+        t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
     )
 
 
@@ -330,7 +339,7 @@ class _Reduced(torch.autograd.Function):
         recipe: _Recipe,
         reduction: Reduction,
         row_weight: Tensor | None,
-        scale: Tensor,
+        scale: Scale,
         *tensors: Tensor | None,
     ) -> Tensor:
 
@@ -356,7 +365,7 @@ class _Reduced(torch.autograd.Function):
         early, ctx.early = ctx.early, None
         if early is not None and not batched(upstream):
             with torch.no_grad():
-                formed: tuple[Tensor | None, ...] = early.finish(upstream)
+                formed: tuple[Tensor | None, ...] = early.finish(None if _is_one(upstream) else upstream)
             if not torch.is_grad_enabled():
                 return *(None,) * 6, *formed, *rest
         else:
@@ -374,6 +383,11 @@ class _Reduced(torch.autograd.Function):
         recipe = ctx.recipe.asking(wants, tuple(g for g in formed if g is not None) if formed else None)
         gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, *tensors)
         return *(None,) * 5, *_spread(gradients, wants, n), *rest
+
+
+def _is_one(upstream: Tensor) -> bool:
+    """Whether scaling changes nothing, where asking costs nothing."""
+    return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1.0
 
 
 def _found(m: Tensor, r: Tensor, a: Tensor) -> Statistics:

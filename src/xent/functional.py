@@ -13,13 +13,13 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from xent import autograd, opaque
+from xent import autograd, opaque, small
 from xent.core.plan import DEFAULT_BUDGET
-from xent.core.reduction import Kind, Reduction
+from xent.core.reduction import Kind, Reduction, Scale
 from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
 from xent.core.statistics import statistics_dtype
 from xent.core.sweep import Problem
-from xent.core.targets import check_index, index_targets, probability_targets
+from xent.core.targets import UNCHECKED, Checked, check_index, index_targets, probability_targets
 
 
 def cross_entropy(
@@ -73,6 +73,14 @@ def cross_entropy(
         >>> round(xent.cross_entropy(torch.tensor([0.1, 0.12, 0.78]).log(), torch.tensor(2)).item(), 7)
         0.2484614
     """
+    if _without_options(
+        weight, label_smoothing, sample_weight, z_loss, softcap, temperature, denominator, check_targets
+    ):
+        value = small.loss(
+            input, None, None, target, ignore_index, reduction, _again(ignore_index, reduction)
+        )
+        if value is not None:
+            return value
     if input.dim() == 0:
         raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
     _check_floating(input=input)
@@ -90,13 +98,13 @@ def cross_entropy(
         z_loss=z_loss,
         denominator=denominator,
     )
-    is_index, every = options.kind_of(target, rows_shape, tuple(input.shape), check_targets)
+    is_index, checked = options.kind_of(target, rows_shape, tuple(input.shape), check_targets)
     n = math.prod(rows_shape)
     t = target.reshape(n) if is_index else target.movedim(axis, -1).reshape(n, classes)
     s = None if sample_weight is None else sample_weight.reshape(n)
     scores = Logits(input.movedim(axis, -1).reshape(n, classes), _transform(softcap, temperature))
     return _loss(
-        [options.part(scores, t, is_index, every, s, check_targets)],
+        [options.part(scores, t, is_index, checked, s, check_targets)],
         options.reduction,
         rows_shape,
         _loss_dtype(input),
@@ -151,6 +159,13 @@ def linear_cross_entropy(
         >>> round(xent.linear_cross_entropy(features, classifier, torch.tensor([2, 2, 2])).item(), 7)
         0.2484614
     """
+    if memory_budget is None and _without_options(
+        weight, label_smoothing, sample_weight, z_loss, softcap, temperature, denominator, check_targets
+    ):
+        again = _again(ignore_index, reduction)
+        value = small.loss(input, linear_weight, linear_bias, target, ignore_index, reduction, again)
+        if value is not None:
+            return value
     if input.dim() < 1 or linear_weight.dim() < 2:
         raise ValueError(
             f"input must be (..., D) and linear_weight (C, D) or (C, d1, ..., D); "
@@ -181,27 +196,66 @@ def linear_cross_entropy(
         denominator=denominator,
     )
     budget = _check_budget(memory_budget)
-    is_index, every = options.kind_of(target, rows_shape, (*batch, classes, *positions), check_targets)
+    is_index, checked = options.kind_of(target, rows_shape, (*batch, classes, *positions), check_targets)
     transform = _transform(softcap, temperature)
     places, n = math.prod(positions), math.prod(batch)
-    x = input.reshape(n, features)
+    x = input if input.dim() == 2 else input.reshape(n, features)
     if places > 1:
         x = x.to(
             compute_dtype(x.dtype)
         )  # so that the gradients of all positions add up before they are rounded
     # unbind: its backward is one stack, where slicing would make a zero gradient of the whole each time
     if is_index:
-        t = target.reshape(n, places).unbind(1)
+        t = target.reshape(n, places).unbind(1) if places != 1 else (target.reshape(n),)
     else:
         t = target.reshape(n, classes, places).unbind(2) if positions else (target.reshape(n, classes),)
     w = linear_weight.reshape(classes, places, features).unbind(1) if positions else (linear_weight,)
     b = (None,) * places if linear_bias is None else linear_bias.reshape(classes, places).unbind(1)
     s = (None,) * places if sample_weight is None else sample_weight.reshape(n, places).unbind(1)
     parts = [
-        options.part(LinearHead(x, w[k], b[k], transform), t[k], is_index, every, s[k], check_targets, budget)
+        options.part(
+            LinearHead(x, w[k], b[k], transform), t[k], is_index, checked, s[k], check_targets, budget
+        )
         for k in range(places)
     ]
     return _loss(parts, options.reduction, rows_shape, dtype)
+
+
+def _without_options(
+    weight: Tensor | None,
+    label_smoothing: float,
+    sample_weight: Tensor | None,
+    z_loss: float,
+    softcap: float | None,
+    temperature: float,
+    denominator: float | Tensor | None,
+    check_targets: bool | None,
+) -> bool:
+    """Whether a loss is the plain one, for which there is a shorter way."""
+    return (
+        weight is None
+        and sample_weight is None
+        and softcap is None
+        and denominator is None
+        and check_targets is None
+        and label_smoothing == 0.0
+        and z_loss == 0.0
+        and temperature == 1.0
+    )
+
+
+def _again(ignore_index: int | None, reduction: str) -> small.General:
+    """The plain loss by the sweep, for what the shorter way cannot do."""
+
+    def general(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> Tensor:
+        # targets that are checked explicitly are no plain call
+        if w is None:
+            return cross_entropy(x, y, ignore_index=ignore_index, reduction=reduction, check_targets=True)
+        return linear_cross_entropy(
+            x, w, y, linear_bias=b, ignore_index=ignore_index, reduction=reduction, check_targets=True
+        )
+
+    return general
 
 
 class _Part(NamedTuple):
@@ -219,17 +273,18 @@ def _loss(parts: Sequence[_Part], reduction: Reduction, rows_shape: torch.Size, 
         rows = columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
         return rows.to(dtype).reshape(rows_shape)
     scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts])
-    total = torch.zeros_like(scale)
+    total: Tensor | None = None
     for part in parts:
         # one part only: the gradients of several, kept until backward, would be several times the memory
         value = _early(part, reduction, scale) if len(parts) == 1 else None
         if value is None:
             value = reduction.total(_values(part, reduction), scale)
-        total = value if len(parts) == 1 else total + value
+        total = value if total is None else total + value
+    assert total is not None
     return total.to(dtype)
 
 
-def _early(part: _Part, reduction: Reduction, scale: Tensor) -> Tensor | None:
+def _early(part: _Part, reduction: Reduction, scale: Scale) -> Tensor | None:
     """The loss whose gradient is formed in the forward sweep; None where that would not pay or not do."""
     problem, s = part.problem, part.row_weight
     q = problem.targets.probabilities
@@ -307,8 +362,8 @@ class _Options(NamedTuple):
 
     def kind_of(
         self, target: Tensor, rows_shape: torch.Size, full_shape: tuple[int, ...], check: bool | None
-    ) -> tuple[bool, bool]:
-        """Whether a target holds indices (checked here), and whether all are known to be classes."""
+    ) -> tuple[bool, Checked]:
+        """Whether a target holds indices, and what a check of these has shown."""
         shape = tuple(target.shape)
         if target.is_floating_point() and shape == full_shape:
             if self.ignore_index != -100:
@@ -316,14 +371,14 @@ class _Options(NamedTuple):
                     f"ignore_index={self.ignore_index} has no meaning for a target of probabilities; "
                     "leave rows out with sample_weight 0"
                 )
-            return False, False
+            return False, UNCHECKED
         if shape == rows_shape and not target.is_floating_point():
             if target.is_complex() or target.dtype == torch.bool:
                 raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
             target = target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
             # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
             if opaque.is_opaque(target) or autograd.batched(target):
-                return True, False
+                return True, UNCHECKED
             return True, check_index(target, self.classes, self.ignore_index, check)
         if shape == full_shape:
             raise TypeError(
@@ -344,7 +399,7 @@ class _Options(NamedTuple):
         scores: Scores,
         target: Tensor,  # (N,) or (N, C)
         is_index: bool,
-        every: bool,  # whether each index is known to be a class
+        checked: Checked,
         sample_weight: Tensor | None,  # (N,)
         check: bool | None,
         budget: int = DEFAULT_BUDGET,
@@ -375,7 +430,7 @@ class _Options(NamedTuple):
                 ignore_index=self.ignore_index,
                 smoothing=self.label_smoothing,
                 sample_weight=fixed,
-                every=every or kept is not None,
+                checked=checked if kept is None else Checked(classes=False, none_ignored=True),
             )
         else:
             targets = probability_targets(

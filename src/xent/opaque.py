@@ -204,6 +204,7 @@ def _problem(
         own=own,
         own_mass=own_mass,
         own_rest=own_rest,
+        own_known=False,
         probabilities=q,
         class_weight=class_weight,
         smoothing=smoothing,

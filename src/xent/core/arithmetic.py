@@ -17,6 +17,16 @@ from xent.core.matmul import multiply_
 At: TypeAlias = slice | Tensor | tuple[slice | Tensor, slice]
 
 
+def cut(t: Tensor, at: slice) -> Tensor:
+    """t[at], or t itself where that is all of it: a view costs as much as a small product."""
+    return t if at.start == 0 and at.stop == t.shape[0] else t[at]
+
+
+def take(t: Tensor, rows: slice | Tensor) -> Tensor:
+    """t[rows]."""
+    return cut(t, rows) if isinstance(rows, slice) else t[rows]
+
+
 class Arithmetic(Protocol):
     """Steps that return their result; they may overwrite their first tensor, or write into `out`."""
 
@@ -119,27 +129,67 @@ class InPlace:
 
 
 class _Accumulator:
+    """Parts are written where they come first and added to afterwards, so that nothing is filled with zeros.
+
+    A sweep visits all rows and classes in slices that do not change, or picks rows by index.
+    """
+
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.value = torch.zeros(shape, dtype=dtype, device=device)
+        self.value = torch.empty(shape, dtype=dtype, device=device)
+        self.begun: dict[int, int] | None = {}  # slices that hold something, start → stop; None: all do
 
     def add(self, at: slice, value: Tensor) -> None:
-        self.value[at].add_(value)
+        if self._begin(at):
+            cut(self.value, at).copy_(value)
+        else:
+            cut(self.value, at).add_(value)
 
     def put(self, at: At, value: Tensor) -> None:
-        self.value[at] = value.to(self.value.dtype)
+        rows, classes = at if isinstance(at, tuple) else (at, None)
+        if isinstance(rows, slice) and (classes is None or value.shape[1] == self.value.shape[1]):
+            self._begin(rows)
+            cut(self.value, rows).copy_(value)
+        else:
+            self._fill()
+            self.value[at] = value.to(self.value.dtype)
 
     def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
         if isinstance(at, slice):
-            multiply_(self.value[at], a, b, accumulate=True)
+            multiply_(cut(self.value, at), a, b, accumulate=not self._begin(at))
         else:
+            self._fill()
             part = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
             multiply_(part, a, b, accumulate=False)
             self.value.index_add_(0, at, part)
 
     def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        self._fill()
         if scale is not None:
             self.value.mul_(scale)
         return self.value.to(dtype)
+
+    def _begin(self, at: slice) -> bool:
+        """Whether nothing has been written here yet."""
+        if self.begun is None:
+            return False
+        stop = self.begun.get(at.start)
+        assert stop in (None, at.stop), "slices of one sweep must not change"
+        self.begun[at.start] = at.stop
+        return stop is None
+
+    def _fill(self) -> None:
+        """Zeros wherever nothing has been written."""
+        if self.begun is None:
+            return
+        start = 0
+        for begin, stop in sorted(self.begun.items()):
+            assert begin >= start, "slices of one sweep must not overlap"
+            if begin > start:
+                self.value[start:begin].zero_()
+            start = stop
+        if start < self.value.shape[0]:
+            self.value[start:].zero_()
+        self.begun = None
 
 
 class Functional:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 from xent.core.statistics import Statistics, statistics_dtype
@@ -19,6 +20,7 @@ from xent.core.sweep import Coefficients
 from xent.core.targets import Targets
 
 Kind = Literal["none", "sum", "mean"]
+Scale: TypeAlias = float | Tensor
 
 
 @dataclass(frozen=True)
@@ -32,32 +34,39 @@ class Reduction:
         values = nll if self.z_loss == 0.0 else nll + self.z_loss * logsumexp.square()
         return values if row_weight is None else values * row_weight
 
-    def total(self, values: Tensor, scale: Tensor) -> Tensor:
+    def total(self, values: Tensor, scale: Scale) -> Tensor:
         """The loss: 0 where the weights leave nothing to count, whatever the rows would have cost."""
-        return (values.sum() * scale).masked_fill(scale == 0, 0.0)
+        total = values.sum() * scale
+        return total.masked_fill(scale == 0, 0.0) if isinstance(scale, Tensor) else total
 
-    def scale(self, parts: Sequence[tuple[Targets, Tensor | None]]) -> Tensor:
-        """One over the divisor of all parts (targets and row weights) together: a float64 scalar."""
+    def scale(self, parts: Sequence[tuple[Targets, Tensor | None]]) -> Scale:
+        """One over the divisor of all parts (targets and row weights) together: a number, or a float64
+        scalar where data decides."""
+        if self.kind != "mean":
+            return 1.0
+        if isinstance(self.denominator, float | int):
+            return 1.0 / self.denominator
+        if self.denominator is None and not _weighted(parts):
+            return 1.0 / max(1, sum(targets.count for targets, _ in parts))
         like = parts[0][0].own if parts[0][0].own is not None else parts[0][0].probabilities
         assert like is not None
-        dtype = statistics_dtype(like.device)
-        if self.kind == "mean" and self.denominator is None and not _weighted(parts):
-            return like.new_full((), 1.0 / max(1, sum(targets.count for targets, _ in parts)), dtype=dtype)
-        one = like.new_ones((), dtype=dtype)
-        if self.kind != "mean":
-            return one
+        one = like.new_ones((), dtype=statistics_dtype(like.device))
         if self.denominator is not None:
-            by = self.denominator
-            return one / (by.detach().to(one) if isinstance(by, Tensor) else by)
+            return one / self.denominator.detach().to(one)
         divisor = sum((_divisor(targets, weight, one) for targets, weight in parts), start=one * 0)
         nothing = divisor == 0
         return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
     def coefficients(
-        self, found: Statistics, row_weight: Tensor | None, scale: Tensor, chunk: slice
+        self, found: Statistics, row_weight: Tensor | None, scale: Scale, chunk: slice
     ) -> Coefficients:
         """∂L/∂(ℓ, lse) of a chunk of rows, whose statistics `found` are."""
-        loss = scale.expand(found.m.shape) if row_weight is None else row_weight[chunk] * scale
+        if row_weight is not None:
+            loss = row_weight[chunk] * scale
+        elif isinstance(scale, Tensor):
+            loss = scale.expand(found.m.shape)
+        else:
+            loss = torch.full_like(found.m, scale)
         return Coefficients(loss, 2 * self.z_loss * found.logsumexp * loss if self.z_loss != 0.0 else None)
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from xent.core.arithmetic import Arithmetic
+from xent.core.arithmetic import Arithmetic, cut, take
 
 Rows: TypeAlias = slice | Tensor  # consecutive rows, or (R,) int64
 Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
@@ -175,7 +175,7 @@ class Logits:
         return 0
 
     def load(self, rows: Rows) -> Tensor:
-        return self.u[rows]
+        return take(self.u, rows)
 
     def select(self, kept: Tensor) -> Logits:
         """With zeros in the rows that are not kept (N,), whatever they held."""
@@ -268,16 +268,16 @@ class LinearHead:
         return 0 if self.w.dtype == self.dtype else self.w.shape[1] * self.dtype.itemsize
 
     def load(self, rows: Rows) -> Tensor:
-        return self.x[rows].to(self.dtype)
+        return take(self.x, rows).to(self.dtype)
 
     def select(self, kept: Tensor) -> LinearHead:
         """With zeros in the rows that are not kept (N,), whatever they held."""
         return replace(self, x=torch.where(kept[:, None], self.x, 0.0))
 
     def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile:
-        u = o.product(loaded, self.w[classes].to(self.dtype).t(), room.z)
+        u = o.product(loaded, cut(self.w, classes).to(self.dtype).t(), room.z)
         if self.b is not None:
-            u = o.add(u, self.b[classes].to(self.dtype))
+            u = o.add(u, cut(self.b, classes).to(self.dtype))
         return self.transform.apply(o, u, room)
 
     def push(
@@ -319,7 +319,7 @@ class _HeadSink:
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
         if self.dx is not None:
-            self.dx.add_product(rows, g, self.scores.w[classes].to(self.scores.dtype))
+            self.dx.add_product(rows, g, cut(self.scores.w, classes).to(self.scores.dtype))
         if self.dw is not None:
             self.dw.add_product(classes, g.t(), loaded)
         if self.db is not None:

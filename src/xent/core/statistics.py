@@ -81,14 +81,16 @@ class Statistics:
     @property
     def loss(self) -> Tensor:
         """a·lse − ⟨t, z⟩, (R,); nan where every class is masked."""
-        loss = product_with_zero(self.a, self.log_partition) - self.d
-        return torch.where(self.m == NEG_INF, math.nan, loss)
+        loss: Tensor = torch.special.xlog1py(self.a, self.r) - self.d  # 0 where a = 0, as in ⟨t, z⟩
+        return loss.masked_fill(self.m == NEG_INF, math.nan)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""
         return (z - self.m[:, None]) - self.log_partition[:, None]
 
     def rows(self, rows: slice) -> Statistics:
+        if rows.start == 0 and rows.stop == self.m.shape[0]:
+            return self
         return Statistics(self.m[rows], self.r[rows], self.d[rows], self.a[rows])
 
     @staticmethod
@@ -106,7 +108,7 @@ class Statistics:
 
 def finite_base(m: Tensor) -> Tensor:
     """What to subtract from a row whose maximum is m: a wholly masked row stays at −inf instead of nan."""
-    return torch.where(m == NEG_INF, 0.0, m)
+    return m.clamp_min(torch.finfo(m.dtype).min)
 
 
 def summarise(
@@ -180,20 +182,25 @@ def masked_dot(o: Arithmetic, t: Tensor, z: Tensor) -> Tensor:
 class OwnColumns:
     """Where the target's own classes lie within one class tile; selection, never multiplication."""
 
-    inside: Tensor  # (R, K) bool: this tile holds the class
+    inside: Tensor | None  # (R, K) bool: this tile holds the class; None means that it holds them all
     local: Tensor  # (R, K) int64 column, 0 where outside
 
     @classmethod
-    def locate(cls, index: Tensor, classes: slice) -> OwnColumns:
-        """index (R, K): the classes of the target's own tile."""
+    def locate(cls, index: Tensor, classes: slice, *, holds_all: bool = False) -> OwnColumns:
+        """index (R, K): the classes of the target's own tile, all of them in this one if it is known to."""
+        if holds_all:
+            return cls(None, index)
         local = index - classes.start
         inside = (local >= 0) & (local < classes.stop - classes.start)
         return cls(inside, torch.where(inside, local, 0))
 
     def take(self, z: Tensor, default: float | Tensor) -> Tensor:
         """Entries of z (R, T) at the columns, `default` where they lie elsewhere: (R, K)."""
-        return torch.where(self.inside, z.gather(1, self.local), default)
+        entries = z.gather(1, self.local)
+        return entries if self.inside is None else torch.where(self.inside, entries, default)
 
     def put(self, o: Arithmetic, z: Tensor, value: float | Tensor) -> Tensor:
         """z (R, T) with `value` at the columns that lie here."""
-        return o.scatter(z, self.local, torch.where(self.inside, value, z.gather(1, self.local)))
+        if self.inside is not None:
+            value = torch.where(self.inside, value, z.gather(1, self.local))
+        return o.scatter(z, self.local, value)

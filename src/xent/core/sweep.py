@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent.core.arithmetic import Arithmetic, InPlace, Total
+from xent.core.arithmetic import Arithmetic, InPlace, Total, cut
 from xent.core.matmul import fast_products
 from xent.core.plan import Footprint, Plan
 from xent.core.scores import Room, Scores, Sink
@@ -40,7 +40,9 @@ class Coefficients(NamedTuple):
     logsumexp: Tensor | None
 
     def rows(self, rows: slice) -> Coefficients:
-        return Coefficients(self.loss[rows], None if self.logsumexp is None else self.logsumexp[rows])
+        return Coefficients(
+            cut(self.loss, rows), None if self.logsumexp is None else cut(self.logsumexp, rows)
+        )
 
 
 class Problem(NamedTuple):
@@ -201,13 +203,13 @@ def chunk_statistics(
         z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
         own = _own_columns(targets, chunk, classes)
         if own is not None and not targets.dense and classes == slice(0, targets.classes):
-            mass = None if targets.own_mass is None else targets.own_mass[chunk]
+            mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
             z, row_own_z, whole = summarise_row(o, z, own, mass)
             return whole, [Tile(classes, z, slope, whole.m, own, row_own_z)]
         here = None
         if own is not None:
             here = own.take(z, torch.nan).to(statistics_dtype(z.device))
-            own_z = here if own_z is None else torch.where(own.inside, here, own_z)
+            own_z = here if own_z is None or own.inside is None else torch.where(own.inside, here, own_z)
             z = own.put(o, z, -torch.inf)
         z, part = summarise(o, z, targets.tile(picked, classes, z.dtype), own)
         found = part if found is None else found.merge(part)
@@ -215,7 +217,7 @@ def chunk_statistics(
             tiles.append(Tile(classes, z, slope, part.m, own, here))
     assert found is not None
     if own_z is not None:
-        mass = None if targets.own_mass is None else targets.own_mass[chunk]
+        mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
         found = found.merge(_own_statistics(own_z, mass))
     return found, tiles
 
@@ -228,7 +230,7 @@ def revisit(
     z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
     own = _own_columns(targets, chunk, classes)
     own_z = None if own is None else own.take(z, 0.0).to(found.m.dtype)
-    shifted = o.sub(z, finite_base(found.m).to(z.dtype)[:, None])
+    shifted = o.sub(z, finite_base(found.m.to(z.dtype))[:, None])
     return Tile(classes, shifted, slope, found.m, own, own_z), shifted
 
 
@@ -260,7 +262,7 @@ def differentiate_logits(
         assert tile.own_z is not None
         at_own = alpha[:, None] * torch.expm1(found.log_prob(tile.own_z))
         if targets.own_rest is not None:
-            at_own = at_own + gamma[:, None] * targets.own_rest[chunk]
+            at_own = at_own + gamma[:, None] * cut(targets.own_rest, chunk)
         if extra is not None:
             at_own = at_own + extra[:, None]
         g = tile.own.put(o, g, at_own.to(g.dtype))
@@ -275,7 +277,10 @@ def target_total(problem: Problem) -> Total:
 
 
 def _own_columns(targets: Targets, chunk: slice, classes: slice) -> OwnColumns | None:
-    return None if targets.own is None else OwnColumns.locate(targets.own[chunk], classes)
+    if targets.own is None:
+        return None
+    holds_all = targets.own_known and classes == slice(0, targets.classes)
+    return OwnColumns.locate(cut(targets.own, chunk), classes, holds_all=holds_all)
 
 
 def _own_statistics(z: Tensor, mass: Tensor | None) -> Statistics:

@@ -13,6 +13,7 @@ t is held as a dense part, asked for tile by tile, and an *own* part of one clas
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ class Targets:
     own: Tensor | None  # (M, K) int64: classes of the own tile
     own_mass: Tensor | None  # (M, K) all of t at these classes; None means 1
     own_rest: Tensor | None  # (M, 1) a − Σ own_mass, exactly; None means 0
+    own_known: bool  # each of `own` has been seen to be a class
     probabilities: Tensor | None  # (N, C)
     class_weight: Tensor | None  # (C,) float64
     smoothing: float
@@ -76,6 +78,16 @@ class Targets:
         return factor if self.class_weight is None else self.class_weight[classes].to(dtype) * factor
 
 
+class Checked(NamedTuple):
+    """What is known of class indices."""
+
+    classes: bool  # each is a class, or to be ignored
+    none_ignored: bool
+
+
+UNCHECKED = Checked(classes=False, none_ignored=False)
+
+
 def index_targets(
     target: Tensor,  # (N,) any integer type
     classes: int,
@@ -84,16 +96,14 @@ def index_targets(
     ignore_index: int = -100,
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
-    every: bool = False,
+    checked: Checked = UNCHECKED,
 ) -> Targets:
-    """Targets given as class indices; one outside the classes costs nan (see `check_index`).
-
-    ``every``: all rows take part, whatever their target; there is none to ignore.
-    """
+    """Targets given as class indices; one outside the classes costs nan (see `check_index`)."""
     wide = target.to(torch.int64)
     rows, weight = None, sample_weight
-    if not every or sample_weight is not None:
-        keep = torch.ones((), dtype=torch.bool, device=target.device) if every else wide != ignore_index
+    if not checked.none_ignored or sample_weight is not None:
+        all_of_them = torch.ones((), dtype=torch.bool, device=target.device)
+        keep = all_of_them if checked.none_ignored else wide != ignore_index
         rows, weight = _taking_part(keep, sample_weight)
     own = wide if rows is None else wide[rows]
     dtype = statistics_dtype(target.device)
@@ -117,6 +127,7 @@ def index_targets(
         own=own[:, None],
         own_mass=own_mass,
         own_rest=own_rest,
+        own_known=checked.classes,
         probabilities=None,
         class_weight=w,
         smoothing=smoothing,
@@ -145,6 +156,7 @@ def probability_targets(
         own=None,
         own_mass=None,
         own_rest=None,
+        own_known=False,
         probabilities=target,
         class_weight=None if class_weight is None else class_weight.detach().to(dtype),
         smoothing=smoothing,
@@ -162,23 +174,23 @@ def _taking_part(keep: Tensor, sample_weight: Tensor | None) -> tuple[Tensor | N
     return rows, None if sample_weight is None else sample_weight[rows]
 
 
-def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | None) -> bool:
+def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | None) -> Checked:
     """A target outside the classes is never scored as something else.
 
     On a CPU, and with ``check=True``, IndexError names the first one; elsewhere an asynchronous assertion
-    fails; with ``check=False`` it is not looked for, and costs nan. Says whether all are known to be classes.
+    fails; with ``check=False`` it is not looked for, and costs nan.
     """
     if check is False:
-        return False
+        return UNCHECKED
     target = target.to(torch.int64)
     if target.device.type == "cpu" and target.numel():
         low, high = (int(bound) for bound in target.aminmax())
         if low >= 0 and high < classes and not low <= ignore_index <= high:
-            return True
+            return Checked(classes=True, none_ignored=True)
     good = (target == ignore_index) | ((target >= 0) & (target < classes))
     if check is None and target.device.type != "cpu":
         torch._assert_async(good.all(), f"a target is outside 0..{classes - 1}; check_targets=True names it")
-        return False
+        return UNCHECKED
     if not good.all():
         at = tuple(good.logical_not().nonzero()[0].tolist())
         where = "" if not at else f" at row {at[0]}" if len(at) == 1 else f" at position {at}"
@@ -186,4 +198,4 @@ def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | N
             f"target {int(target[at])}{where} is outside 0..{classes - 1}; "
             f"mark rows to skip with ignore_index (now {ignore_index})"
         )
-    return False
+    return Checked(classes=True, none_ignored=False)
