@@ -1,11 +1,14 @@
 """Forward + backward of a linear head: xent beside its peers, in one run, interleaved.
 
-    python benchmarks/head.py [--rounds 7] [--shapes 2048,768,32768 ...] [--jax PYTHON] [--save FILE]
+    python benchmarks/head.py [--rounds 7] [--shapes N,D,C ...] [--jax PYTHON] [--save FILE]
+    python benchmarks/head.py --device cuda --dtype bfloat16 --shapes 16384,2048,248320 8192,2304,256000
 
 Every round runs every form once, in turn, so that a machine whose speed drifts slows all of them alike; what
 is printed are medians over the rounds and their ratios to xent's. The limit is the machine's own: 6·N·D·C
-operations at the best rate that its float32 matrix product reached in this run. JAX runs in a process of its
-own (an interpreter that has jax and optax, ``--jax``), asked round by round.
+operations at the best rate that its matrix product reached in this run. JAX runs in a process of its own (an
+interpreter that has jax and optax, ``--jax``), asked round by round. Memory is the peak of one forward and
+backward beyond inputs and gradients: on a CPU that of a process of its own (see memory.py), on CUDA the
+allocator's.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 
+import memory
 import torch
 import torch.nn.functional as F
 
@@ -62,6 +66,8 @@ for line in sys.stdin:
 def timed(f: Callable[[], object]) -> float:
     start = time.perf_counter()
     f()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -87,14 +93,14 @@ class Jax:
 
 
 def forms(
-    shape: tuple[int, int, int], jax: Jax | None
-) -> dict[str, tuple[Callable[[], float], Callable[[], float] | None]]:
+    shape: tuple[int, int, int], device: str, dtype: torch.dtype, jax: Jax | None
+) -> dict[str, tuple[Callable[[], float], Callable[[], float]]]:
     """Name -> (seconds of forward + backward, seconds of forward only)."""
     n, d, c = shape
     torch.manual_seed(0)
-    x = torch.randn(n, d, requires_grad=True)
-    w = (torch.randn(c, d) * 0.02).requires_grad_()
-    t = torch.randint(c, (n,))
+    x = torch.randn(n, d, device=device).to(dtype).requires_grad_()
+    w = (torch.randn(c, d, device=device) * 0.02).to(dtype).requires_grad_()
+    t = torch.randint(c, (n,), device=device)
 
     def form(f: Callable[..., torch.Tensor]) -> tuple[Callable[[], float], Callable[[], float]]:
         def both() -> float:
@@ -114,8 +120,12 @@ def forms(
         return F.cross_entropy(F.linear(x, w), t)
 
     every = {"xent": form(xent.linear_cross_entropy)}
+    if device == "cpu":
+        every["xent, bfloat16 products"] = form(
+            partial(xent.linear_cross_entropy, product_dtype=torch.bfloat16)
+        )
     every["torch, eager"] = form(unfused)
-    if n * c <= 1 << 27:  # beyond it Inductor's logits and their gradient are gigabytes
+    if n * c <= 1 << 27 or device != "cpu":  # beyond it Inductor's logits and their gradient are gigabytes
         every["torch, compiled"] = form(torch.compile(unfused))
     every["torch fused, default"] = form(chunked(None))
     for rows in (256, 512, 1024):
@@ -126,11 +136,13 @@ def forms(
     return every
 
 
-def best_rate(rounds: int = 5) -> float:
-    """The best float32 product of a few shapes, in operations a second, by either of torch's kernels."""
+def best_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
+    """The best product of a few shapes, in operations a second, by either of torch's CPU kernels."""
     best = 0.0
-    for m, k, n in ((512, 768, 4096), (1024, 1024, 1024), (2048, 768, 2048), (1024, 256, 4096)):
-        a, b, out = torch.randn(m, k), torch.randn(n, k), torch.empty(m, n)
+    shapes = ((512, 768, 4096), (1024, 1024, 1024), (2048, 768, 2048), (1024, 256, 4096))
+    for m, k, n in shapes if device == "cpu" else ((8192, 8192, 8192), (8192, 2048, 16384)):
+        a, b = (torch.randn(*s, device=device).to(dtype) for s in ((m, k), (n, k)))
+        out = torch.empty(m, n, device=device, dtype=dtype)
         for size in (0, 1 << 62):
             multiply = partial(torch.mm, a, b.t(), out=out)
             with matmul.fast_products(a.device, a.dtype, size):
@@ -140,19 +152,58 @@ def best_rate(rounds: int = 5) -> float:
     return best
 
 
-def measure(shape: tuple[int, int, int], rounds: int, jax_python: str | None) -> dict[str, object]:
+def error_of_half_products(shape: tuple[int, int, int]) -> dict[str, float]:
+    """What rounding the factors to bfloat16 costs: of the loss, and of the gradients' norm, relative."""
     n, d, c = shape
-    jax = Jax(jax_python, shape) if jax_python else None
-    every = forms(shape, jax)
+    torch.manual_seed(0)
+    x, w = torch.randn(n, d, requires_grad=True), (torch.randn(c, d) * 0.02).requires_grad_()
+    t = torch.randint(c, (n,))
+    found = []
+    for product_dtype in (None, torch.bfloat16):
+        loss = xent.linear_cross_entropy(x, w, t, product_dtype=product_dtype)
+        found.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
+    names = ("loss", "input gradient", "weight gradient")
+    return {name: ((b - a).norm() / a.norm()).item() for name, a, b in zip(names, *found, strict=True)}
+
+
+def extra_memory(
+    shape: tuple[int, int, int], device: str, dtype: torch.dtype, every: dict
+) -> dict[str, float | None]:
+    """MiB beyond inputs and gradients at the peak of one forward + backward."""
+    if device == "cpu":
+        size, kind = ",".join(map(str, shape)), str(dtype).removeprefix("torch.")
+        rows = {name: memory.once(form, size, kind) for name, form in memory.FORMS.items()}
+        return {name: row["extra"] / 2**20 if "extra" in row else None for name, row in rows.items()}
+    n, d, c = shape
+    gradients = (n * d + c * d) * dtype.itemsize
+    found: dict[str, float | None] = {}
+    for name, (both, _) in every.items():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        try:
+            both()
+            found[name] = (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
+        except torch.cuda.OutOfMemoryError:
+            found[name] = None
+    return found
+
+
+def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[str, object]:
+    n, d, c = shape
+    rounds, device, dtype = options.rounds, options.device, getattr(torch, options.dtype)
+    jax = Jax(options.jax, shape) if options.jax else None
+    every = forms(shape, device, dtype, jax)
+    extra = extra_memory(shape, device, dtype, every) if options.memory else {}
+    every = {name: form for name, form in every.items() if extra.get(name, 0.0) is not None}
     both: dict[str, list[float]] = {name: [] for name in every}
     forward: dict[str, list[float]] = {name: [] for name in every}
     rates = []
     repeats = max(1, min(50, int(2e9 / (6 * n * d * c + 1))))
     for round_ in range(rounds + 1):
-        rates.append(best_rate())
+        rates.append(best_rate(device, dtype))
         for name, (f, g) in every.items():
             a = statistics.median(f() for _ in range(repeats))
-            b = statistics.median(g() for _ in range(repeats)) if g is not None else float("nan")
+            b = statistics.median(g() for _ in range(repeats))
             if round_:  # the first is a warm-up
                 both[name].append(a)
                 forward[name].append(b)
@@ -161,6 +212,10 @@ def measure(shape: tuple[int, int, int], rounds: int, jax_python: str | None) ->
     rate = max(rates)
     return {
         "shape": shape,
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "dtype": options.dtype,
+        "memory_mib": extra,
+        "error_of_bfloat16_products": error_of_half_products(shape) if device == "cpu" else {},
         "limit": 6 * n * d * c / rate,
         "rate": rate,
         "both": {name: sorted(v) for name, v in both.items()},
@@ -173,12 +228,17 @@ def show(row: dict) -> None:
     limit, rate = 1e3 * row["limit"], row["rate"] / 1e9
     ours, forward = (statistics.median(row[what]["xent"]) for what in ("both", "forward"))
     print(f"\nN {n}, D {d}, C {c}: the products alone {limit:.1f} ms at {rate:.0f} GFLOP/s")
-    print(f"  {'ms':22} {'forward+backward':>17} {'spread':>15} {'÷ xent':>7} {'forward':>9} {'÷ xent':>7}")
+    print(f"  {'ms':24} {'forward+backward':>17} {'spread':>15} {'÷ xent':>7} {'forward':>9} {'÷ xent':>7}")
     for name, seconds in row["both"].items():
         median, only = statistics.median(seconds), statistics.median(row["forward"][name])
         spread = f"{1e3 * seconds[0]:.1f}–{1e3 * seconds[-1]:.1f}"
         of = f"{1e3 * median:17.2f} {spread:>15} {median / ours:7.2f}"
-        print(f"  {name:22} {of} {1e3 * only:9.2f} {only / forward:7.2f}")
+        print(f"  {name:24} {of} {1e3 * only:9.2f} {only / forward:7.2f}")
+    for name, mib in row["memory_mib"].items():
+        print(f"  {name:34} {'out of memory' if mib is None else f'{mib:9.1f} MiB'}")
+    errors = ", ".join(f"{name} {e:.1e}" for name, e in row["error_of_bfloat16_products"].items())
+    if errors:
+        print(f"  bfloat16 products err by, relative: {errors}")
     print(f"  {limit / 10 / ours:.0f} % of the limit; forward + backward is {ours / forward:.2f} forwards")
 
 
@@ -189,6 +249,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", nargs="*", help="N,D,C ...")
     parser.add_argument("--jax", metavar="PYTHON", help="an interpreter that has jax and optax")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     parser.add_argument("--save", metavar="FILE", help="append the raw rows, one JSON object a line")
     options = parser.parse_args()
     shapes = [tuple(map(int, s.split(","))) for s in options.shapes] if options.shapes else SHAPES
@@ -205,7 +268,7 @@ def main() -> None:
     for peer, why in NOT_RUN.items():
         print(f"not run: {peer}: {why}")
     for shape in shapes:
-        row = measure(shape, options.rounds, options.jax)
+        row = measure(shape, options)
         show(row)
         sys.stdout.flush()
         if options.save:

@@ -24,26 +24,36 @@ FORMS = {
 }
 
 ONE = """
-import json, resource, sys, time
+import json, re, time
 import torch, torch.nn.functional as F
 import xent
 O = torch.nn.LinearCrossEntropyOptions
-def now(): return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def status(name): return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+def reset(): open("/proc/self/clear_refs", "w").write("5")  # getrusage's peak cannot be: it is the parent's
 def call(n, d, c):
     torch.manual_seed(0)
     x = torch.randn(n, d, dtype=torch.{dtype}, requires_grad=True)
     w = (torch.randn(c, d) * 0.02).to(torch.{dtype}).requires_grad_()
     t = torch.randint(c, (n,))
-    before, start = now(), time.perf_counter()
+    reset()
+    before, start = status("VmRSS"), time.perf_counter()
     loss = {form}
     loss.backward()
     seconds = time.perf_counter() - start
     gradients = x.grad.nbytes + w.grad.nbytes
-    return {{"loss": float(loss), "seconds": seconds, "extra": peak() - before - gradients}}
-call(300, 8, 300)
+    return {{"loss": float(loss), "seconds": seconds, "extra": status("VmHWM") - before - gradients}}
+call(600, 64, 8192)
 print(json.dumps(call({shape})))
 """
+
+
+def once(form: str, shape: str, dtype: str) -> dict:
+    """Loss, seconds and extra bytes of one call in a process of its own; or why it failed."""
+    code = ONE.format(form=form, shape=shape, dtype=dtype)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
+    return json.loads(done.stdout)
 
 
 def main() -> None:
@@ -57,12 +67,10 @@ def main() -> None:
     print(f"N, D, C = {options.shape}, {options.dtype}\n")
     print(f"{'form':42} {'MiB beyond inputs and gradients':>32} {'seconds':>8}  loss")
     for name, form in FORMS.items():
-        code = ONE.format(form=form, shape=options.shape, dtype=options.dtype)
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-        if done.returncode:
-            print(f"{name:42} {'failed: ' + done.stderr.strip().splitlines()[-1]}")
+        row = once(form, options.shape, options.dtype)
+        if "failed" in row:
+            print(f"{name:42} failed: {row['failed']}")
             continue
-        row = json.loads(done.stdout)
         print(f"{name:42} {row['extra'] / 2**20:32.1f} {row['seconds']:8.2f}  {row['loss']:.6f}")
 
 

@@ -302,7 +302,7 @@ def test_opcheck():
     own = torch.tensor([[0], [3], [4], [0]])
     mass, rest = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
     kept = torch.tensor([True, True, True, False])
-    settings = (5, 0.0, 3.0, 1.0, 1 << 20)
+    settings = (5, 0.0, 3.0, 1.0, None, 1 << 20)
     arguments = (x, w, b, None, own, mass, rest, None, kept, *settings, True)
     torch.library.opcheck(torch.ops.xent.rows.default, arguments)
     q = torch.rand(4, 5, dtype=torch.float64, requires_grad=True)

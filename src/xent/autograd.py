@@ -11,6 +11,7 @@ backward recomputes, and one that is to be differentiated itself goes through `r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.autograd import forward_ad
 from xent.core import hessian, sweep
 from xent.core.arithmetic import arithmetic_for, is_batched
 from xent.core.reduction import Reduction, Scale
-from xent.core.scores import Sink, Transform
+from xent.core.scores import Scores, Sink
 from xent.core.statistics import Statistics
 from xent.core.sweep import Coefficients, Problem
 from xent.core.targets import Targets
@@ -33,8 +34,7 @@ THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn
 class _Recipe:
     """A problem without its tensors, which autograd is to see: leaves (q, *scores) first, then the rest."""
 
-    kind: type[Any]
-    transform: Transform
+    make: Callable[..., Scores]
     classes: int
     total: int
     smoothing: float
@@ -56,8 +56,7 @@ class _Recipe:
         leaves = (t.probabilities, *scores.tensors)
         rest = (t.rows, t.own, t.own_mass, t.own_rest, t.class_weight)
         recipe = cls(
-            type(scores),
-            scores.transform,
+            scores.make,
             t.classes,
             t.total,
             t.smoothing,
@@ -86,7 +85,7 @@ class _Recipe:
             smoothing=self.smoothing,
         )
         arithmetic = arithmetic_for(*tensors, *others)
-        return Problem(self.kind(*scores, transform=self.transform), targets, self.budget, arithmetic)
+        return Problem(self.make(*scores), targets, self.budget, arithmetic)
 
 
 def rows(problem: Problem) -> tuple[Tensor, Tensor]:

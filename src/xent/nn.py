@@ -79,7 +79,7 @@ class LinearCrossEntropyLoss(nn.Module):
         out_features: (d1, ...), the positions of a K-dimensional loss.
         bias: whether the classifier has one.
         weight: (C,), a factor for each class, kept as a buffer.
-        memory_budget: bytes of working memory (64 MiB by default).
+        product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
         ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, check_targets: as in
             :func:`xent.cross_entropy`.
 
@@ -111,6 +111,7 @@ class LinearCrossEntropyLoss(nn.Module):
         softcap: float | None = None,
         temperature: float = 1.0,
         check_targets: bool | None = None,
+        product_dtype: torch.dtype | None = None,
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
@@ -127,10 +128,11 @@ class LinearCrossEntropyLoss(nn.Module):
         self.softcap = softcap
         self.temperature = temperature
         self.check_targets = check_targets
+        self.product_dtype = product_dtype
         self.memory_budget = memory_budget
 
     def extra_repr(self) -> str:
-        return _changed(self, out_features=(), memory_budget=None, **_DEFAULTS)
+        return _changed(self, out_features=(), product_dtype=None, memory_budget=None, **_DEFAULTS)
 
     def forward(
         self,
@@ -150,6 +152,7 @@ class LinearCrossEntropyLoss(nn.Module):
             linear_bias=None if bias is None else bias.reshape(shape),
             sample_weight=sample_weight,
             denominator=denominator,
+            product_dtype=self.product_dtype,
             memory_budget=self.memory_budget,
             **_options(self),
         )

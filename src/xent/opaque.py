@@ -47,6 +47,7 @@ def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> tuple[Ten
         t.smoothing,
         scores.transform.softcap,
         scores.transform.temperature,
+        scores.product_dtype if isinstance(scores, LinearHead) else None,
         problem.budget,
         check is not False,
     )
@@ -68,6 +69,7 @@ def _rows(
     smoothing: float,
     softcap: float | None,
     temperature: float,
+    product_dtype: torch.dtype | None,
     budget: int,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +90,7 @@ def _rows(
         smoothing,
         softcap,
         temperature,
+        product_dtype,
         budget,
     )
     found = sweep.statistics(problem)
@@ -122,6 +125,7 @@ def _rows_gradient(
     smoothing: float,
     softcap: float | None,
     temperature: float,
+    product_dtype: torch.dtype | None,
     budget: int,
 ) -> list[Tensor]:
     problem = _problem(
@@ -138,6 +142,7 @@ def _rows_gradient(
         smoothing,
         softcap,
         temperature,
+        product_dtype,
         budget,
     )
     of_rows = torch.stack((loss, logsumexp, *statistics))
@@ -191,10 +196,12 @@ def _problem(
     smoothing: float,
     softcap: float | None,
     temperature: float,
+    product_dtype: torch.dtype | None,
     budget: int,
 ) -> Problem:
     transform = Transform(softcap, temperature)
-    scores: Scores = Logits(x, transform) if w is None else LinearHead(x, w, b, transform)
+    scores: Scores
+    scores = Logits(x, transform) if w is None else LinearHead(x, w, b, transform, product_dtype)
     targets = Targets(
         classes=classes,
         total=x.shape[0],
@@ -222,8 +229,8 @@ def _problem(
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, classes, smoothing, softcap, temperature, budget, _ = inputs
-    ctx.settings = (classes, smoothing, softcap, temperature, budget)
+    *tensors, classes, smoothing, softcap, temperature, product_dtype, budget, _ = inputs
+    ctx.settings = (classes, smoothing, softcap, temperature, product_dtype, budget)
     ctx.mark_non_differentiable(output[2])
     ctx.save_for_backward(output[2], *tensors)
 
@@ -232,7 +239,7 @@ def _backward(ctx, loss, logsumexp, _):  # type: ignore[no-untyped-def]
     statistics, *tensors = ctx.saved_tensors
     wants = [bool(need) and t is not None for need, t in zip(ctx.needs_input_grad[:4], tensors, strict=False)]
     wanted = iter(torch.ops.xent.rows_gradient(loss, logsumexp, statistics, wants, *tensors, *ctx.settings))
-    return *(next(wanted) if want else None for want in wants), *(None,) * 11
+    return *(next(wanted) if want else None for want in wants), *(None,) * 12
 
 
 torch.library.register_autograd("xent::rows", _backward, setup_context=_setup_context)

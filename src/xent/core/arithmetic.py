@@ -32,7 +32,7 @@ class Arithmetic(Protocol):
 
     buffered: bool
 
-    def product(self, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor: ...
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor: ...
 
     def copy(self, a: Tensor, out: Tensor | None) -> Tensor: ...
 
@@ -80,7 +80,7 @@ class InPlace:
 
     buffered = True
 
-    def product(self, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         assert out is not None
         multiply_(out, a, b, accumulate=False)
         return out
@@ -158,7 +158,7 @@ class _Accumulator:
             multiply_(cut(self.value, at), a, b, accumulate=not self._begin(at))
         else:
             self._fill()
-            part = torch.empty(a.shape[0], b.shape[1], dtype=a.dtype, device=a.device)
+            part = torch.empty(a.shape[0], b.shape[1], dtype=self.value.dtype, device=a.device)
             multiply_(part, a, b, accumulate=False)
             self.value.index_add_(0, at, part)
 
@@ -197,8 +197,8 @@ class Functional:
 
     buffered = False
 
-    def product(self, a: Tensor, b: Tensor, out: Tensor | None) -> Tensor:
-        return a @ b
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        return (a @ b).to(dtype)
 
     def copy(self, a: Tensor, out: Tensor | None) -> Tensor:
         return a
@@ -210,7 +210,7 @@ class Functional:
         return z + y
 
     def add_product(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return z + a @ b
+        return z + (a @ b).to(z.dtype)
 
     def subtract_scaled(self, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return z - t * c
@@ -237,14 +237,15 @@ class Functional:
         return True
 
     def total(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0) -> Total:
-        return _Parts(shape[0], dim)
+        return _Parts(shape[0], dtype, dim)
 
 
 class _Parts:
     """Sums kept apart by where they start along one dimension, joined at the end."""
 
-    def __init__(self, rows: int, dim: int) -> None:
+    def __init__(self, rows: int, dtype: torch.dtype, dim: int) -> None:
         self.rows = rows
+        self.dtype = dtype
         self.dim = dim
         self.selected: Tensor | None = None  # (M,) which of the rows there are parts of, None for all
         self.parts: dict[int, Tensor] = {}
@@ -260,7 +261,7 @@ class _Parts:
 
     def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
         self._select(at)
-        self.add(slice(0, None) if isinstance(at, Tensor) else at, a @ b)
+        self.add(slice(0, None) if isinstance(at, Tensor) else at, (a @ b).to(self.dtype))
 
     def _select(self, rows: slice | Tensor) -> None:
         if isinstance(rows, Tensor):  # a functional sweep visits all of its rows at once

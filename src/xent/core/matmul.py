@@ -28,11 +28,21 @@ _exact: bool | None = None  # unknown until the first probe
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out = a b, or out += a b; a (M, K), b (K, N), out (M, N), all of one floating type."""
-    if accumulate:
-        out.addmm_(a, b)
+    """out = a b, or out += a b; a (M, K), b (K, N) of one floating type, out (M, N) of it or a wider one."""
+    if a.dtype == out.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif a.device.type == "cuda":  # accumulated and left in float32
+        if accumulate:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif accumulate:
+        out.add_(torch.mm(a, b))
     else:
-        torch.mm(a, b, out=out)
+        out.copy_(torch.mm(a, b))
 
 
 @contextmanager

@@ -10,7 +10,9 @@ the z of a chunk over some classes, and a gradient `sink` pulls a tile of ∂L/�
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -76,6 +78,11 @@ class Scores(Protocol):
     def transform(self) -> Transform: ...
 
     @property
+    def make(self) -> Callable[..., Scores]:
+        """The same scores of other tensors, which `make` does not hold."""
+        ...
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]: ...
 
     @property
@@ -99,6 +106,11 @@ class Scores(Protocol):
     def bytes_per_row(self, gathered: bool) -> int: ...
 
     def bytes_per_class(self) -> int: ...
+
+    @property
+    def bytes_per_logit(self) -> int:
+        """Of a tile while it is worked on, beside the tile itself."""
+        ...
 
     def load(self, rows: Rows) -> Tensor: ...
 
@@ -139,6 +151,10 @@ class Logits:
     transform: Transform = Transform()
 
     @property
+    def make(self) -> Callable[..., Logits]:
+        return partial(Logits, transform=self.transform)
+
+    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.u,)
 
@@ -172,6 +188,10 @@ class Logits:
         return 8 * self.u.shape[1] if gathered else 0
 
     def bytes_per_class(self) -> int:
+        return 0
+
+    @property
+    def bytes_per_logit(self) -> int:
         return 0
 
     def load(self, rows: Rows) -> Tensor:
@@ -229,6 +249,15 @@ class LinearHead:
     w: Tensor  # (C, D)
     b: Tensor | None  # (C,)
     transform: Transform = Transform()
+    product_dtype: torch.dtype | None = None  # to which products round their factors; None means dtype
+
+    @property
+    def make(self) -> Callable[..., LinearHead]:
+        return partial(LinearHead, transform=self.transform, product_dtype=self.product_dtype)
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        return self.product_dtype or self.dtype
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -259,23 +288,30 @@ class LinearHead:
         return True
 
     def bytes_per_row(self, gathered: bool) -> int:
-        copies = (
-            gathered or self.x.dtype != self.dtype
-        ) + gathered  # the rows, and their gradient to scatter
-        return copies * self.x.shape[1] * self.dtype.itemsize
+        factor = self.factor_dtype
+        rows = factor.itemsize * (gathered or self.x.dtype != factor)
+        # products of half factors come out in their own type first
+        return self.x.shape[1] * (
+            rows + self.dtype.itemsize * gathered + factor.itemsize * (factor != self.dtype)
+        )
 
     def bytes_per_class(self) -> int:
-        return 0 if self.w.dtype == self.dtype else self.w.shape[1] * self.dtype.itemsize
+        factor = self.factor_dtype
+        return self.w.shape[1] * factor.itemsize * ((self.w.dtype != factor) + (factor != self.dtype))
+
+    @property
+    def bytes_per_logit(self) -> int:
+        return self.factor_dtype.itemsize if self.factor_dtype != self.dtype else 0
 
     def load(self, rows: Rows) -> Tensor:
-        return take(self.x, rows).to(self.dtype)
+        return take(self.x, rows).to(self.factor_dtype)
 
     def select(self, kept: Tensor) -> LinearHead:
         """With zeros in the rows that are not kept (N,), whatever they held."""
         return replace(self, x=torch.where(kept[:, None], self.x, 0.0))
 
     def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile:
-        u = o.product(loaded, cut(self.w, classes).to(self.dtype).t(), room.z)
+        u = o.product(loaded, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, room.z)
         if self.b is not None:
             u = o.add(u, cut(self.b, classes).to(self.dtype))
         return self.transform.apply(o, u, room)
@@ -293,10 +329,11 @@ class LinearHead:
         dx, dw, db = tangents
         v = None
         if dx is not None:
-            v = o.product(dx[rows].to(self.dtype), self.w[classes].to(self.dtype).t(), out)
+            x, w = take(dx, rows).to(self.factor_dtype), cut(self.w, classes).to(self.factor_dtype)
+            v = o.product(x, w.t(), self.dtype, out)
         if dw is not None:
-            w = dw[classes].to(self.dtype).t()
-            v = o.product(loaded, w, out) if v is None else o.add_product(v, loaded, w)
+            w = cut(dw, classes).to(self.factor_dtype).t()
+            v = o.product(loaded, w, self.dtype, out) if v is None else o.add_product(v, loaded, w)
         if db is not None:
             b = db[classes].to(self.dtype)
             v = o.copy(b.expand(loaded.shape[0], -1), out) if v is None else o.add(v, b)
@@ -318,10 +355,11 @@ class _HeadSink:
         )
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
+        factor = g.to(self.scores.factor_dtype)
         if self.dx is not None:
-            self.dx.add_product(rows, g, cut(self.scores.w, classes).to(self.scores.dtype))
+            self.dx.add_product(rows, factor, cut(self.scores.w, classes).to(factor.dtype))
         if self.dw is not None:
-            self.dw.add_product(classes, g.t(), loaded)
+            self.dw.add_product(classes, factor.t(), loaded)
         if self.db is not None:
             self.db.add(classes, g.sum(0))
 
@@ -333,10 +371,11 @@ class _HeadSink:
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
         """What a tile of ∂L/∂u̇ adds where u̇ = ẋ Wᵀ + x Ẇᵀ + ḃ is itself a function of x and W."""
         dx, dw, _ = tangents
+        factor = g.to(self.scores.factor_dtype)
         if self.dx is not None and dw is not None:
-            self.dx.add_product(rows, g, dw[classes].to(self.scores.dtype))
+            self.dx.add_product(rows, factor, cut(dw, classes).to(factor.dtype))
         if self.dw is not None and dx is not None:
-            self.dw.add_product(classes, g.t(), dx[rows].to(self.scores.dtype))
+            self.dw.add_product(classes, factor.t(), take(dx, rows).to(factor.dtype))
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(

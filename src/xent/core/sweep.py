@@ -60,7 +60,7 @@ class Problem(NamedTuple):
         size = scores.dtype.itemsize
         footprint = Footprint(
             kept=size * (buffers + scores.transform.curved),
-            scratch=size * temporaries + self._of_dense_targets(size),
+            scratch=size * temporaries + self._of_dense_targets(size) + scores.bytes_per_logit,
             per_row=scores.bytes_per_row(targets.rows is not None),
             per_class=scores.bytes_per_class(),
             resident_rows=max(1, scores.least_resident_rows // least_rows),
