@@ -89,7 +89,7 @@ class LiveBytes(TorchDispatchMode):
         for t in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(t, torch.Tensor):
                 storage = t.untyped_storage()
-                if storage.data_ptr() in self.given or storage.nbytes() <= 16 * N:
+                if storage.data_ptr() in self.given or storage.nbytes() <= 8 * N:
                     continue
                 if t.dim() == 2 and storage.nbytes() in {N * D * 4, C * D * 4}:
                     continue
