@@ -303,11 +303,11 @@ def test_opcheck():
     mass, rest = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
     kept = torch.tensor([True, True, True, False])
     settings = (5, 0.0, 3.0, 1.0, None, 1 << 20)
-    arguments = (x, w, b, None, own, mass, rest, None, kept, *settings, True)
+    arguments = (x, w, b, None, own, mass, rest, None, None, kept, *settings, True)
     torch.library.opcheck(torch.ops.xent.rows.default, arguments)
     q = torch.rand(4, 5, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(
-        torch.ops.xent.rows.default, (x, w, None, q, None, None, None, None, None, *settings, True)
+        torch.ops.xent.rows.default, (x, w, None, q, None, None, None, None, None, None, *settings, True)
     )
     loss, logsumexp, statistics = torch.ops.xent.rows(
         *(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)

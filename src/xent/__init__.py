@@ -5,12 +5,20 @@ from typing import TYPE_CHECKING
 
 from xent import nn
 from xent.functional import cross_entropy, linear_cross_entropy
+from xent.options import TopKTarget
 
 if TYPE_CHECKING:
     from xent.probe import SoftmaxRegression
 
 __version__ = "0.1.0"
-__all__ = ["SoftmaxRegression", "__version__", "cross_entropy", "linear_cross_entropy", "nn"]
+__all__ = [
+    "SoftmaxRegression",
+    "TopKTarget",
+    "__version__",
+    "cross_entropy",
+    "linear_cross_entropy",
+    "nn",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -54,7 +54,7 @@ class _Recipe:
     def of(cls, problem: Problem) -> tuple[_Recipe, tuple[Tensor | None, ...]]:
         scores, t = problem.scores, problem.targets
         leaves = (t.probabilities, *scores.tensors)
-        rest = (t.rows, t.own, t.own_mass, t.own_rest, t.class_weight)
+        rest = (t.rows, t.own, t.own_mass, t.own_rest, t.class_weight, t.spread)
         recipe = cls(
             scores.make,
             t.classes,
@@ -69,7 +69,7 @@ class _Recipe:
     def bind(self, tensors: tuple[Tensor | None, ...], *others: Tensor | None) -> Problem:
         """The problem again; `others` are tensors beside its own that may be batched."""
         probabilities, *scores = tensors[: self.leaves]
-        rows, own, own_mass, own_rest, class_weight = tensors[self.leaves :]
+        rows, own, own_mass, own_rest, class_weight, spread = tensors[self.leaves :]
         targets = Targets(
             classes=self.classes,
             total=self.total,
@@ -83,6 +83,7 @@ class _Recipe:
             probabilities=probabilities,
             class_weight=class_weight,
             smoothing=self.smoothing,
+            spread=spread,
         )
         arithmetic = arithmetic_for(*tensors, *others)
         return Problem(self.make(*scores), targets, self.budget, arithmetic)

@@ -17,7 +17,7 @@ from xent.core import sweep
 from xent.core.scores import LinearHead, Logits, Scores, Transform
 from xent.core.statistics import Statistics, statistics_dtype
 from xent.core.sweep import Coefficients, Problem
-from xent.core.targets import Targets, check_index
+from xent.core.targets import Targets, check_index, check_top_k
 
 
 def is_opaque(*tensors: Tensor | None) -> bool:
@@ -42,6 +42,7 @@ def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> tuple[Ten
         t.own_mass,
         t.own_rest,
         t.class_weight,
+        t.spread,
         kept,
         t.classes,
         t.smoothing,
@@ -60,10 +61,11 @@ def _rows(
     w: Tensor | None,  # (C, D)
     b: Tensor | None,  # (C,)
     q: Tensor | None,  # (N, C)
-    own: Tensor | None,  # (N, 1)
-    own_mass: Tensor | None,  # (N, 1)
-    own_rest: Tensor | None,  # (N, 1)
+    own: Tensor | None,  # (N, K)
+    own_mass: Tensor | None,  # (N, K)
+    own_rest: Tensor | None,  # (N, K)
     class_weight: Tensor | None,  # (C,)
+    spread: Tensor | None,  # (N, 1)
     kept: Tensor | None,  # (N,) bool
     classes: int,
     smoothing: float,
@@ -74,8 +76,11 @@ def _rows(
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if own is not None and check:
-        shown = own if kept is None else torch.where(kept[:, None], own, 0)
-        check_index(shown[:, 0], classes, -100, None)
+        if own.shape[1] > 1:
+            check_top_k(own, classes, None)
+        else:
+            shown = own if kept is None else torch.where(kept[:, None], own, 0)
+            check_index(shown[:, 0], classes, -100, None)
     problem = _problem(
         x,
         w,
@@ -85,6 +90,7 @@ def _rows(
         own_mass,
         own_rest,
         class_weight,
+        spread,
         kept,
         classes,
         smoothing,
@@ -120,6 +126,7 @@ def _rows_gradient(
     own_mass: Tensor | None,
     own_rest: Tensor | None,
     class_weight: Tensor | None,
+    spread: Tensor | None,
     kept: Tensor | None,
     classes: int,
     smoothing: float,
@@ -137,6 +144,7 @@ def _rows_gradient(
         own_mass,
         own_rest,
         class_weight,
+        spread,
         kept,
         classes,
         smoothing,
@@ -191,6 +199,7 @@ def _problem(
     own_mass: Tensor | None,
     own_rest: Tensor | None,
     class_weight: Tensor | None,
+    spread: Tensor | None,
     kept: Tensor | None,
     classes: int,
     smoothing: float,
@@ -215,6 +224,7 @@ def _problem(
         probabilities=q,
         class_weight=class_weight,
         smoothing=smoothing,
+        spread=spread,
     )
     if kept is not None and not kept.all():
         chosen = kept.nonzero().squeeze(1)
@@ -224,6 +234,7 @@ def _problem(
             own=None if own is None else own[chosen],
             own_mass=None if own_mass is None else own_mass[chosen],
             own_rest=None if own_rest is None else own_rest[chosen],
+            spread=None if spread is None else spread[chosen],
         )
     return Problem(scores, targets, budget)
 
@@ -239,7 +250,7 @@ def _backward(ctx, loss, logsumexp, _):  # type: ignore[no-untyped-def]
     statistics, *tensors = ctx.saved_tensors
     wants = [bool(need) and t is not None for need, t in zip(ctx.needs_input_grad[:4], tensors, strict=False)]
     wanted = iter(torch.ops.xent.rows_gradient(loss, logsumexp, statistics, wants, *tensors, *ctx.settings))
-    return *(next(wanted) if want else None for want in wants), *(None,) * 12
+    return *(next(wanted) if want else None for want in wants), *(None,) * 13
 
 
 torch.library.register_autograd("xent::rows", _backward, setup_context=_setup_context)

@@ -22,7 +22,7 @@ from xent.core.statistics import finite_base
 
 LARGEST = 1 << 17  # logits: beyond, the sweep's tiles are no slower
 
-General: TypeAlias = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], Tensor]
+General: TypeAlias = Callable[[str, Tensor, Tensor | None, Tensor | None, Tensor], Tensor]
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -31,20 +31,25 @@ def loss(
     x: Tensor,  # (N, D) features, or (N, C) logits where there is no w
     w: Tensor | None,  # (C, D)
     b: Tensor | None,  # (C,)
-    y: Tensor,  # (N,) int64
+    y: object,  # (N,) int64, or another kind of target
     ignore_index: int | None,
     reduction: str,
     general: General,
 ) -> Tensor | None:
-    """Mean or sum of the rows' losses; None where this is not the way. ``general(x, w, b, y)`` is the way."""
+    """Mean or sum of the rows' losses; None where this is not the way. ``general`` is the way."""
     # nobody looking on first: a graph would be guarded by the size
-    if reduction not in ("mean", "sum") or not _plain(x, w, b, y) or not _fits(x, w, b, y):
+    if (
+        not isinstance(y, Tensor)
+        or reduction not in ("mean", "sum")
+        or not _plain(x, w, b, y)
+        or not _fits(x, w, b, y)
+    ):
         return None
     classes = x.shape[1] if w is None else w.shape[0]
     low, high = (bound.item() for bound in y.aminmax())
     if low < 0 or high >= classes or low <= (-100 if ignore_index is None else ignore_index) <= high:
         return None
-    return _Small.apply(1.0 / y.shape[0] if reduction == "mean" else 1.0, general, x, w, b, y)
+    return _Small.apply(general, reduction, x, w, b, y)
 
 
 def _fits(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
@@ -84,13 +89,14 @@ class _Small(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        scale: float,
         general: General,
+        reduction: str,
         x: Tensor,
         w: Tensor | None,
         b: Tensor | None,
         y: Tensor,
     ) -> Tensor:
+        scale = 1.0 / y.shape[0] if reduction == "mean" else 1.0
         if w is None:
             z = x.clone(memory_format=torch.contiguous_format)
         else:
@@ -114,7 +120,7 @@ class _Small(torch.autograd.Function):
                 torch.mm(z.t(), x) if wants_w else None,
                 z.sum(0) if wants_b else None,
             )
-        ctx.general = general
+        ctx.general, ctx.reduction = general, reduction
         ctx.save_for_backward(x, w, b, y)
         return (log_p.sum() * -scale).to(z.dtype)
 
@@ -129,7 +135,7 @@ class _Small(torch.autograd.Function):
                 early = tuple(None if g is None else g.mul_(upstream) for g in early)
             return None, None, *early, None
         with torch.enable_grad():
-            value = ctx.general(*tensors)
+            value = ctx.general(ctx.reduction, *tensors)
         leaves = [t for t, want in zip(tensors, wants, strict=False) if want]
         found = iter(torch.autograd.grad(value, leaves, upstream, create_graph=torch.is_grad_enabled()))
         return None, None, *(next(found) if want else None for want in wants), None

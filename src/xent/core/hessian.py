@@ -126,7 +126,7 @@ def _chunk_tangent(
         pushed, shifted = _push(problem, workspace, chunk, picked, loaded, classes, found, tangents)
         zeta, own = pushed.zeta, pushed.tile.own
         p_zeta = p_zeta + (pushed.tile.z * zeta).sum(1).to(found.m.dtype) / (1 + found.r)
-        t = targets.tile(picked, classes, zeta.dtype)
+        t = targets.tile(chunk, classes, zeta.dtype)
         if t is not None:
             t_zeta = t_zeta + (t * zeta).sum(1).to(found.m.dtype)
         if own is not None:

@@ -202,7 +202,8 @@ def chunk_statistics(
     for classes in plan.class_tiles(targets.classes):
         z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
         own = _own_columns(targets, chunk, classes)
-        if own is not None and not targets.dense and classes == slice(0, targets.classes):
+        whole_row = classes == slice(0, targets.classes)
+        if own is not None and own.local.shape[1] == 1 and not targets.dense and whole_row:
             mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
             z, row_own_z, whole = summarise_row(o, z, own, mass)
             return whole, [Tile(classes, z, slope, whole.m, own, row_own_z)]
@@ -211,14 +212,14 @@ def chunk_statistics(
             here = own.take(z, torch.nan).to(statistics_dtype(z.device))
             own_z = here if own_z is None or own.inside is None else torch.where(own.inside, here, own_z)
             z = own.put(o, z, -torch.inf)
-        z, part = summarise(o, z, targets.tile(picked, classes, z.dtype), own)
+        z, part = summarise(o, z, targets.tile(chunk, classes, z.dtype), own)
         found = part if found is None else found.merge(part)
         if plan.resident:
             tiles.append(Tile(classes, z, slope, part.m, own, here))
     assert found is not None
     if own_z is not None:
         mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
-        found = found.merge(_own_statistics(own_z, mass))
+        found = found.merge(_own_statistics(o, own_z, mass))
     return found, tiles
 
 
@@ -255,7 +256,7 @@ def differentiate_logits(
     if tile.base is not found.m:
         share = share * torch.exp(torch.where(tile.base == found.m, 0.0, tile.base - found.m))
     g = o.mul(tile.z, share.to(tile.z.dtype)[:, None])
-    t = targets.tile(targets.pick(chunk), tile.classes, g.dtype)
+    t = targets.tile(chunk, tile.classes, g.dtype)
     if t is not None:
         g = o.subtract_scaled(g, t, gamma.to(g.dtype)[:, None])
     if tile.own is not None:
@@ -283,8 +284,11 @@ def _own_columns(targets: Targets, chunk: slice, classes: slice) -> OwnColumns |
     return OwnColumns.locate(cut(targets.own, chunk), classes, holds_all=holds_all)
 
 
-def _own_statistics(z: Tensor, mass: Tensor | None) -> Statistics:
-    """The own tile's statistics, z (R, 1) and mass (R, 1): one class, so r = 0 and d = 0."""
+def _own_statistics(o: Arithmetic, z: Tensor, mass: Tensor | None) -> Statistics:
+    """The own tile's statistics, z (R, K) and mass (R, K); of one class r = 0 and d = 0."""
+    if z.shape[1] > 1:
+        assert mass is not None
+        return summarise(o, z.clone(), mass, None)[1]
     z = z[:, 0]
     zero = torch.zeros_like(z)
     a = torch.ones_like(z) if mass is None else mass[:, 0]

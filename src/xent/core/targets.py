@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xent.core.arithmetic import cut
 from xent.core.statistics import statistics_dtype
 
 
@@ -39,6 +40,7 @@ class Targets:
     probabilities: Tensor | None  # (N, C)
     class_weight: Tensor | None  # (C,) float64
     smoothing: float
+    spread: Tensor | None = None  # (M, 1) what every class has, before smoothing and class weights
 
     @property
     def count(self) -> int:
@@ -52,9 +54,9 @@ class Targets:
     @property
     def dense(self) -> bool:
         """Whether `tile` has anything to say."""
-        return self.probabilities is not None or self.smoothing > 0
+        return self.probabilities is not None or self.spread is not None or self.smoothing > 0
 
-    def tile(self, picked: slice | Tensor, classes: slice, dtype: torch.dtype) -> Tensor | None:
+    def tile(self, chunk: slice, classes: slice, dtype: torch.dtype) -> Tensor | None:
         """The dense part of t over a tile, (R, T) or, where every row's is the same, (1, T)."""
         if not self.dense:
             return None
@@ -62,12 +64,15 @@ class Targets:
         if self.probabilities is None:
             uniform = self.smoothing / self.classes
             assert self.own is not None
+            if self.spread is not None:
+                t = (cut(self.spread, chunk) * (1 - self.smoothing) + uniform).to(dtype)
+                return t.expand(-1, classes.stop - classes.start) if w is None else t * w
             if w is None:
                 return torch.full(
                     (1, classes.stop - classes.start), uniform, dtype=dtype, device=self.own.device
                 )
             return (w * uniform)[None]
-        t = self.probabilities[picked, classes].to(dtype)
+        t = self.probabilities[self.pick(chunk), classes].to(dtype)
         if self.smoothing > 0:
             t = t * (1 - self.smoothing) + self.smoothing / self.classes
         return t if w is None else t * w
@@ -161,6 +166,107 @@ def probability_targets(
         class_weight=None if class_weight is None else class_weight.detach().to(dtype),
         smoothing=smoothing,
     )
+
+
+def top_k_targets(
+    indices: Tensor,  # (N, k) int64, different ones in each row
+    probabilities: Tensor,  # (N, k)
+    classes: int,
+    *,
+    spread: bool,
+    class_weight: Tensor | None = None,  # (C,)
+    smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,  # (N,)
+    checked: Checked = UNCHECKED,
+) -> Targets:
+    """Targets given by k classes a row: all of these are the own tile.
+
+    ``spread``: what is missing to a mass of 1 lies evenly on the other classes; else it is no part of t.
+    """
+    dtype = statistics_dtype(indices.device)
+    rows = weight = None
+    if sample_weight is not None:
+        rows, weight = _taking_part(torch.ones((), dtype=torch.bool, device=indices.device), sample_weight)
+    own = indices if rows is None else indices[rows]
+    q = (probabilities if rows is None else probabilities[rows]).detach().to(dtype)
+    others = classes - own.shape[1]
+    each = None
+    if spread and others > 0:
+        each = (1 - q.sum(1, keepdim=True)) / others
+    uniform = smoothing / classes
+    mass = q * (1 - smoothing) + uniform
+    dense = uniform if each is None else each * (1 - smoothing) + uniform  # of every other class
+    if class_weight is None:
+        a = mass.sum(1, keepdim=True) + dense * others
+    else:
+        class_weight = class_weight.detach().to(dtype)
+        w = class_weight[own.clamp(0, classes - 1)]
+        mass = mass * w
+        a = mass.sum(1, keepdim=True) + dense * (class_weight.sum() - w.sum(1, keepdim=True))
+    return Targets(
+        classes=classes,
+        total=indices.shape[0],
+        rows=rows,
+        row_weight=weight,
+        mean_weight=None,
+        own=own,
+        own_mass=mass,
+        own_rest=a - mass,
+        own_known=checked.classes,
+        probabilities=None,
+        class_weight=class_weight,
+        smoothing=smoothing,
+        spread=each,
+    )
+
+
+def no_targets(rows: int, classes: int, device: torch.device, sample_weight: Tensor | None) -> Targets:
+    """No target at all, for what depends on the scores alone."""
+    picked = weight = None
+    if sample_weight is not None:
+        picked, weight = _taking_part(torch.ones((), dtype=torch.bool, device=device), sample_weight)
+    return Targets(
+        classes=classes,
+        total=rows,
+        rows=picked,
+        row_weight=weight,
+        mean_weight=None,
+        own=None,
+        own_mass=None,
+        own_rest=None,
+        own_known=False,
+        probabilities=None,
+        class_weight=None,
+        smoothing=0.0,
+    )
+
+
+def check_top_k(indices: Tensor, classes: int, check: bool | None) -> Checked:
+    """Classes, and different ones in each row (N, ..., k): IndexError or ValueError names the first that is not.
+
+    As `check_index` does, on a CPU or with ``check=True``; elsewhere an asynchronous assertion fails.
+    """
+    if check is False or indices.numel() == 0:
+        return UNCHECKED
+    good = (indices >= 0) & (indices < classes)
+    ordered = indices.sort(-1).values
+    different = ordered[..., 1:] != ordered[..., :-1]
+    if check is None and indices.device.type != "cpu":
+        torch._assert_async(
+            good.all() & different.all(),
+            f"TopKTarget.indices must be different classes of 0..{classes - 1}; check_targets=True names one",
+        )
+        return UNCHECKED
+    if not good.all():
+        at = tuple(good.logical_not().nonzero()[0].tolist())
+        raise IndexError(f"TopKTarget.indices{list(at)} is {int(indices[at])}, outside 0..{classes - 1}")
+    if not different.all():
+        *row, column = different.logical_not().nonzero()[0].tolist()
+        raise ValueError(
+            f"TopKTarget.indices{row} names class {int(ordered[(*row, column)])} twice; "
+            "add the probabilities of a class up first"
+        )
+    return Checked(classes=True, none_ignored=True)
 
 
 def _taking_part(keep: Tensor, sample_weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -1,0 +1,425 @@
+"""The door: a call's tensors and options become scores, targets and a reduction, and nothing below sees them.
+
+input, (weight, bias), softcap, temperature → Scores      target, weight, smoothing, ignoring → Targets
+reduction, z-loss, denominator → Reduction                memory budget → Problem
+
+A call becomes one `Part`, or one for each position of a head with several, which share a divisor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from xent import autograd, opaque
+from xent.core.plan import DEFAULT_BUDGET
+from xent.core.reduction import Kind, Reduction
+from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
+from xent.core.statistics import statistics_dtype
+from xent.core.sweep import Problem
+from xent.core.targets import (
+    UNCHECKED,
+    Checked,
+    Targets,
+    check_index,
+    check_top_k,
+    index_targets,
+    no_targets,
+    probability_targets,
+    top_k_targets,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TopKTarget:
+    """A sparse soft target: the probabilities of k classes a row, as stored from a large teacher.
+
+    Accepted wherever a target is, from logits and from features, without a tensor of all classes.
+
+    Args:
+        indices: (..., k) of any integer type: different classes of one row, in any order.
+        probabilities: (..., k) floating, of any mass. No gradient.
+        remainder: what becomes of the mass 1 − Σ probabilities that the teacher gave to the classes which are
+            not stored: ``"drop"`` (the target's mass is then below 1) or ``"spread"`` evenly over them.
+
+    Example:
+        >>> import torch, xent
+        >>> teacher = xent.TopKTarget(torch.tensor([[2, 0]]), torch.tensor([[0.7, 0.2]]), remainder="spread")
+        >>> round(xent.cross_entropy(torch.zeros(1, 4), teacher).item(), 6)  # log 4: equal logits
+        1.386294
+    """
+
+    indices: Tensor
+    probabilities: Tensor
+    remainder: str = "drop"
+
+    def __post_init__(self) -> None:
+        shapes = tuple(self.indices.shape), tuple(self.probabilities.shape)
+        if shapes[0] != shapes[1] or not shapes[0]:
+            raise ValueError(
+                f"indices and probabilities must both be (..., k); got {shapes[0]} and {shapes[1]}"
+            )
+        if self.indices.is_floating_point() or self.indices.is_complex() or self.indices.dtype == torch.bool:
+            raise TypeError(f"indices must be of an integer type, got {self.indices.dtype}")
+        if not self.probabilities.is_floating_point():
+            raise TypeError(f"probabilities must be floating, got {self.probabilities.dtype}")
+        if self.remainder not in ("drop", "spread"):
+            raise ValueError(f"remainder must be 'drop' or 'spread', got {self.remainder!r}")
+        if self.probabilities.requires_grad:
+            raise ValueError("a TopKTarget takes no gradient: pass probabilities.detach()")
+
+
+Target: TypeAlias = Tensor | TopKTarget | None
+
+
+class Part(NamedTuple):
+    problem: Problem
+    row_weight: Tensor | None  # (M,)
+    kept: Tensor | None  # (M,) bool: rows that count, where they could not be selected beforehand
+    opaque: bool  # whether the sweep is to be one operator
+    check: bool | None  # of targets, by that operator
+
+
+class Call(NamedTuple):
+    """A call's parts, and how their rows are put together."""
+
+    parts: Sequence[Part]
+    reduction: Reduction
+    rows_shape: torch.Size  # of the unreduced loss
+    dtype: torch.dtype  # of the loss
+
+    def stack(self, columns: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor (N,) from each part -> the shape of the unreduced loss."""
+        rows = columns[0] if len(columns) == 1 else torch.stack(list(columns), dim=1)
+        return rows.to(self.dtype if dtype is None else dtype).reshape(self.rows_shape)
+
+
+class Options(NamedTuple):
+    """The options that losses share, as the caller gave them."""
+
+    weight: Tensor | None = None
+    ignore_index: int | None = -100
+    reduction: str = "mean"
+    label_smoothing: float = 0.0
+    sample_weight: Tensor | None = None
+    z_loss: float = 0.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    denominator: float | Tensor | None = None
+    check_targets: bool | None = None
+    product_dtype: torch.dtype | None = None
+    memory_budget: int | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether the loss is a plain one, for which there is a shorter way."""
+        return (
+            self.weight is None
+            and self.sample_weight is None
+            and self.softcap is None
+            and self.denominator is None
+            and self.check_targets is None
+            and self.product_dtype is None
+            and self.memory_budget is None
+            and self.label_smoothing == 0.0
+            and self.z_loss == 0.0
+            and self.temperature == 1.0
+        )
+
+    @property
+    def ignored(self) -> int:
+        return -100 if self.ignore_index is None else self.ignore_index
+
+    def of_logits(self, input: Tensor, target: Target) -> Call:
+        """input (C,), (N, C) or (N, C, d1, ...)."""
+        if input.dim() == 0:
+            raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
+        _check_floating(input=input)
+        axis = 0 if input.dim() == 1 else 1
+        classes = input.shape[axis]
+        rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
+        self._check(classes, rows_shape)
+        target, checked = self._resolve(target, classes, rows_shape, tuple(input.shape))
+        n = math.prod(rows_shape)
+        if isinstance(target, TopKTarget):
+            k = target.indices.shape[-1]
+            target = TopKTarget(
+                target.indices.reshape(n, k), target.probabilities.reshape(n, k), target.remainder
+            )
+        elif target is not None and target.is_floating_point():
+            target = target.movedim(axis, -1).reshape(n, classes)
+        elif target is not None:
+            target = target.reshape(n)
+        s = None if self.sample_weight is None else self.sample_weight.reshape(n)
+        scores = Logits(input.movedim(axis, -1).reshape(n, classes), self._transform())
+        part = self._part(scores, target, checked, s, DEFAULT_BUDGET)
+        return Call([part], self._reduction(), rows_shape, _loss_dtype(input))
+
+    def of_head(
+        self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
+    ) -> Call:
+        """input (..., D); linear_weight (C, D) or (C, d1, ..., D)."""
+        if input.dim() < 1 or linear_weight.dim() < 2:
+            raise ValueError(
+                f"input must be (..., D) and linear_weight (C, D) or (C, d1, ..., D); "
+                f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
+            )
+        classes, *positions, features = linear_weight.shape
+        if input.shape[-1] != features:
+            raise ValueError(f"input has {input.shape[-1]} features a row, linear_weight has {features}")
+        if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+            raise ValueError(
+                f"linear_bias must have shape {tuple(linear_weight.shape[:-1])}, "
+                f"got {tuple(linear_bias.shape)}"
+            )
+        dtype = _loss_dtype(input)
+        input, linear_weight = _lower(input), _lower(linear_weight)
+        linear_bias = None if linear_bias is None else _lower(linear_bias)
+        _check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+        batch = input.shape[:-1]
+        rows_shape = torch.Size((*batch, *positions))
+        self._check(classes, rows_shape)
+        budget = _check_budget(self.memory_budget)
+        target, checked = self._resolve(target, classes, rows_shape, (*batch, classes, *positions))
+        transform, factor = self._transform(), _product_dtype(self.product_dtype, input)
+        places, n = math.prod(positions), math.prod(batch)
+        x = input if input.dim() == 2 else input.reshape(n, features)
+        if places > 1:  # so that the gradients of all positions add up before they are rounded
+            x = x.to(compute_dtype(x.dtype))
+        # unbind: its backward is one stack, where slicing would make a zero gradient of the whole each time
+        w = linear_weight.reshape(classes, places, features).unbind(1) if positions else (linear_weight,)
+        b = (None,) * places if linear_bias is None else linear_bias.reshape(classes, places).unbind(1)
+        s = (
+            (None,) * places
+            if self.sample_weight is None
+            else self.sample_weight.reshape(n, places).unbind(1)
+        )
+        t = _at_positions(target, n, classes, places)
+        parts = [
+            self._part(LinearHead(x, w[k], b[k], transform, factor), t[k], checked, s[k], budget)
+            for k in range(places)
+        ]
+        return Call(parts, self._reduction(), rows_shape, dtype)
+
+    def _check(self, classes: int, rows_shape: torch.Size) -> None:
+        if classes == 0:
+            raise ValueError("there must be at least one class, got 0")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
+        weight, s = self.weight, self.sample_weight
+        if weight is not None and weight.shape != (classes,):
+            raise ValueError(f"weight must have shape ({classes},), one a class; got {tuple(weight.shape)}")
+        for name, value in (("weight", weight), ("denominator", self.denominator)):
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
+        if s is not None and s.shape != rows_shape:
+            raise ValueError(
+                f"sample_weight must have the shape of the unreduced loss, {tuple(rows_shape)}; "
+                f"got {tuple(s.shape)}"
+            )
+
+    def _resolve(
+        self, target: Target, classes: int, rows_shape: torch.Size, full_shape: tuple[int, ...]
+    ) -> tuple[Target, Checked]:
+        """The target, indices as int64, and what a check of these has shown."""
+        if target is None:
+            return None, UNCHECKED
+        if isinstance(target, TopKTarget):
+            if tuple(target.indices.shape[:-1]) != tuple(rows_shape):
+                raise ValueError(
+                    f"a TopKTarget's indices must have shape {(*rows_shape, 'k')}, "
+                    f"got {tuple(target.indices.shape)}"
+                )
+            self._no_ignoring("a target of probabilities")
+            indices = target.indices.to(torch.int64)
+            target = TopKTarget(indices, target.probabilities, target.remainder)
+            if opaque.is_opaque(indices) or autograd.batched(indices):
+                return target, UNCHECKED
+            return target, check_top_k(indices, classes, self.check_targets)
+        shape = tuple(target.shape)
+        if target.is_floating_point() and shape == full_shape:
+            self._no_ignoring("a target of probabilities")
+            return target, UNCHECKED
+        if shape == rows_shape and not target.is_floating_point():
+            if target.is_complex() or target.dtype == torch.bool:
+                raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
+            target = target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
+            # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
+            if opaque.is_opaque(target) or autograd.batched(target):
+                return target, UNCHECKED
+            return target, check_index(target, classes, self.ignored, self.check_targets)
+        if shape == full_shape:
+            raise TypeError(
+                f"a target of shape {shape} holds probabilities and must be floating, got {target.dtype}"
+            )
+        if shape == rows_shape:
+            raise TypeError(
+                f"a target of shape {shape} holds class indices and must be of an integer type, "
+                f"got {target.dtype}"
+            )
+        raise ValueError(
+            f"target must have shape {tuple(rows_shape)} (class indices) or {full_shape} (probabilities); "
+            f"got {shape}"
+        )
+
+    def _no_ignoring(self, target: str) -> None:
+        if self.ignored != -100:
+            raise ValueError(
+                f"ignore_index={self.ignore_index} has no meaning for {target}; "
+                "leave rows out with sample_weight 0"
+            )
+
+    def _part(
+        self,
+        scores: Scores,
+        target: Target,  # (N,), (N, C), (N, k) or none
+        checked: Checked,
+        sample_weight: Tensor | None,  # (N,)
+        budget: int,
+    ) -> Part:
+        """Scores with their targets, and the weights of the rows that take part."""
+        learnt = sample_weight is not None and sample_weight.requires_grad and torch.is_grad_enabled()
+        fixed = None if learnt else sample_weight  # a learnt weight of 0 still has a gradient
+        is_index = isinstance(target, Tensor) and not target.is_floating_point()
+        kept = None
+        given = (target.indices, target.probabilities) if isinstance(target, TopKTarget) else (target,)
+        in_graph = opaque.is_opaque(*given, *scores.tensors)
+        if in_graph or autograd.batched(*given, sample_weight, self.weight, *scores.tensors):
+            # data cannot choose rows here: those that do not count become harmless, and are taken out later
+            if is_index:
+                assert isinstance(target, Tensor)
+                kept = target != self.ignored
+                target = target.masked_fill(~kept, 0)
+                checked = Checked(classes=False, none_ignored=True)
+            else:
+                some = scores.tensors[0] if given[0] is None else given[0]
+                assert some is not None
+                kept = torch.ones_like(some[:, 0], dtype=torch.bool)
+            if fixed is not None:
+                kept = kept & (fixed != 0)
+            if not in_graph:  # the operator selects for itself
+                scores = scores.select(kept)
+            weight = kept.to(statistics_dtype(kept.device)) if sample_weight is None else sample_weight
+            sample_weight, fixed, learnt = weight.masked_fill(~kept, 0.0), None, True
+        problem = Problem(scores, self._targets(scores, target, checked, fixed), budget)
+        targets = problem.targets
+        if sample_weight is None or not learnt:
+            return Part(problem, targets.row_weight, kept, in_graph, self.check_targets)
+        weight = sample_weight.to(statistics_dtype(sample_weight.device))
+        weight = weight if targets.rows is None else weight[targets.rows]
+        return Part(problem, weight, kept, in_graph, self.check_targets)
+
+    def _targets(
+        self, scores: Scores, target: Target, checked: Checked, sample_weight: Tensor | None
+    ) -> Targets:
+        rows, classes = scores.shape
+        shared = dict(class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=sample_weight)
+        if target is None:
+            return no_targets(rows, classes, scores.device, sample_weight)
+        if isinstance(target, TopKTarget):
+            return top_k_targets(
+                target.indices,
+                target.probabilities,
+                classes,
+                spread=target.remainder == "spread",
+                checked=checked,
+                **shared,
+            )
+        if target.is_floating_point():
+            return probability_targets(target, **shared)
+        return index_targets(target, classes, ignore_index=self.ignored, checked=checked, **shared)
+
+    def _reduction(self) -> Reduction:
+        kind, z_loss, denominator = self.reduction, self.z_loss, self.denominator
+        if not math.isfinite(z_loss):
+            raise ValueError(f"z_loss must be finite, got {z_loss}")
+        if denominator is not None and kind != "mean":
+            raise ValueError(f"denominator replaces the divisor of reduction='mean'; reduction is {kind!r}")
+        if isinstance(denominator, Tensor):
+            if denominator.numel() != 1:
+                raise ValueError(f"denominator must be one number, got shape {tuple(denominator.shape)}")
+            denominator = denominator.detach().reshape(())
+        elif denominator is not None and not denominator > 0:
+            raise ValueError(f"denominator must be positive, got {denominator}")
+        if kind not in ("none", "sum", "mean"):
+            raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {kind!r}")
+        return Reduction(cast(Kind, kind), z_loss, denominator)
+
+    def _transform(self) -> Transform:
+        softcap, temperature = self.softcap, self.temperature
+        if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+            raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
+        if not (temperature > 0 and math.isfinite(temperature)):
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        return Transform(softcap, float(temperature))
+
+
+def _at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[Target]:
+    """A target's share of each position of a head."""
+    if target is None:
+        return (None,) * places
+    if isinstance(target, TopKTarget):
+        k = target.indices.shape[-1]
+        both = (t.reshape(n, places, k).unbind(1) for t in (target.indices, target.probabilities))
+        return [TopKTarget(i, p, target.remainder) for i, p in zip(*both, strict=True)]
+    if target.is_floating_point():
+        # a view where there is one position, so that its gradient is no stack of one
+        return (target.reshape(n, classes),) if places == 1 else target.reshape(n, classes, places).unbind(2)
+    return (target.reshape(n),) if places == 1 else target.reshape(n, places).unbind(1)
+
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_floating(**tensors: Tensor | None) -> None:
+    """All floating, and of one type."""
+    given = {name: t.dtype for name, t in tensors.items() if t is not None}
+    first, *_ = given
+    for name, dtype in given.items():
+        if dtype not in _FLOATING:
+            raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {dtype}")
+        if dtype != given[first]:
+            raise TypeError(
+                f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"
+            )
+
+
+def _check_budget(memory_budget: int | None) -> int:
+    if memory_budget is None:
+        return DEFAULT_BUDGET
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget is a number of bytes and must be positive, got {memory_budget}")
+    return int(memory_budget)
+
+
+def _product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
+    full = compute_dtype(input.dtype)
+    if asked is None:
+        return full if input.device.type == "cpu" else input.dtype
+    allowed = (full, torch.bfloat16, input.dtype) if full == torch.float32 else (full,)
+    if asked not in allowed:
+        names = ", ".join(sorted({str(dtype) for dtype in allowed}))
+        raise ValueError(f"product_dtype of {input.dtype} features can be {names}; got {asked}")
+    return asked
+
+
+def _lower(tensor: Tensor) -> Tensor:
+    """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
+    if not _autocasts(tensor):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def _loss_dtype(tensor: Tensor) -> torch.dtype:
+    """The type of the loss: that of the scores, but never a half type under autocast."""
+    return torch.float32 if _autocasts(tensor) else tensor.dtype
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
