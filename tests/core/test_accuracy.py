@@ -80,6 +80,17 @@ def test_loss_and_gradient_against_mpmath(dtype, kind, classes, scores):
             assert norm(errors) <= gradient_bound(row, dtype), name
 
 
+def test_rounding_does_not_add_up_from_tile_to_tile():
+    """2,000 tiles of one class: float64 has no wider type to hide their sum's rounding in."""
+    one, classes = torch.ones(1, 1, dtype=torch.float64), 2000
+    for _ in range(3):
+        z = torch.randn(classes, dtype=torch.float64) * 3
+        t = z.softmax(0)
+        loss = xent.linear_cross_entropy(one, z[:, None], t[None], memory_budget=40)
+        row = exact(z, t.tolist())
+        assert abs(mpmath.mpf(loss.item()) - row.loss) <= loss_bound(row, torch.float64)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_reference_against_mpmath(kind):
     """The oracle of the other tests: a few units in the last place beyond one subtraction a class pair."""

@@ -104,6 +104,31 @@ class Statistics:
         )
 
 
+class RunningUnion:
+    """Disjoint sets of classes merged as they come, in pairs of as many sets each.
+
+    So every number passes log₂ T merges on its way and not T: in float64, which no wider type stands
+    behind, the rounding of a thousand tiles would add up to more than the bound on a loss allows.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, Statistics]] = []  # of how many sets, fewer and fewer
+
+    def add(self, part: Statistics) -> None:
+        sets = 1
+        while self.parts and self.parts[-1][0] == sets:
+            part = self.parts.pop()[1].merge(part)
+            sets *= 2
+        self.parts.append((sets, part))
+
+    def whole(self) -> Statistics:
+        """The statistics of all of them, of which there is at least one."""
+        *larger, (_, whole) = self.parts
+        for _, part in reversed(larger):
+            whole = part.merge(whole)
+        return whole
+
+
 def finite_base(m: Tensor) -> Tensor:
     """What to subtract from a row whose maximum is m: a wholly masked row stays at −inf instead of nan."""
     return torch.where(m == NEG_INF, 0.0, m)
