@@ -22,6 +22,8 @@ from torch import Tensor
 from xent.core.arithmetic import Arithmetic
 
 NEG_INF = -math.inf
+FEW = 64  # classes of a tile whose ⟨t, z⟩ is worth a wider type
+CACHED = 1 << 16  # elements of it at a time
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -194,11 +196,23 @@ def summarise_row(
 
 
 def masked_dot(o: Arithmetic, t: Tensor, z: Tensor) -> Tensor:
-    """Σ_c t_c z_c, (R, T) -> (R,), with 0·(−inf) = 0."""
-    d = (t * z).sum(1)
+    """Σ_c t_c z_c, (R or 1, T) and (R, T) -> (R,), with 0·(−inf) = 0."""
+    d = dot(t, z)
     if o.possible(d.isnan()):
-        d = torch.where(t == 0, 0.0, t * z).sum(1)
+        d = dot(t, torch.where(t == 0, 0.0, z))
     return d
+
+
+def dot(t: Tensor, z: Tensor) -> Tensor:
+    """Σ_c t_c z_c. Targets of both signs cancel: the rounding of many terms averages out, that of few need
+    not, so few are multiplied and added in the statistics' own type. Some rows at a time, a third at most:
+    that much the scratch of a plan holds."""
+    (rows, classes), dtype = z.shape, statistics_dtype(z.device)
+    if classes > FEW or z.dtype == dtype or rows == 0:
+        return (t * z).sum(1)
+    size = min(CACHED // classes, -(-rows // 3))
+    parts = zip(t.expand(z.shape).split(size), z.split(size), strict=True)
+    return torch.cat([(some_t * some_z.to(dtype)).sum(1) for some_t, some_z in parts])
 
 
 @dataclass(frozen=True)
