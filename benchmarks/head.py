@@ -24,10 +24,10 @@ from collections.abc import Callable
 from datetime import date
 from functools import partial
 
-import memory
 import torch
 import torch.nn.functional as F
 
+import memory
 import xent
 from xent.core import matmul
 

@@ -30,11 +30,12 @@ class Row:
     """One entry of the table."""
 
     name: str
-    target: str = "index"  # or "probabilities"
+    target: str = "index"  # or "probabilities", "top_k"
     options: dict[str, Any] = field(default_factory=dict)
     class_weight: bool = False
     sample_weight: bool = False
     ignored: bool = False
+    remainder: str = "drop"  # of a top-k target
     exempt: dict[str, str] = field(default_factory=dict)  # law -> reason
 
 
@@ -81,7 +82,27 @@ ROWS = [
         sample_weight=True,
         exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
     ),
+    Row("top-k", target="top_k"),
+    Row("top-k-spread", target="top_k", remainder="spread"),
+    Row(
+        "top-k-everything-linear",
+        target="top_k",
+        options={"label_smoothing": 0.1, "temperature": 1.7},
+        class_weight=True,
+        sample_weight=True,
+    ),
+    Row(
+        "top-k-spread-everything",
+        target="top_k",
+        remainder="spread",
+        options={"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
+        class_weight=True,
+        sample_weight=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
 ]
+
+Target = Tensor | xent.TopKTarget
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
 
@@ -94,7 +115,7 @@ class Problem:
     x: Tensor
     w: Tensor
     b: Tensor
-    target: Tensor
+    target: Target
     options: dict[str, Any]
 
     @property
@@ -129,6 +150,10 @@ def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5
         target = torch.randint(c, (n,))
         if row.ignored:
             target[n // 2] = -100
+    elif row.target == "top_k":
+        q = torch.rand(n, 3, dtype=dtype)
+        indices = torch.rand(n, c).argsort(1)[:, :3]
+        target = xent.TopKTarget(indices, q / (q.sum(1, keepdim=True) + 0.5), row.remainder)
     else:
         target = torch.rand(n, c, dtype=dtype)
         target /= target.sum(1, keepdim=True)
@@ -137,6 +162,18 @@ def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5
     if row.sample_weight:
         options["sample_weight"] = torch.rand(n, dtype=dtype) + 0.5
     return Problem(row, x, w, b, target, options)
+
+
+def mapped(target: Target, f: Callable[[Tensor], Tensor]) -> Target:
+    """f of each tensor that a target is made of."""
+    if isinstance(target, xent.TopKTarget):
+        return xent.TopKTarget(f(target.indices), f(target.probabilities), target.remainder)
+    return f(target)
+
+
+def spelt_out(target: Target, classes: int) -> Tensor:
+    """A target as the float64 reference takes it: indices, or a probability for each class."""
+    return target.to_dense(classes) if isinstance(target, xent.TopKTarget) else target
 
 
 def rows(law: str) -> pytest.MarkDecorator:

@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 
 import xent
-from table import ROWS, Problem, problem
+from table import ROWS, Problem, problem, spelt_out
 from xent.core import reference
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -42,7 +42,7 @@ def pair(row, scores, reduction, **options):
             return scalar(xent.cross_entropy(z, target, **options))
 
         def theirs(z, target=p.target):
-            return scalar(reference.cross_entropy(z, target, **options))
+            return scalar(reference.cross_entropy(z, spelt_out(target, 4), **options))
 
     else:
         arguments = (p.x, p.w, p.b)
@@ -52,7 +52,7 @@ def pair(row, scores, reduction, **options):
             return scalar(loss)
 
         def theirs(x, w, b, target=p.target):
-            return scalar(reference.cross_entropy(x @ w.T + b, target, **options))
+            return scalar(reference.cross_entropy(x @ w.T + b, spelt_out(target, 4), **options))
 
     return ours, theirs, arguments, p
 
@@ -172,14 +172,24 @@ def test_per_sample_gradients(row, reduction):
     s = p.options.pop("sample_weight", torch.ones(len(p.x), dtype=torch.float64))
     options = {**p.options, "reduction": reduction}
 
-    def ours(w, x, target, s):
-        return xent.linear_cross_entropy(x[None], w, target[None], sample_weight=s[None], **options)
+    whole = p.target
+    parts = (whole.indices, whole.probabilities) if row.target == "top_k" else (whole,)
 
-    def theirs(w, x, target, s):
-        return reference.cross_entropy(x[None] @ w.T, target[None], sample_weight=s[None], **options)
+    def target(parts):
+        return (
+            xent.TopKTarget(*(t[None] for t in parts), whole.remainder) if len(parts) == 2 else parts[0][None]
+        )
 
-    per_sample = vmap(grad(ours), (None, 0, 0, 0))(p.w, p.x, p.target, s)
-    expected = torch.stack([grad(theirs)(p.w, *row) for row in zip(p.x, p.target, s, strict=True)])
+    def ours(w, x, parts, s):
+        return xent.linear_cross_entropy(x[None], w, target(parts), sample_weight=s[None], **options)
+
+    def theirs(w, x, parts, s):
+        t = spelt_out(target(parts), 4)
+        return reference.cross_entropy(x[None] @ w.T, t, sample_weight=s[None], **options)
+
+    per_sample = vmap(grad(ours), (None, 0, 0, 0))(p.w, p.x, parts, s)
+    expected = [grad(theirs)(p.w, x, each, w) for x, *each, w in zip(p.x, *parts, s, strict=True)]
+    expected = torch.stack(expected)
     near(per_sample, expected)
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import xent
+from table import spelt_out
 from xent.core import reference
 
 N, D, C = 7, 5, 6
@@ -37,8 +38,11 @@ def draw(kind, dtype, smoothing, weighted, sampled, ignored, z_loss, softcap, te
         target = torch.randint(C, (N,))
         if ignored:
             target[2] = -100
-    else:
+    elif kind == "probabilities":
         target = torch.rand(N, C, dtype=dtype, requires_grad=True)
+    else:
+        q = torch.rand(N, 2, dtype=dtype) / 2
+        target = xent.TopKTarget(torch.rand(N, C).argsort(1)[:, :2], q, kind)
     options = {
         "label_smoothing": smoothing,
         "z_loss": z_loss,
@@ -47,11 +51,11 @@ def draw(kind, dtype, smoothing, weighted, sampled, ignored, z_loss, softcap, te
         "weight": torch.rand(C, dtype=dtype) + 0.5 if weighted else None,
         "sample_weight": torch.rand(N, dtype=dtype) if sampled else None,
     }
-    leaves = [t for t in (x, w, b, target) if t is not None and t.requires_grad]
+    leaves = [t for t in (x, w, b, target) if isinstance(t, torch.Tensor) and t.requires_grad]
     return x, w, b, target, options, leaves
 
 
-@pytest.mark.parametrize("kind", ["index", "probabilities"])
+@pytest.mark.parametrize("kind", ["index", "probabilities", "drop", "spread"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean", "denominator"])
 @pytest.mark.parametrize("scores", ["dense", "linear", "tiled"])
@@ -70,7 +74,7 @@ def test_every_combination_of_options_equals_the_reference(kind, dtype, reductio
             budget = 4 * 70 * dtype.itemsize if scores == "tiled" else None
             loss = xent.linear_cross_entropy(x, w, target, linear_bias=b, memory_budget=budget, **options)
         logits = F.linear(x.double(), w.double(), None if b is None else b.double())
-        exact = reference.cross_entropy(logits, target, **options)
+        exact = reference.cross_entropy(logits, spelt_out(target, C), **options)
         upstream = torch.randn(loss.shape, dtype=dtype)
         expected = torch.autograd.grad(exact, leaves, upstream.double())
         assert loss.dtype == dtype

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -72,6 +72,14 @@ class TopKTarget:
             raise ValueError(f"remainder must be 'drop' or 'spread', got {self.remainder!r}")
         if self.probabilities.requires_grad:
             raise ValueError("a TopKTarget takes no gradient: pass probabilities.detach()")
+
+    def to_dense(self, classes: int) -> Tensor:
+        """The same target as a probability for every class: (..., classes)."""
+        q, others = self.probabilities, classes - self.indices.shape[-1]
+        rest = torch.zeros_like(q[..., :1])
+        if self.remainder == "spread" and others > 0:
+            rest = (1 - q.sum(-1, keepdim=True)) / others
+        return rest.expand(*q.shape[:-1], classes).scatter(-1, self.indices.to(torch.int64), q)
 
 
 Target: TypeAlias = Tensor | TopKTarget | None
@@ -318,7 +326,9 @@ class Options(NamedTuple):
         self, scores: Scores, target: Target, checked: Checked, sample_weight: Tensor | None
     ) -> Targets:
         rows, classes = scores.shape
-        shared = dict(class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=sample_weight)
+        shared: dict[str, Any] = dict(
+            class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=sample_weight
+        )
         if target is None:
             return no_targets(rows, classes, scores.device, sample_weight)
         if isinstance(target, TopKTarget):

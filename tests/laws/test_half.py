@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from table import ROWS, problem
+from table import ROWS, mapped, problem
 
 DOUBLE = torch.float64
 
 
 def in_double(p):
     options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in p.options.items()}
-    target = p.target.double() if p.target.is_floating_point() else p.target
+    target = mapped(p.target, lambda t: t.double() if t.is_floating_point() else t)
     return replace(p, x=p.x.double(), w=p.w.double(), b=p.b.double(), target=target, options=options)
 
 

@@ -43,6 +43,8 @@ def test_class_permutation_equivariance(row, dtype, reduction):
     if row.target == "index":
         name = torch.argsort(order)
         target = torch.where(p.target == -100, -100, name[p.target.clamp(min=0)])
+    elif row.target == "top_k":
+        target = replace(p.target, indices=torch.argsort(order)[p.target.indices])
     else:
         target = p.target[:, order]
     q = replace(p, w=p.w[order], b=p.b[order], target=target, options=options).differentiable()
@@ -103,7 +105,9 @@ def test_inputs_left_untouched(row, dtype, reduction):
     """No tensor of the caller's changes, forward or backward, twice."""
     p = problem(row, dtype).differentiable()
     z = p.logits.detach().requires_grad_()
-    seen = {"x": p.x, "w": p.w, "b": p.b, "target": p.target, "z": z}
+    seen = {"x": p.x, "w": p.w, "b": p.b, "z": z}
+    parts = ("indices", "probabilities") if row.target == "top_k" else ()
+    seen |= {k: getattr(p.target, k) for k in parts} or {"target": p.target}
     seen |= {k: v for k, v in p.options.items() if isinstance(v, torch.Tensor)}
     before = {k: (v.detach().clone(), v._version) for k, v in seen.items()}
     for loss in (p.linear(reduction=reduction), p.dense(z, reduction=reduction)):

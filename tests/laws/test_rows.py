@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from table import Problem, close, dtypes, problem, rows
+from table import Problem, close, dtypes, mapped, problem, rows
 
 REDUCED = pytest.mark.parametrize("reduction", ["sum", "mean"])
 
@@ -16,7 +16,7 @@ def select(p: Problem, index: torch.Tensor) -> Problem:
     options = dict(p.options)
     if "sample_weight" in options:
         options["sample_weight"] = options["sample_weight"][index]
-    return replace(p, x=p.x[index], target=p.target[index], options=options)
+    return replace(p, x=p.x[index], target=mapped(p.target, lambda t: t[index]), options=options)
 
 
 def gradients(p: Problem, **options) -> tuple[torch.Tensor, list[torch.Tensor]]:

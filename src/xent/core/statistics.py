@@ -22,6 +22,8 @@ from torch import Tensor
 from xent.core.arithmetic import Arithmetic
 
 NEG_INF = -math.inf
+FEW = 64  # classes of a tile whose ⟨t, z⟩ is worth a wider type
+CACHED = 1 << 16  # elements of it at a time
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -106,6 +108,31 @@ class Statistics:
         )
 
 
+class RunningUnion:
+    """Disjoint sets of classes merged as they come, in pairs of as many sets each.
+
+    So every number passes log₂ T merges on its way and not T: in float64, which no wider type stands
+    behind, the rounding of a thousand tiles would add up to more than the bound on a loss allows.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, Statistics]] = []  # of how many sets, fewer and fewer
+
+    def add(self, part: Statistics) -> None:
+        sets = 1
+        while self.parts and self.parts[-1][0] == sets:
+            part = self.parts.pop()[1].merge(part)
+            sets *= 2
+        self.parts.append((sets, part))
+
+    def whole(self) -> Statistics:
+        """The statistics of all of them, of which there is at least one."""
+        *larger, (_, whole) = self.parts
+        for _, part in reversed(larger):
+            whole = part.merge(whole)
+        return whole
+
+
 def finite_base(m: Tensor) -> Tensor:
     """What to subtract from a row whose maximum is m: a wholly masked row stays at −inf instead of nan."""
     return m.clamp_min(torch.finfo(m.dtype).min)
@@ -171,11 +198,23 @@ def summarise_row(
 
 
 def masked_dot(o: Arithmetic, t: Tensor, z: Tensor) -> Tensor:
-    """Σ_c t_c z_c, (R, T) -> (R,), with 0·(−inf) = 0."""
-    d = (t * z).sum(1)
+    """Σ_c t_c z_c, (R or 1, T) and (R, T) -> (R,), with 0·(−inf) = 0."""
+    d = dot(t, z)
     if o.possible(d.isnan()):
-        d = torch.where(t == 0, 0.0, t * z).sum(1)
+        d = dot(t, torch.where(t == 0, 0.0, z))
     return d
+
+
+def dot(t: Tensor, z: Tensor) -> Tensor:
+    """Σ_c t_c z_c. Targets of both signs cancel: the rounding of many terms averages out, that of few need
+    not, so few are multiplied and added in the statistics' own type. Some rows at a time, a third at most:
+    that much the scratch of a plan holds."""
+    (rows, classes), dtype = z.shape, statistics_dtype(z.device)
+    if classes > FEW or z.dtype == dtype or rows == 0:
+        return (t * z).sum(1)
+    size = min(CACHED // classes, -(-rows // 3))
+    parts = zip(t.expand(z.shape).split(size), z.split(size), strict=True)
+    return torch.cat([(some_t * some_z.to(dtype)).sum(1) for some_t, some_z in parts])
 
 
 @dataclass(frozen=True)
@@ -183,7 +222,8 @@ class OwnColumns:
     """Where the target's own classes lie within one class tile; selection, never multiplication."""
 
     inside: Tensor | None  # (R, K) bool: this tile holds the class; None means that it holds them all
-    local: Tensor  # (R, K) int64 column, 0 where outside
+    local: Tensor  # (R, K) int64 column; where outside, that of one inside, or 0
+    anchor: Tensor | None = None  # (R, 1) which of K > 1 that one is
 
     @classmethod
     def locate(cls, index: Tensor, classes: slice, *, holds_all: bool = False) -> OwnColumns:
@@ -192,7 +232,12 @@ class OwnColumns:
             return cls(None, index)
         local = index - classes.start
         inside = (local >= 0) & (local < classes.stop - classes.start)
-        return cls(inside, torch.where(inside, local, 0))
+        local = torch.where(inside, local, 0)
+        if index.shape[1] == 1:
+            return cls(inside, local)
+        # one that lies elsewhere does what another does that lies here, lest the two write different things
+        anchor = inside.to(torch.uint8).argmax(1, keepdim=True)
+        return cls(inside, torch.where(inside, local, local.gather(1, anchor)), anchor)
 
     def take(self, z: Tensor, default: float | Tensor) -> Tensor:
         """Entries of z (R, T) at the columns, `default` where they lie elsewhere: (R, K)."""
@@ -203,4 +248,6 @@ class OwnColumns:
         """z (R, T) with `value` at the columns that lie here."""
         if self.inside is not None:
             value = torch.where(self.inside, value, z.gather(1, self.local))
+            if self.anchor is not None:
+                value = torch.where(self.inside, value, value.gather(1, self.anchor))
         return o.scatter(z, self.local, value)

@@ -24,6 +24,7 @@ from xent.core.plan import Footprint, Plan
 from xent.core.scores import Room, Scores, Sink
 from xent.core.statistics import (
     OwnColumns,
+    RunningUnion,
     Statistics,
     finite_base,
     statistics_dtype,
@@ -196,8 +197,7 @@ def chunk_statistics(
 ) -> tuple[Statistics, list[Tile]]:
     """Statistics of a chunk of rows over all classes; the tiles hold exp(z − base) if the plan keeps them."""
     scores, targets, _, o = problem
-    picked = targets.pick(chunk)
-    found = own_z = None
+    union, own_z = RunningUnion(), None
     tiles = []
     for classes in plan.class_tiles(targets.classes):
         z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
@@ -213,10 +213,10 @@ def chunk_statistics(
             own_z = here if own_z is None or own.inside is None else torch.where(own.inside, here, own_z)
             z = own.put(o, z, -torch.inf)
         z, part = summarise(o, z, targets.tile(chunk, classes, z.dtype), own)
-        found = part if found is None else found.merge(part)
+        union.add(part)
         if plan.resident:
             tiles.append(Tile(classes, z, slope, part.m, own, here))
-    assert found is not None
+    found = union.whole()
     if own_z is not None:
         mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
         found = found.merge(_own_statistics(o, own_z, mass))

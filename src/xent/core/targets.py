@@ -242,7 +242,7 @@ def no_targets(rows: int, classes: int, device: torch.device, sample_weight: Ten
 
 
 def check_top_k(indices: Tensor, classes: int, check: bool | None) -> Checked:
-    """Classes, and different ones in each row (N, ..., k): IndexError or ValueError names the first that is not.
+    """Classes, and different ones in each row (N, ..., k): an error names the first that is not.
 
     As `check_index` does, on a CPU or with ``check=True``; elsewhere an asynchronous assertion fails.
     """
