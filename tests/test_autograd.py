@@ -312,22 +312,22 @@ def test_opcheck():
     own = torch.tensor([[0], [3], [4], [0]])
     mass, rest = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
     kept = torch.tensor([True, True, True, False])
-    settings = (5, 0.0, 3.0, 1.0, None, 1 << 20)
-    arguments = (x, w, b, None, own, mass, rest, None, None, kept, *settings, True)
+    settings = (5, 0.0, 3.0, 1.0, None, 1 << 20, True, True)
+    arguments = (x, w, b, None, own, mass, rest, None, None, kept, *settings, True, True)
     torch.library.opcheck(torch.ops.xent.rows.default, arguments)
     q = torch.rand(4, 5, dtype=torch.float64, requires_grad=True)
+    plain = (*settings[:-2], False, False, False)
     torch.library.opcheck(
-        torch.ops.xent.rows.default, (x, w, None, q, None, None, None, None, None, None, *settings, True)
+        torch.ops.xent.rows.default, (x, w, None, q, None, None, None, None, None, None, *plain, True)
     )
-    loss, logsumexp, statistics = torch.ops.xent.rows(
+    of_rows, statistics, _ = torch.ops.xent.rows(
         *(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
     )
     arguments = (
-        loss,
-        logsumexp,
+        of_rows,
         statistics,
         [True, True, True, False],
-        *(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments[:-1]),
+        *(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments[:-2]),
     )
     torch.library.opcheck(torch.ops.xent.rows_gradient.default, arguments)
 

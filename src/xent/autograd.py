@@ -3,17 +3,18 @@
     rows  ── backward ──▶  gradient  ── backward, jvp ──▶  Hessian product
       └──── jvp ──▶ tangent
 
-Each is a Function of the same tensors, and each one's derivative is the next. `rows` gives ℓ and lse of each
-row, from which anything can be made by ordinary operations. `reduced` is a shortcut for one plain backward
-of a scalar loss: it forms the gradient in the forward sweep, scales it in place and lets it go. A second
-backward recomputes, and one that is to be differentiated itself goes through `rows`.
+Each is a Function of the same tensors, and each one's derivative is the next. `rows` gives each row's ℓ and
+lse (and, asked for, H and log p_y), from which anything can be made by ordinary operations. `reduced` is a
+shortcut for one plain backward of a scalar loss: it forms the gradient in the forward sweep, scales it in
+place and lets it go. A second backward recomputes, and one that is to be differentiated itself goes through
+`rows`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +24,25 @@ from xent.core import hessian, sweep
 from xent.core.arithmetic import arithmetic_for, is_batched
 from xent.core.reduction import Reduction, Scale
 from xent.core.scores import Scores, Sink
-from xent.core.statistics import Statistics
+from xent.core.statistics import Extras, Statistics
 from xent.core.sweep import Coefficients, Problem
 from xent.core.targets import Targets
 
 THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn.functional for it"
+
+
+class RowOutputs(NamedTuple):
+    """What a row says, each (M,): float64, differentiable, None where it was not asked for; argmax int64."""
+
+    loss: Tensor
+    logsumexp: Tensor
+    entropy: Tensor | None = None
+    log_prob: Tensor | None = None
+    argmax: Tensor | None = None
+
+
+UPSTREAM = 4  # of ℓ, lse, H and log p_y, None where there is none
+SAVED = 4  # m, r, a and e, None where there is none
 
 
 @dataclass(frozen=True)
@@ -40,6 +55,7 @@ class _Recipe:
     smoothing: float
     own_known: bool
     budget: int
+    extras: Extras
     leaves: int
     wants: tuple[
         bool, ...
@@ -62,6 +78,7 @@ class _Recipe:
             t.smoothing,
             t.own_known,
             problem.budget,
+            problem.extras,
             len(leaves),
         )
         return recipe, leaves + rest
@@ -86,18 +103,40 @@ class _Recipe:
             spread=spread,
         )
         arithmetic = arithmetic_for(*tensors, *others)
-        return Problem(self.make(*scores), targets, self.budget, arithmetic)
+        return Problem(self.make(*scores), targets, self.budget, arithmetic, self.extras)
 
 
-def rows(problem: Problem) -> tuple[Tensor, Tensor]:
-    """(ℓ, lse), each (M,) float64, differentiable twice in every tensor of scores and in probabilities."""
+def rows(problem: Problem) -> RowOutputs:
+    """What each row says, differentiable twice in every tensor of scores and in probabilities."""
     recipe, tensors = _Recipe.of(problem)
-    if not (needs_gradient(problem) or transformed(*tensors)):
+    if needs_gradient(problem) or transformed(*tensors):
+        found = _Rows.apply(recipe, None, *tensors)
+    else:
         with _plain(problem):
-            found = sweep.statistics(problem)
-        return found.loss, found.logsumexp
-    loss, logsumexp, *_ = _Rows.apply(recipe, None, *tensors)
-    return loss, logsumexp
+            found = _outputs(sweep.statistics(problem))
+    return _unpacked(found, problem.extras)
+
+
+def _outputs(found: Statistics) -> tuple[Tensor, ...]:
+    """ℓ, lse, H and log p_y, then what derivatives start from, then k; without what was not asked for."""
+    entropy = None if found.e is None else found.entropy
+    log_prob = None if found.own is None else found.log_prob(found.own[:, None])[:, 0]
+    saved = (t if t is None else t.clone() for t in (found.m, found.r, found.a, found.e))
+    every = (found.loss, found.logsumexp, entropy, log_prob, *saved, found.k)
+    return tuple(t for t in every if t is not None)
+
+
+def _unpacked(outputs: tuple[Tensor, ...], extras: Extras) -> RowOutputs:
+    _, _, entropy, log_prob, _ = _arranged(outputs, extras)
+    argmax = outputs[-1] if extras.argmax else None
+    return RowOutputs(outputs[0], outputs[1], entropy, log_prob, argmax)
+
+
+def _arranged(outputs: tuple[Any, ...], extras: Extras) -> tuple[Any, ...]:
+    """(ℓ, lse, H or None, log p_y or None, the saved four) of `_outputs` or of something as long."""
+    wants = (True, True, extras.entropy, extras.log_prob, True, True, True, extras.entropy)
+    *upstream, m, r, a, e = _spread(outputs, wants, len(wants))
+    return *upstream, (m, r, a, e)
 
 
 def reduced(problem: Problem, reduction: Reduction, row_weight: Tensor | None, scale: Scale) -> Tensor:
@@ -135,68 +174,62 @@ def batched(*tensors: Tensor | None) -> bool:
 
 
 class _Rows(torch.autograd.Function):
-    """(q, *scores) → ℓ, lse, and the statistics m, r, a that the derivatives start from."""
+    """(q, *scores) → what the rows say, and the statistics that the derivatives start from."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(recipe: _Recipe, known: Statistics | None, *tensors: Tensor | None) -> tuple[Tensor, ...]:
-        found = known
-        if found is None:
-            problem = recipe.bind(tensors)
-            with _plain(problem):
-                found = sweep.statistics(problem)
-        return found.loss, found.logsumexp, found.m.clone(), found.r.clone(), found.a.clone()
+        if known is not None:
+            return _outputs(known)
+        problem = recipe.bind(tensors)
+        with _plain(problem):
+            return _outputs(sweep.statistics(problem))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.recipe, _, *tensors = inputs
-        ctx.mark_non_differentiable(*output[2:])
+        extras = ctx.recipe.extras
+        ctx.mark_non_differentiable(*output[2 + extras.entropy + extras.log_prob :])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[2:], *tensors)
-        ctx.save_for_forward(*output[2:], *tensors)
+        saved = _arranged(output, extras)[-1]
+        ctx.save_for_backward(*saved, *tensors)
+        ctx.save_for_forward(*saved, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        m, r, a, *tensors = ctx.saved_tensors
-        loss, logsumexp = upstream[:2]
+        saved, tensors = _split(ctx.saved_tensors, SAVED)
+        *asked, _ = _arranged(upstream, ctx.recipe.extras)
         wants = ctx.needs_input_grad[2 : 2 + ctx.recipe.leaves]
-        if (loss is None and logsumexp is None) or not any(wants):
+        if all(t is None for t in asked) or not any(wants):
             return (None,) * (2 + len(tensors))
-        if loss is None:
-            loss = torch.zeros_like(m)
-        gradients = _Gradient.apply(ctx.recipe.asking(wants), loss, logsumexp, m, r, a, *tensors)
+        if asked[0] is None:
+            asked[0] = torch.zeros_like(saved[0])
+        gradients = _Gradient.apply(ctx.recipe.asking(wants), *asked, *saved, *tensors)
         return None, None, *_spread(gradients, wants, len(tensors))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        m, r, a, *tensors = ctx.saved_tensors
-        along = tangents[2 : 2 + ctx.recipe.leaves]
-        loss, logsumexp = _Tangent.apply(ctx.recipe, m, r, a, *along, *tensors)
-        return loss, logsumexp, None, None, None
+        saved, tensors = _split(ctx.saved_tensors, SAVED)
+        along, extras = tangents[2 : 2 + ctx.recipe.leaves], ctx.recipe.extras
+        found = _Tangent.apply(ctx.recipe, *saved, *along, *tensors)
+        return *found, *(None,) * (3 + extras.entropy + extras.argmax)
 
 
 class _Gradient(torch.autograd.Function):
-    """∂⟨(ℓ, lse), (γ, e)⟩ in the leaves that are wanted."""
+    """∂⟨rows, upstream⟩ in the leaves that are wanted."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        recipe: _Recipe,
-        loss: Tensor,
-        logsumexp: Tensor | None,
-        m: Tensor,
-        r: Tensor,
-        a: Tensor,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         if recipe.known is not None:
             return recipe.known
-        problem, wants = recipe.bind(tensors, loss, logsumexp, m, r, a), recipe.wants
+        asked, saved, tensors = _split(inputs, UPSTREAM, SAVED)
+        problem, wants = recipe.bind(tensors, *asked, *saved), recipe.wants
         with _plain(problem):
             sink, dq = sweep.gradient(
-                problem, _found(m, r, a), Coefficients(loss, logsumexp), wants[1:], wants_target=wants[0]
+                problem, _found(saved), _coefficients(asked), wants[1:], wants_target=wants[0]
             )
             return _wanted(wants, problem, dq, sink)
 
@@ -210,47 +243,46 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        loss, logsumexp, m, r, a, *tensors = ctx.saved_tensors
+        asked, saved, tensors = _split(ctx.saved_tensors, UPSTREAM, SAVED)
         along = _spread(upstream, ctx.recipe.wants, ctx.recipe.leaves)
         needs = ctx.needs_input_grad[1:]
-        wants = (needs[0], needs[1], *needs[5 : 5 + ctx.recipe.leaves])
+        leaves = needs[UPSTREAM + SAVED :][: ctx.recipe.leaves]
+        wants = (*needs[:UPSTREAM], *leaves)
         if not any(wants) or all(t is None for t in along):
-            return (None,) * (6 + len(tensors))
-        out = _Product.apply(ctx.recipe.asking(wants), loss, logsumexp, m, r, a, *along, *tensors)
-        d_loss, d_logsumexp, *leaves = _spread(out, wants, len(wants))
+            return (None,) * (1 + UPSTREAM + SAVED + len(tensors))
+        out = _Product.apply(ctx.recipe.asking(wants), *asked, *saved, *along, *tensors)
+        found = _spread(out, wants, len(wants))
         rest = (None,) * (len(tensors) - ctx.recipe.leaves)
-        return None, d_loss, d_logsumexp, None, None, None, *leaves, *rest
+        return None, *found[:UPSTREAM], *(None,) * SAVED, *found[UPSTREAM:], *rest
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        loss, logsumexp, m, r, a, *tensors = ctx.saved_tensors
-        _, d_loss, d_logsumexp, _, _, _, *rest = tangents
-        along = tuple(rest[: ctx.recipe.leaves])
+        asked, saved, tensors = _split(ctx.saved_tensors, UPSTREAM, SAVED)
+        changes, _, rest = _split(tangents[1:], UPSTREAM, SAVED)
+        along = rest[: ctx.recipe.leaves]
         total: list[Tensor | None] = [None] * sum(ctx.recipe.wants)
         if any(t is not None for t in along):
-            wants = (False, False, *ctx.recipe.wants)
-            total = list(_Product.apply(ctx.recipe.asking(wants), loss, logsumexp, m, r, a, *along, *tensors))
-        if d_loss is not None or d_logsumexp is not None:
-            d_loss = torch.zeros_like(loss) if d_loss is None else d_loss
-            linear = _Gradient.apply(ctx.recipe, d_loss, d_logsumexp, m, r, a, *tensors)
+            wants = (*(False,) * UPSTREAM, *ctx.recipe.wants)
+            total = list(_Product.apply(ctx.recipe.asking(wants), *asked, *saved, *along, *tensors))
+        if any(t is not None for t in changes):
+            first = torch.zeros_like(saved[0]) if changes[0] is None else changes[0]
+            linear = _Gradient.apply(ctx.recipe, first, *changes[1:], *saved, *tensors)
             total = [g if t is None else t + g for t, g in zip(total, linear, strict=True)]
         return tuple(total)
 
 
 class _Tangent(torch.autograd.Function):
-    """The derivative of (ℓ, lse) along tangents of the leaves."""
+    """The derivative of what the rows say along tangents of the leaves."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        recipe: _Recipe, m: Tensor, r: Tensor, a: Tensor, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        (dq, *along), tensors = tensors[: recipe.leaves], tensors[recipe.leaves :]
-        problem = recipe.bind(tensors, m, r, a, dq, *along)
+    def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        saved, (dq, *along), tensors = _split(inputs, SAVED, recipe.leaves)
+        problem = recipe.bind(tensors, *saved, dq, *along)
         with _plain(problem):
-            out = hessian.tangent(problem, _found(m, r, a), tuple(along), dq)
-        return out.loss, out.logsumexp
+            out = hessian.tangent(problem, _found(saved), tuple(along), dq)
+        return tuple(t for t in out.outputs if t is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -261,23 +293,23 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = ctx.recipe.leaves
-        m, r, a, *tensors = ctx.saved_tensors
-        along, tensors = tensors[:n], tensors[n:]
-        loss, logsumexp = upstream
-        if loss is None:
-            loss = torch.zeros_like(m)
-        wants_along, wants = ctx.needs_input_grad[4 : 4 + n], ctx.needs_input_grad[4 + n : 4 + 2 * n]
+        n, extras = ctx.recipe.leaves, ctx.recipe.extras
+        saved, along, tensors = _split(ctx.saved_tensors, SAVED, n)
+        wants = (True, True, extras.entropy, extras.log_prob)
+        asked = list(_spread(upstream, wants, UPSTREAM))
+        if asked[0] is None:
+            asked[0] = torch.zeros_like(saved[0])
+        _, wants_along, wants, _ = _split(ctx.needs_input_grad[1:], SAVED, n, n)
         d_along: tuple[Tensor | None, ...] = (None,) * n
         if any(wants_along):
-            out = _Gradient.apply(ctx.recipe.asking(wants_along), loss, logsumexp, m, r, a, *tensors)
+            out = _Gradient.apply(ctx.recipe.asking(wants_along), *asked, *saved, *tensors)
             d_along = _spread(out, wants_along, n)
         d_leaves: tuple[Tensor | None, ...] = (None,) * len(tensors)
         if any(wants):
-            both = (False, False, *wants)
-            out = _Product.apply(ctx.recipe.asking(both), loss, logsumexp, m, r, a, *along, *tensors)
+            both = (*(False,) * UPSTREAM, *wants)
+            out = _Product.apply(ctx.recipe.asking(both), *asked, *saved, *along, *tensors)
             d_leaves = _spread(out, wants, len(tensors))
-        return None, None, None, None, *d_along, *d_leaves
+        return None, *(None,) * SAVED, *d_along, *d_leaves
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
@@ -285,33 +317,31 @@ class _Tangent(torch.autograd.Function):
 
 
 class _Product(torch.autograd.Function):
-    """The derivative of ⟨gradient, tangents⟩ in γ, e and the leaves that are wanted."""
+    """The derivative of ⟨gradient, tangents⟩ in the upstream and in the leaves that are wanted."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        recipe: _Recipe,
-        loss: Tensor,
-        logsumexp: Tensor | None,
-        m: Tensor,
-        r: Tensor,
-        a: Tensor,
-        *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        (dq, *along), tensors = tensors[: recipe.leaves], tensors[recipe.leaves :]
-        problem, wants = recipe.bind(tensors, loss, logsumexp, m, r, a, dq, *along), recipe.wants
-        asked = Coefficients(loss, logsumexp)
+    def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        asked, saved, (dq, *along), tensors = _split(inputs, UPSTREAM, SAVED, recipe.leaves)
+        problem = recipe.bind(tensors, *asked, *saved, dq, *along)
+        of_rows, wants = recipe.wants[:UPSTREAM], recipe.wants[UPSTREAM:]
+        gradients: tuple[Tensor, ...] = ()
         with _plain(problem):
-            if not any(wants[2:]):
-                part = hessian.tangent(problem, _found(m, r, a), tuple(along), dq)
-                gradients: tuple[Tensor, ...] = ()
+            if not any(wants):
+                part = hessian.tangent(problem, _found(saved), tuple(along), dq)
             else:
                 part, sink, q_part = hessian.product(
-                    problem, _found(m, r, a), asked, tuple(along), dq, wants[3:], wants_target=wants[2]
+                    problem,
+                    _found(saved),
+                    _coefficients(asked),
+                    tuple(along),
+                    dq,
+                    wants[1:],
+                    wants_target=wants[0],
                 )
-                gradients = _wanted(wants[2:], problem, q_part, sink)
-        scalars = tuple(v for want, v in zip(wants[:2], part[:2], strict=True) if want)
+                gradients = _wanted(wants, problem, q_part, sink)
+        scalars = tuple(v for want, v in zip(of_rows, part.outputs, strict=True) if want and v is not None)
         return scalars + gradients
 
     @staticmethod
@@ -381,7 +411,7 @@ class _Reduced(torch.autograd.Function):
         asked = ctx.reduction.coefficients(found, row_weight, ctx.scale * upstream, every)
         # under create_graph what has been formed is the answer, and this its derivative's way
         recipe = ctx.recipe.asking(wants, tuple(g for g in formed if g is not None) if formed else None)
-        gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, *tensors)
+        gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, found.e, *tensors)
         return *(None,) * 5, *_spread(gradients, wants, n), *rest
 
 
@@ -390,9 +420,28 @@ def _is_one(upstream: Tensor) -> bool:
     return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1.0
 
 
-def _found(m: Tensor, r: Tensor, a: Tensor) -> Statistics:
+def _split(given: Sequence[Any], *lengths: int) -> tuple[Any, ...]:
+    """The first of `given` in groups of these lengths, and the rest of them."""
+    groups, start = [], 0
+    for length in lengths:
+        groups.append(tuple(given[start : start + length]))
+        start += length
+    return *groups, tuple(given[start:])
+
+
+def _coefficients(asked: tuple[Tensor | None, ...]) -> Coefficients:
+    loss, *others = asked
+    assert loss is not None
+    return Coefficients(loss, *others)
+
+
+def _found(saved: tuple[Tensor | None, ...]) -> Statistics:
     """Statistics for derivatives, which never ask for d."""
-    return Statistics(m=m, r=r, d=torch.zeros_like(m), a=a)
+    m, r, a, e = saved
+    assert m is not None
+    assert r is not None
+    assert a is not None
+    return Statistics(m=m, r=r, d=torch.zeros_like(m), a=a, e=e)
 
 
 def _wanted(wants: tuple[bool, ...], problem: Problem, dq: Any, sink: Sink) -> tuple[Tensor, ...]:

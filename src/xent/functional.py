@@ -196,9 +196,9 @@ def _early(part: Part, reduction: Reduction, scale: Scale) -> Tensor | None:
 def _values(part: Part, reduction: Reduction) -> Tensor:
     """What each of the M rows adds to the loss, before the divisor."""
     if part.opaque:
-        nll, logsumexp = opaque.rows(part.problem, part.kept, part.check)
+        nll, logsumexp, *_ = opaque.rows(part.problem, part.kept, part.check)
     else:
-        nll, logsumexp = autograd.rows(part.problem)
+        nll, logsumexp, *_ = autograd.rows(part.problem)
     if part.kept is not None:  # select before weighing: 0·nan is not 0
         nll, logsumexp = (v.masked_fill(~part.kept, 0.0) for v in (nll, logsumexp))
     return reduction.values(nll, logsumexp, part.row_weight)

@@ -1,4 +1,4 @@
-"""The rows' ℓ and lse as custom operators, for `torch.compile`, `torch.export`, and tensors without data.
+"""What the rows say as custom operators, for `torch.compile`, `torch.export`, and tensors without data.
 
 The tile loop must not be unrolled into a graph, so there the two sweeps are operators that a graph holds as
 they are: ``xent::rows`` and its derivative ``xent::rows_gradient``. They have one derivative and no rule for
@@ -13,9 +13,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from xent.autograd import RowOutputs
 from xent.core import sweep
 from xent.core.scores import LinearHead, Logits, Scores, Transform
-from xent.core.statistics import Statistics, statistics_dtype
+from xent.core.statistics import Extras, Statistics, statistics_dtype
 from xent.core.sweep import Coefficients, Problem
 from xent.core.targets import Targets, check_index, check_top_k
 
@@ -28,12 +29,13 @@ def is_opaque(*tensors: Tensor | None) -> bool:
     return any(t is not None and (t.is_meta or isinstance(t, fake)) for t in tensors)
 
 
-def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> tuple[Tensor, Tensor]:
-    """(ℓ, lse), each (N,) float64, zero in the rows that are not kept (N,); differentiable once."""
+def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> RowOutputs:
+    """What each row says, (N,), zero (argmax −1) in the rows that are not kept (N,); differentiable once."""
     scores, t = problem.scores, problem.targets
     x, w, b = (*scores.tensors, None, None)[:3]
     assert x is not None
-    loss, logsumexp, _ = torch.ops.xent.rows(
+    extras = problem.extras
+    of_rows, _, argmax = torch.ops.xent.rows(
         x,
         w,
         b,
@@ -50,9 +52,19 @@ def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> tuple[Ten
         scores.transform.temperature,
         scores.product_dtype if isinstance(scores, LinearHead) else None,
         problem.budget,
+        extras.entropy,
+        extras.log_prob,
+        extras.argmax,
         check is not False,
     )
-    return loss, logsumexp
+    loss, logsumexp, entropy, log_prob = of_rows
+    return RowOutputs(
+        loss,
+        logsumexp,
+        entropy if extras.entropy else None,
+        log_prob if extras.log_prob else None,
+        argmax if extras.argmax else None,
+    )
 
 
 @torch.library.custom_op("xent::rows", mutates_args=())
@@ -73,6 +85,9 @@ def _rows(
     temperature: float,
     product_dtype: torch.dtype | None,
     budget: int,
+    entropy: bool,
+    log_prob: bool,
+    argmax: bool,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if own is not None and check:
@@ -98,25 +113,32 @@ def _rows(
         temperature,
         product_dtype,
         budget,
+        Extras(entropy, argmax, log_prob),
     )
     found = sweep.statistics(problem)
-    out = torch.stack((found.loss, found.logsumexp, found.m, found.r, found.a))
-    if problem.targets.rows is not None:
-        out = out.new_zeros(5, x.shape[0]).index_copy(1, problem.targets.rows, out)
-    return out[0].clone(), out[1].clone(), out[2:].clone()
+    zero = torch.zeros_like(found.m)
+    of_class = zero if found.own is None else found.log_prob(found.own[:, None])[:, 0]
+    out = torch.stack((found.loss, found.logsumexp, zero if found.e is None else found.entropy, of_class))
+    saved = torch.stack((found.m, found.r, found.a, zero if found.e is None else found.e))
+    k = torch.zeros_like(zero, dtype=torch.int64) if found.k is None else found.k
+    chosen = problem.targets.rows
+    if chosen is not None:
+        out, saved = (t.new_zeros(4, x.shape[0]).index_copy(1, chosen, t) for t in (out, saved))
+        k = k.new_full((x.shape[0],), -1).index_copy(0, chosen, k)
+    return out, saved, k
 
 
 @_rows.register_fake
 def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
     dtype, n = statistics_dtype(x.device), x.shape[0]
-    return x.new_empty(n, dtype=dtype), x.new_empty(n, dtype=dtype), x.new_empty((3, n), dtype=dtype)
+    of_rows, saved = (x.new_empty((4, n), dtype=dtype) for _ in range(2))
+    return of_rows, saved, x.new_empty(n, dtype=torch.int64)
 
 
 @torch.library.custom_op("xent::rows_gradient", mutates_args=())
 def _rows_gradient(
-    loss: Tensor,  # (N,) ∂L/∂ℓ
-    logsumexp: Tensor,  # (N,) ∂L/∂lse
-    statistics: Tensor,  # (3, N)
+    upstream: Tensor,  # (4, N) of ℓ, lse, H, log p_y
+    statistics: Tensor,  # (4, N) m, r, a, e
     wants: Sequence[bool],
     x: Tensor,
     w: Tensor | None,
@@ -134,6 +156,8 @@ def _rows_gradient(
     temperature: float,
     product_dtype: torch.dtype | None,
     budget: int,
+    entropy: bool,
+    log_prob: bool,
 ) -> list[Tensor]:
     problem = _problem(
         x,
@@ -152,16 +176,17 @@ def _rows_gradient(
         temperature,
         product_dtype,
         budget,
+        Extras(entropy, False, log_prob),
     )
-    of_rows = torch.stack((loss, logsumexp, *statistics))
+    of_rows = torch.cat((upstream, statistics))
     if problem.targets.rows is not None:
         of_rows = of_rows[:, problem.targets.rows]
-    loss, logsumexp, m, r, a = of_rows
-    found = Statistics(m=m, r=r, d=torch.zeros_like(m), a=a)
+    loss, logsumexp, of_entropy, of_class, m, r, a, e = of_rows
+    found = Statistics(m=m, r=r, d=torch.zeros_like(m), a=a, e=e if entropy else None)
     sink, dq = sweep.gradient(
         problem,
         found,
-        Coefficients(loss, logsumexp),
+        Coefficients(loss, logsumexp, of_entropy if entropy else None, of_class if log_prob else None),
         tuple(wants[: len(problem.scores.tensors)]),
         wants_target=wants[3],
     )
@@ -176,8 +201,7 @@ def _rows_gradient(
 
 @_rows_gradient.register_fake
 def _(
-    loss: Tensor,
-    logsumexp: Tensor,
+    upstream: Tensor,
     statistics: Tensor,
     wants: Sequence[bool],
     x: Tensor,
@@ -207,6 +231,7 @@ def _problem(
     temperature: float,
     product_dtype: torch.dtype | None,
     budget: int,
+    extras: Extras,
 ) -> Problem:
     transform = Transform(softcap, temperature)
     scores: Scores
@@ -236,21 +261,23 @@ def _problem(
             own_rest=None if own_rest is None else own_rest[chosen],
             spread=None if spread is None else spread[chosen],
         )
-    return Problem(scores, targets, budget)
+    return Problem(scores, targets, budget, extras=extras)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, classes, smoothing, softcap, temperature, product_dtype, budget, _ = inputs
-    ctx.settings = (classes, smoothing, softcap, temperature, product_dtype, budget)
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[2], *tensors)
+    *tensors, classes, smoothing, softcap, temperature, product_dtype, budget, entropy, log_prob, _, _ = (
+        inputs
+    )
+    ctx.settings = (classes, smoothing, softcap, temperature, product_dtype, budget, entropy, log_prob)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(output[1], *tensors)
 
 
-def _backward(ctx, loss, logsumexp, _):  # type: ignore[no-untyped-def]
+def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
     statistics, *tensors = ctx.saved_tensors
     wants = [bool(need) and t is not None for need, t in zip(ctx.needs_input_grad[:4], tensors, strict=False)]
-    wanted = iter(torch.ops.xent.rows_gradient(loss, logsumexp, statistics, wants, *tensors, *ctx.settings))
-    return *(next(wanted) if want else None for want in wants), *(None,) * 13
+    wanted = iter(torch.ops.xent.rows_gradient(upstream, statistics, wants, *tensors, *ctx.settings))
+    return *(next(wanted) if want else None for want in wants), *(None,) * 16
 
 
-torch.library.register_autograd("xent::rows", _backward, setup_context=_setup_context)
+_rows.register_autograd(_backward, setup_context=_setup_context)

@@ -4,8 +4,10 @@ Along tangents (ẋ, Ẇ, ḃ) of the scores' tensors and q̇ of the probabiliti
 ζ = (dz/du)·u̇, f = ∂t/∂q and the row coefficients α, γ of the gradient:
 
     ℓ̇ = a⟨p, ζ⟩ − ⟨t, ζ⟩ + ⟨f∘q̇, −log p⟩        lsė = ⟨p, ζ⟩
+    Ḣ = ē⟨p, ζ⟩ − ⟨p∘(z − m), ζ⟩                   (log p_y)˙ = ζ_y − ⟨p, ζ⟩
 
-    R = dz/du·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇)) + d²z/du²·u̇∘(α p − γ t)
+    R = dz/du·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇) + η·ṡ) + d²z/du²·u̇∘(∂L/∂z)
+    ṡ = −p∘((ζ − ⟨p, ζ⟩)(z − m − ē) + ζ − ⟨p, ζ⟩ + Ḣ), the derivative of ∂H/∂z = −p∘(z − m − ē)
     x-part: R W + G Ẇ        W-part: Rᵀx + Gᵀẋ        b-part: Rᵀ1        q-part: γ·f∘(⟨p, ζ⟩ − ζ)
 
 with G = ∂L/∂u. `tangent` gives the first line (a Jacobian product); `product` gives both: the derivative of
@@ -38,10 +40,17 @@ class RowTangent(NamedTuple):
     loss: Tensor  # (M,) ℓ̇
     logsumexp: Tensor  # (M,)
     mass: Tensor  # (M,) ⟨f, q̇⟩
+    entropy: Tensor | None = None  # (M,) Ḣ
+    log_prob: Tensor | None = None  # (M,)
+
+    @property
+    def outputs(self) -> tuple[Tensor | None, ...]:
+        return self.loss, self.logsumexp, self.entropy, self.log_prob
 
 
 class _Pushed(NamedTuple):
     tile: Tile  # z: exp(z − m)
+    shifted: Tensor | None  # (R, T) z − m, where entropy or probabilities ask for it
     du: Tensor  # (R, T) tangent of u
     zeta: Tensor  # (R, T) tangent of z; in the place of du where the transform is straight
     bend: Tensor | None  # (R, T) d²z/du² ÷ gain
@@ -70,7 +79,7 @@ def product(
     wants_target: bool,
 ) -> tuple[RowTangent, Sink, Total | None]:
     """Row tangents, and the derivative of ⟨gradient, tangents⟩ in the scores' tensors and in q."""
-    scores, targets, _, o = problem
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     plan = _plan(problem, resident=True)
     workspace = _workspace(problem, plan)
     sink = scores.sink(o, wants)
@@ -89,7 +98,7 @@ def product(
                 if plan.resident:
                     pushed = kept[number]
                 else:
-                    pushed = _push(problem, workspace, chunk, picked, loaded, classes, rows, tangents)[0]
+                    pushed = _push(problem, workspace, chunk, picked, loaded, classes, rows, tangents)
                 if q_part is not None:
                     factor = targets.probability_factor(classes, pushed.zeta.dtype)
                     centred = part.logsumexp.to(pushed.zeta.dtype)[:, None] - pushed.zeta
@@ -117,15 +126,18 @@ def _chunk_tangent(
     dq: Tensor | None,
 ) -> tuple[RowTangent, list[_Pushed]]:
     """Row tangents of a chunk; its tiles, where the plan keeps them."""
-    scores, targets, _, _ = problem
+    scores, targets = problem.scores, problem.targets
     picked = targets.pick(chunk)
     loaded = scores.load(picked)
-    p_zeta = t_zeta = surprise = mass = torch.zeros_like(found.m)
+    p_zeta = t_zeta = surprise = mass = p_zeta_z = own_zeta = torch.zeros_like(found.m)
     kept = []
     for classes in plan.class_tiles(targets.classes):
-        pushed, shifted = _push(problem, workspace, chunk, picked, loaded, classes, found, tangents)
-        zeta, own = pushed.zeta, pushed.tile.own
+        pushed = _push(problem, workspace, chunk, picked, loaded, classes, found, tangents)
+        zeta, own, shifted = pushed.zeta, pushed.tile.own, pushed.shifted
         p_zeta = p_zeta + (pushed.tile.z * zeta).sum(1).to(found.m.dtype) / (1 + found.r)
+        if problem.extras.entropy:
+            bent = torch.special.entr(pushed.tile.z) * zeta  # −p∘(z − m)∘ζ, times 1 + r
+            p_zeta_z = p_zeta_z - bent.sum(1).to(found.m.dtype) / (1 + found.r)
         t = targets.tile(chunk, classes, zeta.dtype)
         if t is not None:
             t_zeta = t_zeta + (t * zeta).sum(1).to(found.m.dtype)
@@ -135,7 +147,9 @@ def _chunk_tangent(
                 mass_here = targets.own_mass[chunk]
             if t is not None:  # the own class's share of the dense part is in own_mass already
                 mass_here = mass_here - own.take(t.expand(zeta.shape), 0.0).to(found.m.dtype)
-            t_zeta = t_zeta + (mass_here * own.take(zeta, 0.0).to(found.m.dtype)).sum(1)
+            zeta_here = own.take(zeta, 0.0).to(found.m.dtype)
+            t_zeta = t_zeta + (mass_here * zeta_here).sum(1)
+            own_zeta = own_zeta + zeta_here[:, 0]
         if dq is not None:
             dt = dq[picked, classes].to(zeta.dtype) * targets.probability_factor(classes, zeta.dtype)
             assert shifted is not None  # dq has probabilities beside it
@@ -144,7 +158,9 @@ def _chunk_tangent(
             mass = mass + dt.sum(1).to(found.m.dtype)
         if plan.resident:
             kept.append(pushed)
-    return RowTangent(found.a * p_zeta - t_zeta + surprise, p_zeta, mass), kept
+    entropy = None if found.e is None else found.e / (1 + found.r) * p_zeta - p_zeta_z
+    log_prob = own_zeta - p_zeta if problem.extras.log_prob else None
+    return RowTangent(found.a * p_zeta - t_zeta + surprise, p_zeta, mass, entropy, log_prob), kept
 
 
 def _push(
@@ -156,14 +172,15 @@ def _push(
     classes: slice,
     found: Statistics,
     tangents: Tangents,
-) -> tuple[_Pushed, Tensor | None]:
-    """A tile with its tangents; and z − m where probabilities ask for it."""
-    scores, targets, _, o = problem
+) -> _Pushed:
+    """A tile with its tangents."""
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     tile, shifted = revisit(problem, workspace, chunk, loaded, classes, found)
     bend = None
     if tile.slope is not None:
         bend = scores.transform.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope)
-    saved = shifted.clone() if targets.probabilities is not None else None
+    wanted = targets.probabilities is not None or problem.extras.entropy
+    saved = shifted.clone() if wanted else None
     tile = tile._replace(z=o.exp(shifted))
     du = zeta = torch.zeros_like(tile.z)
     if any(t is not None for t in tangents):
@@ -173,7 +190,7 @@ def _push(
             zeta = du * tile.slope * gain
         else:
             zeta = du if gain == 1.0 else o.mul(du, gain)
-    return _Pushed(tile, du, zeta, bend), saved
+    return _Pushed(tile, saved, du, zeta, bend)
 
 
 def _hessian_tile(
@@ -186,13 +203,23 @@ def _hessian_tile(
     dq: Tensor | None,
 ) -> Tensor:
     """gain·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇)), in the place of ζ."""
-    scores, targets, _, o = problem
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     dtype = pushed.zeta.dtype
-    gain = scores.transform.gain
-    gamma = asked.loss * gain
-    alpha = found.a * gamma if asked.logsumexp is None else found.a * gamma + asked.logsumexp * gain
+    asked = asked.scaled(scores.transform.gain)
+    gamma, alpha = asked.loss, asked.alpha(found.a)
     r = o.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
+    of_entropy = None
+    if asked.entropy is not None:
+        assert found.e is not None
+        assert part.entropy is not None
+        assert pushed.shifted is not None
+        far = pushed.shifted - (found.e / (1 + found.r)).to(dtype)[:, None]
+        far = torch.where(pushed.tile.z == 0, 0.0, far)  # a masked class is infinitely far, and has no share
+        of_entropy = r * far + r + part.entropy.to(dtype)[:, None]
+        of_entropy = of_entropy * pushed.tile.z * (asked.entropy / (1 + found.r)).to(dtype)[:, None]
     r = o.mul(o.mul(r, pushed.tile.z), (alpha / (1 + found.r)).to(dtype)[:, None])
+    if of_entropy is not None:
+        r = r - of_entropy
     if dq is not None:
         classes = pushed.tile.classes
         dt = dq[picked, classes].to(dtype) * targets.probability_factor(classes, dtype)
@@ -204,9 +231,10 @@ def _hessian_tile(
 def _plan(problem: Problem, *, resident: bool) -> Plan:
     # kept: probabilities and tangents, and where the transform is curved its slopes, bends and ζ beside u̇
     curved, soft = problem.scores.transform.curved, problem.targets.probabilities is not None
-    kept = 2 + 2 * curved + soft
+    entropy = problem.extras.entropy
+    kept = 2 + 2 * curved + (soft or entropy)
     # those of a tile live on while the next tile makes its own
-    passing = 1 + 6 * curved + 3 * soft
+    passing = 1 + 6 * curved + 3 * soft + 4 * entropy
     return problem.plan(resident=resident, buffers=kept, temporaries=passing, least_rows=2)
 
 
@@ -216,9 +244,9 @@ def _workspace(problem: Problem, plan: Plan) -> Workspace:
 
 def _concatenate(parts: list[RowTangent], found: Statistics) -> RowTangent:
     if not parts:
-        return RowTangent(found.a, found.a, found.a)
-    return (
-        parts[0]
-        if len(parts) == 1
-        else RowTangent(*(torch.cat(column) for column in zip(*parts, strict=True)))
-    )
+        return RowTangent(found.a, found.a, found.a, found.e, found.own)
+    if len(parts) == 1:
+        return parts[0]
+    loss, logsumexp, mass, *others = zip(*parts, strict=True)
+    joined = (None if column[0] is None else torch.cat(column) for column in others)
+    return RowTangent(torch.cat(loss), torch.cat(logsumexp), torch.cat(mass), *joined)

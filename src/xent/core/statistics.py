@@ -4,6 +4,10 @@
 
     lse(z) = m + log1p(r)        ℓ = a·lse(z) − ⟨t, z⟩ = a·log1p(r) − d        log p_c = (z_c − m) − log1p(r)
 
+and where they are asked for
+
+    e = Σ (z − m) exp(z − m)        k = argmax z        H(p) = log1p(r) − e/(1 + r)
+
 Everything is relative to the row's own maximum, so a common offset cancels before it can round, and r
 leaves one maximum's own term out, so a confident row keeps its digits where 1 + r would lose them.
 Two sets of classes are joined by moving both to the larger maximum and adding: the same `merge` joins
@@ -13,8 +17,9 @@ class tiles, the target's own tile, and processes.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +41,17 @@ def product_with_zero(a: Tensor, shift: Tensor) -> Tensor:
     return torch.where(a == 0, 0.0, a * shift)
 
 
+class Extras(NamedTuple):
+    """What is accumulated beside a loss."""
+
+    entropy: bool = False
+    argmax: bool = False
+    log_prob: bool = False  # of the own class, which is then one
+
+
+LOSS_ALONE = Extras()
+
+
 @dataclass(frozen=True)
 class Statistics:
     """Row statistics over some set of classes; every field has shape (R,)."""
@@ -44,12 +60,23 @@ class Statistics:
     r: Tensor  # (R,) Σ exp(z − m) over the classes, one maximum left out; −1 over no classes
     d: Tensor  # (R,) Σ t (z − m)
     a: Tensor  # (R,) Σ t
+    e: Tensor | None = None  # (R,) Σ (z − m) exp(z − m), never positive
+    k: Tensor | None = None  # (R,) int64, the lowest class of the largest logit
+    own: Tensor | None = None  # (R,) the own class's logit, once all classes are together
 
     @classmethod
-    def identity(cls, rows: int, device: torch.device) -> Statistics:
+    def identity(cls, rows: int, device: torch.device, extras: Extras = LOSS_ALONE) -> Statistics:
         """The statistics of no classes at all: the neutral element of `merge`."""
         zero = torch.zeros(rows, dtype=statistics_dtype(device), device=device)
-        return cls(m=zero + NEG_INF, r=zero - 1, d=zero, a=zero)
+        return cls(
+            m=zero + NEG_INF,
+            r=zero - 1,
+            d=zero,
+            a=zero,
+            e=zero if extras.entropy else None,
+            k=zero.to(torch.int64) if extras.argmax else None,
+            own=zero if extras.log_prob else None,
+        )
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of the union of two disjoint sets of classes."""
@@ -69,7 +96,15 @@ class Statistics:
             + other.d
             + product_with_zero(other.a, shift_other),
             a=self.a + other.a,
+            e=_sum(_moved(self, shift_self), _moved(other, shift_other)),
+            k=_lowest(self, other),
         )
+
+    @property
+    def entropy(self) -> Tensor:
+        """H(p), (R,): two terms of one sign."""
+        assert self.e is not None
+        return self.log_partition - self.e / (1 + self.r)
 
     @property
     def log_partition(self) -> Tensor:
@@ -93,19 +128,40 @@ class Statistics:
     def rows(self, rows: slice) -> Statistics:
         if rows.start == 0 and rows.stop == self.m.shape[0]:
             return self
-        return Statistics(self.m[rows], self.r[rows], self.d[rows], self.a[rows])
+        return self._mapped(lambda t: t[rows])
 
     @staticmethod
     def concatenate(parts: Sequence[Statistics]) -> Statistics:
         """Statistics of consecutive row chunks, one below the other."""
         if len(parts) == 1:
             return parts[0]
-        return Statistics(
-            m=torch.cat([part.m for part in parts]),
-            r=torch.cat([part.r for part in parts]),
-            d=torch.cat([part.d for part in parts]),
-            a=torch.cat([part.a for part in parts]),
-        )
+        first, *_ = parts
+        names = [field.name for field in fields(first) if getattr(first, field.name) is not None]
+        return Statistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def _mapped(self, f: Callable[[Tensor], Tensor]) -> Statistics:
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return Statistics(**{name: f(getattr(self, name)) for name in names})
+
+
+def _moved(part: Statistics, shift: Tensor) -> Tensor | None:
+    """e relative to a reference that lies −shift higher."""
+    if part.e is None:
+        return None
+    moved = torch.exp(shift) * (part.e + shift * (1 + part.r))
+    return torch.where(shift == NEG_INF, 0.0, moved)
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return None if a is None or b is None else a + b
+
+
+def _lowest(one: Statistics, other: Statistics) -> Tensor | None:
+    """The class of the larger maximum, the lower one of two that are equal."""
+    if one.k is None or other.k is None:
+        return None
+    equal = torch.minimum(one.k, other.k)
+    return torch.where(one.m > other.m, one.k, torch.where(other.m > one.m, other.k, equal))
 
 
 class RunningUnion:
@@ -139,15 +195,21 @@ def finite_base(m: Tensor) -> Tensor:
 
 
 def summarise(
-    o: Arithmetic, z: Tensor, t: Tensor | None, own: OwnColumns | None
+    o: Arithmetic,
+    z: Tensor,
+    t: Tensor | None,
+    own: OwnColumns | None,
+    extras: Extras = LOSS_ALONE,
+    first: int = 0,
 ) -> tuple[Tensor, Statistics]:
     """exp(z − m) of one tile of logits z (R, T), m its own maximum, and the tile's statistics.
 
     t (R or 1, T) is the dense part of the target, None where there is none. Columns of `own` belong to
-    the target's own tile: they arrive masked, contribute nothing, and leave as zeros.
+    the target's own tile: they arrive masked, contribute nothing, and leave as zeros. `first` is the tile's
+    first class.
     """
     dtype = statistics_dtype(z.device)
-    if t is None:
+    if t is None and own is not None and not any(extras):
         # the mass lies in the own tile, beside which 1 + r is all that is ever needed of this one
         m = z.amax(1)
         z = o.exp(o.sub(z, finite_base(m)[:, None]))
@@ -160,20 +222,24 @@ def summarise(
     if all_masked:
         # all of them equally far below: at no distance from their own maximum
         z = torch.where(masked[:, None], 0.0, z)
-    a = t.to(dtype).sum(1).expand(z.shape[0])
     if own is not None:
         z = own.put(o, z, 0.0)
-        a = a - own.take(t.expand(z.shape), 0.0).to(dtype).sum(1)
-    d = masked_dot(o, t, z).to(dtype)
+    a = d = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
+    if t is not None:
+        a = t.to(dtype).sum(1).expand(z.shape[0])
+        if own is not None:
+            a = a - own.take(t.expand(z.shape), 0.0).to(dtype).sum(1)
+        d = masked_dot(o, t, z).to(dtype)
     z = o.exp(z)
     if own is not None:
         z = own.put(o, z, 0.0)
     z = o.scatter(z, top[:, None], 0.0)
     r = torch.where(masked, -1.0, z.sum(1).to(dtype))
+    e = -torch.special.entr(z).sum(1).to(dtype) if extras.entropy else None  # Σ E log E, E = exp(z − m)
     z = o.scatter(z, top[:, None], 1.0)
     if all_masked:
         z = torch.where(masked[:, None], 0.0, z)
-    return z, Statistics(m.to(dtype), r, d, a)
+    return z, Statistics(m.to(dtype), r, d, a, e, first + top if extras.argmax else None)
 
 
 def summarise_row(

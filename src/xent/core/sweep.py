@@ -1,18 +1,20 @@
 """Visit the tiles of rows × classes: row statistics, loss, and the gradient.
 
-With row coefficients α, γ from what came after the loss (γ = ∂L/∂ℓ, α = a·γ + ∂L/∂lse):
+With row coefficients from what came after the row's outputs (γ = ∂L/∂ℓ, η = ∂L/∂H, λ = ∂L/∂log p_y):
 
-    ∂L/∂z = α·p − γ·t        p = exp(z − m) / (1 + r)        ∂L/∂q = γ·(∂t/∂q)·(−log p)
+    ∂L/∂z = p∘(α − η·(z − m − ē)) − γ·t + λ·e_y        α = a·γ + ∂L/∂lse − λ        ∂L/∂q = γ·(∂t/∂q)·(−log p)
 
-and at the target's own class α·expm1(log p_y) + γ·(a − t_y) + ∂L/∂lse, which is the same number without
-the cancellation. `statistics` is one product a tile, `gradient` up to three more, and `fused` forms the
-gradient while the probabilities are still in the workspace: three in all.
+with p = exp(z − m) / (1 + r) and ē = e/(1 + r); at the target's own class the α- and γ-terms and λ are
+α·expm1(log p_y) + γ·(a − t_y) + ∂L/∂lse, the same number without the cancellation. `statistics` is one
+product a tile, `gradient` up to three more, and `fused` forms the gradient while the probabilities are still
+in the workspace: three in all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +25,8 @@ from xent.core.matmul import fast_products
 from xent.core.plan import Footprint, Plan
 from xent.core.scores import Room, Scores, Sink
 from xent.core.statistics import (
+    LOSS_ALONE,
+    Extras,
     OwnColumns,
     RunningUnion,
     Statistics,
@@ -35,24 +39,37 @@ from xent.core.targets import Targets
 
 
 class Coefficients(NamedTuple):
-    """∂L/∂(row outputs) of M rows: `loss` (M,) float64 and `logsumexp` (M,) or None where it is zero."""
+    """∂L/∂(row outputs) of M rows: `loss` (M,) float64, the others (M,) or None where they are zero."""
 
     loss: Tensor
-    logsumexp: Tensor | None
+    logsumexp: Tensor | None = None
+    entropy: Tensor | None = None
+    log_prob: Tensor | None = None
 
     def rows(self, rows: slice) -> Coefficients:
-        return Coefficients(
-            cut(self.loss, rows), None if self.logsumexp is None else cut(self.logsumexp, rows)
-        )
+        return self._mapped(lambda t: cut(t, rows))
+
+    def alpha(self, a: Tensor) -> Tensor:
+        """The factor of p, without the entropy's: a·γ + ∂L/∂lse − λ."""
+        alpha = a * self.loss
+        alpha = alpha if self.logsumexp is None else alpha + self.logsumexp
+        return alpha if self.log_prob is None else alpha - self.log_prob
+
+    def scaled(self, by: float) -> Coefficients:
+        return self if by == 1.0 else self._mapped(lambda t: t * by)
+
+    def _mapped(self, f: Callable[[Tensor], Tensor]) -> Coefficients:
+        return Coefficients(f(self.loss), *(None if t is None else f(t) for t in self[1:]))
 
 
 class Problem(NamedTuple):
-    """Scores, targets, the bytes of working memory, and which body of a tile to use."""
+    """Scores, targets, the bytes of working memory, which body of a tile to use, and what is asked for."""
 
     scores: Scores
     targets: Targets
     budget: int
     arithmetic: Arithmetic = InPlace()
+    extras: Extras = LOSS_ALONE
 
     def plan(self, *, resident: bool, buffers: int = 1, temporaries: int = 0, least_rows: int = 1) -> Plan:
         """Tiles within the budget; `buffers` tile-sized tensors are held at once and `temporaries` come and
@@ -61,7 +78,9 @@ class Problem(NamedTuple):
         size = scores.dtype.itemsize
         footprint = Footprint(
             kept=size * (buffers + scores.transform.curved),
-            scratch=size * temporaries + self._of_dense_targets(size) + scores.bytes_per_logit,
+            scratch=size * (temporaries + 2 * self.extras.entropy)  # E log E, and its product with a number
+            + self._of_dense_targets(size)
+            + scores.bytes_per_logit,
             per_row=scores.bytes_per_row(targets.rows is not None),
             per_class=scores.bytes_per_class(),
             resident_rows=max(1, scores.least_resident_rows // least_rows),
@@ -99,7 +118,7 @@ def fused(
     problem: Problem, coefficients: Callable[[Statistics, slice], Coefficients], wants: tuple[bool, ...]
 ) -> tuple[Statistics, Sink]:
     """Statistics and gradient in one sweep; `coefficients` is asked as each chunk's statistics are known."""
-    scores, targets, _, o = problem
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     plan = problem.plan(resident=True)
     if not plan.resident:
         found = statistics(problem)
@@ -128,7 +147,7 @@ def gradient(
     wants_target: bool = False,
 ) -> tuple[Sink, Total | None]:
     """The gradient from saved statistics: the logits are computed once more, classes outermost."""
-    scores, targets, _, o = problem
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     plan = problem.plan(resident=False)
     workspace = Workspace(problem, plan, slopes=scores.transform.curved)
     sink = scores.sink(o, wants)
@@ -196,14 +215,15 @@ def chunk_statistics(
     problem: Problem, plan: Plan, workspace: Workspace, chunk: slice, loaded: Tensor
 ) -> tuple[Statistics, list[Tile]]:
     """Statistics of a chunk of rows over all classes; the tiles hold exp(z − base) if the plan keeps them."""
-    scores, targets, _, o = problem
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     union, own_z = RunningUnion(), None
     tiles = []
     for classes in plan.class_tiles(targets.classes):
         z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
         own = _own_columns(targets, chunk, classes)
         whole_row = classes == slice(0, targets.classes)
-        if own is not None and own.local.shape[1] == 1 and not targets.dense and whole_row:
+        simple = not targets.dense and not any(problem.extras)
+        if own is not None and own.local.shape[1] == 1 and simple and whole_row:
             mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
             z, row_own_z, whole = summarise_row(o, z, own, mass)
             return whole, [Tile(classes, z, slope, whole.m, own, row_own_z)]
@@ -212,14 +232,19 @@ def chunk_statistics(
             here = own.take(z, torch.nan).to(statistics_dtype(z.device))
             own_z = here if own_z is None or own.inside is None else torch.where(own.inside, here, own_z)
             z = own.put(o, z, -torch.inf)
-        z, part = summarise(o, z, targets.tile(chunk, classes, z.dtype), own)
+        t = targets.tile(chunk, classes, z.dtype)
+        z, part = summarise(o, z, t, own, problem.extras, classes.start)
         union.add(part)
         if plan.resident:
             tiles.append(Tile(classes, z, slope, part.m, own, here))
     found = union.whole()
     if own_z is not None:
         mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
-        found = found.merge(_own_statistics(o, own_z, mass))
+        assert targets.own is not None
+        part = _own_statistics(o, own_z, mass, cut(targets.own, chunk), problem.extras)
+        found = found.merge(part)
+        if problem.extras.log_prob:
+            found = replace(found, own=own_z[:, 0])
     return found, tiles
 
 
@@ -227,7 +252,7 @@ def revisit(
     problem: Problem, workspace: Workspace, chunk: slice, loaded: Tensor, classes: slice, found: Statistics
 ) -> tuple[Tile, Tensor]:
     """A tile of rows whose statistics are known, and z − m, whose exponential the tile still wants."""
-    scores, targets, _, o = problem
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
     own = _own_columns(targets, chunk, classes)
     own_z = None if own is None else own.take(z, 0.0).to(found.m.dtype)
@@ -247,27 +272,49 @@ def differentiate_logits(
     problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
 ) -> Tensor:
     """gain·(α·p − γ·t) (R, T) of a tile."""
-    scores, targets, _, o = problem
-    gain = scores.transform.gain
-    gamma = asked.loss if gain == 1.0 else asked.loss * gain
-    extra = None if asked.logsumexp is None else asked.logsumexp * gain
-    alpha = found.a * gamma if extra is None else found.a * gamma + extra
-    share = alpha / (1 + found.r)
-    if tile.base is not found.m:
-        share = share * torch.exp(torch.where(tile.base == found.m, 0.0, tile.base - found.m))
-    g = o.mul(tile.z, share.to(tile.z.dtype)[:, None])
-    t = targets.tile(chunk, tile.classes, g.dtype)
+    targets, o = problem.targets, problem.arithmetic
+    asked = asked.scaled(problem.scores.transform.gain)
+    alpha, gamma, eta = asked.alpha(found.a), asked.loss, asked.entropy
+    share, bent = alpha / (1 + found.r), None
+    # what lies between the row's maximum and the one that was subtracted from this tile
+    behind = None if tile.base is found.m else torch.where(tile.base == found.m, 0.0, tile.base - found.m)
+    if eta is not None:
+        mean = _mean_shift(found)
+        share = (alpha + eta * (mean if behind is None else mean - behind)) / (1 + found.r)
+        bent = torch.special.entr(tile.z)  # −E log E, E = exp(z − base)
+    if behind is not None:
+        near = torch.exp(behind)
+        share = share * near
+        if eta is not None:
+            share, eta = torch.where(behind == -torch.inf, 0.0, share), eta * near
+    dtype = tile.z.dtype
+    g = o.mul(tile.z, share.to(dtype)[:, None])
+    if bent is not None:
+        assert eta is not None
+        g = o.add(g, bent * (eta / (1 + found.r)).to(dtype)[:, None])
+    t = targets.tile(chunk, tile.classes, dtype)
     if t is not None:
-        g = o.subtract_scaled(g, t, gamma.to(g.dtype)[:, None])
+        g = o.subtract_scaled(g, t, gamma.to(dtype)[:, None])
     if tile.own is not None:
         assert tile.own_z is not None
-        at_own = alpha[:, None] * torch.expm1(found.log_prob(tile.own_z))
+        log_p = found.log_prob(tile.own_z)
+        at_own = alpha[:, None] * torch.expm1(log_p)
         if targets.own_rest is not None:
             at_own = at_own + gamma[:, None] * cut(targets.own_rest, chunk)
-        if extra is not None:
-            at_own = at_own + extra[:, None]
-        g = tile.own.put(o, g, at_own.to(g.dtype))
+        if asked.logsumexp is not None:
+            at_own = at_own + asked.logsumexp[:, None]
+        if asked.entropy is not None:
+            distance = _mean_shift(found)[:, None] - (tile.own_z - found.m[:, None])
+            of_entropy = asked.entropy[:, None] * torch.exp(log_p) * distance
+            at_own = at_own + torch.where(tile.own_z == -torch.inf, 0.0, of_entropy)
+        g = tile.own.put(o, g, at_own.to(dtype))
     return g
+
+
+def _mean_shift(found: Statistics) -> Tensor:
+    """ē = ⟨p, z − m⟩, (R,)."""
+    assert found.e is not None
+    return found.e / (1 + found.r)
 
 
 def target_total(problem: Problem) -> Total:
@@ -284,16 +331,29 @@ def _own_columns(targets: Targets, chunk: slice, classes: slice) -> OwnColumns |
     return OwnColumns.locate(cut(targets.own, chunk), classes, holds_all=holds_all)
 
 
-def _own_statistics(o: Arithmetic, z: Tensor, mass: Tensor | None) -> Statistics:
-    """The own tile's statistics, z (R, K) and mass (R, K); of one class r = 0 and d = 0."""
+def _own_statistics(
+    o: Arithmetic, z: Tensor, mass: Tensor | None, index: Tensor, extras: Extras
+) -> Statistics:
+    """The own tile's statistics, z, mass and index (R, K); of one class r = 0, d = 0 and e = 0."""
     if z.shape[1] > 1:
         assert mass is not None
-        return summarise(o, z.clone(), mass, None)[1]
+        part = summarise(o, z.clone(), mass, None, extras)[1]
+        return part if part.k is None else replace(part, k=index.gather(1, part.k[:, None])[:, 0])
     z = z[:, 0]
     zero = torch.zeros_like(z)
-    a = torch.ones_like(z) if mass is None else mass[:, 0]
-    return Statistics(m=z, r=torch.where(z == -torch.inf, -1.0, zero), d=zero, a=a)
+    return Statistics(
+        m=z,
+        r=torch.where(z == -torch.inf, -1.0, zero),
+        d=zero,
+        a=torch.ones_like(z) if mass is None else mass[:, 0],
+        e=zero if extras.entropy else None,
+        k=index[:, 0] if extras.argmax else None,
+    )
 
 
 def _concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
-    return Statistics.concatenate(parts) if parts else Statistics.identity(0, problem.scores.device)
+    return (
+        Statistics.concatenate(parts)
+        if parts
+        else Statistics.identity(0, problem.scores.device, problem.extras)
+    )
