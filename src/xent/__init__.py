@@ -6,18 +6,27 @@ from typing import TYPE_CHECKING
 from xent import nn
 from xent.functional import cross_entropy, linear_cross_entropy
 from xent.options import TopKTarget
+from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
+from xent.surrogate import surrogate_cross_entropy
 
 if TYPE_CHECKING:
     from xent.probe import SoftmaxRegression
 
 __version__ = "0.1.0"
 __all__ = [
+    "RowStatistics",
     "SoftmaxRegression",
     "TopKTarget",
     "__version__",
     "cross_entropy",
+    "entropy",
     "linear_cross_entropy",
+    "linear_row_statistics",
+    "linear_top_k",
     "nn",
+    "row_statistics",
+    "surrogate_cross_entropy",
+    "top_k",
 ]
 
 
