@@ -3,14 +3,14 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from xent import nn
+from xent import metrics, nn
 from xent.functional import cross_entropy, linear_cross_entropy
 
 if TYPE_CHECKING:
     from xent.probe import SoftmaxRegression
 
 __version__ = "0.1.0"
-__all__ = ["SoftmaxRegression", "__version__", "cross_entropy", "linear_cross_entropy", "nn"]
+__all__ = ["SoftmaxRegression", "__version__", "cross_entropy", "linear_cross_entropy", "metrics", "nn"]
 
 
 def __getattr__(name: str) -> object:
