@@ -60,12 +60,7 @@ class Rows:
             piece = self.source[part]
             return piece if piece.dtype in _FLOATING else piece.to(torch.float64)
         array = self.source[part]
-        native = array.dtype in _NATIVE
-        regular = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-        # torch refuses foreign byte orders and negative strides, and warns of read-only arrays
-        if native and regular and array.flags.behaved:
-            return torch.from_numpy(array)
-        return torch.from_numpy(np.array(array, dtype=array.dtype if native else np.float64, order="C"))
+        return as_tensor(array if array.dtype in _NATIVE else array.astype(np.float64))
 
 
 def read_numbers(given: Any, name: str) -> Rows:
@@ -83,6 +78,13 @@ def read_numbers(given: Any, name: str) -> Rows:
     if array.dtype.kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers, got an array of {array.dtype}")
     return Rows(array)
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """A tensor on the array's numbers, or on a copy where torch will not have them as they lie."""
+    # torch refuses negative strides, and warns of read-only arrays
+    regular = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    return torch.from_numpy(array if regular and array.flags.behaved else array.copy())
 
 
 def as_array(given: Any, name: str) -> np.ndarray:

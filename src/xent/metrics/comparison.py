@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from xent.core.statistics import statistics_dtype
-from xent.metrics.arrays import Rows, read_numbers
+from xent.metrics.arrays import Rows, as_tensor, read_numbers
 from xent.metrics.labels import Labels, read_labels, shown
 from xent.metrics.probabilities import Probabilities, read_probabilities
 
@@ -45,7 +44,7 @@ class Comparison:
         """The weighted losses of all rows, in order."""
         device = self.predicted.rows.device
         for part in self.predicted.rows.parts():
-            y = torch.from_numpy(self.labels.codes(part)).to(device)
+            y = as_tensor(self.labels.codes(part)).to(device)
             loss = rule(self.predicted[part], y)
             weight = None
             if self.weight is not None:

@@ -68,7 +68,8 @@ class Probabilities:
         dtype = str(self.rows.source.dtype).removeprefix("torch.")
         return (
             f"y_pred sums to {_sums(p)[row].item():.9g} at row {start + row}, and the probabilities of a row "
-            f"sum to 1 (± {self.tolerance:.2g} for {dtype}); divide each row by its sum if that is meant"
+            f"sum to 1 (± {self.tolerance:.2g} for {dtype}); divide each row by its sum, or pass "
+            f"the type that they were computed in"
         )
 
 
