@@ -154,7 +154,7 @@ class Pytest:
         return nullcontext()  # the error that the test as a whole ends in
 
 
-@pytest.mark.parametrize(("test", "values"), own_tests())
+@pytest.mark.parametrize(("test", "values"), list(own_tests()))
 def test_their_own(test, values, monkeypatch):
     def renamed(metric):  # y_proba is their new name for y_pred
         return lambda y_true, y_proba, **options: metric(y_true, y_proba, **options)

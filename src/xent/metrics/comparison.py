@@ -40,10 +40,10 @@ class Comparison:
     predicted: Probabilities
     weight: Rows | None  # (N,)
 
-    def sweep(self, rule: Rule) -> Iterator[Part]:
-        """The weighted losses of all rows, in order."""
+    def sweep(self, rule: Rule, copies: int = 0) -> Iterator[Part]:
+        """The weighted losses of all rows, in order; the rule makes so many copies of its p."""
         device = self.predicted.rows.device
-        for part in self.predicted.rows.parts():
+        for part in self.predicted.rows.parts(copies):
             y = as_tensor(self.labels.codes(part)).to(device)
             loss = rule(self.predicted[part], y)
             weight = None

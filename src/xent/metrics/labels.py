@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from xent.metrics.arrays import ROWS, as_array
+from xent.metrics.arrays import as_array
 
+ROWS = 1 << 16  # that are looked at together: as many strings are a few MiB
 TABLE = 1 << 20  # the largest range of whole numbers that is looked up in a table: 8 MiB of it
 EXACT = 2**53  # whole numbers that float64 tells apart
 
@@ -58,7 +59,8 @@ class Labels:
         )
 
     def parts(self) -> Iterator[slice]:
-        return _parts(self.count)
+        """Slices that cover 0..N in order."""
+        return _parts(slice(0, self.count))
 
 
 def read_labels(given: Any, labels: Any = None, *, name: str = "y_true") -> Labels:
@@ -98,9 +100,9 @@ def _array(given: Any, name: str) -> np.ndarray:
     return as_array(given, name)
 
 
-def _parts(n: int) -> Iterator[slice]:
-    for start in range(0, n, ROWS):
-        yield slice(start, min(n, start + ROWS))
+def _parts(rows: slice) -> Iterator[slice]:
+    for start in range(rows.start, rows.stop, ROWS):
+        yield slice(start, min(rows.stop, start + ROWS))
 
 
 def _check_distinct(values: np.ndarray) -> None:
@@ -201,7 +203,7 @@ def _numbers(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
 def _occurring(y: np.ndarray, name: str) -> np.ndarray:  # (C,) int64, ascending
     """The whole numbers that occur."""
     low, high = None, None
-    for part in _parts(len(y)):
+    for part in _parts(slice(0, len(y))):
         numbers = _integers(y, part, name)
         least, most = int(numbers.min()), int(numbers.max())
         low = least if low is None else min(low, least)
@@ -209,10 +211,10 @@ def _occurring(y: np.ndarray, name: str) -> np.ndarray:  # (C,) int64, ascending
     assert low is not None
     assert high is not None
     if high - low >= TABLE:
-        each = [np.unique(_integers(y, part, name)) for part in _parts(len(y))]
+        each = [np.unique(_integers(y, part, name)) for part in _parts(slice(0, len(y)))]
         return np.unique(np.concatenate(each))
     seen = np.zeros(high - low + 1, dtype=np.bool_)
-    for part in _parts(len(y)):
+    for part in _parts(slice(0, len(y))):
         seen[_integers(y, part, name) - low] = True
     return np.flatnonzero(seen) + low
 
@@ -226,8 +228,11 @@ def _names(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
     column = {value: c for c, value in enumerate(values.tolist())}
 
     def encode(part: slice) -> np.ndarray:
-        rows = y[part].tolist()
-        return np.fromiter(map(column.get, rows, repeat(-1)), np.int64, len(rows))
+        codes = np.empty(part.stop - part.start, dtype=np.int64)
+        for few in _parts(part):
+            found = map(column.get, y[few].tolist(), repeat(-1))
+            codes[few.start - part.start : few.stop - part.start] = np.fromiter(found, np.int64)
+        return codes
 
     return Labels(values, y, encode, name)
 
@@ -235,7 +240,7 @@ def _names(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
 def _distinct(y: np.ndarray, name: str) -> np.ndarray:
     """The values that occur, sorted."""
     seen: set[Any] = set()
-    for part in _parts(len(y)):
+    for part in _parts(slice(0, len(y))):
         seen.update(y[part].tolist())
     for value in seen:
         if value is None or (isinstance(value, float) and value != value):

@@ -170,7 +170,7 @@ def brier_score(
             f"pos_label is for y_pred of shape (N,); here y_pred has {compared.predicted.classes} columns: "
             f"say what they stand for with labels="
         )
-    score = _average(compared, _squares, normalize=True)
+    score = _average(compared, _squares, copies=2)
     halved = compared.predicted.classes == 2 if scale_by_half == "auto" else scale_by_half
     return score / 2 if halved else score
 
@@ -256,9 +256,9 @@ def _squares(p: Tensor, y: Tensor) -> Tensor:
 # --- reductions ------------------------------------------------------------------------------------------
 
 
-def _average(compared: Comparison, rule: Rule, normalize: bool) -> float:
+def _average(compared: Comparison, rule: Rule, normalize: bool = True, copies: int = 0) -> float:
     """Σ s·ℓ / Σ s, or Σ s·ℓ."""
-    loss = total(part.loss for part in compared.sweep(rule))
+    loss = total(part.loss for part in compared.sweep(rule, copies))
     return loss / _mass(compared.weight, compared.labels.count) if normalize else loss
 
 
