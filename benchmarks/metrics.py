@@ -4,9 +4,9 @@
 
 The gather is what one writes by hand with torch: the range and the row sums checked, p[y] gathered, the mean
 of its logarithms. It trusts its labels to be columns; xent and scikit-learn find out. Every round runs every
-form, in turn (several calls of the short ones, whose median is taken); printed are medians over the rounds, the
-ratios to xent's time within a round with their spread, and the peak of the resident set beyond the inputs, of
-one call in a process of its own. Linux only.
+form in turn (several calls of the short ones, whose median is taken). Printed are medians over the rounds,
+ratios to xent's time within a round with their spread, and what the resident set reached beyond the inputs in
+one call, in a process of its own. Linux only.
 """
 
 from __future__ import annotations
@@ -105,10 +105,7 @@ def peak(name: str, case: tuple[int, int, str, str]) -> int:
 
 def peak_here(name: str, *case: int | str) -> int:
     FORMS[name](*inputs(70_000, 3, *case[2:]))  # warm
-    y, p = inputs(
-        *case
-    )  # in place but for small parts and, in float32, the float64 original, which is let go
-    # the high-water mark so far may lie above what is held: measure from where it could be seen to move
+    y, p = inputs(*case)
     with open("/proc/self/clear_refs", "w") as marks:
         marks.write("5")  # the high-water mark starts again from what is held now
     with open("/proc/self/statm") as pages:
@@ -123,15 +120,15 @@ def table(result: dict[str, object]) -> str:
     n, c, dtype, labels = result["case"]
     lines = [f"\n{n} x {c}, {dtype}, labels {labels}"]
     lines.append(
-        f"{'':20} {'median':>10} {'times xent':>11} {'(lowest, highest)':>20} {'MiB beyond inputs':>18}"
+        f"{'':20} {'median':>10} {'times xent':>11} {'(lowest, highest)':>19} {'MiB beyond inputs':>18}"
     )
     own = result["seconds"]["xent"]
     for name, seconds in result["seconds"].items():
         ratios = [a / b for a, b in zip(seconds, own, strict=True)]
         spread = f"({min(ratios):.2f}, {max(ratios):.2f})"
-        milliseconds, mebibytes = 1e3 * statistics.median(seconds), result["memory"][name] / 2**20
+        time_, memory = 1e3 * statistics.median(seconds), result["memory"][name] / 2**20
         lines.append(
-            f"{name:20} {milliseconds:8.1f}ms {statistics.median(ratios):11.2f} {spread:>20} {mebibytes:18.1f}"
+            f"{name:20} {time_:8.1f}ms {statistics.median(ratios):11.2f} {spread:>19} {memory:18.1f}"
         )
     return "\n".join(lines)
 

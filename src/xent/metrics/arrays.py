@@ -2,8 +2,9 @@
 
     concatenate(rows[part] for part in rows.parts()) = the array
 
-A metric reads every number once. Read in parts that stay in the cache, all that is asked of a part costs one
-trip to memory, and the working memory is that of a part, whatever N.
+Nothing is copied that can be read where it lies, and the working memory is that of a part, whatever N. Parts
+are large: every operation ends with its threads waiting for each other, which on a busy machine takes longer
+than the second trip to memory that parts of the cache's size would save.
 """
 
 from __future__ import annotations
@@ -16,12 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUMBERS = (
-    1 << 21
-)  # of a part, 16 MiB of float64. A quarter of it is as fast on idle cores, and half as fast on
-# busy ones, where threads wait for each other at the end of every operation
-ROWS = 1 << 18  # of a part: what is O(rows) is a few times 2 MiB
-_ACCELERATOR = 4  # times as many there, where a part costs launches instead of misses
+NUMBERS = 1 << 23  # of a part that is read where it lies, 64 MiB of float64
+COPIED = 1 << 20  # of a part that is copied, 8 MiB of float64
+ROWS = 1 << 19  # of a part: what is O(rows) is a few times 4 MiB
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NATIVE = (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16))
 
@@ -49,11 +47,18 @@ class Rows:
             return max(least, torch.finfo(dtype).eps) if dtype.is_floating_point else least
         return max(least, float(np.finfo(self.source.dtype).eps)) if self.source.dtype.kind == "f" else least
 
-    def parts(self, copies: int = 0) -> Iterator[slice]:
-        """Slices that cover 0..N in order, smaller where so many copies of a part will be made."""
+    @property
+    def copied(self) -> bool:
+        """Whether `__getitem__` has to copy."""
+        if isinstance(self.source, Tensor):
+            return self.source.dtype not in _FLOATING
+        return self.source.dtype not in _NATIVE or not _lies_well(self.source)
+
+    def parts(self, copied: bool = False) -> Iterator[slice]:
+        """Slices that cover 0..N in order; short ones if the caller is going to copy them."""
         n, *rest = self.shape
-        scale = 1 if self.device.type == "cpu" else _ACCELERATOR
-        step = scale * max(1, min(ROWS, NUMBERS // (1 + copies) // max(1, *rest, 1)))
+        numbers = COPIED if copied or self.copied else NUMBERS
+        step = max(1, min(ROWS, numbers // max(1, *rest, 1)))
         for start in range(0, n, step):
             yield slice(start, min(n, start + step))
 
@@ -85,9 +90,12 @@ def read_numbers(given: Any, name: str) -> Rows:
 
 def as_tensor(array: np.ndarray) -> Tensor:
     """A tensor on the array's numbers, or on a copy where torch will not have them as they lie."""
-    # torch refuses negative strides, and warns of read-only arrays
-    regular = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-    return torch.from_numpy(array if regular and array.flags.behaved else array.copy())
+    return torch.from_numpy(array if _lies_well(array) else array.copy())
+
+
+def _lies_well(array: np.ndarray) -> bool:
+    """torch refuses negative strides, and warns of read-only arrays."""
+    return array.flags.behaved and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
 
 
 def as_array(given: Any, name: str) -> np.ndarray:

@@ -40,10 +40,10 @@ class Comparison:
     predicted: Probabilities
     weight: Rows | None  # (N,)
 
-    def sweep(self, rule: Rule, copies: int = 0) -> Iterator[Part]:
-        """The weighted losses of all rows, in order; the rule makes so many copies of its p."""
+    def sweep(self, rule: Rule, copied: bool = False) -> Iterator[Part]:
+        """The weighted losses of all rows, in order; does the rule copy its p?"""
         device = self.predicted.rows.device
-        for part in self.predicted.rows.parts(copies):
+        for part in self.predicted.rows.parts(copied):
             y = as_tensor(self.labels.codes(part)).to(device)
             loss = rule(self.predicted[part], y)
             weight = None

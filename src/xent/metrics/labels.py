@@ -105,6 +105,18 @@ def _parts(rows: slice) -> Iterator[slice]:
         yield slice(start, min(rows.stop, start + ROWS))
 
 
+def _piecewise(encode: Encoder) -> Encoder:
+    """The same with working memory for a few rows at a time."""
+
+    def encode_all(part: slice) -> np.ndarray:
+        codes = np.empty(part.stop - part.start, dtype=np.int64)
+        for few in _parts(part):
+            codes[few.start - part.start : few.stop - part.start] = encode(few)
+        return codes
+
+    return encode_all
+
+
 def _check_distinct(values: np.ndarray) -> None:
     seen: set[Any] = set()
     for value in values.tolist():
@@ -135,7 +147,7 @@ def _one_hot(y: np.ndarray, values: np.ndarray | None, name: str) -> Labels:
             )
         return marked.argmax(1)
 
-    return Labels(values, y, encode, name)
+    return Labels(values, y, _piecewise(encode), name)
 
 
 # --- whole numbers ---------------------------------------------------------------------------------------
@@ -180,7 +192,9 @@ def _numbers(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
                 return np.where((codes < 0) | (codes >= len(values)), -1, codes)
             return codes
 
-    elif high - low < TABLE and low > -EXACT and high < EXACT:
+        return Labels(named, y, encode, name)
+
+    if high - low < TABLE and low > -EXACT and high < EXACT:
         table = np.full(high - low + 3, -1)  # with a place for what lies below, and one for what lies above
         table[values - (low - 1)] = np.arange(len(values))
 
@@ -197,7 +211,7 @@ def _numbers(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
             at[at == len(values)] = 0
             return np.where(ascending[at] == numbers, order[at], -1)
 
-    return Labels(named, y, encode, name)
+    return Labels(named, y, _piecewise(encode), name)
 
 
 def _occurring(y: np.ndarray, name: str) -> np.ndarray:  # (C,) int64, ascending
@@ -228,13 +242,9 @@ def _names(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
     column = {value: c for c, value in enumerate(values.tolist())}
 
     def encode(part: slice) -> np.ndarray:
-        codes = np.empty(part.stop - part.start, dtype=np.int64)
-        for few in _parts(part):
-            found = map(column.get, y[few].tolist(), repeat(-1))
-            codes[few.start - part.start : few.stop - part.start] = np.fromiter(found, np.int64)
-        return codes
+        return np.fromiter(map(column.get, y[part].tolist(), repeat(-1)), np.int64)
 
-    return Labels(values, y, encode, name)
+    return Labels(values, y, _piecewise(encode), name)
 
 
 def _distinct(y: np.ndarray, name: str) -> np.ndarray:

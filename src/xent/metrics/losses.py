@@ -170,7 +170,7 @@ def brier_score(
             f"pos_label is for y_pred of shape (N,); here y_pred has {compared.predicted.classes} columns: "
             f"say what they stand for with labels="
         )
-    score = _average(compared, _squares, copies=2)
+    score = _average(compared, _squares, copied=True)
     halved = compared.predicted.classes == 2 if scale_by_half == "auto" else scale_by_half
     return score / 2 if halved else score
 
@@ -193,7 +193,7 @@ def d2_log_loss(y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: 
     Example:
         >>> from xent.metrics import d2_log_loss
         >>> round(d2_log_loss([0, 1, 1, 1], [0.2, 0.9, 0.9, 0.8]), 4)
-        0.7121
+        0.7079
     """
     losses, weight = _by_class(compare(y_true, y_pred, sample_weight=sample_weight, labels=labels))
     entropy = _entropy(weight)
@@ -256,9 +256,9 @@ def _squares(p: Tensor, y: Tensor) -> Tensor:
 # --- reductions ------------------------------------------------------------------------------------------
 
 
-def _average(compared: Comparison, rule: Rule, normalize: bool = True, copies: int = 0) -> float:
+def _average(compared: Comparison, rule: Rule, normalize: bool = True, copied: bool = False) -> float:
     """Σ s·ℓ / Σ s, or Σ s·ℓ."""
-    loss = total(part.loss for part in compared.sweep(rule, copies))
+    loss = total(part.loss for part in compared.sweep(rule, copied))
     return loss / _mass(compared.weight, compared.labels.count) if normalize else loss
 
 
