@@ -45,12 +45,12 @@ def test_against_fifty_digits(dtype):
 def test_good_rows_keep_their_digits():
     """Small probabilities of the wrong label, given as one column or as two."""
     small = 1e-20
-    assert metrics.log_loss([0, 0], [small] * 2, labels=[0, 1]) == pytest.approx(small, rel=1e-15)
-    assert metrics.brier_score([0, 0], [small] * 2) == pytest.approx(small**2, rel=1e-15)
+    assert metrics.log_loss([0, 0], [small] * 2, labels=[0, 1]) == pytest.approx(small, rel=1e-15, abs=0)
+    assert metrics.brier_score([0, 0], [small] * 2) == pytest.approx(small**2, rel=1e-15, abs=0)
     p = [[1 - 2**-53, 2**-53]] * 2
-    assert metrics.log_loss([0, 0], p, labels=[0, 1]) == pytest.approx(2.0**-53, rel=1e-15)
+    assert metrics.log_loss([0, 0], p, labels=[0, 1]) == pytest.approx(2.0**-53, rel=1e-15, abs=0)
     p = [[1.0, 1e-12, 1e-12]] * 2
-    assert metrics.brier_score([0, 0], p, labels=[0, 1, 2]) == pytest.approx(2e-24, rel=1e-15)
+    assert metrics.brier_score([0, 0], p, labels=[0, 1, 2]) == pytest.approx(2e-24, rel=1e-15, abs=0)
 
 
 def test_rare_labels_keep_their_digits():

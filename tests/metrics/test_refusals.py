@@ -112,6 +112,7 @@ REFUSED = [
         [0, 1], GOOD, labels=[0, 1, 2], message="y_pred has 2 columns, but labels has 3 entries, [0, 1, 2]"
     ),
     refused([0, 5], GOOD, labels=[0, 1], message="y_true is 5 at row 1, which is none of the labels [0, 1]"),
+    refused([0, 2], GOOD, labels=[0, 1], message="y_true is 2 at row 1"),
     refused(
         [0, -1], GOOD, labels=[0, 1], message="y_true is -1 at row 1, which is none of the labels [0, 1]"
     ),
