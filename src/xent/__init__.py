@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from xent import nn
+from xent import metrics, nn
 from xent.functional import cross_entropy, linear_cross_entropy
 from xent.options import TopKTarget
 from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
@@ -23,6 +23,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_row_statistics",
     "linear_top_k",
+    "metrics",
     "nn",
     "row_statistics",
     "surrogate_cross_entropy",
