@@ -49,7 +49,11 @@ def loss(
     low, high = (bound.item() for bound in y.aminmax())
     if low < 0 or high >= classes or low <= (-100 if ignore_index is None else ignore_index) <= high:
         return None
-    return _Small.apply(general, reduction, x, w, b, y)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
+        return _Small.apply(general, reduction, x, w, b, y)
+    with torch.no_grad():
+        _, log_p, _ = _exponentials(x, w, b, y)
+        return (log_p.sum() * -_scale(reduction, y)).to(x.dtype)
 
 
 def _fits(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
@@ -66,12 +70,10 @@ def _fits(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
 
 
 def _plain(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
-    """Ordinary CPU tensors of one full floating type that want a gradient, and nobody looking on."""
+    """Ordinary CPU tensors of one full floating type, and nobody looking on."""
     given = [t for t in (x, w, b) if t is not None]
     return (
         not torch.compiler.is_compiling()
-        and torch.is_grad_enabled()
-        and any(t.requires_grad for t in given)
         and y.dtype == torch.int64
         and x.dtype in (torch.float32, torch.float64)
         and all(t.dtype == x.dtype for t in given)
@@ -81,6 +83,26 @@ def _plain(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None
         and not torch._C._len_torch_dispatch_stack()
     )
+
+
+def _scale(reduction: str, y: Tensor) -> float:
+    return 1.0 / y.shape[0] if reduction == "mean" else 1.0
+
+
+def _exponentials(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(z − m) (N, C), whose own column is 0; log p_y and 1 + r, (N, 1) float64."""
+    if w is None:
+        z = x.clone(memory_format=torch.contiguous_format)
+    else:
+        z = torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
+    own = y[:, None]
+    own_z = z.gather(1, own)
+    z.scatter_(1, own, -torch.inf)  # the own class apart, so that a row beyond doubt keeps its digits
+    m = finite_base(torch.maximum(z.amax(1, keepdim=True), own_z))
+    z.sub_(m).exp_()
+    distance = own_z.double().sub_(m)
+    r = z.sum(1, keepdim=True, dtype=torch.float64).add_(torch.expm1(distance))
+    return z, distance.sub_(torch.log1p(r)), r.add_(1.0)
 
 
 class _Small(torch.autograd.Function):
@@ -96,21 +118,10 @@ class _Small(torch.autograd.Function):
         b: Tensor | None,
         y: Tensor,
     ) -> Tensor:
-        scale = 1.0 / y.shape[0] if reduction == "mean" else 1.0
-        if w is None:
-            z = x.clone(memory_format=torch.contiguous_format)
-        else:
-            z = torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())
-        own = y[:, None]
-        own_z = z.gather(1, own)
-        z.scatter_(1, own, -torch.inf)  # the own class apart, so that a row beyond doubt keeps its digits
-        m = finite_base(torch.maximum(z.amax(1, keepdim=True), own_z))  # (N, 1)
-        z.sub_(m).exp_()
-        distance = own_z.double() - m
-        r = z.sum(1, keepdim=True, dtype=torch.float64) + torch.expm1(distance)
-        log_p = distance - torch.log1p(r)  # (N, 1) of the own class
-        z.mul_((scale / (1 + r)).to(z.dtype))
-        z.scatter_(1, own, torch.expm1(log_p).mul_(scale).to(z.dtype))
+        scale = _scale(reduction, y)
+        z, log_p, whole = _exponentials(x, w, b, y)
+        z.mul_((scale / whole).to(z.dtype))
+        z.scatter_(1, y[:, None], torch.expm1(log_p).mul_(scale).to(z.dtype))
         if w is None:
             ctx.early = (z, None, None)
         else:
