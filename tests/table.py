@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -36,6 +36,7 @@ class Row:
     sample_weight: bool = False
     ignored: bool = False
     remainder: str = "drop"  # of a top-k target
+    loss: str = "cross_entropy"  # a key of LOSSES
     exempt: dict[str, str] = field(default_factory=dict)  # law -> reason
 
 
@@ -102,6 +103,43 @@ ROWS = [
     ),
 ]
 
+NO_WEIGHTS = "takes no sample weight and no denominator"
+NO_TILES = "takes logits alone, so there are no tiles"
+UNWEIGHTED = dict.fromkeys(("repetition", "additive", "learnt_weights"), NO_WEIGHTS)
+UNTILED = {"tiling": NO_TILES, "half_linear": NO_TILES}
+SURROGATE = UNWEIGHTED | UNTILED
+SURROGATE |= {
+    "finite_differences": "its derivatives are cross-entropy's, with which tests/test_surrogate.py compares",
+    "convex": "its value is no function that its derivatives belong to",
+    "leaving_out": "the plain product before it carries nan features into the weight's gradient",
+}
+CONVEX_ENTROPY = "entropy is neither convex nor concave in the logits"
+
+# the losses that have not all of cross-entropy's options
+OTHERS = [
+    Row("surrogate", loss="surrogate", ignored=True, exempt=SURROGATE),
+    Row(
+        "surrogate-probabilities",
+        loss="surrogate",
+        target="probabilities",
+        exempt=SURROGATE,
+    ),
+    Row(
+        "surrogate-top-k",
+        loss="surrogate",
+        target="top_k",
+        exempt=SURROGATE,
+    ),
+    Row("entropy", loss="entropy", ignored=True, exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY}),
+    Row(
+        "entropy-softcap",
+        loss="entropy",
+        options={"softcap": 3.0, "temperature": 0.7},
+        exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY, "shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP},
+    ),
+    Row("log-prob", loss="log_prob", ignored=True, exempt=UNWEIGHTED),
+]
+
 Target = Tensor | xent.TopKTarget
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
@@ -125,13 +163,14 @@ class Problem:
     def dense(self, logits: Tensor | None = None, **changed: Any) -> Tensor:
         """The loss from logits."""
         z = self.logits if logits is None else logits
-        return xent.cross_entropy(z, self.target, **{**self.options, **changed})
+        return LOSSES[self.row.loss].dense(z, self.target, **{**self.options, **changed})
 
     def linear(self, **changed: Any) -> Tensor:
-        """The loss from features."""
-        return xent.linear_cross_entropy(
-            self.x, self.w, self.target, linear_bias=self.b, **{**self.options, **changed}
-        )
+        """The loss from features: from the logits they make, where there is no other way."""
+        fused = LOSSES[self.row.loss].linear
+        if fused is None:
+            return self.dense(**changed)
+        return fused(self.x, self.w, self.b, self.target, **{**self.options, **changed})
 
     def losses(self) -> dict[str, Callable[..., Tensor]]:
         return {"dense": self.dense, "linear": self.linear}
@@ -139,6 +178,47 @@ class Problem:
     def differentiable(self) -> Problem:
         leaves = {k: getattr(self, k).detach().clone().requires_grad_() for k in ("x", "w", "b")}
         return replace(self, **leaves)
+
+
+class Loss(NamedTuple):
+    dense: Callable[..., Tensor]  # (z, target, *, reduction, ...)
+    linear: Callable[..., Tensor] | None  # (x, w, b, target, *, reduction, ...)
+
+
+def reduced(values: Tensor, target: Target, reduction: str) -> Tensor:
+    """Rows to a number; ignored ones, which are 0, do not count."""
+    if reduction == "none":
+        return values
+    is_index = isinstance(target, Tensor) and not target.is_floating_point()
+    count = int((target != -100).sum()) if is_index else len(values)
+    return values.sum() if reduction == "sum" else values.sum() / count
+
+
+def of_rows(field: str, sign: float = 1.0) -> Loss:
+    """A field of the row statistics as a loss."""
+
+    def dense(z: Tensor, target: Target, *, reduction: str = "mean", **options: Any) -> Tensor:
+        found = getattr(xent.row_statistics(z, target, **options), field)
+        return reduced(sign * found, target, reduction).to(z.dtype)
+
+    def linear(
+        x: Tensor, w: Tensor, b: Tensor, target: Target, *, reduction: str = "mean", **options: Any
+    ) -> Tensor:
+        rows = xent.linear_row_statistics(x, w, target, linear_bias=b, **options)
+        return reduced(sign * getattr(rows, field), target, reduction).to(x.dtype)
+
+    return Loss(dense, linear)
+
+
+LOSSES = {
+    "cross_entropy": Loss(
+        xent.cross_entropy,
+        lambda x, w, b, target, **options: xent.linear_cross_entropy(x, w, target, linear_bias=b, **options),
+    ),
+    "surrogate": Loss(xent.surrogate_cross_entropy, None),
+    "entropy": of_rows("entropy"),
+    "log_prob": of_rows("log_prob", -1.0),
+}
 
 
 def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5, c: int = 6) -> Problem:
@@ -179,7 +259,7 @@ def spelt_out(target: Target, classes: int) -> Tensor:
 def rows(law: str) -> pytest.MarkDecorator:
     """Parametrize a law over the table's rows, less those that it cannot hold for."""
     return pytest.mark.parametrize(
-        "row", [pytest.param(row, id=row.name) for row in ROWS if law not in row.exempt]
+        "row", [pytest.param(row, id=row.name) for row in ROWS + OTHERS if law not in row.exempt]
     )
 
 

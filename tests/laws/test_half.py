@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from table import ROWS, mapped, problem
+from table import OTHERS, ROWS, mapped, problem
 
 DOUBLE = torch.float64
 
@@ -18,10 +18,17 @@ def in_double(p):
     return replace(p, x=p.x.double(), w=p.w.double(), b=p.b.double(), target=target, options=options)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+CASES = [
+    pytest.param(row, scores, id=f"{row.name}-{scores}")
+    for row in ROWS + OTHERS
+    for scores in ("dense", "linear", "tiled")
+    if scores == "dense" or "half_linear" not in row.exempt
+]
+
+
+@pytest.mark.parametrize(("row", "scores"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-@pytest.mark.parametrize("scores", ["dense", "linear", "tiled"])
 def test_half_types_are_rounded_once(row, dtype, reduction, scores):
     p = problem(row, dtype)
     exact = in_double(p).differentiable()
