@@ -237,15 +237,16 @@ class Functional:
         return True
 
     def total(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0) -> Total:
-        return _Parts(shape[0], dtype, dim)
+        return _Parts(shape, dtype, device, dim)
 
 
 class _Parts:
     """Sums kept apart by where they start along one dimension, joined at the end."""
 
-    def __init__(self, rows: int, dtype: torch.dtype, dim: int) -> None:
-        self.rows = rows
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int) -> None:
+        self.shape = shape
         self.dtype = dtype
+        self.device = device
         self.dim = dim
         self.selected: Tensor | None = None  # (M,) which of the rows there are parts of, None for all
         self.parts: dict[int, Tensor] = {}
@@ -268,12 +269,14 @@ class _Parts:
             self.selected = rows
 
     def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if not self.parts:
+            return torch.zeros(self.shape, dtype=dtype, device=self.device)
         parts = [self.parts[start] for start in sorted(self.parts)]
         value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
         value = (value if scale is None else value * scale).to(dtype)
         if self.selected is None:
             return value
-        return value.new_zeros(self.rows, *value.shape[1:]).index_copy(0, self.selected, value)
+        return value.new_zeros(self.shape[0], *value.shape[1:]).index_copy(0, self.selected, value)
 
 
 def is_batched(t: Tensor) -> bool:

@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent.core.arithmetic import Total
+from xent.core.arithmetic import Total, cut
 from xent.core.plan import Plan
 from xent.core.scores import Rows, Sink, Tangents
-from xent.core.statistics import Statistics
+from xent.core.statistics import OwnColumns, Statistics
 from xent.core.sweep import (
     Coefficients,
     Problem,
@@ -129,27 +129,30 @@ def _chunk_tangent(
     scores, targets = problem.scores, problem.targets
     picked = targets.pick(chunk)
     loaded = scores.load(picked)
-    p_zeta = t_zeta = surprise = mass = p_zeta_z = own_zeta = torch.zeros_like(found.m)
+    p_zeta = slope = surprise = mass = p_zeta_z = own_zeta = torch.zeros_like(found.m)
     kept = []
     for classes in plan.class_tiles(targets.classes):
         pushed = _push(problem, workspace, chunk, picked, loaded, classes, found, tangents)
         zeta, own, shifted = pushed.zeta, pushed.tile.own, pushed.shifted
-        p_zeta = p_zeta + (pushed.tile.z * zeta).sum(1).to(found.m.dtype) / (1 + found.r)
+        # the own class apart, as in the gradient: p_y − 1 of a row that is sure is smaller than p_y rounds
+        others = _others(problem, own, pushed.tile.z * zeta).to(found.m.dtype) / (1 + found.r)
+        p_zeta, slope = p_zeta + others, slope + found.a * others
+        t = targets.tile(chunk, classes, zeta.dtype)
+        if t is not None:
+            slope = slope - _others(problem, own, t * zeta).to(found.m.dtype)
+        if own is not None:
+            assert pushed.tile.own_z is not None
+            log_p = found.log_prob(pushed.tile.own_z)
+            excess = found.a[:, None] * torch.expm1(log_p)
+            if targets.own_rest is not None:
+                excess = excess + cut(targets.own_rest, chunk)
+            here = own.take(zeta, 0.0).to(found.m.dtype)
+            slope = slope + own.here(excess * here).sum(1)
+            p_zeta = p_zeta + own.here(torch.exp(log_p) * here).sum(1)
+            own_zeta = own_zeta + here[:, 0]
         if problem.extras.entropy:
             bent = torch.special.entr(pushed.tile.z) * zeta  # −p∘(z − m)∘ζ, times 1 + r
             p_zeta_z = p_zeta_z - bent.sum(1).to(found.m.dtype) / (1 + found.r)
-        t = targets.tile(chunk, classes, zeta.dtype)
-        if t is not None:
-            t_zeta = t_zeta + (t * zeta).sum(1).to(found.m.dtype)
-        if own is not None:
-            mass_here = torch.ones_like(own.local, dtype=found.m.dtype)
-            if targets.own_mass is not None:
-                mass_here = targets.own_mass[chunk]
-            if t is not None:  # the own class's share of the dense part is in own_mass already
-                mass_here = mass_here - own.take(t.expand(zeta.shape), 0.0).to(found.m.dtype)
-            zeta_here = own.take(zeta, 0.0).to(found.m.dtype)
-            t_zeta = t_zeta + (mass_here * zeta_here).sum(1)
-            own_zeta = own_zeta + zeta_here[:, 0]
         if dq is not None:
             dt = dq[picked, classes].to(zeta.dtype) * targets.probability_factor(classes, zeta.dtype)
             assert shifted is not None  # dq has probabilities beside it
@@ -160,7 +163,12 @@ def _chunk_tangent(
             kept.append(pushed)
     entropy = None if found.e is None else found.e / (1 + found.r) * p_zeta - p_zeta_z
     log_prob = own_zeta - p_zeta if problem.extras.log_prob else None
-    return RowTangent(found.a * p_zeta - t_zeta + surprise, p_zeta, mass, entropy, log_prob), kept
+    return RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob), kept
+
+
+def _others(problem: Problem, own: OwnColumns | None, values: Tensor) -> Tensor:
+    """Σ over the classes of a tile (R, T) that are not the target's own."""
+    return (values if own is None else own.put(problem.arithmetic, values, 0.0)).sum(1)
 
 
 def _push(
@@ -244,7 +252,8 @@ def _workspace(problem: Problem, plan: Plan) -> Workspace:
 
 def _concatenate(parts: list[RowTangent], found: Statistics) -> RowTangent:
     if not parts:
-        return RowTangent(found.a, found.a, found.a, found.e, found.own)
+        e, own = (None if t is None else t.clone() for t in (found.e, found.own))
+        return RowTangent(found.a.clone(), found.a.clone(), found.a.clone(), e, own)
     if len(parts) == 1:
         return parts[0]
     loss, logsumexp, mass, *others = zip(*parts, strict=True)

@@ -310,6 +310,10 @@ class OwnColumns:
         entries = z.gather(1, self.local)
         return entries if self.inside is None else torch.where(self.inside, entries, default)
 
+    def here(self, values: Tensor) -> Tensor:
+        """Values (R, K) of the columns, zero where they lie elsewhere."""
+        return values if self.inside is None else torch.where(self.inside, values, 0.0)
+
     def put(self, o: Arithmetic, z: Tensor, value: float | Tensor) -> Tensor:
         """z (R, T) with `value` at the columns that lie here."""
         if self.inside is not None:
