@@ -576,6 +576,11 @@ def test_on_cuda():
     s, y = torch.tensor([-INF, INF]), torch.tensor([0.0, 1.0])
     for a, b in zip(gradients(of_logits, s.cuda(), y.cuda()), gradients(of_logits, s, y), strict=True):
         assert torch.equal(a.cpu(), b)
+    half = torch.tensor([0.25, 0.75], dtype=torch.float16)
+    with torch.autocast("cuda"):  # where torch refuses
+        for clamp in (False, True):
+            loss = of_probabilities(half.cuda(), half.cuda(), clamp=clamp)
+            assert_close(loss.cpu(), of_probabilities(half.float(), half.float()))
 
 
 @FORMS

@@ -211,7 +211,6 @@ def _of_masses(x: Tensor, t: Tensor) -> Tensor:
     low, _ = _bounds(t)
     logarithm = t
     if low <= 0:
-        x, t = torch.broadcast_tensors(x, t)
         nothing = t == 0
         x, logarithm = x.masked_fill(nothing & x.isinf(), 0.0), t.masked_fill(nothing, 1.0)
     return t * (logarithm.log() - x)
