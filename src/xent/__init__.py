@@ -4,6 +4,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from xent import metrics, nn
+from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
 from xent.functional import cross_entropy, linear_cross_entropy
 from xent.options import TopKTarget
 from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
@@ -18,8 +19,11 @@ __all__ = [
     "SoftmaxRegression",
     "TopKTarget",
     "__version__",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
     "cross_entropy",
     "entropy",
+    "kl_div",
     "linear_cross_entropy",
     "linear_row_statistics",
     "linear_top_k",

@@ -156,6 +156,11 @@ def transformed(*tensors: Tensor | None) -> bool:
         return (
             True  # at these tensors or not: under a transform torch takes a Function with a rule of its own
         )
+    return has_tangent(*tensors)
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward mode is looking at any of the tensors."""
     return forward_ad._current_level >= 0 and any(
         t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
         for t in tensors

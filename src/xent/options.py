@@ -383,7 +383,7 @@ def _at_positions(target: Target, n: int, classes: int, places: int) -> Sequence
     return (target.reshape(n),) if places == 1 else target.reshape(n, places).unbind(1)
 
 
-_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _check_floating(**tensors: Tensor | None) -> None:
@@ -391,7 +391,7 @@ def _check_floating(**tensors: Tensor | None) -> None:
     given = {name: t.dtype for name, t in tensors.items() if t is not None}
     first, *_ = given
     for name, dtype in given.items():
-        if dtype not in _FLOATING:
+        if dtype not in FLOATING:
             raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {dtype}")
         if dtype != given[first]:
             raise TypeError(
@@ -420,16 +420,16 @@ def _product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
 
 def _lower(tensor: Tensor) -> Tensor:
     """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
-    if not _autocasts(tensor):
+    if not autocasts(tensor):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def _loss_dtype(tensor: Tensor) -> torch.dtype:
     """The type of the loss: that of the scores, but never a half type under autocast."""
-    return torch.float32 if _autocasts(tensor) else tensor.dtype
+    return torch.float32 if autocasts(tensor) else tensor.dtype
 
 
-def _autocasts(tensor: Tensor) -> bool:
+def autocasts(tensor: Tensor) -> bool:
     kind = tensor.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
