@@ -138,6 +138,19 @@ OTHERS = [
         exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY, "shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP},
     ),
     Row("log-prob", loss="log_prob", ignored=True, exempt=UNWEIGHTED),
+    Row(
+        "binary",
+        loss="binary",
+        target="probabilities",
+        exempt=UNWEIGHTED
+        | UNTILED
+        | {
+            "shift": "each logit is measured against 0, not against the others",
+            "gradient_sum": "each element is a row of two classes of its own",
+            "permutation": "there is a loss for every class, and it moves with the class",
+            "leaving_out": "takes no sample weight; an element of weight 0 is left out (tests/test_binary.py)",
+        },
+    ),
 ]
 
 Target = Tensor | xent.TopKTarget
@@ -216,6 +229,7 @@ LOSSES = {
         lambda x, w, b, target, **options: xent.linear_cross_entropy(x, w, target, linear_bias=b, **options),
     ),
     "surrogate": Loss(xent.surrogate_cross_entropy, None),
+    "binary": Loss(xent.binary_cross_entropy_with_logits, None),
     "entropy": of_rows("entropy"),
     "log_prob": of_rows("log_prob", -1.0),
 }
