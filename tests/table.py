@@ -148,7 +148,7 @@ OTHERS = [
             "shift": "each logit is measured against 0, not against the others",
             "gradient_sum": "each element is a row of two classes of its own",
             "permutation": "there is a loss for every class, and it moves with the class",
-            "leaving_out": "takes no sample weight; an element of weight 0 is left out (tests/test_binary.py)",
+            "leaving_out": "takes no sample weight; tests/test_binary.py leaves elements out by weight 0",
         },
     ),
 ]
