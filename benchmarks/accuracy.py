@@ -66,6 +66,7 @@ KINDS = {
     "soft": "a probability for every class",
     "soft, offset": "the same around a huge offset",
     "soft, masked": "the same, masked classes at probability 0",
+    "binary": "binary_cross_entropy_with_logits, logits to ±600 (float64) or ±80, half of them right",
 }
 COLUMNS = {
     "xent": "xent.cross_entropy",
@@ -156,6 +157,10 @@ def make(kind: str, dtype: torch.dtype, rows: int, classes: int) -> Problem:
     name = str(dtype).removeprefix("torch.")
     if kind == "many classes":
         rows, classes = max(1, rows // 8), MANY
+    if kind == "binary":  # the two classes' logits are (0, s)
+        s = torch.linspace(-1, 1, 4 * rows, dtype=torch.float64) * (600 if dtype == torch.float64 else 80)
+        z = torch.stack((torch.zeros_like(s), s), 1).to(dtype)
+        return Problem(kind, z, torch.arange(len(z)) // 2 % 2, {})
     z = torch.randn(rows, classes, dtype=torch.float64) * (90 if kind == "wide" else 3)
     y = torch.randint(classes, (rows,))
     steps = torch.linspace(0, 1, rows, dtype=torch.float64)
@@ -175,13 +180,19 @@ def make(kind: str, dtype: torch.dtype, rows: int, classes: int) -> Problem:
     return Problem(kind, z, y, {"label_smoothing": SMOOTHING} if kind == "smoothed" else {})
 
 
-def dense(f: Callable[..., Tensor], compute: torch.dtype | None = None) -> Callable[[Problem], Answer]:
-    """A loss from logits, which may be computed in another type and rounded at the end."""
+def dense(
+    of_many: Callable[..., Tensor], of_two: Callable[..., Tensor], compute: torch.dtype | None = None
+) -> Callable[[Problem], Answer]:
+    """A loss from logits, or from those of two classes, which may be computed in another type and rounded."""
+
+    def binary(z: Tensor, y: Tensor, **options: object) -> Tensor:
+        return of_two(z[:, 1] - z[:, 0], y.to(z.dtype), **options)  # s − 0, which nothing rounds
 
     def run(p: Problem) -> Answer:
         dtype = p.z.dtype if compute is None else compute
         z = p.z.detach().clone().to(dtype).requires_grad_()
         target = p.target if p.index else p.target.to(dtype)
+        f = binary if p.kind == "binary" else of_many
         loss = f(z, target, reduction="none", **p.options).detach()
         (gradient,) = torch.autograd.grad(f(z, target, reduction="sum", **p.options), z)
         return Answer(loss.to(p.z.dtype), gradient.to(p.z.dtype))
@@ -189,10 +200,12 @@ def dense(f: Callable[..., Tensor], compute: torch.dtype | None = None) -> Calla
     return run
 
 
-def fused(f: Callable[..., Tensor], **more: object) -> Callable[[Problem], Answer]:
+def fused(f: Callable[..., Tensor], **more: object) -> Callable[[Problem], Answer | None]:
     """A loss straight from features: x the unit matrix, W the logits' transpose, which no product rounds."""
 
-    def run(p: Problem) -> Answer:
+    def run(p: Problem) -> Answer | None:
+        if p.kind == "binary":
+            return None
         masked = p.z[0] == -math.inf  # the same classes in every row
         bias = {"linear_bias": torch.where(masked, p.z[0], 0.0)} if masked.any() else {}
         x = torch.eye(len(p.z), dtype=p.z.dtype)
@@ -206,7 +219,7 @@ def fused(f: Callable[..., Tensor], **more: object) -> Callable[[Problem], Answe
 
 
 def scikit(p: Problem) -> Answer | None:
-    if not p.index or p.options or p.z.dtype not in (torch.float32, torch.float64):
+    if not p.index or p.options or p.kind == "binary" or p.z.dtype not in (torch.float32, torch.float64):
         return None
     loss = HalfMultinomialLoss(n_classes=p.z.shape[1])
     values, gradient = loss.loss_gradient(p.target.to(p.z.dtype).numpy(), np.ascontiguousarray(p.z.numpy()))
@@ -223,11 +236,11 @@ def libraries() -> dict[str, tuple[Callable[[Problem], Answer | None], ...]]:
     """Name -> the ways to run it, of which the worst counts."""
     head = xent.linear_cross_entropy
     every: dict[str, tuple[Callable[[Problem], Answer | None], ...]] = {
-        "xent": (dense(xent.cross_entropy),),
+        "xent": (dense(xent.cross_entropy, xent.binary_cross_entropy_with_logits),),
         "xent fused": (fused(head), fused(head, memory_budget=1 << 14)),
-        "torch": (dense(F.cross_entropy),),
+        "torch": (dense(F.cross_entropy, F.binary_cross_entropy_with_logits),),
         "torch fused": (torch_fused,),
-        "torch in f32": (dense(F.cross_entropy, torch.float32),),
+        "torch in f32": (dense(F.cross_entropy, F.binary_cross_entropy_with_logits, torch.float32),),
     }
     if sklearn is not None:
         every["sklearn"] = (scikit,)
@@ -240,6 +253,8 @@ def ask_jax(python: str, problems: dict[str, Problem]) -> tuple[dict[str, str], 
         given, found = Path(folder, "given.npz"), Path(folder, "found.npz")
         arrays = {}
         for name, p in problems.items():
+            if p.kind == "binary":
+                continue
             arrays[f"{name}|z"] = p.z.double().numpy()
             arrays[f"{name}|t"] = p.target.numpy() if p.index else p.target.double().numpy()
         np.savez(given, **arrays)
