@@ -4,6 +4,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from xent import metrics, nn
+from xent.divergence import kl_divergence, linear_kl_divergence
 from xent.functional import cross_entropy, linear_cross_entropy
 from xent.options import TopKTarget
 from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
@@ -20,7 +21,9 @@ __all__ = [
     "__version__",
     "cross_entropy",
     "entropy",
+    "kl_divergence",
     "linear_cross_entropy",
+    "linear_kl_divergence",
     "linear_row_statistics",
     "linear_top_k",
     "metrics",
