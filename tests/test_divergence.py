@@ -106,19 +106,20 @@ KINDS = ["normal", "confident", "beyond doubt", "hopeless", "huge offset", "mask
 @pytest.mark.parametrize("kind", [*KINDS, "masked in the teacher"])
 @pytest.mark.parametrize("classes", [2, 7, 40])
 def test_two_logits_against_mpmath(dtype, kind, classes):
-    """Beside 8 units in the last place what rounding a subtraction a class costs through |p − t| and t|δ|."""
+    """Beside 8 units in the last place: what rounding a subtraction a class costs, through |p − t| and t|δ|,
+    and through the exponential that each term is a multiple of."""
     for _ in range(5):
         z, t = rows(kind, classes, dtype)
         found = xent.kl_divergence(target=t, input=z, target_is_logits=True)
         expected = exact_kl(t, z, logits=True)
         p, q = (v.double().softmax(0) for v in (z, t))
+        far_z, far_t = (torch.where(v > -math.inf, v.double().max() - v.double(), 0.0) for v in (z, t))
         delta = torch.where(q > 0, z.double().log_softmax(0) - t.double().log_softmax(0), 0.0).abs()
-        far = sum(
-            (w * torch.where(v > -math.inf, v.double().max() - v.double(), 0.0)).sum().item()
-            for v, w in ((z, (p - q).abs()), (t, q * (delta + float(expected))))
-        )
+        slopes = ((p - q).abs() * far_z).sum() + (q * (delta + float(expected)) * far_t).sum()
+        relative = 8 + far_t.max().item()
+        bound = EPS[dtype] * (relative * expected + 2 * slopes.item())
         assert found >= 0
-        assert abs(mpmath.mpf(found.item()) - expected) <= EPS[dtype] * (8 * expected + 2 * far)
+        assert abs(mpmath.mpf(found.item()) - expected) <= bound + torch.finfo(dtype).smallest_normal
 
 
 @BOTH
@@ -581,11 +582,29 @@ def test_a_third_derivative_raises():
 def test_compiled_in_one_graph(dynamic):
     s = torch.tensor([1.0, 0.0, 2.0, 0.5, 0.0, 1.0], dtype=F64)
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True, dynamic=dynamic)
-    for options in ({}, {"sample_weight": s}, {"reduction": "none"}):
+    for options in ({}, {"sample_weight": s}, {"reduction": "none", "temperature": 2.0}):
         leaves = leaf(heads())
         ours, theirs = compiled(leaves, **options), linear(leaves, **options)
         assert_close(ours, theirs)
         assert_close(torch.autograd.grad(ours.sum(), leaves), torch.autograd.grad(theirs.sum(), leaves))
+
+
+def test_export():
+    class Lesson(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            _, self.w, self.b, _, self.teacher_w, self.teacher_b = (
+                torch.nn.Parameter(t) for t in heads(torch.float32)
+            )
+
+        def forward(self, x, y):
+            return linear([x, self.w, self.b, y, self.teacher_w, self.teacher_b])
+
+    lesson, (x, _, _, y, _, _) = Lesson(), heads(torch.float32)
+    rows = torch.export.Dim("rows", min=2)
+    exported = torch.export.export(lesson, (x, y), dynamic_shapes=({0: rows}, {0: rows})).module()
+    assert_close(exported(x, y), lesson(x, y))
+    assert_close(exported(x[:3], y[:3]), lesson(x[:3], y[:3]))
 
 
 def test_opcheck():
@@ -673,7 +692,7 @@ def test_products_of_weights_alone_and_of_rows_left_out(products):
     assert products() == 1.5
 
 
-@pytest.mark.parametrize("budget", [1 << 21, HOLDS_A_CHUNK, HOLDS_FEWER, 40_000])
+@pytest.mark.parametrize("budget", [1 << 21, HOLDS_A_CHUNK, HOLDS_FEWER, 100_000])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("teacher", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -688,7 +707,7 @@ def test_a_sweep_stays_within_its_budget(budget, reduction, teacher, dtype):
     assert budget / 8 < live.peak <= budget
 
 
-@pytest.mark.parametrize("budget", [1 << 22, HOLDS_FEWER, 40_000])
+@pytest.mark.parametrize("budget", [1 << 22, HOLDS_FEWER, 100_000])
 def test_a_hessian_product_stays_within_its_budget(budget):
     heads = large(teacher=True)
     wanted = (heads[0][1], heads[1][1])

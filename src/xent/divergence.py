@@ -9,12 +9,12 @@ size of an entropy to find a difference that may be a billionth of it.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from xent import autograd, distillation, opaque
+from xent import autograd, divergence_autograd, divergence_opaque, opaque
 from xent.core.divergence import NEAR, Pair, phi
 from xent.core.reduction import Kind, Scale
 from xent.core.scores import LinearHead, compute_dtype
@@ -22,7 +22,7 @@ from xent.core.statistics import statistics_dtype
 from xent.core.targets import no_targets
 from xent.options import Call, Options, _check_floating, _loss_dtype
 
-Head = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
 
 def kl_divergence(
@@ -66,10 +66,10 @@ def kl_divergence(
     axis = _check(target, input, temperature)
     dtype = compute_dtype(torch.promote_types(input.dtype, target.dtype))
     z, given = (v.movedim(axis, -1).to(dtype) for v in (input, target))
-    log_p = _log_softmax(z / temperature)
+    log_p = _log_softmax(z, temperature)
     mass, log_t = None, None
     if target_is_logits:
-        log_t = _log_softmax(given / temperature)
+        log_t = _log_softmax(given, temperature)
         t = log_t.exp()
     else:
         _check_probabilities(target)
@@ -138,64 +138,83 @@ def linear_kl_divergence(
         0.020136
     """
     options = Options(reduction=reduction, temperature=temperature, memory_budget=memory_budget)
-    call, learner = _head("student", student, options)
-    teaching, known = _head("teacher", teacher, options)
-    if call.rows_shape != teaching.rows_shape or learner.shape[1] != known.shape[1]:
+    lesson = _lesson(_head("student", student, options), _head("teacher", teacher, options), sample_weight)
+    call, pair, weight, kept, in_graph = lesson
+    kind, targets = call.reduction.kind, pair.targets
+    scale = _scale(kind, weight, targets.count)
+    if kind != "none" and lesson.one_backward:
+        return divergence_autograd.reduced(pair, weight, scale).to(call.dtype)
+    kl = divergence_opaque.rows(pair, kept) if in_graph else divergence_autograd.rows(pair)
+    if kept is not None:  # select before weighing: 0·nan is not 0
+        kl = kl.masked_fill(~kept, 0.0)
+    if kind != "none":
+        return divergence_autograd.total(kl, weight, scale).to(call.dtype)
+    kl = kl if weight is None else kl * weight
+    if targets.rows is not None:
+        kl = kl.new_zeros(targets.total).index_copy(0, targets.rows, kl)
+    return call.stack([kl])
+
+
+class _Lesson(NamedTuple):
+    """A call's arguments, resolved."""
+
+    call: Call  # the student's: reduction, shape of the rows, type of the loss
+    pair: Pair
+    weight: Tensor | None  # (M,)
+    kept: Tensor | None  # (N,) bool: rows that count, where they could not be selected beforehand
+    in_graph: bool  # whether the sweep is to be one operator
+
+    @property
+    def one_backward(self) -> bool:
+        """Whether a gradient formed in the forward sweep is what will be asked for."""
+        if self.kept is not None or self.in_graph or not torch.is_grad_enabled():
+            return False
+        tensors = (*self.pair.student.tensors, *self.pair.teacher.tensors)
+        if self.weight is not None and self.weight.requires_grad:
+            return False
+        if autograd.transformed(*tensors, self.weight):
+            return False
+        return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _lesson(
+    one: tuple[Call, LinearHead], other: tuple[Call, LinearHead], sample_weight: Tensor | None
+) -> _Lesson:
+    """The student's and the teacher's head over the same rows, and the weights of those that take part."""
+    (call, student), (teaching, teacher) = one, other
+    rows_shape = tuple(call.rows_shape)
+    if call.rows_shape != teaching.rows_shape or student.shape[1] != teacher.shape[1]:
         raise ValueError(
-            f"student and teacher must have the same rows and classes; "
-            f"got rows {tuple(call.rows_shape)} and {tuple(teaching.rows_shape)}, "
-            f"{learner.shape[1]} and {known.shape[1]} classes"
+            f"student and teacher must have the same rows and classes; got rows {rows_shape} and "
+            f"{tuple(teaching.rows_shape)}, {student.shape[1]} and {teacher.shape[1]} classes"
         )
-    if learner.dtype != known.dtype:
+    if student.dtype != teacher.dtype:
         raise TypeError(
-            f"the student is computed in {learner.dtype} and the teacher in {known.dtype}: "
+            f"the student is computed in {student.dtype} and the teacher in {teacher.dtype}: "
             "convert one of them"
         )
-    if sample_weight is not None and sample_weight.shape != call.rows_shape:
+    if sample_weight is not None and tuple(sample_weight.shape) != rows_shape:
         raise ValueError(
-            f"sample_weight must have the shape of the rows, {tuple(call.rows_shape)}; "
-            f"got {tuple(sample_weight.shape)}"
+            f"sample_weight must have the shape of the rows, {rows_shape}; got {tuple(sample_weight.shape)}"
         )
-    (part,) = call.parts
-    budget, kind = part.problem.budget, call.reduction.kind
-    n, classes = learner.shape
-    tensors = (*learner.tensors, *known.tensors)
+    n, classes = student.shape
+    tensors = (*student.tensors, *teacher.tensors)
     weight = None if sample_weight is None else sample_weight.reshape(n)
     learnt = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     fixed = None if learnt else weight  # a learnt weight of 0 still has a gradient
-    kept = None
-    in_graph = opaque.is_opaque(weight, *tensors)
+    kept, in_graph = None, opaque.is_opaque(weight, *tensors)
     if fixed is not None and (in_graph or autograd.batched(weight, *tensors)):
         # data cannot choose rows here: those that do not count become harmless, and are taken out later
         kept, fixed = fixed != 0, None
         if not in_graph:  # the operator selects for itself
-            learner, known = learner.select(kept), known.select(kept)
-    targets = no_targets(n, classes, learner.device, fixed)
-    pair = Pair(learner, known, targets, budget)
-    if targets.row_weight is not None:
+            student, teacher = student.select(kept), teacher.select(kept)
+    targets = no_targets(n, classes, student.device, fixed)
+    if fixed is not None:
         weight = targets.row_weight
     elif weight is not None:
         weight = weight.to(statistics_dtype(weight.device))
-    scale = _scale(kind, weight, targets.count)
-    if kind != "none" and kept is None and not learnt and not in_graph and _one_backward(pair, weight):
-        return distillation.reduced(pair, weight, scale).to(call.dtype)
-    kl = distillation.rows_in_a_graph(pair, kept) if in_graph else distillation.rows(pair)
-    if kept is not None:  # select before weighing: 0·nan is not 0
-        kl = kl.masked_fill(~kept, 0.0)
-    if kind != "none":
-        return distillation.total(kl, weight, scale).to(call.dtype)
-    kl = kl if weight is None else kl * weight
-    if targets.rows is not None:
-        kl = kl.new_zeros(n).index_copy(0, targets.rows, kl)
-    return call.stack([kl])
-
-
-def _one_backward(pair: Pair, weight: Tensor | None) -> bool:
-    """Whether a gradient formed in the forward sweep is what will be asked for."""
-    tensors = (*pair.student.tensors, *pair.teacher.tensors)
-    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-        return False
-    return not autograd.transformed(*tensors, weight)
+    (part,) = call.parts
+    return _Lesson(call, Pair(student, teacher, targets, part.problem.budget), weight, kept, in_graph)
 
 
 def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
@@ -237,7 +256,7 @@ def _check(target: Tensor, input: Tensor, temperature: float) -> int:
     axis = 0 if input.dim() == 1 else 1
     if input.shape[axis] == 0:
         raise ValueError("there must be at least one class, got 0")
-    if not (temperature > 0 and math.isfinite(temperature)):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     _check_floating(input=input)
     _check_floating(target=target)
@@ -259,10 +278,10 @@ def _check_probabilities(t: Tensor) -> None:
     )
 
 
-def _log_softmax(z: Tensor) -> Tensor:
-    """(z − m) − log1p(r), (..., C): r leaves the maximum's own term out, for confident rows."""
+def _log_softmax(z: Tensor, temperature: float) -> Tensor:
+    """(z − m)/T − log1p(r), (..., C): r leaves the maximum's own term out, for confident rows."""
     m, top = z.max(-1, keepdim=True)
-    shifted = z - m
+    shifted = (z - m) / temperature
     r = shifted.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True, dtype=statistics_dtype(z.device))
     return shifted - torch.log1p(r).to(z.dtype)
 

@@ -5,8 +5,7 @@
 
 As in `autograd`, each is a Function of the same tensors (features, weight and bias of the student, then of
 the teacher) and each one's derivative is the next; `reduced` forms the gradient of one plain backward in the
-forward sweep. In a graph the sweep is the operator ``xent::kl_rows``, whose derivative is
-``xent::kl_rows_gradient``; these have one derivative and no rule for torch.func.
+forward sweep.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ from xent.autograd import _is_one, _plain, _split, _spread, batched
 from xent.core import divergence, divergence_hessian
 from xent.core.arithmetic import arithmetic_for
 from xent.core.divergence import Found, Pair
-from xent.core.scores import LinearHead, Sink, Transform
+from xent.core.scores import LinearHead, Sink
 from xent.core.statistics import Statistics, statistics_dtype
-from xent.core.targets import Targets
+from xent.core.targets import no_targets
 
 LEAVES = 6  # features, weight and bias of both heads
 SAVED = 5  # m and r of both heads, and KL
@@ -33,7 +32,7 @@ THIRD = (
     "xent.kl_divergence of both heads' logits has any number of them"
 )
 
-Optional: TypeAlias = tuple[Tensor | None, ...]
+Leaves: TypeAlias = tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True)
@@ -52,15 +51,16 @@ class _Recipe:
         return replace(self, wants=tuple(wants), known=known)
 
     @classmethod
-    def of(cls, pair: Pair) -> tuple[_Recipe, Optional]:
+    def of(cls, pair: Pair) -> tuple[_Recipe, Leaves]:
         student, teacher, t = pair.student, pair.teacher, pair.targets
         recipe = cls(student.make, teacher.make, t.classes, t.total, pair.budget)
         return recipe, (*student.tensors, *teacher.tensors, t.rows)
 
-    def bind(self, tensors: Optional, *others: Tensor | None) -> Pair:
+    def bind(self, tensors: Leaves, *others: Tensor | None) -> Pair:
         """The pair again; `others` are tensors beside its own that may be batched."""
-        targets = _no_targets(self.classes, self.total, tensors[LEAVES])
         student, teacher = self.student(*tensors[:3]), self.teacher(*tensors[3:LEAVES])
+        targets = no_targets(self.total, self.classes, student.device, None)
+        targets = replace(targets, rows=tensors[LEAVES])
         return Pair(student, teacher, targets, self.budget, arithmetic_for(*tensors, *others))
 
 
@@ -94,7 +94,7 @@ class _Rows(torch.autograd.Function):
         pair = recipe.bind(tensors)
         with _plain(pair.problem):
             found = divergence.values(pair)
-        return found.kl, *(t.clone() for t in _saved(found))
+        return found.kl, *(t.clone() for t in saved_of(found))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -105,7 +105,7 @@ class _Rows(torch.autograd.Function):
         ctx.save_for_forward(*output[1:], *tensors)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Optional:
+    def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Leaves:
         saved, tensors = _split(ctx.saved_tensors, SAVED)
         wants = ctx.needs_input_grad[1 : 1 + LEAVES]
         if upstream is None or not any(wants):
@@ -114,7 +114,7 @@ class _Rows(torch.autograd.Function):
         return None, *_spread(gradients, wants, len(tensors))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Optional:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Leaves:
         saved, tensors = _split(ctx.saved_tensors, SAVED)
         along = tangents[1 : 1 + LEAVES]
         return _Tangent.apply(ctx.recipe, *saved, *along, *tensors), *(None,) * SAVED
@@ -132,8 +132,8 @@ class _Gradient(torch.autograd.Function):
         (gamma,), saved, tensors = _split(inputs, 1, SAVED)
         pair = recipe.bind(tensors, gamma, *saved)
         with _plain(pair.problem):
-            _, sinks = divergence.gradient(pair, _found(saved), gamma, _both(recipe.wants))
-            return _wanted(recipe.wants, sinks, tensors)
+            _, sinks = divergence.gradient(pair, found_of(saved), gamma, both(recipe.wants))
+            return wanted(recipe.wants, sinks, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -144,7 +144,7 @@ class _Gradient(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Optional:
+    def backward(ctx: Any, *upstream: Tensor | None) -> Leaves:
         (gamma,), saved, tensors = _split(ctx.saved_tensors, 1, SAVED)
         along = _spread(upstream, ctx.recipe.wants, LEAVES)
         (needs_gamma,), _, needs = _split(ctx.needs_input_grad[1:], 1, SAVED)
@@ -164,7 +164,7 @@ class _Gradient(torch.autograd.Function):
             wants = (False, *ctx.recipe.wants)
             found = _Product.apply(ctx.recipe.asking(wants), gamma, *saved, *along, *tensors)
         if change is None:
-            return found or tuple(torch.zeros_like(t) for t in _chosen(ctx.recipe.wants, tensors))
+            return found or tuple(torch.zeros_like(t) for t in chosen(ctx.recipe.wants, tensors))
         linear = _Gradient.apply(ctx.recipe, change, *saved, *tensors)
         return linear if found is None else tuple(a + b for a, b in zip(found, linear, strict=True))
 
@@ -179,7 +179,7 @@ class _Tangent(torch.autograd.Function):
         saved, along, tensors = _split(inputs, SAVED, LEAVES)
         pair = recipe.bind(tensors, *saved, *along)
         with _plain(pair.problem):
-            return divergence_hessian.tangent(pair, _found(saved), _both(along))
+            return divergence_hessian.tangent(pair, found_of(saved), both(along))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -188,14 +188,14 @@ class _Tangent(torch.autograd.Function):
         ctx.save_for_forward(*tensors)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Optional:
+    def backward(ctx: Any, upstream: Tensor) -> Leaves:
         saved, along, tensors = _split(ctx.saved_tensors, SAVED, LEAVES)
         _, wants_along, wants, _ = _split(ctx.needs_input_grad[1:], SAVED, LEAVES, LEAVES)
-        d_along: Optional = (None,) * LEAVES
+        d_along: Leaves = (None,) * LEAVES
         if any(wants_along):
             out = _Gradient.apply(ctx.recipe.asking(wants_along), upstream, *saved, *tensors)
             d_along = _spread(out, wants_along, LEAVES)
-        d_leaves: Optional = (None,) * len(tensors)
+        d_leaves: Leaves = (None,) * len(tensors)
         if any(wants):
             recipe = ctx.recipe.asking((False, *wants))
             out = _Product.apply(recipe, upstream, *saved, *along, *tensors)
@@ -218,13 +218,13 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         (gamma,), saved, along, tensors = _split(inputs, 1, SAVED, LEAVES)
-        pair, found = recipe.bind(tensors, gamma, *saved, *along), _found(saved)
+        pair, found = recipe.bind(tensors, gamma, *saved, *along), found_of(saved)
         wants_gamma, *wants = recipe.wants
         with _plain(pair.problem):
             if not any(wants):
-                return (divergence_hessian.tangent(pair, found, _both(along)),)
-            kl, sinks = divergence_hessian.product(pair, found, gamma, _both(along), _both(wants))
-            return *((kl,) if wants_gamma else ()), *_wanted(wants, sinks, tensors)
+                return (divergence_hessian.tangent(pair, found, both(along)),)
+            kl, sinks = divergence_hessian.product(pair, found, gamma, both(along), both(wants))
+            return *((kl,) if wants_gamma else ()), *wanted(wants, sinks, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -233,7 +233,7 @@ class _Product(torch.autograd.Function):
         ctx.save_for_forward(inputs[1])
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Optional:
+    def backward(ctx: Any, *upstream: Tensor | None) -> Leaves:
         raise NotImplementedError(THIRD)
 
     @staticmethod
@@ -254,7 +254,7 @@ class _Reduced(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> Tensor:
         gamma = _gamma(pair, weight, scale)
-        wants = _both(ctx.needs_input_grad[4 : 4 + LEAVES])
+        wants = both(ctx.needs_input_grad[4 : 4 + LEAVES])
         with _plain(pair.problem):
             found, ctx.early = divergence.fused(pair, lambda chunk: gamma[chunk], wants)
         ctx.recipe, ctx.found, ctx.gamma = recipe, found, gamma
@@ -262,7 +262,7 @@ class _Reduced(torch.autograd.Function):
         return total(found.kl, weight, scale)
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Optional:
+    def backward(ctx: Any, upstream: Tensor) -> Leaves:
         # asked for even where unused: it is what notices a freed graph, and tensors that have changed
         tensors = ctx.saved_tensors
         wants = ctx.needs_input_grad[4 : 4 + LEAVES]
@@ -274,10 +274,10 @@ class _Reduced(torch.autograd.Function):
                 formed = tuple(g for sink in early for g in sink.finish(factor))
             if not torch.is_grad_enabled():
                 return *(None,) * 4, *formed, None
-            known = _chosen(wants, formed)
+            known = chosen(wants, formed)
         # under create_graph what has been formed is the answer, and this its derivative's way
         recipe = ctx.recipe.asking(wants, known)
-        gradients = _Gradient.apply(recipe, ctx.gamma * upstream, *_saved(ctx.found), *tensors)
+        gradients = _Gradient.apply(recipe, ctx.gamma * upstream, *saved_of(ctx.found), *tensors)
         return *(None,) * 4, *_spread(gradients, wants, len(tensors))
 
 
@@ -288,11 +288,11 @@ def _gamma(pair: Pair, weight: Tensor | None, scale: float | Tensor) -> Tensor:
     return (one if weight is None else weight) * scale
 
 
-def _saved(found: Found) -> tuple[Tensor, ...]:
+def saved_of(found: Found) -> tuple[Tensor, ...]:
     return found.student.m, found.student.r, found.teacher.m, found.teacher.r, found.kl
 
 
-def _found(saved: Sequence[Tensor]) -> Found:
+def found_of(saved: Sequence[Tensor]) -> Found:
     """Statistics for derivatives, which never ask for d and a."""
     student_m, student_r, teacher_m, teacher_r, kl = saved
     zero = torch.zeros_like(student_m)
@@ -300,150 +300,19 @@ def _found(saved: Sequence[Tensor]) -> Found:
     return Found(student, Statistics(m=teacher_m, r=teacher_r, d=zero, a=zero), kl)
 
 
-def _both(of_leaves: Sequence[Any]) -> tuple[Any, Any]:
+def both(of_leaves: Sequence[Any]) -> tuple[Any, Any]:
     """The student's and the teacher's."""
     return tuple(of_leaves[:3]), tuple(of_leaves[3:LEAVES])
 
 
-def _chosen(wants: Sequence[bool], tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+def chosen(wants: Sequence[bool], tensors: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(t for want, t in zip(wants, tensors, strict=False) if want and t is not None)
 
 
-def _wanted(
+def wanted(
     wants: Sequence[bool], sinks: tuple[Sink, Sink], tensors: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
     """Gradients of the leaves that are wanted, in order."""
     every = zip((g for sink in sinks for g in sink.finish(None)), tensors, strict=False)
     filled = [torch.zeros_like(t) if g is None and t is not None else g for g, t in every]
-    return _chosen(wants, filled)
-
-
-def _no_targets(classes: int, total: int, rows: Tensor | None) -> Targets:
-    return Targets(
-        classes=classes,
-        total=total,
-        rows=rows,
-        row_weight=None,
-        mean_weight=None,
-        own=None,
-        own_mass=None,
-        own_rest=None,
-        own_known=False,
-        probabilities=None,
-        class_weight=None,
-        smoothing=0.0,
-    )
-
-
-def rows_in_a_graph(pair: Pair, kept: Tensor | None) -> Tensor:
-    """KL of all N rows as one operator, zero in those that are not kept (N,); differentiable once."""
-    student, teacher = pair.student, pair.teacher
-    kl, _ = torch.ops.xent.kl_rows(
-        *student.tensors,
-        *teacher.tensors,
-        kept,
-        student.transform.temperature,
-        student.product_dtype,
-        teacher.product_dtype,
-        pair.budget,
-    )
-    return kl
-
-
-@torch.library.custom_op("xent::kl_rows", mutates_args=())
-def _kl_rows(
-    x: Tensor,  # (N, D)
-    w: Tensor,  # (C, D)
-    b: Tensor | None,  # (C,)
-    teacher_x: Tensor,  # (N, D′)
-    teacher_w: Tensor,  # (C, D′)
-    teacher_b: Tensor | None,  # (C,)
-    kept: Tensor | None,  # (N,) bool
-    temperature: float,
-    product_dtype: torch.dtype | None,
-    teacher_product_dtype: torch.dtype | None,
-    budget: int,
-) -> tuple[Tensor, Tensor]:
-    leaves = (x, w, b, teacher_x, teacher_w, teacher_b)
-    pair = _pair(leaves, kept, temperature, product_dtype, teacher_product_dtype, budget)
-    found = divergence.values(pair)
-    saved = torch.stack(_saved(found))
-    if pair.targets.rows is not None:
-        saved = saved.new_zeros(SAVED, x.shape[0]).index_copy(1, pair.targets.rows, saved)
-    return saved[-1].clone(), saved
-
-
-@_kl_rows.register_fake
-def _(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    dtype = statistics_dtype(x.device)
-    return x.new_empty(x.shape[0], dtype=dtype), x.new_empty((SAVED, x.shape[0]), dtype=dtype)
-
-
-@torch.library.custom_op("xent::kl_rows_gradient", mutates_args=())
-def _kl_rows_gradient(
-    upstream: Tensor,  # (N,)
-    saved: Tensor,  # (SAVED, N)
-    wants: Sequence[bool],
-    x: Tensor,
-    w: Tensor,
-    b: Tensor | None,
-    teacher_x: Tensor,
-    teacher_w: Tensor,
-    teacher_b: Tensor | None,
-    kept: Tensor | None,
-    temperature: float,
-    product_dtype: torch.dtype | None,
-    teacher_product_dtype: torch.dtype | None,
-    budget: int,
-) -> list[Tensor]:
-    leaves = (x, w, b, teacher_x, teacher_w, teacher_b)
-    pair = _pair(leaves, kept, temperature, product_dtype, teacher_product_dtype, budget)
-    if pair.targets.rows is not None:
-        upstream, saved = upstream[pair.targets.rows], saved[:, pair.targets.rows]
-    _, sinks = divergence.gradient(pair, _found(saved.unbind()), upstream, _both(wants))
-    return list(_wanted(wants, sinks, leaves))
-
-
-@_kl_rows_gradient.register_fake
-def _(upstream: Tensor, saved: Tensor, wants: Sequence[bool], *given: Any) -> list[Tensor]:
-    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in _chosen(wants, given)]
-
-
-def _pair(
-    leaves: Optional,
-    kept: Tensor | None,
-    temperature: float,
-    product_dtype: torch.dtype | None,
-    teacher_product_dtype: torch.dtype | None,
-    budget: int,
-) -> Pair:
-    transform = Transform(None, temperature)
-    x, w, b, teacher_x, teacher_w, teacher_b = leaves
-    assert x is not None
-    assert w is not None
-    assert teacher_x is not None
-    assert teacher_w is not None
-    chosen = None if kept is None or bool(kept.all()) else kept.nonzero().squeeze(1)
-    return Pair(
-        LinearHead(x, w, b, transform, product_dtype),
-        LinearHead(teacher_x, teacher_w, teacher_b, transform, teacher_product_dtype),
-        _no_targets(w.shape[0], x.shape[0], chosen),
-        budget,
-    )
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.settings = inputs[LEAVES + 1 :]
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *inputs[: LEAVES + 1])
-
-
-def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> Optional:
-    saved, *tensors = ctx.saved_tensors
-    leaves = zip(ctx.needs_input_grad, tensors[:LEAVES], strict=False)
-    wants = [bool(need) and t is not None for need, t in leaves]
-    found = torch.ops.xent.kl_rows_gradient(upstream, saved, wants, *tensors, *ctx.settings)
-    return *_spread(tuple(found), tuple(wants), LEAVES), *(None,) * 5
-
-
-_kl_rows.register_autograd(_backward, setup_context=_setup_context)
+    return chosen(wants, filled)
