@@ -273,6 +273,20 @@ def test_compiling_does_not_recompile_per_batch_size():
     assert counter.frame_count <= 2  # one static shape, then one dynamic
 
 
+def test_options_may_be_symbols_of_a_graph():
+    """With dynamic=True a number among the arguments is a symbol, of which not all can be asked."""
+
+    def loss(x, w, target, number):
+        return xent.linear_cross_entropy(
+            x, w, target, temperature=number, softcap=3 * number, z_loss=number / 8
+        )
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=True)
+    given = torch.randn(7, 5, requires_grad=True), torch.randn(6, 5), torch.randint(6, (7,))
+    for number in (2.0, 3.0):
+        assert_close(compiled(*given, number), loss(*given, number))
+
+
 def test_a_bad_target_raises_in_a_graph():
     torch._dynamo.reset()
     z = torch.randn(3, 4)

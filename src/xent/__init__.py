@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from xent import metrics, nn
 from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
+from xent.divergence import kl_divergence, linear_kl_divergence
 from xent.functional import cross_entropy, linear_cross_entropy
 from xent.options import TopKTarget
 from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
@@ -24,7 +25,9 @@ __all__ = [
     "cross_entropy",
     "entropy",
     "kl_div",
+    "kl_divergence",
     "linear_cross_entropy",
+    "linear_kl_divergence",
     "linear_row_statistics",
     "linear_top_k",
     "metrics",

@@ -346,7 +346,7 @@ class Options(NamedTuple):
 
     def _reduction(self) -> Reduction:
         kind, z_loss, denominator = self.reduction, self.z_loss, self.denominator
-        if not math.isfinite(z_loss):
+        if not -math.inf < z_loss < math.inf:  # a compiler can follow comparisons of symbols
             raise ValueError(f"z_loss must be finite, got {z_loss}")
         if denominator is not None and kind != "mean":
             raise ValueError(f"denominator replaces the divisor of reduction='mean'; reduction is {kind!r}")
@@ -362,9 +362,9 @@ class Options(NamedTuple):
 
     def _transform(self) -> Transform:
         softcap, temperature = self.softcap, self.temperature
-        if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        if softcap is not None and not 0 < softcap < math.inf:
             raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
-        if not (temperature > 0 and math.isfinite(temperature)):
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return Transform(softcap, float(temperature))
 

@@ -29,6 +29,7 @@ class Footprint:
     )
     per_class: int  # per class of a tile: a converted slice of the classifier
     resident_rows: int  # fewest rows of a chunk for which residence pays
+    fixed: int = 0  # whatever the tile
 
 
 @dataclass(frozen=True)
@@ -41,23 +42,24 @@ class Plan:
     def within(budget: int, rows: int, classes: int, footprint: Footprint, *, resident: bool) -> Plan:
         """The largest useful tile of `rows` × `classes` whose footprint is at most `budget` bytes."""
         f = footprint
+        room = budget - f.fixed
         rows = max(rows, 1)
         tile = min(max(classes, 1), CLASS_TILE)
         if resident:
-            held = (budget - tile * f.per_class) // (classes * f.kept + tile * f.scratch + f.per_row)
+            held = (room - tile * f.per_class) // (classes * f.kept + tile * f.scratch + f.per_row)
             if held >= min(rows, f.resident_rows):
                 return Plan(
                     _even(rows, min(held, TILE_ELEMENTS // tile)), _even(classes, tile), resident=True
                 )
         while True:
-            fits = (budget - tile * f.per_class) // (tile * (f.kept + f.scratch) + f.per_row)
+            fits = (room - tile * f.per_class) // (tile * (f.kept + f.scratch) + f.per_row)
             if fits >= min(rows, FEWEST_ROWS) or tile == 1:
                 break
             tile = (tile + 1) // 2
         if fits < 1:
             raise ValueError(
                 f"a memory budget of {budget} bytes holds not even one row × one class here; "
-                f"at least {f.kept + f.scratch + f.per_row + f.per_class} bytes are needed"
+                f"at least {f.kept + f.scratch + f.per_row + f.per_class + f.fixed} bytes are needed"
             )
         return Plan(_even(rows, min(fits, TILE_ELEMENTS // tile)), _even(classes, tile), resident=False)
 
