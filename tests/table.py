@@ -139,6 +139,17 @@ OTHERS = [
     ),
     Row("log-prob", loss="log_prob", ignored=True, exempt=UNWEIGHTED),
     Row(
+        "kl-divergence",
+        loss="kl",
+        target="probabilities",
+        exempt=UNWEIGHTED
+        | UNTILED
+        | {
+            "leaving_out": NO_WEIGHTS,
+            "finite_differences": "t·log t bends too sharply near 0 for its steps: tests/test_divergence.py",
+        },
+    ),
+    Row(
         "binary",
         loss="binary",
         target="probabilities",
@@ -229,6 +240,12 @@ LOSSES = {
         lambda x, w, b, target, **options: xent.linear_cross_entropy(x, w, target, linear_bias=b, **options),
     ),
     "surrogate": Loss(xent.surrogate_cross_entropy, None),
+    "kl": Loss(
+        lambda z, target, *, reduction="mean": reduced(
+            xent.kl_divergence(target=target, input=z), target, reduction
+        ),
+        None,
+    ),
     "binary": Loss(xent.binary_cross_entropy_with_logits, None),
     "entropy": of_rows("entropy"),
     "log_prob": of_rows("log_prob", -1.0),
