@@ -67,7 +67,7 @@ def test_phi_to_a_few_units_in_the_last_place(dtype):
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_near_logits_keep_their_digits(dtype, difference, offset, temperature):
     """KL ~ difference²: 1e-16 is known to as many digits as 1."""
-    for classes in (2, 7, 40):
+    for classes in (2, 7, 40) * 3:
         t = torch.randn(classes, dtype=dtype) * 2
         z = t + difference * torch.randn(classes, dtype=dtype) + offset
         if offset:
@@ -489,6 +489,24 @@ def test_a_learnt_sample_weight():
         assert_close(torch.autograd.grad(ours, s), torch.autograd.grad(theirs, s))
 
 
+def test_a_confident_row_keeps_the_digits_of_its_gradient():
+    """1 − 1e-10 and 1 − 1e-9 are 1 in float32; the difference of the probabilities is not."""
+    one, other = (torch.tensor([0.0, math.log(tiny)]) for tiny in (1e-9, 1e-10))
+    bias = one.clone().requires_grad_()
+    x, w = torch.zeros(3, 1), torch.zeros(2, 1)
+    xent.linear_kl_divergence(student=(x, w, bias), teacher=(x, w, other)).backward()
+    assert_close(bias.grad, torch.tensor([-9e-10, 9e-10]), rtol=1e-5, atol=0)
+
+
+def test_batched_upstream_gradients():
+    """The gradient formed in the forward sweep is for one upstream gradient."""
+    leaves = leaf(heads())
+    upstream = torch.rand(3, dtype=F64)
+    found = torch.autograd.grad(linear(leaves), leaves, upstream, is_grads_batched=True)
+    (one,) = torch.autograd.grad(linear(leaves), leaves[1])
+    assert_close(found[1], upstream[:, None, None] * one)
+
+
 def test_masked_classes():
     """−inf in both biases: at no cost and no gradient, in one tile or alone in one."""
     leaves = heads()
@@ -554,20 +572,22 @@ def test_torch_func():
         jvp(grad(scalar(dense), every), tuple(leaves), tangents),
     )
     s = torch.tensor([1.0, 0.0, 2.0], dtype=F64)
-    leaves[0][1] = math.nan
+    leaves[0][1], leaves[3][1] = math.nan, math.inf
 
     def per_sample(x, y, s):
         return linear([x, *leaves[1:3], y, *leaves[4:]], reduction="sum", sample_weight=s)
 
     each = vmap(per_sample)(leaves[0], leaves[3], s)
     assert_close(each, linear(leaves, reduction="none", sample_weight=s))
-    x, w = leaves[0].nan_to_num(0.0), leaves[1]
+    x, y, w = leaves[0], leaves[3], leaves[1]
     of_weight = vmap(
         grad(lambda w, x, y, s: linear([x, w, leaves[2], y, *leaves[4:]], reduction="sum", sample_weight=s)),
         (None, 0, 0, 0),
-    )(w, x, leaves[3], s)
+    )(w, x, y, s)
     whole = grad(lambda w: linear([x, w, *leaves[2:]], reduction="sum", sample_weight=s))(w)
     assert_close(of_weight.sum(0), whole)
+    leaves[2][0] = -math.inf  # what costs +inf counts for nothing either
+    assert vmap(per_sample)(x, y, s).tolist() == [math.inf, 0.0, math.inf]
 
 
 def test_a_third_derivative_raises():
