@@ -10,6 +10,7 @@ from xent.functional import cross_entropy, linear_cross_entropy
 from xent.options import TopKTarget
 from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
 from xent.surrogate import surrogate_cross_entropy
+from xent.temperature import fit_temperature
 
 if TYPE_CHECKING:
     from xent.probe import SoftmaxRegression
@@ -24,6 +25,7 @@ __all__ = [
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "entropy",
+    "fit_temperature",
     "kl_div",
     "kl_divergence",
     "linear_cross_entropy",
