@@ -9,13 +9,14 @@ size of an entropy to find a difference that may be a billionth of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from xent import autograd, divergence_autograd, divergence_opaque, opaque
-from xent.core.divergence import NEAR, Pair, phi
+from xent.core.divergence import NEAR, PIECE, Pair, phi
 from xent.core.reduction import Kind, Scale
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.statistics import statistics_dtype
@@ -65,32 +66,16 @@ def kl_divergence(
     """
     axis = _check(target, input, temperature)
     dtype = compute_dtype(torch.promote_types(input.dtype, target.dtype))
-    z, given = (v.movedim(axis, -1).to(dtype) for v in (input, target))
-    log_p = _log_softmax(z, temperature)
-    mass, log_t = None, None
-    if target_is_logits:
-        log_t = _log_softmax(given, temperature)
-        t = log_t.exp()
-    else:
+    if not target_is_logits:
         _check_probabilities(target)
-        t, mass = given, given.sum(-1, keepdim=True, dtype=statistics_dtype(given.device))
-        scale = torch.where(mass == 0, 1.0, mass).log().to(dtype)
-        log_t = torch.where(t == 0, 1.0, t).log() - scale
-    absent = t == 0
-    delta = torch.where(absent, 0.0, log_p - log_t)
-    if target_is_logits:
-        delta = delta + _lost(delta, z, given, temperature, log_t).masked_fill(absent, 0.0)
-    p = log_p.exp() if mass is None else log_p.exp() * mass.to(dtype)
-    near = (delta.abs() < NEAR) & ~absent
-    terms = p - t - t * torch.where(near, 0.0, delta)
-    terms = torch.where(near, t * _phi(torch.where(near, delta, 0.0)), terms)
-    if mass is not None:  # the slope of t·log t at 0
-        terms = terms - torch.special.entr(torch.where(absent & (p > 0), t, 1.0))
-    kl = terms.sum(-1, dtype=statistics_dtype(terms.device))
-    if mass is not None:
-        kl = kl - torch.special.entr(mass.squeeze(-1))
-    kl = kl / math.log(2) if bits else kl
-    return kl.to(_loss_dtype(input))
+    z, t = (v.movedim(axis, -1) for v in (input, target))
+    settings = _Settings(target_is_logits, temperature, dtype)
+    if input.numel() <= PIECE or opaque.is_opaque(z, t) or autograd.transformed(z, t):
+        kl = _rows(t, z, settings)
+    else:
+        flat = (v.reshape(-1, v.shape[-1]) for v in (t, z))
+        kl = _ByChunks.apply(settings, *flat).reshape(z.shape[:-1])
+    return (kl / math.log(2) if bits else kl).to(_loss_dtype(input))
 
 
 def linear_kl_divergence(
@@ -278,6 +263,78 @@ def _check_probabilities(t: Tensor) -> None:
     )
 
 
+class _Settings(NamedTuple):
+    logits: bool  # whether the target is
+    temperature: float
+    dtype: torch.dtype  # of the computation
+
+
+def _rows(target: Tensor, z: Tensor, settings: _Settings) -> Tensor:
+    """KL of each row, (..., C) and (..., C) -> (...), of torch's own operations."""
+    given, z = target.to(settings.dtype), z.to(settings.dtype)
+    log_p = _log_softmax(z, settings.temperature)
+    p, mass = log_p.exp(), None
+    if settings.logits:
+        log_t = _log_softmax(given, settings.temperature)
+        t = log_t.exp()
+    else:
+        t, mass = given, given.sum(-1, keepdim=True, dtype=statistics_dtype(given.device))
+        p = p * mass.to(p.dtype)
+        log_t = torch.where(t == 0, 1.0, t).log() - torch.where(mass == 0, 1.0, mass).log().to(t.dtype)
+    absent = t == 0
+    delta = torch.where(absent, 0.0, log_p - log_t)
+    if settings.logits:
+        delta = delta + _lost(delta, z, given, settings.temperature, log_t).masked_fill(absent, 0.0)
+    near = (delta.abs() < NEAR) & ~absent
+    terms = torch.where(near, t * phi(delta.clamp(-NEAR, NEAR)), p - t - t * delta)
+    if mass is None:
+        return terms.sum(-1, dtype=statistics_dtype(t.device))
+    # the slope of t·log t at 0
+    terms = terms - torch.special.entr(torch.where(absent & (p > 0), t, 1.0))
+    return terms.sum(-1, dtype=mass.dtype) - torch.special.entr(mass.squeeze(-1))
+
+
+class _ByChunks(torch.autograd.Function):
+    """`_rows` of many rows, some at a time and once more for their gradient: what it makes stays small."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: _Settings, target: Tensor, z: Tensor) -> Tensor:
+        ctx.settings = settings
+        ctx.save_for_backward(target, z)
+        return torch.cat([_rows(t, some, settings) for t, some in _chunks(target, z)])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        target, z = given = ctx.saved_tensors
+        wants = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or autograd.batched(upstream):  # which is to be differentiated itself
+            leaves = [t for t, want in zip(given, wants, strict=True) if want]
+            with torch.enable_grad():
+                kl = _rows(target, z, ctx.settings)
+                found = iter(torch.autograd.grad(kl, leaves, upstream, create_graph=True))
+            return None, *(next(found) if want else None for want in wants)
+        answers = [torch.empty_like(t) if want else None for t, want in zip(given, wants, strict=True)]
+        start = 0
+        for chunk in _chunks(*given):
+            rows = slice(start, start + len(chunk[0]))
+            start = rows.stop
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_(want) for t, want in zip(chunk, wants, strict=True)]
+                kl = _rows(leaves[0], leaves[1], ctx.settings)
+            kl.backward(upstream[rows])
+            for answer, leaf in zip(answers, leaves, strict=True):
+                if answer is not None:
+                    answer[rows] = leaf.grad
+        return None, *answers
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(N, C) each, some rows at a time."""
+    n, classes = tensors[0].shape
+    size = max(1, PIECE // classes)
+    return zip(*(t.split(size) for t in tensors), strict=True) if n else iter([tensors])
+
+
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     """(z − m)/T − log1p(r), (..., C): r leaves the maximum's own term out, for confident rows."""
     m, top = z.max(-1, keepdim=True)
@@ -312,25 +369,3 @@ def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     d = a - b
     other = a - d
     return d, (a - (d + other)) + (other - b)
-
-
-class _Phi(torch.autograd.Function):
-    """φ keeping its argument alone; its derivative is expm1, of which torch has any number."""
-
-    @staticmethod
-    def forward(ctx: Any, delta: Tensor) -> Tensor:
-        ctx.save_for_backward(delta)
-        return phi(delta)
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        (delta,) = ctx.saved_tensors
-        return upstream * torch.expm1(delta)
-
-
-def _phi(delta: Tensor) -> Tensor:
-    """φ; of torch's own operations wherever something but plain backward is looking on."""
-    if opaque.is_opaque(delta) or autograd.transformed(delta):
-        return phi(delta)
-    value: Tensor = _Phi.apply(delta)
-    return value

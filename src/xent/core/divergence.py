@@ -13,6 +13,7 @@ all classes of a chunk of rows for both heads, computed again where it does not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, TypeAlias
@@ -31,27 +32,17 @@ NEAR = 0.5  # |δ| below which e^δ − 1 and δ cancel
 PIECE = 1 << 16  # elements of a tile at a time: what is made on the way stays in the cache
 TEMPORARIES = 12  # tensors of a piece that are alive at once
 
-# 1/(2n + 3)!, as many as float64 asks for up to |δ| = NEAR; of float32 four
-ODD = [1 / 6, 1 / 120, 1 / 5040, 1 / 362880, 1 / 39916800, 1 / 6227020800, 1 / 1307674368000]
-
 Wants: TypeAlias = tuple[bool, bool, bool]  # of features, weight and bias
 Tile: TypeAlias = tuple[Tensor, Tensor]  # (R, T) of the student and of the teacher
 
 
 def phi(delta: Tensor) -> Tensor:
-    """e^δ − 1 − δ to a few units in the last place, of any sign and size; any number of derivatives.
-
-    Near 0 as (cosh δ − 1) + (sinh δ − δ) = 2 sinh²(δ/2) + δ³·(1/3! + δ²/5! + δ⁴/7! + …).
-    """
-    near = delta.abs() < NEAR
-    x = torch.where(near, delta, 0.0)
-    square = x * x
-    *rest, last = ODD if x.dtype == torch.float64 else ODD[:4]
-    odd = torch.full_like(x, last)
-    for coefficient in reversed(rest):
-        odd = odd * square + coefficient
-    far = torch.where(near, 0.0, delta)
-    return torch.where(near, 2 * torch.sinh(x / 2).square() + x * square * odd, torch.expm1(far) - far)
+    """φ(δ) = δ²·(1/2! + δ/3! + δ²/4! + …) for |δ| ≤ NEAR, to a few units in the last place."""
+    terms = 14 if delta.dtype == torch.float64 else 8
+    total = delta / math.factorial(terms + 1) + 1 / math.factorial(terms)
+    for k in reversed(range(2, terms)):
+        total = total * delta + 1 / math.factorial(k)
+    return delta * delta * total
 
 
 class Pair(NamedTuple):
@@ -75,7 +66,8 @@ class Pair(NamedTuple):
     @property
     def piece(self) -> int:
         """Elements of a tile that are worked on at a time, within a quarter of the budget."""
-        return max(1, min(PIECE, self.budget // (4 * TEMPORARIES * self.student.dtype.itemsize)))
+        fits = max(1, self.budget // (4 * TEMPORARIES * self.student.dtype.itemsize))
+        return min(PIECE, fits) if self.student.device.type == "cpu" else fits
 
     def plan(self, *, resident: bool, buffers: int = 2, least_rows: int = 1) -> Plan:
         """Tiles within the budget; `buffers` of their size are held at once."""
@@ -155,11 +147,14 @@ def values(pair: Pair) -> Found:
 
 def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False) -> Found:
     workspace = pair.workspace(plan)
+    parts = []
     with pair.products():
-        parts = [
-            _chunk(pair, plan, workspace, chunk, pair.load(chunk), statistics_alone=statistics_alone)[0]
-            for chunk in plan.row_chunks(pair.targets.count)
-        ]
+        for chunk in plan.row_chunks(pair.targets.count):
+            loaded = pair.load(chunk)
+            found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
+            if not statistics_alone:
+                found = _chunk_values(pair, plan, workspace, chunk, loaded, found, kept)
+            parts.append(found)
     return Found.concatenate(parts, pair)
 
 
@@ -168,22 +163,25 @@ def fused(
 ) -> tuple[Found, tuple[Sink, Sink]]:
     """Values and gradients in one sweep; `coefficients` gives γ = ∂L/∂KL (R,) of a chunk of rows."""
     plan = pair.plan(resident=True)
+    # the teacher's gradient starts from the row's value; with the student's alone the value comes by the way
+    frozen = not any(wants[1])
     if not plan.resident:
-        # the teacher's gradient starts from the row's value, the student's does not
-        frozen = not any(wants[1])
         found = _values(pair, plan, statistics_alone=frozen)
-        return gradient(pair, found, coefficients(slice(0, pair.targets.count)), wants, wants_value=frozen)
+        return gradient(pair, found, coefficients(slice(0, pair.targets.count)), wants)
     workspace = pair.workspace(plan)
     sinks = pair.sinks(wants)
     parts = []
     with pair.products():
         for chunk in plan.row_chunks(pair.targets.count):
             loaded = pair.load(chunk)
-            found, tiles = _chunk(pair, plan, workspace, chunk, loaded)
-            parts.append(found)
-            gamma = coefficients(chunk)
-            for classes, logs in tiles:
-                _pull_back(pair, sinks, wants, chunk, loaded, classes, logs, found.kl, gamma)
+            found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
+            if not frozen:
+                found = _chunk_values(pair, plan, workspace, chunk, loaded, found, kept)
+            gamma, kl = coefficients(chunk), found.kl
+            for classes, logs in kept:
+                here = _pull_back(pair, sinks, wants, chunk, loaded, classes, logs, found.kl, gamma)
+                kl = kl if here is None else kl + here
+            parts.append(found._replace(kl=kl))
     return Found.concatenate(parts, pair), sinks
 
 
@@ -192,35 +190,27 @@ def gradient(
     found: Found,
     gamma: Tensor,  # (M,) ∂L/∂KL
     wants: tuple[Wants, Wants],
-    *,
-    wants_value: bool = False,
 ) -> tuple[Found, tuple[Sink, Sink]]:
-    """Gradients from saved statistics, classes outermost; with `wants_value` the values by the way."""
+    """Gradients from saved statistics, classes outermost; of the values, which the student's do without."""
     plan = pair.plan(resident=False)
     workspace = pair.workspace(plan)
     sinks = pair.sinks(wants)
-    kl = torch.zeros_like(found.kl) if wants_value else found.kl
+    kl = pair.arithmetic.total(tuple(found.kl.shape), found.kl.dtype, found.kl.device)
     with pair.products():
         for classes in plan.class_tiles(pair.targets.classes):
             for chunk in plan.row_chunks(pair.targets.count):
                 rows, loaded = found.rows(chunk), pair.load(chunk)
                 logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), rows)
-                if wants_value:
-                    kl[chunk] += _divergence(pair, logs)
-                _pull_back(pair, sinks, wants, chunk, loaded, classes, logs, rows.kl, gamma[chunk])
-    return found._replace(kl=kl), sinks
+                here = _pull_back(pair, sinks, wants, chunk, loaded, classes, logs, rows.kl, gamma[chunk])
+                if here is not None:
+                    kl.add(chunk, here)
+    return (found if any(wants[1]) else found._replace(kl=kl.finish(None, found.kl.dtype))), sinks
 
 
-def _chunk(
-    pair: Pair,
-    plan: Plan,
-    workspace: Workspace,
-    chunk: slice,
-    loaded: Tile,
-    *,
-    statistics_alone: bool = False,
+def _chunk_statistics(
+    pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Tile
 ) -> tuple[Found, list[tuple[slice, Tile]]]:
-    """A chunk of rows over all classes; if the plan keeps its tiles, log p and log t of each."""
+    """Statistics of a chunk of rows over all classes; log p and log t of its tiles, if the plan keeps them."""
     o, unions, kept = pair.arithmetic, (RunningUnion(), RunningUnion()), []
     for classes in plan.class_tiles(pair.targets.classes):
         tile = pair.tile(workspace, chunk, loaded, classes)
@@ -230,18 +220,28 @@ def _chunk(
             kept.append((classes, tile))
     student, teacher = (union.whole() for union in unions)
     found = Found(student, teacher, torch.zeros_like(student.m))
-    if statistics_alone:
-        return found, []
+    return found, [(classes, log_probabilities(pair, tile, found)) for classes, tile in kept]
+
+
+def _chunk_values(
+    pair: Pair,
+    plan: Plan,
+    workspace: Workspace,
+    chunk: slice,
+    loaded: Tile,
+    found: Found,
+    kept: list[tuple[slice, Tile]],
+) -> Found:
+    """With KL, from the tiles that were kept or from the logits once more."""
     kl = found.kl
-    if plan.resident:
-        kept = [(classes, log_probabilities(pair, tile, found)) for classes, tile in kept]
-        for _, logs in kept:
-            kl = kl + _divergence(pair, logs)
-    else:
-        for classes in plan.class_tiles(pair.targets.classes):
-            tile = pair.tile(workspace, chunk, loaded, classes)
-            kl = kl + _divergence(pair, log_probabilities(pair, tile, found))
-    return found._replace(kl=kl), kept
+    for number, classes in enumerate(plan.class_tiles(pair.targets.classes)):
+        if plan.resident:
+            _, logs = kept[number]
+        else:
+            logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), found)
+        _, (here,) = over(pair, lambda log_p, log_t: terms(log_p, log_t)[:1], logs, (), places=0)
+        kl = kl + here
+    return found._replace(kl=kl)
 
 
 def log_probabilities(pair: Pair, tile: Tile, found: Found) -> Tile:
@@ -254,24 +254,20 @@ def log_probabilities(pair: Pair, tile: Tile, found: Found) -> Tile:
     return student, teacher
 
 
-def _divergence(pair: Pair, logs: Tile) -> Tensor:
-    """What a tile adds to KL, (R,)."""
-    (here,) = sums(pair, lambda log_p, log_t: (divergence_terms(log_p, log_t),), logs, ())
-    return here
-
-
-def divergence_terms(log_p: Tensor, log_t: Tensor) -> Tensor:
-    """t·φ(δ)."""
-    t, delta = log_t.exp(), log_p - log_t  # nan where a class is masked in both: then its probabilities tell
-    far = log_p.exp() - t - torch.where(t == 0, 0.0, t * delta)
-    return torch.where(delta.abs() < NEAR, t * phi(delta), far)
+def terms(log_p: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+    """t·φ(δ), and ∂KL/∂z_S = p − t; near δ = 0 from δ, which has the digits that t and p have lost."""
+    t, delta = log_t.exp(), log_p - log_t
+    x, change = delta.clamp(-NEAR, NEAR), log_p.exp() - t
+    near, excess = delta.abs() < NEAR, phi(x)
+    # t·δ is nan where t = 0 lies infinitely far, or both are masked; a row without sense is nan in p or t too
+    far = change - (t * delta).nan_to_num(0.0, math.inf, -math.inf)
+    return torch.where(near, t * excess, far), torch.where(near, t * (excess + x), change)
 
 
 def slopes(log_p: Tensor, log_t: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
     """∂KL/∂z_S = p − t and ∂KL/∂z_T = t∘(−δ − KL)."""
-    t, delta = log_t.exp(), log_p - log_t
-    of_student = torch.where(delta.abs() < NEAR, t * torch.expm1(delta), log_p.exp() - t)
-    return of_student, torch.where(t == 0, 0.0, t * (-delta - kl))
+    t = log_t.exp()
+    return terms(log_p, log_t)[1], torch.where(t == 0, 0.0, t * (log_t - log_p - kl))
 
 
 def _pull_back(
@@ -284,59 +280,59 @@ def _pull_back(
     logs: Tile,
     kl: Tensor,  # (R,)
     gamma: Tensor,  # (R,)
-) -> None:
-    """A tile's gradients, in the places of log p and log t, into the sinks."""
-    gain = pair.student.transform.gain
+) -> Tensor | None:
+    """A tile's gradients into the sinks; what it adds to KL (R,) where only the student learns."""
+    gamma = gamma * pair.student.transform.gain
 
-    def of_logits(log_p: Tensor, log_t: Tensor, kl: Tensor, gamma: Tensor) -> Tile:
-        of_student, of_teacher = slopes(log_p, log_t, kl)
-        return of_student * gamma, of_teacher * gamma
+    def of_student(log_p: Tensor, log_t: Tensor, gamma: Tensor) -> Tile:
+        here, slope = terms(log_p, log_t)
+        return slope * gamma, here
 
-    tiles = into(pair, of_logits, logs, (kl, gamma * gain))
+    def of_both(log_p: Tensor, log_t: Tensor, kl: Tensor, gamma: Tensor) -> Tile:
+        student, teacher = slopes(log_p, log_t, kl)
+        return student * gamma, teacher * gamma
+
+    if any(wants[1]):
+        gradients, added = over(pair, of_both, logs, (kl, gamma), places=2)
+    else:
+        gradients, added = over(pair, of_student, logs, (gamma,), places=1)
     picked = pair.targets.pick(chunk)
-    for sink, want, x, g in zip(sinks, wants, loaded, tiles, strict=True):
+    for sink, want, x, g in zip(sinks, wants, loaded, gradients, strict=False):
         if any(want):
             sink.add(picked, x, classes, g)
+    return added[0] if added else None
 
 
-def into(
+def over(
     pair: Pair,
     f: Callable[..., tuple[Tensor, ...]],
     tiles: tuple[Tensor, ...],  # (R, T)
     columns: tuple[Tensor, ...],  # (R,)
-) -> tuple[Tensor, ...]:
-    """f of tiles and columns in the places of as many of the first tiles, a piece at a time."""
-    columns = tuple(column.to(tiles[0].dtype)[:, None] for column in columns)
-    if not pair.arithmetic.buffered:
-        return f(*tiles, *columns)
-    results = 0
-    for rows, classes in _pieces(tiles[0], pair.piece):
-        places = [tile[rows, classes] for tile in tiles]
-        found = f(*places, *(column[rows] for column in columns))
-        results = len(found)
-        for place, value in zip(places, found, strict=False):
-            place.copy_(value)
-    return tiles[:results]
+    *,
+    places: int,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """f of tiles and columns, a piece at a time.
 
-
-def sums(
-    pair: Pair,
-    f: Callable[..., tuple[Tensor, ...]],
-    tiles: tuple[Tensor, ...],  # (R, T)
-    columns: tuple[Tensor, ...],  # (R,)
-) -> tuple[Tensor, ...]:
-    """The row sums of f of tiles and columns, (R,) each, a piece at a time."""
+    Its first `places` results in those of the first tiles, (R, T); the row sums of the others, (R,).
+    """
     dtype = statistics_dtype(tiles[0].device)
     columns = tuple(column.to(tiles[0].dtype)[:, None] for column in columns)
     if not pair.arithmetic.buffered:
-        return tuple(value.sum(1).to(dtype) for value in f(*tiles, *columns))
+        found = f(*tiles, *columns)
+        return found[:places], tuple(value.sum(1).to(dtype) for value in found[places:])
     totals: list[Tensor] = []
     for rows, classes in _pieces(tiles[0], pair.piece):
-        found = f(*(tile[rows, classes] for tile in tiles), *(column[rows] for column in columns))
-        totals = totals or [torch.zeros(len(tiles[0]), dtype=dtype, device=tiles[0].device) for _ in found]
-        for total, value in zip(totals, found, strict=True):
+        piece = [tile[rows, classes] for tile in tiles]
+        found = f(*piece, *(column[rows] for column in columns))
+        for place, value in zip(piece, found[:places], strict=False):
+            place.copy_(value)
+        if not totals:
+            totals = [
+                torch.zeros(len(tiles[0]), dtype=dtype, device=value.device) for value in found[places:]
+            ]
+        for total, value in zip(totals, found[places:], strict=True):
             total[rows] += value.sum(1)
-    return tuple(totals)
+    return tiles[:places], tuple(totals)
 
 
 def _pieces(tile: Tensor, size: int) -> Iterator[tuple[slice, slice]]:

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from xent.core.divergence import Found, Pair, Tile, Wants, into, log_probabilities, slopes, sums
+from xent.core.divergence import Found, Pair, Tile, Wants, log_probabilities, over, slopes
 from xent.core.plan import Plan
 from xent.core.scores import Sink, Tangents
 from xent.core.sweep import Workspace
@@ -95,7 +95,7 @@ def _chunk(
     kept = []
     for classes in plan.class_tiles(pair.targets.classes):
         pushed = _push(pair, workspace, chunk, loaded, classes, found, tangents)
-        here = sums(pair, _moments, (*pushed.logs, *pushed.zeta), (found.kl,))
+        _, here = over(pair, _moments, (*pushed.logs, *pushed.zeta), (found.kl,), places=0)
         student, teacher, kl = student + here[0], teacher + here[1], kl + here[2]
         if plan.resident:
             kept.append(pushed)
@@ -163,7 +163,8 @@ def _pull_back(
     columns: tuple[Tensor, ...],
     tangents: BothTangents,
 ) -> None:
-    second_s, second_t, first_s, first_t = into(pair, _second, (*pushed.zeta, *pushed.logs), columns)
+    found, _ = over(pair, _second, (*pushed.zeta, *pushed.logs), columns, places=4)
+    second_s, second_t, first_s, first_t = found
     picked = pair.targets.pick(chunk)
     every = zip(sinks, wants, loaded, (second_s, second_t), (first_s, first_t), tangents, strict=True)
     for sink, want, x, second, first, along in every:
