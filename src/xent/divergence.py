@@ -70,7 +70,7 @@ def kl_divergence(
         _check_probabilities(target)
     z, t = (v.movedim(axis, -1) for v in (input, target))
     settings = _Settings(target_is_logits, temperature, dtype)
-    if input.numel() <= PIECE or opaque.is_opaque(z, t) or autograd.transformed(z, t):
+    if input.numel() <= _at_a_time(z) or opaque.is_opaque(z, t) or autograd.transformed(z, t):
         kl = _rows(t, z, settings)
     else:
         flat = (v.reshape(-1, v.shape[-1]) for v in (t, z))
@@ -331,8 +331,13 @@ class _ByChunks(torch.autograd.Function):
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """(N, C) each, some rows at a time."""
     n, classes = tensors[0].shape
-    size = max(1, PIECE // classes)
+    size = max(1, _at_a_time(tensors[0]) // classes)
     return zip(*(t.split(size) for t in tensors), strict=True) if n else iter([tensors])
+
+
+def _at_a_time(z: Tensor) -> int:
+    """Elements that are worth a step of their own: what a cache holds, or what keeps a device busy."""
+    return PIECE if z.device.type == "cpu" else 256 * PIECE
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
