@@ -287,6 +287,43 @@ def test_options_may_be_symbols_of_a_graph():
         assert_close(compiled(*given, number), loss(*given, number))
 
 
+def test_compiled_with_dynamic_shapes():
+    torch._dynamo.reset()
+    x, w, target = torch.randn(8, 5), torch.randn(6, 5), torch.randint(6, (8,))
+
+    def loss(x, w, temperature, softcap, z_loss):
+        options = {"temperature": temperature, "softcap": softcap, "z_loss": z_loss}
+        return xent.linear_cross_entropy(x, w, target[: len(x)], **options) + xent.cross_entropy(
+            x, target[: len(x)] % 5
+        )
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, *options in ((8, 0.5, 20.0, 0.1), (3, 0.7, 30.0, 0.2)):
+        assert_close(compiled(x[:n], w, *options), loss(x[:n], w, *options))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_derivative_that_a_graph_has_not_is_no_silent_zero():
+    x, w, v = (torch.randn(s, dtype=torch.float64) for s in ((8, 5), (6, 5), (6, 5)))
+    target = torch.randint(6, (8,))
+
+    def loss(w):
+        return xent.linear_cross_entropy(x, w, target)
+
+    ways = (lambda w: jvp(loss, (w,), (v,))[1], jacfwd(loss), grad(loss), hessian(loss))
+    for way in ways:
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="NotImplementedError"):
+            torch.compile(way, fullgraph=True, backend="aot_eager")(w)
+        torch._dynamo.reset()
+        near((torch.compile(way, backend="aot_eager")(w),), (way(w),))  # in eager code instead
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    near((compiled(w),), (loss(w),))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+        compiled(torch.autograd.forward_ad.make_dual(w, v))
+
+
 def test_a_bad_target_raises_in_a_graph():
     torch._dynamo.reset()
     z = torch.randn(3, 4)
@@ -420,6 +457,69 @@ def test_tied_weights(reduction):
 
     near(torch.autograd.grad(ours(w), w), torch.autograd.grad(theirs(w), w))
     near(hessian(ours)(w.detach()), hessian(theirs)(w.detach()))
+
+
+@pytest.mark.parametrize("options", [{}, {"check_targets": True}, {"z_loss": 0.1}], ids=str)
+@pytest.mark.parametrize("features", [lambda w: w, lambda w: w[:4], lambda w: torch.tanh(w[:4])])
+def test_tied_weights_in_every_backward(features, options):
+    """Whatever reaches the classifier through the features is added once, in a graph of any order."""
+    w = torch.randn(5, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.arange(len(features(w)))
+    z_loss = options.get("z_loss", 0.0)
+
+    def ours(w):
+        return xent.linear_cross_entropy(features(w), w, target, **options)
+
+    def theirs(w):
+        return reference.cross_entropy(features(w) @ w.T, target, z_loss=z_loss)
+
+    def derivatives(loss):
+        value = loss(w)
+        first = [torch.autograd.grad(value, w, retain_graph=True)[0] for _ in range(2)]
+        value = loss(w)
+        (g,) = torch.autograd.grad(value, w, create_graph=True)
+        return *first, g, *torch.autograd.grad(g.square().sum(), w)
+
+    near(derivatives(ours), derivatives(theirs))
+
+
+@pytest.mark.parametrize("options", [{}, {"check_targets": True}, {"z_loss": 0.1}], ids=str)
+def test_a_hook_is_called_once_a_backward(options):
+    x, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (5, 3)))
+    target, calls = torch.arange(4), []
+
+    def doubled(g):
+        calls.append(g.shape)
+        return 2 * g
+
+    (expected,) = torch.autograd.grad(xent.linear_cross_entropy(x, w, target, **options), x)
+    for create_graph in (False, True):
+        hidden = x * 1.0
+        hidden.register_hook(doubled)
+        loss = xent.linear_cross_entropy(hidden, w, target, **options)
+        for _ in range(2):
+            calls.clear()
+            found = torch.autograd.grad(loss, x, retain_graph=True, create_graph=create_graph)
+            near(found, (2 * expected,))
+            assert len(calls) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"check_targets": True}, {"z_loss": 0.1}], ids=str)
+def test_an_upstream_gradient_of_one_keeps_its_tangent(options):
+    x, w = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (5, 3)))
+    one, two = (torch.tensor(v, dtype=torch.float64) for v in (1.0, 2.0))
+
+    def loss():
+        return xent.linear_cross_entropy(x, w, torch.arange(4), **options)
+
+    def gradient(loss, upstream):
+        return torch.autograd.grad(loss, w, upstream)[0]
+
+    expected, first, second = gradient(loss(), one), loss(), loss()
+    near(jvp(lambda v: gradient(first, v), (one,), (two,)), (expected, 2 * expected))
+    with torch.autograd.forward_ad.dual_level():
+        dual = gradient(second, torch.autograd.forward_ad.make_dual(one, two))
+        near(torch.autograd.forward_ad.unpack_dual(dual), (expected, 2 * expected))
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -337,3 +337,25 @@ def test_worked_values():
     p = torch.tensor([[0.7, 0.2, 0.1]], dtype=torch.float64).log().requires_grad_()
     xent.cross_entropy(p, torch.tensor([0])).backward()
     assert p.grad.norm().item() == pytest.approx(0.37416574, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "z_loss", "softcap", "temperature"])
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_an_option_without_gradient_says_so(name, value):
+    """A learnt temperature would otherwise have no gradient, silently."""
+    option = {name: torch.tensor(value, requires_grad=True)}
+    with pytest.raises(ValueError, match=f"{name} takes no gradient"):
+        xent.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]), **option)
+
+
+def test_tensors_without_data_among_others_are_an_error():
+    x, w, target = torch.zeros(4, 3), torch.zeros(5, 3), torch.tensor([0, 1, 2, 3])
+    with pytest.raises(ValueError, match="one device"):
+        xent.linear_cross_entropy(x, w.to("meta"), target)
+    with pytest.raises(ValueError, match="one device"):
+        xent.cross_entropy(x @ w.T, target.to("meta"))
+
+
+def test_a_sparse_target_of_no_classes_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        xent.TopKTarget(torch.zeros(4, 0, dtype=torch.int64), torch.zeros(4, 0))

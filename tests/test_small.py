@@ -186,3 +186,19 @@ def test_anomaly_and_hooks_see_an_ordinary_graph():
     with torch.autograd.detect_anomaly(check_nan=True):
         xent.linear_cross_entropy(hidden, w, y).backward()
     assert seen == [(7, 3)]
+
+
+def test_a_second_backward_under_autocast_is_the_first():
+    x, w, y = (t.float().detach().requires_grad_() if t.is_floating_point() else t for t in head())
+    loss = xent.linear_cross_entropy(x, w, y)
+    first = torch.autograd.grad(loss, w, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        second = torch.autograd.grad(loss, w)
+    torch.testing.assert_close(second, first)
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_nothing_costs_plus_zero(requires_grad):
+    z = torch.zeros(2, 1, requires_grad=requires_grad)
+    loss = xent.cross_entropy(z, torch.tensor([0, 0]))
+    assert not torch.signbit(loss)

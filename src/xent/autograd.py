@@ -398,7 +398,7 @@ class _Reduced(torch.autograd.Function):
         wants = ctx.needs_input_grad[5 : 5 + n]
         rest = (None,) * (len(tensors) - n)
         early, ctx.early = ctx.early, None
-        if early is not None and not batched(upstream):
+        if early is not None and not (batched(upstream) or transformed(upstream)):
             with torch.no_grad():
                 formed: tuple[Tensor | None, ...] = early.finish(None if _is_one(upstream) else upstream)
             if not torch.is_grad_enabled():
@@ -407,17 +407,37 @@ class _Reduced(torch.autograd.Function):
             formed = ()
         found = ctx.found
         if torch.is_grad_enabled() and ctx.reduction.z_loss:  # whose derivative goes through lse
-            loss, logsumexp, *_ = _Rows.apply(ctx.recipe, ctx.found, *tensors)
-            value = ctx.reduction.total(ctx.reduction.values(loss, logsumexp, row_weight), ctx.scale)
-            leaves = [t for t, want in zip(tensors, wants, strict=False) if want]
-            gradients = torch.autograd.grad(value, leaves, upstream, create_graph=True)
-            return *(None,) * 5, *_spread(gradients, wants, n), *rest
+
+            def again(*tensors: Tensor | None) -> Tensor:
+                loss, logsumexp, *_ = _Rows.apply(ctx.recipe, ctx.found, *tensors)
+                return ctx.reduction.total(ctx.reduction.values(loss, logsumexp, row_weight), ctx.scale)
+
+            return *(None,) * 5, *gradients_of(again, tensors, wants, upstream), *rest
         every = slice(0, found.m.shape[0])
         asked = ctx.reduction.coefficients(found, row_weight, ctx.scale * upstream, every)
         # under create_graph what has been formed is the answer, and this its derivative's way
         recipe = ctx.recipe.asking(wants, tuple(g for g in formed if g is not None) if formed else None)
         gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, found.e, *tensors)
         return *(None,) * 5, *_spread(gradients, wants, n), *rest
+
+
+def gradients_of(
+    loss: Callable[..., Tensor], tensors: Sequence[Tensor | None], wants: Sequence[bool], upstream: Tensor
+) -> tuple[Tensor | None, ...]:
+    """∂loss(*tensors)/∂tensors where wanted, inside a backward, and differentiable where that is.
+
+    Each is taken in a view of its own. Of the tensors themselves it would come with what reaches them
+    through one another (tied weights) or through their hooks, which the backward around this one adds too.
+    """
+    with torch.enable_grad():
+        views = [
+            t.view_as(t) if want and t is not None else t
+            for t, want in zip(tensors, (*wants, *(False,) * (len(tensors) - len(wants))), strict=True)
+        ]
+        value = loss(*views)
+    leaves = [t for t, want in zip(views, wants, strict=False) if want and t is not None]
+    found = torch.autograd.grad(value, leaves, upstream, create_graph=torch.is_grad_enabled())
+    return _spread(found, tuple(wants), len(wants))
 
 
 def _is_one(upstream: Tensor) -> bool:

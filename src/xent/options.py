@@ -60,9 +60,10 @@ class TopKTarget:
 
     def __post_init__(self) -> None:
         shapes = tuple(self.indices.shape), tuple(self.probabilities.shape)
-        if shapes[0] != shapes[1] or not shapes[0]:
+        if shapes[0] != shapes[1] or not shapes[0] or not shapes[0][-1]:
             raise ValueError(
-                f"indices and probabilities must both be (..., k); got {shapes[0]} and {shapes[1]}"
+                "indices and probabilities must both be (..., k), k at least 1; "
+                f"got {shapes[0]} and {shapes[1]}"
             )
         if self.indices.is_floating_point() or self.indices.is_complex() or self.indices.dtype == torch.bool:
             raise TypeError(f"indices must be of an integer type, got {self.indices.dtype}")
@@ -137,6 +138,7 @@ class Options(NamedTuple):
             and self.label_smoothing == 0.0
             and self.z_loss == 0.0
             and self.temperature == 1.0
+            and not any(isinstance(t, Tensor) for t in (self.label_smoothing, self.z_loss, self.temperature))
         )
 
     @property
@@ -222,7 +224,8 @@ class Options(NamedTuple):
         weight, s = self.weight, self.sample_weight
         if weight is not None and weight.shape != (classes,):
             raise ValueError(f"weight must have shape ({classes},), one a class; got {tuple(weight.shape)}")
-        for name, value in (("weight", weight), ("denominator", self.denominator)):
+        for name in ("weight", "denominator", "label_smoothing", "z_loss", "softcap", "temperature"):
+            value = getattr(self, name)
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
         if s is not None and s.shape != rows_shape:
@@ -297,6 +300,8 @@ class Options(NamedTuple):
         kept = None
         given = (target.indices, target.probabilities) if isinstance(target, TopKTarget) else (target,)
         in_graph = opaque.is_opaque(*given, *scores.tensors)
+        if in_graph:  # where no operation would notice, and the loss be anything
+            _check_devices(*scores.tensors, *given, sample_weight, self.weight)
         if in_graph or autograd.batched(*given, sample_weight, self.weight, *scores.tensors):
             # data cannot choose rows here: those that do not count become harmless, and are taken out later
             if is_index:
@@ -397,6 +402,12 @@ def _check_floating(**tensors: Tensor | None) -> None:
             raise TypeError(
                 f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"
             )
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
 
 
 def _check_budget(memory_budget: int | None) -> int:

@@ -11,13 +11,14 @@ Whatever is not one plain backward of a mean or a sum on a CPU goes to the sweep
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from xent.autograd import batched
+from xent.autograd import batched, gradients_of, transformed
 from xent.core.statistics import finite_base
 
 LARGEST = 1 << 17  # logits: beyond, the sweep's tiles are no slower
@@ -53,7 +54,7 @@ def loss(
         return _Small.apply(general, reduction, x, w, b, y)
     with torch.no_grad():
         _, log_p, _ = _exponentials(x, w, b, y)
-        return (log_p.sum() * -_scale(reduction, y)).to(x.dtype)
+        return _total(log_p, _scale(reduction, y)).to(x.dtype)
 
 
 def _fits(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
@@ -87,6 +88,11 @@ def _plain(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
 
 def _scale(reduction: str, y: Tensor) -> float:
     return 1.0 / y.shape[0] if reduction == "mean" else 1.0
+
+
+def _total(log_p: Tensor, scale: float) -> Tensor:
+    """−scale·Σ log p_y, where nothing costs 0 and not −0."""
+    return torch.rsub(log_p.sum(), 0.0, alpha=scale)
 
 
 def _exponentials(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,7 +139,7 @@ class _Small(torch.autograd.Function):
             )
         ctx.general, ctx.reduction = general, reduction
         ctx.save_for_backward(x, w, b, y)
-        return (log_p.sum() * -scale).to(z.dtype)
+        return _total(log_p, scale).to(z.dtype)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -141,12 +147,12 @@ class _Small(torch.autograd.Function):
         tensors = ctx.saved_tensors
         wants = ctx.needs_input_grad[2:5]
         early, ctx.early = ctx.early, None
-        if early is not None and not torch.is_grad_enabled() and not batched(upstream):
-            if upstream.item() != 1.0:
+        if early is not None and not torch.is_grad_enabled():
+            if batched(upstream) or transformed(upstream):  # more than one number
+                early = tuple(None if g is None else g * upstream for g in early)
+            elif upstream.item() != 1.0:
                 early = tuple(None if g is None else g.mul_(upstream) for g in early)
             return None, None, *early, None
-        with torch.enable_grad():
-            value = ctx.general(ctx.reduction, *tensors)
-        leaves = [t for t, want in zip(tensors, wants, strict=False) if want]
-        found = iter(torch.autograd.grad(value, leaves, upstream, create_graph=torch.is_grad_enabled()))
-        return None, None, *(next(found) if want else None for want in wants), None
+        with torch.autocast("cpu", enabled=False):  # as it was on the way forward
+            found = gradients_of(partial(ctx.general, ctx.reduction), tensors, wants, upstream)
+        return None, None, *found, None
