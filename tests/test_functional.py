@@ -359,3 +359,10 @@ def test_tensors_without_data_among_others_are_an_error():
 def test_a_sparse_target_of_no_classes_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         xent.TopKTarget(torch.zeros(4, 0, dtype=torch.int64), torch.zeros(4, 0))
+
+
+@pytest.mark.parametrize("target", [[0, 1], 3, "cat"], ids=str)
+@pytest.mark.parametrize("call", [xent.cross_entropy, xent.row_statistics])
+def test_a_target_that_is_no_tensor_is_named(call, target):
+    with pytest.raises(TypeError, match="target must be a tensor or a TopKTarget"):
+        call(torch.zeros(2, 3), target)

@@ -240,6 +240,8 @@ class Options(NamedTuple):
         """The target, indices as int64, and what a check of these has shown."""
         if target is None:
             return None, UNCHECKED
+        if not isinstance(target, Tensor | TopKTarget):
+            raise TypeError(f"target must be a tensor or a TopKTarget, got {type(target).__name__}")
         if isinstance(target, TopKTarget):
             if tuple(target.indices.shape[:-1]) != tuple(rows_shape):
                 raise ValueError(
