@@ -1,0 +1,239 @@
+"""How cross-entropy changes: gradients, also through a head, curvature, and the form without a logarithm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import xent
+from xent.verify.data import Batch, Exact
+from xent.verify.registry import Deviation, Setting, identity
+
+GRADIENT = "p and t are rounded once each, relative to |a|·‖p‖ + ‖t‖"
+PRODUCTS = "as for a gradient; and a product of D terms is rounded D times, in any order"
+
+
+def first(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """∂ℓ_n/∂z_n of rows that do not touch each other, (N, C)."""
+    z = z.detach().requires_grad_()
+    losses = loss(z)
+    (gradient,) = torch.autograd.grad(losses, z, torch.ones_like(losses))
+    return gradient
+
+
+def second(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """∂²ℓ_n/∂z_n², (N, C, C): each row of it one backward pass through the gradient."""
+    z = z.detach().requires_grad_()
+    losses = loss(z)
+    (gradient,) = torch.autograd.grad(losses, z, torch.ones_like(losses), create_graph=True)
+    rows = [torch.autograd.grad(g, z, retain_graph=True)[0] for g in gradient.sum(0)]
+    return torch.stack(rows, dim=1)
+
+
+def rows_of(target: Tensor, **options: Any) -> Callable[[Tensor], Tensor]:
+    return lambda z: xent.cross_entropy(z, target, reduction="none", **options)
+
+
+def divergence_of(q: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda z: xent.kl_div(z.log_softmax(1), q, reduction="none").sum(1)
+
+
+def surrogate_of(target: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda z: xent.surrogate_cross_entropy(z, target, reduction="none")
+
+
+# §4 First derivatives
+
+
+@identity("the gradient", "∂ℓ/∂z = a·p − t", section=4, allowed=4, because=GRADIENT)
+def gradient(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        for kind, target, t in batch.targets:
+            found = first(rows_of(target), batch.z)
+            expected, scale = batch.exact.gradient(t), batch.exact.gradient_scale(t)
+            yield s.compare(found, expected, scale, f"{batch.name}, {kind} targets")
+
+
+@identity(
+    "the divergence's gradient", "∂KL(q‖p)/∂z = ∂CE/∂z, q fixed", section=3, allowed=8, because=GRADIENT
+)
+def divergence_gradient(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        found = first(divergence_of(batch.q), batch.z)
+        t = batch.q.cpu().double()
+        yield s.compare(found, batch.exact.gradient(t), batch.exact.gradient_scale(t), batch.name)
+
+
+@identity("z-loss", "∂(λ·lse²)/∂z = 2λ·lse·p", section=1, allowed=4, because=GRADIENT)
+def z_loss(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        exact, t = batch.exact, batch.one_hot
+        tame = (exact.lse.abs() < 100)[:, None]  # whose square is a number in float16
+        found = first(rows_of(batch.y, z_loss=0.5), batch.z)
+        expected = exact.gradient(t) + exact.lse[:, None] * exact.p
+        scale = exact.gradient_scale(t) + exact.lse.abs()[:, None]
+        found = found.masked_fill(~tame.to(s.device), 0.0)
+        yield s.compare(found, torch.where(tame, expected, 0.0), scale, batch.name)
+
+
+@identity("another temperature", "T·∂ℓ(z/T)/∂z = softmax(z/T) − t", section=7, allowed=4, because=GRADIENT)
+def temperature(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        for at in (0.5, 4.0):  # powers of two: z/T is exact
+            if not torch.isfinite(batch.z / at).eq(batch.z.isfinite()).all():
+                continue
+            found = at * first(rows_of(batch.y, temperature=at), batch.z)
+            exact, t = Exact(batch.exact.z / at), batch.one_hot
+            yield s.compare(found, exact.gradient(t), exact.gradient_scale(t), f"{batch.name}, T = {at}")
+
+
+@identity(
+    "gradients through the head",
+    "Wᵀ(a p − t), (a p − t)xᵀ, a p − t",
+    section=4,
+    allowed=8,
+    because=PRODUCTS,
+)
+def head_gradients(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        if batch.head is None:
+            continue
+        x, w, b = (part.detach().requires_grad_() for part in (batch.head.x, batch.head.w, batch.head.b))
+        for kind, target, t in batch.targets:
+            loss = xent.linear_cross_entropy(x, w, target, linear_bias=b, reduction="sum")
+            found = torch.autograd.grad(loss, (x, w, b))
+            g, scale = batch.head.exact.gradient(t), batch.head.gradient_scale(t)
+            x64, w64 = x.detach().cpu().double(), w.detach().cpu().double()
+            for name, value, expected, size in (
+                ("x", found[0], g @ w64, scale @ w64.abs()),
+                ("W", found[1], g.T @ x64, scale.T @ x64.abs()),
+                ("b", found[2], g.sum(0), scale.sum(0)),
+            ):
+                yield s.compare(value, expected, size, f"{batch.name}, {kind} targets, {name}")
+
+
+@identity(
+    "through a feature extractor", "∂ℓ/∂θ = (∂x/∂θ)ᵀ Wᵀ(a p − t)", section=4, allowed=8, because=PRODUCTS
+)
+def feature_extractor(s: Setting) -> Iterator[Deviation]:
+    """x = θ∘u, a scale for each feature: ∂ℓ/∂θ = Σ_n u∘Wᵀ(a p − t)."""
+    for batch in s.batches:
+        if batch.head is None:
+            continue
+        head, t = batch.head, batch.q.cpu().double()
+        theta = torch.ones_like(head.x[0]).requires_grad_()
+        loss = xent.linear_cross_entropy(
+            head.x * theta, head.w, batch.q, linear_bias=head.b, reduction="none"
+        )
+        (found,) = torch.autograd.grad(loss, theta, torch.ones_like(loss))
+        x, w, g = head.x.cpu().double(), head.w.cpu().double(), head.exact.gradient(t)
+        size = (x.abs() * (head.gradient_scale(t) @ w.abs())).sum(0)
+        yield s.compare(found, (x * (g @ w)).sum(0), size, batch.name)
+
+
+# §5 Curvature
+
+
+@identity("the second derivative", "∂²ℓ/∂z² = a·(diag(p) − p pᵀ)", section=5, allowed=4, because=GRADIENT)
+def second_derivative(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        for kind, target, t in batch.targets:
+            found = second(rows_of(target), batch.z)
+            a = t.sum(1)[:, None, None]
+            scale = a * batch.exact.p.norm(dim=1)[:, None, None]
+            yield s.compare(found, a * batch.exact.jacobian, scale, f"{batch.name}, {kind} targets")
+
+
+def jacobian(batch: Batch) -> Tensor:
+    """J of every row as the second derivative of its loss, (N, C, C), of the batch's type."""
+    return second(rows_of(batch.y), batch.z)
+
+
+@identity(
+    "the softmax Jacobian", "J = Jᵀ, J·1 = 0, 0 ⪯ J ⪯ ½(I − 11ᵀ/C)", section=4, allowed=4, because=GRADIENT
+)
+def softmax_jacobian(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        found = jacobian(batch)
+        J = found.cpu().double()
+        classes = J.shape[1]
+        bound = (torch.eye(classes, dtype=torch.float64) - 1 / classes) / 2
+        for name, violation in (
+            ("symmetric", J - J.mT),
+            ("J·1", J.sum(2)),
+            ("0 ⪯ J", torch.linalg.eigvalsh((J + J.mT) / 2).clamp_max(0.0)),
+            ("J ⪯ ½(I − 11ᵀ/C)", torch.linalg.eigvalsh(bound - (J + J.mT) / 2).clamp_max(0.0)),
+        ):
+            yield s.compare(violation, 0.0, 1.0, f"{batch.name}, {name}", found.dtype)
+
+
+@identity("the chain through log p", "J·(−t/p) = a·p − t", section=4, allowed=8, because=GRADIENT)
+def chain(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        # at a temperature at which every p is far from what the type calls 0
+        spread = batch.exact.distance.amax(1).to(s.device)
+        z = batch.z[spread < 1e3] * 0.1
+        q, J = batch.q[spread < 1e3].cpu().double(), second(rows_of(batch.y[spread < 1e3]), z)
+        exact = Exact(z.cpu().double())
+        seen = (exact.p > 1e-4).all(1)
+        ratio = (q / exact.p)[seen]
+        found = torch.einsum("nij,nj->ni", J.cpu().double()[seen], -ratio)
+        scale = torch.einsum("nij,nj->ni", exact.jacobian.abs()[seen], ratio)
+        if seen.any():
+            yield s.compare(
+                found, exact.gradient(q)[seen], scale + exact.gradient_scale(q)[seen], batch.name, J.dtype
+            )
+
+
+@identity(
+    "a worked row", "p = (.7, .2, .1): 0.374166, 0.46, 0.334403", section=5, allowed=4, because=GRADIENT
+)
+def worked_row(s: Setting) -> Iterator[Deviation]:
+    z, y = s.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([0], device=s.device)
+    g, found = first(rows_of(y), z), second(rows_of(y), z)
+    J = found.cpu().double()[0]
+    scale = 1 + math.log(10)  # log p is rounded on the way in
+    yield s.compare(g.cpu().double().norm(), 0.3741657386773941, scale, "‖p − y‖", g.dtype)
+    yield s.compare(J.trace(), 0.46, scale, "trace J", found.dtype)
+    top = torch.linalg.eigvalsh((J + J.T) / 2)[-1]
+    yield s.compare(top, 0.33440306508910547, scale, "the largest eigenvalue of J", found.dtype)
+
+
+# §6 Cross-entropy as a smooth triplet loss, and its chain of bounds, go here
+
+
+# §7 The log-free surrogate
+
+
+@identity("the surrogate", "⟨a·p − t, z⟩ = ℓ − a·H(p)", section=7, allowed=8, because="as for a loss, twice")
+def surrogate(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        for kind, target, t in batch.targets:
+            found = xent.surrogate_cross_entropy(batch.z, target, reduction="none")
+            a, exact = t.sum(1), batch.exact
+            expected = exact.loss(t) - a * exact.entropy()
+            scale = exact.loss_scale(t) + a * exact.entropy_scale()
+            yield s.compare(found, expected, scale, f"{batch.name}, {kind} targets")
+
+
+@identity("the surrogate's gradient", "exactly a·p − t", section=7, allowed=4, because=GRADIENT)
+def surrogate_gradient(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        for kind, target, t in batch.targets:
+            found = first(surrogate_of(target), batch.z)
+            expected, scale = batch.exact.gradient(t), batch.exact.gradient_scale(t)
+            yield s.compare(found, expected, scale, f"{batch.name}, {kind} targets")
+
+
+@identity("the surrogate's curvature", "a·(diag(p) − p pᵀ)", section=7, allowed=4, because=GRADIENT)
+def surrogate_curvature(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        t = batch.q.cpu().double()
+        found = second(surrogate_of(batch.q), batch.z)
+        a = t.sum(1)[:, None, None]
+        scale = a * batch.exact.p.norm(dim=1)[:, None, None]
+        yield s.compare(found, a * batch.exact.jacobian, scale, batch.name)

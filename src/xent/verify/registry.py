@@ -1,0 +1,93 @@
+"""What an identity is, and how far a computed number is from it.
+
+    deviation = |found − expected| / max(eps·scale, smallest number)
+
+eps is that of the type in which `found` was computed and `scale` the size of the terms that it is made of: so
+the deviation counts units in the last place of what rounding allows, the same for every type. An identity is
+one function of a `Setting` that yields deviations, and a decorator that names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent.verify.data import Batch
+
+
+class Deviation(NamedTuple):
+    """The worst of some numbers."""
+
+    units: float
+    where: str
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an identity is checked on."""
+
+    dtype: torch.dtype
+    device: torch.device
+    batches: tuple[Batch, ...]
+
+    def tensor(self, values: object) -> Tensor:
+        return torch.tensor(values, dtype=self.dtype, device=self.device)
+
+    def compare(
+        self,
+        found: Tensor,  # (N, ...)
+        expected: Tensor | float,  # broadcasts to it
+        scale: Tensor | float,  # the same
+        where: str,
+        dtype: torch.dtype | None = None,  # computed in, if not that of `found`
+    ) -> Deviation:
+        """The worst deviation, and the row that it lies in. Equal infinities agree; nan is never right."""
+        info = torch.finfo(dtype or found.dtype)
+        found = found.detach().cpu().double()
+        expected = torch.as_tensor(expected, dtype=torch.float64).detach().cpu().expand(found.shape)
+        scale = torch.as_tensor(scale, dtype=torch.float64).detach().cpu().expand(found.shape)
+        error = torch.where(found == expected, 0.0, (found - expected).abs())
+        units = error / (scale * info.eps).clamp_min(info.smallest_normal * info.eps)
+        units = torch.where(error == 0, 0.0, units).nan_to_num(nan=math.inf, posinf=math.inf)
+        if units.numel() == 0:
+            return Deviation(math.inf, f"{where}: nothing was compared")
+        worst = int(units.flatten().argmax())
+        row = worst // (units.numel() // units.shape[0]) if units.dim() else None
+        return Deviation(
+            float(units.flatten()[worst]), where if row is None or len(units) == 1 else f"{where}, row {row}"
+        )
+
+
+Check = Callable[[Setting], Iterator[Deviation]]
+
+
+@dataclass(frozen=True)
+class Identity:
+    name: str
+    formula: str
+    section: int  # of the mathematics page
+    allowed: float  # units in the last place
+    because: str  # that many
+    check: Check
+
+
+IDENTITIES: dict[str, Identity] = {}
+"""All of them by name, in the order of the mathematics page."""
+
+
+def identity(
+    name: str, formula: str, *, section: int, allowed: float, because: str
+) -> Callable[[Check], Check]:
+    """Register a function that yields deviations as an identity."""
+
+    def register(check: Check) -> Check:
+        assert name not in IDENTITIES, f"{name} is there already"
+        IDENTITIES[name] = Identity(name, formula, section, allowed, because, check)
+        return check
+
+    return register
