@@ -64,7 +64,8 @@ BREAKS = {  # what is replaced -> which identities notice at least
     "surrogate_cross_entropy": ["the surrogate", "the surrogate's gradient", "the surrogate's curvature"],
     "binary_cross_entropy": ["maximum likelihood", "worked tables"],
     "binary_cross_entropy_with_logits": ["two classes", "worked tables"],
-    "kl_div": ["cross-entropy is entropy + KL", "smoothing as a prior", "the divergence's gradient"],
+    "kl_div": ["smoothing as a prior"],
+    "kl_divergence": ["cross-entropy is entropy + KL", "the divergence's gradient"],
     "entropy": ["cross-entropy with oneself"],
 }
 
