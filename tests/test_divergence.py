@@ -409,6 +409,18 @@ def test_two_heads_equal_their_logits(budget, reduction, bias, weighted):
         assert_close(found, expected)
 
 
+@BUDGETS
+@pytest.mark.parametrize("learns", [(0, 1, 2), (1,), (3, 4, 5), (5,), (0, 4)], ids=str)
+def test_one_learns_from_the_other(budget, learns):
+    """A frozen teacher's values come with the gradient, and a frozen student's before it."""
+    tensors = heads()
+    leaves = [t.requires_grad_(i in learns) for i, t in enumerate(tensors)]
+    wanted = [leaves[i] for i in learns]
+    ours, theirs = linear(leaves, memory_budget=budget), dense(leaves)
+    assert_close(ours, theirs)
+    assert_close(torch.autograd.grad(ours, wanted), torch.autograd.grad(theirs, wanted))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("budget", [None, 3000])
 def test_types(dtype, budget):
