@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.testing import assert_close
 
@@ -255,6 +256,8 @@ def test_errors():
         xent.kl_divergence(target=z[:1], input=z)
     with pytest.raises(ValueError, match="temperature"):
         xent.kl_divergence(target=z, input=z, temperature=0.0)
+    with pytest.raises(ValueError, match="temperature takes no gradient"):
+        xent.kl_divergence(target=z, input=z, temperature=torch.tensor(2.0, requires_grad=True))
     with pytest.raises(TypeError, match="target"):
         xent.kl_divergence(target=z.long(), input=z)
     x, w = torch.zeros(4, 2), torch.zeros(3, 2)
@@ -336,6 +339,25 @@ def test_many_rows_some_at_a_time(monkeypatch, logits):
     assert_close(derivatives(), whole)
     with torch.no_grad():
         assert_close(xent.kl_divergence(target=t, input=z, target_is_logits=logits), whole[0])
+
+
+@pytest.mark.parametrize("piece", [1, 1 << 16])
+def test_a_target_made_of_the_input(monkeypatch, piece):
+    """What reaches the logits through the target counts once, in a second derivative too."""
+    z = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    monkeypatch.setattr(xent.divergence, "PIECE", piece)
+
+    def ours(z):
+        return xent.kl_divergence(target=z.square(), input=z, target_is_logits=True).sum()
+
+    def theirs(z):
+        p, q = z.log_softmax(1), z.square().log_softmax(1)
+        return (q.exp() * (q - p)).sum()
+
+    found, expected = (torch.autograd.grad(f(z), z, create_graph=True) for f in (ours, theirs))
+    assert_close(found, expected)
+    (found,), (expected,) = (torch.autograd.grad(g[0].square().sum(), z) for g in (found, expected))
+    assert_close(found, expected)
 
 
 def test_near_gradients_keep_their_digits():
@@ -542,6 +564,22 @@ def test_batched_upstream_gradients():
     assert_close(found[1], upstream[:, None, None] * one)
 
 
+def test_heads_that_share_their_tensors():
+    """Self-distillation: one weight for both, and features made of one another."""
+    x, w, b, _, _, other = heads()
+    leaves = leaf([x, w, b, other])
+    upstream = torch.rand((), dtype=F64)
+    for options in ({}, {"reduction": "none"}):
+        found = []
+        for f in (linear, dense):
+            x, w, b, other = leaves
+            value = f([x, w, b, x.square(), w, other], **options).sum() * upstream
+            plain = torch.autograd.grad(value, leaves, retain_graph=True)
+            again = torch.autograd.grad(value, leaves, create_graph=True)
+            found.append((plain, again, torch.autograd.grad(sum(g.square().sum() for g in again), leaves)))
+        assert_close(found[0], found[1])
+
+
 def test_masked_classes():
     """−inf in both biases: at no cost and no gradient, in one tile or alone in one."""
     leaves = heads()
@@ -660,6 +698,20 @@ def test_export():
     exported = torch.export.export(lesson, (x, y), dynamic_shapes=({0: rows}, {0: rows})).module()
     assert_close(exported(x, y), lesson(x, y))
     assert_close(exported(x[:3], y[:3]), lesson(x[:3], y[:3]))
+
+
+def test_a_derivative_that_a_graph_has_not_is_no_silent_zero():
+    leaves, along = heads(), torch.randn(N, D, dtype=F64)
+
+    def derivative(x):
+        return jvp(lambda x: linear([x, *leaves[1:]]), (x,), (along,))[1]
+
+    with pytest.raises((NotImplementedError, torch._dynamo.exc.Unsupported)):
+        torch.compile(derivative, backend="aot_eager", fullgraph=True)(leaves[0])
+    compiled = torch.compile(lambda x: linear([x, *leaves[1:]]), backend="aot_eager", fullgraph=True)
+    compiled(leaves[0])
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="of the eager loss"):
+        compiled(forward_ad.make_dual(leaves[0], along))
 
 
 def test_opcheck():

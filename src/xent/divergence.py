@@ -21,7 +21,7 @@ from xent.core.reduction import Kind, Scale
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import no_targets
-from xent.options import Call, Options, _check_floating, _loss_dtype
+from xent.options import Call, Options, _check_devices, _check_floating, _loss_dtype
 
 Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
@@ -188,6 +188,8 @@ def _lesson(
     learnt = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     fixed = None if learnt else weight  # a learnt weight of 0 still has a gradient
     kept, in_graph = None, opaque.is_opaque(weight, *tensors)
+    if in_graph:
+        _check_devices(weight, *tensors)
     if fixed is not None and (in_graph or autograd.batched(weight, *tensors)):
         # data cannot choose rows here: those that do not count become harmless, and are taken out later
         kept, fixed = fixed != 0, None
@@ -241,6 +243,8 @@ def _check(target: Tensor, input: Tensor, temperature: float) -> int:
     axis = 0 if input.dim() == 1 else 1
     if input.shape[axis] == 0:
         raise ValueError("there must be at least one class, got 0")
+    if isinstance(temperature, Tensor) and temperature.requires_grad:
+        raise ValueError("temperature takes no gradient: pass temperature.detach()")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     _check_floating(input=input)
@@ -305,14 +309,14 @@ class _ByChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        target, z = given = ctx.saved_tensors
+        given = ctx.saved_tensors
         wants = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or autograd.batched(upstream):  # which is to be differentiated itself
-            leaves = [t for t, want in zip(given, wants, strict=True) if want]
-            with torch.enable_grad():
-                kl = _rows(target, z, ctx.settings)
-                found = iter(torch.autograd.grad(kl, leaves, upstream, create_graph=True))
-            return None, *(next(found) if want else None for want in wants)
+        if torch.is_grad_enabled() or autograd.batched(upstream) or autograd.transformed(upstream):
+
+            def again(target: Tensor, z: Tensor) -> Tensor:
+                return _rows(target, z, ctx.settings)
+
+            return None, *autograd.gradients_of(again, given, wants, upstream)
         answers = [torch.empty_like(t) if want else None for t, want in zip(given, wants, strict=True)]
         start = 0
         for chunk in _chunks(*given):
@@ -323,7 +327,7 @@ class _ByChunks(torch.autograd.Function):
                 kl = _rows(leaves[0], leaves[1], ctx.settings)
             kl.backward(upstream[rows])
             for answer, leaf in zip(answers, leaves, strict=True):
-                if answer is not None:
+                if answer is not None and leaf.grad is not None:
                     answer[rows] = leaf.grad
         return None, *answers
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from xent.autograd import _is_one, _plain, _split, _spread, batched
+from xent.autograd import _is_one, _plain, _split, _spread, batched, transformed
 from xent.core import divergence, divergence_hessian
 from xent.core.arithmetic import arithmetic_for
 from xent.core.divergence import Found, Pair
@@ -268,7 +268,7 @@ class _Reduced(torch.autograd.Function):
         wants = ctx.needs_input_grad[4 : 4 + LEAVES]
         early, ctx.early = ctx.early, None
         known = None
-        if early is not None and not batched(upstream):
+        if early is not None and not (batched(upstream) or transformed(upstream)):
             with torch.no_grad():
                 factor = None if _is_one(upstream) else upstream
                 formed = tuple(g for sink in early for g in sink.finish(factor))
