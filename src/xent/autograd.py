@@ -12,21 +12,21 @@ place and lets it go. A second backward recomputes, and one that is to be differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from xent.core import hessian, sweep
-from xent.core.arithmetic import arithmetic_for, is_batched
+from xent.core.arithmetic import arithmetic_for
 from xent.core.reduction import Reduction, Scale
 from xent.core.scores import Scores, Sink
 from xent.core.statistics import Extras, Statistics
 from xent.core.sweep import Coefficients, Problem
 from xent.core.targets import Targets
+from xent.modes import batched, gradients_of, is_one, plain, split, spread, transformed
 
 THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn.functional for it"
 
@@ -112,7 +112,7 @@ def rows(problem: Problem) -> RowOutputs:
     if needs_gradient(problem) or transformed(*tensors):
         found = _Rows.apply(recipe, None, *tensors)
     else:
-        with _plain(problem):
+        with plain(problem.scores.device):
             found = _outputs(sweep.statistics(problem))
     return _unpacked(found, problem.extras)
 
@@ -135,7 +135,7 @@ def _unpacked(outputs: tuple[Tensor, ...], extras: Extras) -> RowOutputs:
 def _arranged(outputs: tuple[Any, ...], extras: Extras) -> tuple[Any, ...]:
     """(ℓ, lse, H or None, log p_y or None, the saved four) of `_outputs` or of something as long."""
     wants = (True, True, extras.entropy, extras.log_prob, True, True, True, extras.entropy)
-    *upstream, m, r, a, e = _spread(outputs, wants, len(wants))
+    *upstream, m, r, a, e = spread(outputs, wants, len(wants))
     return *upstream, (m, r, a, e)
 
 
@@ -150,34 +150,6 @@ def needs_gradient(problem: Problem) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func is at work, or forward mode is looking at any of the tensors."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return (
-            True  # at these tensors or not: under a transform torch takes a Function with a rule of its own
-        )
-    return has_tangent(*tensors)
-
-
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward mode is looking at any of the tensors."""
-    return forward_ad._current_level >= 0 and any(
-        t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
-        for t in tensors
-    )
-
-
-def batched(*tensors: Tensor | None) -> bool:
-    """Whether `vmap` has batched any of the tensors, at any level."""
-    functorch = torch._C._functorch
-    for t in tensors:
-        while t is not None and not is_batched(t) and functorch.is_functorch_wrapped_tensor(t):
-            t = functorch.get_unwrapped(t)
-        if t is not None and is_batched(t):
-            return True
-    return False
-
-
 class _Rows(torch.autograd.Function):
     """(q, *scores) → what the rows say, and the statistics that the derivatives start from."""
 
@@ -188,7 +160,7 @@ class _Rows(torch.autograd.Function):
         if known is not None:
             return _outputs(known)
         problem = recipe.bind(tensors)
-        with _plain(problem):
+        with plain(problem.scores.device):
             return _outputs(sweep.statistics(problem))
 
     @staticmethod
@@ -203,7 +175,7 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, tensors = _split(ctx.saved_tensors, SAVED)
+        saved, tensors = split(ctx.saved_tensors, SAVED)
         *asked, _ = _arranged(upstream, ctx.recipe.extras)
         wants = ctx.needs_input_grad[2 : 2 + ctx.recipe.leaves]
         if all(t is None for t in asked) or not any(wants):
@@ -211,11 +183,11 @@ class _Rows(torch.autograd.Function):
         if asked[0] is None:
             asked[0] = torch.zeros_like(saved[0])
         gradients = _Gradient.apply(ctx.recipe.asking(wants), *asked, *saved, *tensors)
-        return None, None, *_spread(gradients, wants, len(tensors))
+        return None, None, *spread(gradients, wants, len(tensors))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved, tensors = _split(ctx.saved_tensors, SAVED)
+        saved, tensors = split(ctx.saved_tensors, SAVED)
         along, extras = tangents[2 : 2 + ctx.recipe.leaves], ctx.recipe.extras
         found = _Tangent.apply(ctx.recipe, *saved, *along, *tensors)
         return *found, *(None,) * (3 + extras.entropy + extras.argmax)
@@ -230,9 +202,9 @@ class _Gradient(torch.autograd.Function):
     def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         if recipe.known is not None:
             return recipe.known
-        asked, saved, tensors = _split(inputs, UPSTREAM, SAVED)
+        asked, saved, tensors = split(inputs, UPSTREAM, SAVED)
         problem, wants = recipe.bind(tensors, *asked, *saved), recipe.wants
-        with _plain(problem):
+        with plain(problem.scores.device):
             sink, dq = sweep.gradient(
                 problem, _found(saved), _coefficients(asked), wants[1:], wants_target=wants[0]
             )
@@ -248,22 +220,22 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        asked, saved, tensors = _split(ctx.saved_tensors, UPSTREAM, SAVED)
-        along = _spread(upstream, ctx.recipe.wants, ctx.recipe.leaves)
+        asked, saved, tensors = split(ctx.saved_tensors, UPSTREAM, SAVED)
+        along = spread(upstream, ctx.recipe.wants, ctx.recipe.leaves)
         needs = ctx.needs_input_grad[1:]
         leaves = needs[UPSTREAM + SAVED :][: ctx.recipe.leaves]
         wants = (*needs[:UPSTREAM], *leaves)
         if not any(wants) or all(t is None for t in along):
             return (None,) * (1 + UPSTREAM + SAVED + len(tensors))
         out = _Product.apply(ctx.recipe.asking(wants), *asked, *saved, *along, *tensors)
-        found = _spread(out, wants, len(wants))
+        found = spread(out, wants, len(wants))
         rest = (None,) * (len(tensors) - ctx.recipe.leaves)
         return None, *found[:UPSTREAM], *(None,) * SAVED, *found[UPSTREAM:], *rest
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        asked, saved, tensors = _split(ctx.saved_tensors, UPSTREAM, SAVED)
-        changes, _, rest = _split(tangents[1:], UPSTREAM, SAVED)
+        asked, saved, tensors = split(ctx.saved_tensors, UPSTREAM, SAVED)
+        changes, _, rest = split(tangents[1:], UPSTREAM, SAVED)
         along = rest[: ctx.recipe.leaves]
         total: list[Tensor | None] = [None] * sum(ctx.recipe.wants)
         if any(t is not None for t in along):
@@ -283,9 +255,9 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        saved, (dq, *along), tensors = _split(inputs, SAVED, recipe.leaves)
+        saved, (dq, *along), tensors = split(inputs, SAVED, recipe.leaves)
         problem = recipe.bind(tensors, *saved, dq, *along)
-        with _plain(problem):
+        with plain(problem.scores.device):
             out = hessian.tangent(problem, _found(saved), tuple(along), dq)
         return tuple(t for t in out.outputs if t is not None)
 
@@ -299,21 +271,21 @@ class _Tangent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         n, extras = ctx.recipe.leaves, ctx.recipe.extras
-        saved, along, tensors = _split(ctx.saved_tensors, SAVED, n)
+        saved, along, tensors = split(ctx.saved_tensors, SAVED, n)
         wants = (True, True, extras.entropy, extras.log_prob)
-        asked = list(_spread(upstream, wants, UPSTREAM))
+        asked = list(spread(upstream, wants, UPSTREAM))
         if asked[0] is None:
             asked[0] = torch.zeros_like(saved[0])
-        _, wants_along, wants, _ = _split(ctx.needs_input_grad[1:], SAVED, n, n)
+        _, wants_along, wants, _ = split(ctx.needs_input_grad[1:], SAVED, n, n)
         d_along: tuple[Tensor | None, ...] = (None,) * n
         if any(wants_along):
             out = _Gradient.apply(ctx.recipe.asking(wants_along), *asked, *saved, *tensors)
-            d_along = _spread(out, wants_along, n)
+            d_along = spread(out, wants_along, n)
         d_leaves: tuple[Tensor | None, ...] = (None,) * len(tensors)
         if any(wants):
             both = (*(False,) * UPSTREAM, *wants)
             out = _Product.apply(ctx.recipe.asking(both), *asked, *saved, *along, *tensors)
-            d_leaves = _spread(out, wants, len(tensors))
+            d_leaves = spread(out, wants, len(tensors))
         return None, *(None,) * SAVED, *d_along, *d_leaves
 
     @staticmethod
@@ -328,11 +300,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        asked, saved, (dq, *along), tensors = _split(inputs, UPSTREAM, SAVED, recipe.leaves)
+        asked, saved, (dq, *along), tensors = split(inputs, UPSTREAM, SAVED, recipe.leaves)
         problem = recipe.bind(tensors, *asked, *saved, dq, *along)
         of_rows, wants = recipe.wants[:UPSTREAM], recipe.wants[UPSTREAM:]
         gradients: tuple[Tensor, ...] = ()
-        with _plain(problem):
+        with plain(problem.scores.device):
             if not any(wants):
                 part = hessian.tangent(problem, _found(saved), tuple(along), dq)
             else:
@@ -381,7 +353,7 @@ class _Reduced(torch.autograd.Function):
         def coefficients(found: Statistics, chunk: slice) -> Coefficients:
             return reduction.coefficients(found, row_weight, scale, chunk)
 
-        with _plain(problem):
+        with plain(problem.scores.device):
             found, ctx.early = sweep.fused(problem, coefficients, ctx.needs_input_grad[6 : 5 + recipe.leaves])
         ctx.recipe, ctx.reduction, ctx.found = recipe, reduction, found
         ctx.scale = scale
@@ -400,7 +372,7 @@ class _Reduced(torch.autograd.Function):
         early, ctx.early = ctx.early, None
         if early is not None and not (batched(upstream) or transformed(upstream)):
             with torch.no_grad():
-                formed: tuple[Tensor | None, ...] = early.finish(None if _is_one(upstream) else upstream)
+                formed: tuple[Tensor | None, ...] = early.finish(None if is_one(upstream) else upstream)
             if not torch.is_grad_enabled():
                 return *(None,) * 6, *formed, *rest
         else:
@@ -418,40 +390,7 @@ class _Reduced(torch.autograd.Function):
         # under create_graph what has been formed is the answer, and this its derivative's way
         recipe = ctx.recipe.asking(wants, tuple(g for g in formed if g is not None) if formed else None)
         gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, found.e, *tensors)
-        return *(None,) * 5, *_spread(gradients, wants, n), *rest
-
-
-def gradients_of(
-    loss: Callable[..., Tensor], tensors: Sequence[Tensor | None], wants: Sequence[bool], upstream: Tensor
-) -> tuple[Tensor | None, ...]:
-    """∂loss(*tensors)/∂tensors where wanted, inside a backward, and differentiable where that is.
-
-    Each is taken in a view of its own. Of the tensors themselves it would come with what reaches them
-    through one another (tied weights) or through their hooks, which the backward around this one adds too.
-    """
-    with torch.enable_grad():
-        views = [
-            t.view_as(t) if want and t is not None else t
-            for t, want in zip(tensors, (*wants, *(False,) * (len(tensors) - len(wants))), strict=True)
-        ]
-        value = loss(*views)
-    leaves = [t for t, want in zip(views, wants, strict=False) if want and t is not None]
-    found = torch.autograd.grad(value, leaves, upstream, create_graph=torch.is_grad_enabled())
-    return _spread(found, tuple(wants), len(wants))
-
-
-def _is_one(upstream: Tensor) -> bool:
-    """Whether scaling changes nothing, where asking costs nothing."""
-    return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1.0
-
-
-def _split(given: Sequence[Any], *lengths: int) -> tuple[Any, ...]:
-    """The first of `given` in groups of these lengths, and the rest of them."""
-    groups, start = [], 0
-    for length in lengths:
-        groups.append(tuple(given[start : start + length]))
-        start += length
-    return *groups, tuple(given[start:])
+        return *(None,) * 5, *spread(gradients, wants, n), *rest
 
 
 def _coefficients(asked: tuple[Tensor | None, ...]) -> Coefficients:
@@ -481,30 +420,3 @@ def _wanted(wants: tuple[bool, ...], problem: Problem, dq: Any, sink: Sink) -> t
             assert leaf is not None
             answers.append(torch.zeros_like(leaf) if g is None else g)
     return tuple(answers)
-
-
-def _spread(
-    given: tuple[Tensor | None, ...], wants: tuple[bool, ...], length: int
-) -> tuple[Tensor | None, ...]:
-    """Put the tensors of the wanted ones into their places, None elsewhere, `length` in all."""
-    rest = iter(given)
-    return tuple(next(rest) if want else None for want in wants) + (None,) * (length - len(wants))
-
-
-class _plain:
-    """The sweep's own arithmetic: no graph, and no autocast of products whose types are already chosen."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.no_grad = torch.no_grad()
-        kind = problem.scores.device.type
-        self.autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
-
-    def __enter__(self) -> None:
-        self.no_grad.__enter__()
-        if self.autocast is not None:
-            self.autocast.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        if self.autocast is not None:
-            self.autocast.__exit__(*error)
-        self.no_grad.__exit__(*error)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent import autograd, opaque
+from xent import modes
 from xent.core.scores import compute_dtype
 from xent.options import FLOATING, autocasts
 
@@ -244,7 +244,7 @@ def _bounds(t: Tensor) -> tuple[float, float]:
 
 def _blind(t: Tensor) -> bool:
     """Whether no question may be asked whose answer is data."""
-    return opaque.is_opaque(t) or autograd.batched(t)
+    return modes.is_opaque(t) or modes.batched(t)
 
 
 def _within(name: str, t: Tensor, low: float, high: float, way_out: str) -> Tensor:
@@ -291,7 +291,7 @@ def _check(
                 f"{name} must broadcast to the shape of input, {tuple(input.shape)}; "
                 f"got {tuple(factor.shape)}"
             )
-        if factor.requires_grad or autograd.has_tangent(factor):
+        if factor.requires_grad or modes.has_tangent(factor):
             raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
     return dtype
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from xent import autograd, divergence_autograd, divergence_opaque, opaque
+from xent import divergence_autograd, divergence_opaque, modes
 from xent.core.divergence import NEAR, PIECE, Pair, phi
 from xent.core.reduction import Kind, Scale
 from xent.core.scores import LinearHead, compute_dtype
@@ -70,7 +70,7 @@ def kl_divergence(
         _check_probabilities(target)
     z, t = (v.movedim(axis, -1) for v in (input, target))
     settings = _Settings(target_is_logits, temperature, dtype)
-    if input.numel() <= _at_a_time(z) or opaque.is_opaque(z, t) or autograd.transformed(z, t):
+    if input.numel() <= _at_a_time(z) or modes.is_opaque(z, t) or modes.transformed(z, t):
         kl = _rows(t, z, settings)
     else:
         flat = (v.reshape(-1, v.shape[-1]) for v in (t, z))
@@ -157,7 +157,7 @@ class _Lesson(NamedTuple):
         tensors = (*self.pair.student.tensors, *self.pair.teacher.tensors)
         if self.weight is not None and self.weight.requires_grad:
             return False
-        if autograd.transformed(*tensors, self.weight):
+        if modes.transformed(*tensors, self.weight):
             return False
         return any(t is not None and t.requires_grad for t in tensors)
 
@@ -187,10 +187,10 @@ def _lesson(
     weight = None if sample_weight is None else sample_weight.reshape(n)
     learnt = weight is not None and weight.requires_grad and torch.is_grad_enabled()
     fixed = None if learnt else weight  # a learnt weight of 0 still has a gradient
-    kept, in_graph = None, opaque.is_opaque(weight, *tensors)
+    kept, in_graph = None, modes.is_opaque(weight, *tensors)
     if in_graph:
         _check_devices(weight, *tensors)
-    if fixed is not None and (in_graph or autograd.batched(weight, *tensors)):
+    if fixed is not None and (in_graph or modes.batched(weight, *tensors)):
         # data cannot choose rows here: those that do not count become harmless, and are taken out later
         kept, fixed = fixed != 0, None
         if not in_graph:  # the operator selects for itself
@@ -254,7 +254,7 @@ def _check(target: Tensor, input: Tensor, temperature: float) -> int:
 
 def _check_probabilities(t: Tensor) -> None:
     """Negative, infinite and nan ones are named where asking costs nothing and is possible."""
-    if t.device.type != "cpu" or not t.numel() or opaque.is_opaque(t) or autograd.batched(t):
+    if t.device.type != "cpu" or not t.numel() or modes.is_opaque(t) or modes.batched(t):
         return
     low, high = t.detach().aminmax()
     if low >= 0 and high < math.inf:  # nan is neither
@@ -311,12 +311,12 @@ class _ByChunks(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         given = ctx.saved_tensors
         wants = ctx.needs_input_grad[1:]
-        if torch.is_grad_enabled() or autograd.batched(upstream) or autograd.transformed(upstream):
+        if torch.is_grad_enabled() or modes.batched(upstream) or modes.transformed(upstream):
 
             def again(target: Tensor, z: Tensor) -> Tensor:
                 return _rows(target, z, ctx.settings)
 
-            return None, *autograd.gradients_of(again, given, wants, upstream)
+            return None, *modes.gradients_of(again, given, wants, upstream)
         answers = [torch.empty_like(t) if want else None for t, want in zip(given, wants, strict=True)]
         start = 0
         for chunk in _chunks(*given):

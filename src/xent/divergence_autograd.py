@@ -17,13 +17,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from xent.autograd import _is_one, _plain, _split, _spread, batched, transformed
 from xent.core import divergence, divergence_hessian
 from xent.core.arithmetic import arithmetic_for
 from xent.core.divergence import Found, Pair
 from xent.core.scores import LinearHead, Sink
 from xent.core.statistics import Statistics, statistics_dtype
 from xent.core.targets import no_targets
+from xent.modes import batched, is_one, plain, split, spread, transformed
 
 LEAVES = 6  # features, weight and bias of both heads
 SAVED = 5  # m and r of both heads, and KL
@@ -92,7 +92,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(recipe: _Recipe, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         pair = recipe.bind(tensors)
-        with _plain(pair.problem):
+        with plain(pair.student.device):
             found = divergence.values(pair)
         return found.kl, *(t.clone() for t in saved_of(found))
 
@@ -106,16 +106,16 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None, *_: None) -> Leaves:
-        saved, tensors = _split(ctx.saved_tensors, SAVED)
+        saved, tensors = split(ctx.saved_tensors, SAVED)
         wants = ctx.needs_input_grad[1 : 1 + LEAVES]
         if upstream is None or not any(wants):
             return (None,) * (1 + len(tensors))
         gradients = _Gradient.apply(ctx.recipe.asking(wants), upstream, *saved, *tensors)
-        return None, *_spread(gradients, wants, len(tensors))
+        return None, *spread(gradients, wants, len(tensors))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Leaves:
-        saved, tensors = _split(ctx.saved_tensors, SAVED)
+        saved, tensors = split(ctx.saved_tensors, SAVED)
         along = tangents[1 : 1 + LEAVES]
         return _Tangent.apply(ctx.recipe, *saved, *along, *tensors), *(None,) * SAVED
 
@@ -129,9 +129,9 @@ class _Gradient(torch.autograd.Function):
     def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         if recipe.known is not None:
             return recipe.known
-        (gamma,), saved, tensors = _split(inputs, 1, SAVED)
+        (gamma,), saved, tensors = split(inputs, 1, SAVED)
         pair = recipe.bind(tensors, gamma, *saved)
-        with _plain(pair.problem):
+        with plain(pair.student.device):
             _, sinks = divergence.gradient(pair, found_of(saved), gamma, both(recipe.wants))
             return wanted(recipe.wants, sinks, tensors)
 
@@ -145,20 +145,20 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Leaves:
-        (gamma,), saved, tensors = _split(ctx.saved_tensors, 1, SAVED)
-        along = _spread(upstream, ctx.recipe.wants, LEAVES)
-        (needs_gamma,), _, needs = _split(ctx.needs_input_grad[1:], 1, SAVED)
+        (gamma,), saved, tensors = split(ctx.saved_tensors, 1, SAVED)
+        along = spread(upstream, ctx.recipe.wants, LEAVES)
+        (needs_gamma,), _, needs = split(ctx.needs_input_grad[1:], 1, SAVED)
         wants = (needs_gamma, *needs[:LEAVES])
         if not any(wants) or all(t is None for t in along):
             return (None,) * (2 + SAVED + len(tensors))
         out = _Product.apply(ctx.recipe.asking(wants), gamma, *saved, *along, *tensors)
-        of_gamma, *found = _spread(out, wants, 1 + len(tensors))
+        of_gamma, *found = spread(out, wants, 1 + len(tensors))
         return None, of_gamma, *(None,) * SAVED, *found
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, ...]:
-        (gamma,), saved, tensors = _split(ctx.saved_tensors, 1, SAVED)
-        (change,), _, rest = _split(tangents[1:], 1, SAVED)
+        (gamma,), saved, tensors = split(ctx.saved_tensors, 1, SAVED)
+        (change,), _, rest = split(tangents[1:], 1, SAVED)
         along, found = rest[:LEAVES], None
         if any(t is not None for t in along):
             wants = (False, *ctx.recipe.wants)
@@ -176,9 +176,9 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def forward(recipe: _Recipe, *inputs: Tensor | None) -> Tensor:
-        saved, along, tensors = _split(inputs, SAVED, LEAVES)
+        saved, along, tensors = split(inputs, SAVED, LEAVES)
         pair = recipe.bind(tensors, *saved, *along)
-        with _plain(pair.problem):
+        with plain(pair.student.device):
             return divergence_hessian.tangent(pair, found_of(saved), both(along))
 
     @staticmethod
@@ -189,17 +189,17 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Leaves:
-        saved, along, tensors = _split(ctx.saved_tensors, SAVED, LEAVES)
-        _, wants_along, wants, _ = _split(ctx.needs_input_grad[1:], SAVED, LEAVES, LEAVES)
+        saved, along, tensors = split(ctx.saved_tensors, SAVED, LEAVES)
+        _, wants_along, wants, _ = split(ctx.needs_input_grad[1:], SAVED, LEAVES, LEAVES)
         d_along: Leaves = (None,) * LEAVES
         if any(wants_along):
             out = _Gradient.apply(ctx.recipe.asking(wants_along), upstream, *saved, *tensors)
-            d_along = _spread(out, wants_along, LEAVES)
+            d_along = spread(out, wants_along, LEAVES)
         d_leaves: Leaves = (None,) * len(tensors)
         if any(wants):
             recipe = ctx.recipe.asking((False, *wants))
             out = _Product.apply(recipe, upstream, *saved, *along, *tensors)
-            d_leaves = _spread(out, wants, len(tensors))
+            d_leaves = spread(out, wants, len(tensors))
         return None, *(None,) * SAVED, *d_along, *d_leaves
 
     @staticmethod
@@ -217,10 +217,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        (gamma,), saved, along, tensors = _split(inputs, 1, SAVED, LEAVES)
+        (gamma,), saved, along, tensors = split(inputs, 1, SAVED, LEAVES)
         pair, found = recipe.bind(tensors, gamma, *saved, *along), found_of(saved)
         wants_gamma, *wants = recipe.wants
-        with _plain(pair.problem):
+        with plain(pair.student.device):
             if not any(wants):
                 return (divergence_hessian.tangent(pair, found, both(along)),)
             kl, sinks = divergence_hessian.product(pair, found, gamma, both(along), both(wants))
@@ -255,7 +255,7 @@ class _Reduced(torch.autograd.Function):
     ) -> Tensor:
         gamma = _gamma(pair, weight, scale)
         wants = both(ctx.needs_input_grad[4 : 4 + LEAVES])
-        with _plain(pair.problem):
+        with plain(pair.student.device):
             found, ctx.early = divergence.fused(pair, lambda chunk: gamma[chunk], wants)
         ctx.recipe, ctx.found, ctx.gamma = recipe, found, gamma
         ctx.save_for_backward(*tensors)
@@ -270,7 +270,7 @@ class _Reduced(torch.autograd.Function):
         known = None
         if early is not None and not (batched(upstream) or transformed(upstream)):
             with torch.no_grad():
-                factor = None if _is_one(upstream) else upstream
+                factor = None if is_one(upstream) else upstream
                 formed = tuple(g for sink in early for g in sink.finish(factor))
             if not torch.is_grad_enabled():
                 return *(None,) * 4, *formed, None
@@ -278,7 +278,7 @@ class _Reduced(torch.autograd.Function):
         # under create_graph what has been formed is the answer, and this its derivative's way
         recipe = ctx.recipe.asking(wants, known)
         gradients = _Gradient.apply(recipe, ctx.gamma * upstream, *saved_of(ctx.found), *tensors)
-        return *(None,) * 4, *_spread(gradients, wants, len(tensors))
+        return *(None,) * 4, *spread(gradients, wants, len(tensors))
 
 
 def _gamma(pair: Pair, weight: Tensor | None, scale: float | Tensor) -> Tensor:

@@ -13,22 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from xent.autograd import _spread
 from xent.core import divergence
 from xent.core.divergence import Pair
 from xent.core.scores import LinearHead, Transform
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import no_targets
 from xent.divergence_autograd import LEAVES, SAVED, Leaves, both, chosen, found_of, saved_of, wanted
-from xent.opaque import DERIVED, _derived
+from xent.modes import refuse_derivatives, refuse_tangents, spread
 
 
 def rows(pair: Pair, kept: Tensor | None) -> Tensor:
     """KL of all N rows as one operator, zero in those that are not kept (N,); differentiable once."""
-    if _derived():
-        raise NotImplementedError(DERIVED)
+    refuse_derivatives()
     student, teacher = pair.student, pair.teacher
     kl, _ = torch.ops.xent.kl_rows(
         *student.tensors,
@@ -57,10 +54,7 @@ def _kl_rows(
     budget: int,
 ) -> tuple[Tensor, Tensor]:
     leaves = (x, w, b, teacher_x, teacher_w, teacher_b)
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in leaves
-    ):  # of a graph made before there were dual numbers
-        raise NotImplementedError(DERIVED)
+    refuse_tangents(*leaves)
     pair = _pair(leaves, kept, temperature, product_dtype, teacher_product_dtype, budget)
     found = divergence.values(pair)
     saved = torch.stack(saved_of(found))
@@ -140,7 +134,7 @@ def _backward(ctx: Any, upstream: Tensor, _: Tensor | None) -> Leaves:
     leaves = zip(ctx.needs_input_grad, tensors[:LEAVES], strict=False)
     wants = [bool(need) and t is not None for need, t in leaves]
     found = torch.ops.xent.kl_rows_gradient(upstream, saved, wants, *tensors, *ctx.settings)
-    return *_spread(tuple(found), tuple(wants), LEAVES), *(None,) * 5
+    return *spread(tuple(found), tuple(wants), LEAVES), *(None,) * 5
 
 
 _kl_rows.register_autograd(_backward, setup_context=_setup_context)

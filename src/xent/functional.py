@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xent import autograd, opaque, small
+from xent import autograd, modes, opaque, small
 from xent.core.reduction import Reduction, Scale
 from xent.options import Call, Options, Part, TopKTarget
 
@@ -188,7 +188,7 @@ def _early(part: Part, reduction: Reduction, scale: Scale) -> Tensor | None:
     q = problem.targets.probabilities
     if part.opaque or not problem.scores.early or any(t is not None and t.requires_grad for t in (s, q)):
         return None
-    if not autograd.needs_gradient(problem) or autograd.transformed(*problem.scores.tensors, q, s):
+    if not autograd.needs_gradient(problem) or modes.transformed(*problem.scores.tensors, q, s):
         return None
     return autograd.reduced(problem, reduction, s, scale)
 

@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from xent.autograd import RowOutputs
 from xent.core import sweep
@@ -20,33 +19,12 @@ from xent.core.scores import LinearHead, Logits, Scores, Transform
 from xent.core.statistics import Extras, Statistics, statistics_dtype
 from xent.core.sweep import Coefficients, Problem
 from xent.core.targets import Targets, check_index, check_top_k
-
-DERIVED = (
-    "in a graph, and on tensors without data, xent's losses have a plain backward and no forward mode, "
-    "torch.func.grad or dual numbers: take that derivative of the eager loss"
-)
-
-
-def is_opaque(*tensors: Tensor | None) -> bool:
-    """Whether a graph is being made, or a tensor has a shape but no data."""
-    if torch.compiler.is_compiling():
-        return True
-    fake = torch._subclasses.fake_tensor.FakeTensor
-    return any(t is not None and (t.is_meta or isinstance(t, fake)) for t in tensors)
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _derived() -> bool:
-    """Whether a derivative is being taken that an operator would answer with a silent zero, or not at all."""
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    vmap = torch._C._functorch.TransformType.Vmap
-    return forward_ad._current_level >= 0 or any(t.key() != vmap for t in transforms)
+from xent.modes import refuse_derivatives, refuse_tangents
 
 
 def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> RowOutputs:
     """What each row says, (N,), zero (argmax −1) in the rows that are not kept (N,); differentiable once."""
-    if _derived():
-        raise NotImplementedError(DERIVED)
+    refuse_derivatives()
     scores, t = problem.scores, problem.targets
     x, w, b = (*scores.tensors, None, None)[:3]
     assert x is not None
@@ -106,10 +84,7 @@ def _rows(
     argmax: bool,
     check: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in (x, w, b, q)
-    ):  # of a graph made before there were dual numbers
-        raise NotImplementedError(DERIVED)
+    refuse_tangents(x, w, b, q)
     if own is not None and check:
         if own.shape[1] > 1:
             check_top_k(own, classes, None)

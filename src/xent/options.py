@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from xent import autograd, opaque
+from xent import modes
 from xent.core.plan import DEFAULT_BUDGET
 from xent.core.reduction import Kind, Reduction
 from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
@@ -251,7 +251,7 @@ class Options(NamedTuple):
             self._no_ignoring("a target of probabilities")
             indices = target.indices.to(torch.int64)
             target = TopKTarget(indices, target.probabilities, target.remainder)
-            if opaque.is_opaque(indices) or autograd.batched(indices):
+            if modes.is_opaque(indices) or modes.batched(indices):
                 return target, UNCHECKED
             return target, check_top_k(indices, classes, self.check_targets)
         shape = tuple(target.shape)
@@ -263,7 +263,7 @@ class Options(NamedTuple):
                 raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
             target = target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
             # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
-            if opaque.is_opaque(target) or autograd.batched(target):
+            if modes.is_opaque(target) or modes.batched(target):
                 return target, UNCHECKED
             return target, check_index(target, classes, self.ignored, self.check_targets)
         if shape == full_shape:
@@ -301,10 +301,10 @@ class Options(NamedTuple):
         is_index = isinstance(target, Tensor) and not target.is_floating_point()
         kept = None
         given = (target.indices, target.probabilities) if isinstance(target, TopKTarget) else (target,)
-        in_graph = opaque.is_opaque(*given, *scores.tensors)
+        in_graph = modes.is_opaque(*given, *scores.tensors)
         if in_graph:  # where no operation would notice, and the loss be anything
             _check_devices(*scores.tensors, *given, sample_weight, self.weight)
-        if in_graph or autograd.batched(*given, sample_weight, self.weight, *scores.tensors):
+        if in_graph or modes.batched(*given, sample_weight, self.weight, *scores.tensors):
             # data cannot choose rows here: those that do not count become harmless, and are taken out later
             if is_index:
                 assert isinstance(target, Tensor)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from xent.autograd import batched, gradients_of, transformed
 from xent.core.statistics import finite_base
+from xent.modes import batched, gradients_of, transformed
 
 LARGEST = 1 << 17  # logits: beyond, the sweep's tiles are no slower
 
