@@ -23,6 +23,11 @@ CONVEX_Z_LOSS = "λ·lse² is not convex where lse < 0"
 SUMS_Z_LOSS = "z-loss adds 2λ·lse·p, whose class sum is 2λ·lse"
 SUMS_SOFTCAP = "the slope of the softcap differs from class to class"
 SUMS_MASS = "the row's mass is not 1 times a constant: only a·p − t sums to zero, which needs softcap off"
+ANGULAR = {
+    "shift": "an angle is that of a cosine, which a shift changes",
+    "gradient_sum": "the slope of an angular margin differs from the other classes'",
+    "convex": "cos(θ + m) is not concave in cos θ",
+}
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Row:
     sample_weight: bool = False
     ignored: bool = False
     remainder: str = "drop"  # of a top-k target
+    cosines: bool = False  # features and classifier of length 1, or nearly
+    sampled: bool = False  # the classes are a sample
     loss: str = "cross_entropy"  # a key of LOSSES
     exempt: dict[str, str] = field(default_factory=dict)  # law -> reason
 
@@ -67,6 +74,52 @@ ROWS = [
     Row(
         "index-everything",
         options={"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
+        class_weight=True,
+        sample_weight=True,
+        ignored=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
+    Row("index-cosine-margin", options={"margin": xent.Margin(cosine=0.35)}),
+    Row(
+        "index-cosine-margin-everything",
+        options={
+            "margin": xent.Margin(cosine=0.35),
+            "label_smoothing": 0.1,
+            "z_loss": 1e-2,
+            "softcap": 4.0,
+            "temperature": 0.7,
+        },
+        class_weight=True,
+        sample_weight=True,
+        ignored=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
+    Row(
+        "index-angular-margin",
+        options={"margin": xent.Margin(angle=0.5), "temperature": 0.1},
+        cosines=True,
+        exempt=ANGULAR,
+    ),
+    Row(
+        "index-both-margins-weighted",
+        options={"margin": xent.Margin(cosine=0.1, angle=0.3), "label_smoothing": 0.1},
+        cosines=True,
+        class_weight=True,
+        sample_weight=True,
+        ignored=True,
+        exempt=ANGULAR,
+    ),
+    Row("index-sampled", sampled=True, ignored=True),
+    Row(
+        "index-sampled-everything",
+        options={
+            "margin": xent.Margin(cosine=0.35),
+            "label_smoothing": 0.1,
+            "z_loss": 1e-2,
+            "softcap": 4.0,
+            "temperature": 0.7,
+        },
+        sampled=True,
         class_weight=True,
         sample_weight=True,
         ignored=True,
@@ -256,6 +309,9 @@ def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5
     x = torch.randn(n, d, dtype=dtype)
     w = torch.randn(c, d, dtype=dtype)
     b = torch.randn(c, dtype=dtype)
+    if row.cosines:  # an angle of 0 has no derivative
+        x, w = (0.95 * torch.nn.functional.normalize(t, dim=1) for t in (x, w))
+        b = b / 100
     options = dict(row.options)
     if row.target == "index":
         target = torch.randint(c, (n,))
@@ -270,6 +326,8 @@ def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5
         target /= target.sum(1, keepdim=True)
     if row.class_weight:
         options["weight"] = torch.rand(c, dtype=dtype) + 0.5
+    if row.sampled:
+        options["log_q"] = -torch.randint(1, 3072, (c,)).to(dtype) / 1024  # subtracted without rounding
     if row.sample_weight:
         options["sample_weight"] = torch.rand(n, dtype=dtype) + 0.5
     return Problem(row, x, w, b, target, options)

@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING
 
 from xent import metrics, nn
 from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
+from xent.core.margin import Margin
 from xent.divergence import kl_divergence, linear_kl_divergence
 from xent.functional import cross_entropy, linear_cross_entropy
 from xent.options import TopKTarget
 from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
+from xent.subset import sample_classes
 from xent.surrogate import surrogate_cross_entropy
 from xent.temperature import fit_temperature
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Margin",
     "RowStatistics",
     "SoftmaxRegression",
     "TopKTarget",
@@ -35,6 +38,7 @@ __all__ = [
     "metrics",
     "nn",
     "row_statistics",
+    "sample_classes",
     "surrogate_cross_entropy",
     "top_k",
 ]

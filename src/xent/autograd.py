@@ -21,6 +21,7 @@ from torch import Tensor
 
 from xent.core import hessian, sweep
 from xent.core.arithmetic import arithmetic_for
+from xent.core.margin import OwnMove
 from xent.core.reduction import Reduction, Scale
 from xent.core.scores import Scores, Sink
 from xent.core.statistics import Extras, Statistics
@@ -120,7 +121,7 @@ def rows(problem: Problem) -> RowOutputs:
 def _outputs(found: Statistics) -> tuple[Tensor, ...]:
     """ℓ, lse, H and log p_y, then what derivatives start from, then k; without what was not asked for."""
     entropy = None if found.e is None else found.entropy
-    log_prob = None if found.own is None else found.log_prob(found.own[:, None])[:, 0]
+    log_prob = None if found.own is None else found.own_log_prob
     saved = (t if t is None else t.clone() for t in (found.m, found.r, found.a, found.e))
     every = (found.loss, found.logsumexp, entropy, log_prob, *saved, found.k)
     return tuple(t for t in every if t is not None)
@@ -139,10 +140,40 @@ def _arranged(outputs: tuple[Any, ...], extras: Extras) -> tuple[Any, ...]:
     return *upstream, (m, r, a, e)
 
 
-def reduced(problem: Problem, reduction: Reduction, row_weight: Tensor | None, scale: Scale) -> Tensor:
+def reduced(
+    problem: Problem,
+    reduction: Reduction,
+    row_weight: Tensor | None,
+    scale: Scale,
+    move: OwnMove | None = None,
+) -> Tensor:
     """Σ s·(ℓ + λ lse²)·scale, a float64 scalar, its gradient formed in the forward sweep."""
     recipe, tensors = _Recipe.of(problem)
-    return _Reduced.apply(problem, recipe, reduction, row_weight, scale, *tensors)
+    # in an object of its own, as torch.func unpacks tuples
+    how = _Reduction(reduction, row_weight, scale, move)
+    return _Reduced.apply(problem, recipe, how, row_weight, *tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class _Reduction:
+    """How rows become the loss."""
+
+    reduction: Reduction
+    row_weight: Tensor | None
+    scale: Scale
+    move: OwnMove | None
+
+    def total(self, loss: Tensor, logsumexp: Tensor, log_prob: Tensor | None) -> Tensor:
+        values = self.reduction.values(loss, logsumexp, log_prob, self.row_weight, self.move)
+        return self.reduction.total(values, self.scale)
+
+    def coefficients(self, found: Statistics, chunk: slice) -> Coefficients:
+        return self.reduction.coefficients(found, self.row_weight, self.scale, chunk, self.move)
+
+    @property
+    def straight(self) -> bool:
+        """Whether its derivatives in what the rows say are constant."""
+        return self.reduction.z_loss == 0.0 and self.move is None
 
 
 def needs_gradient(problem: Problem) -> bool:
@@ -344,53 +375,50 @@ class _Reduced(torch.autograd.Function):
         ctx: Any,
         problem: Problem,
         recipe: _Recipe,
-        reduction: Reduction,
+        how: _Reduction,
         row_weight: Tensor | None,
-        scale: Scale,
         *tensors: Tensor | None,
     ) -> Tensor:
-
-        def coefficients(found: Statistics, chunk: slice) -> Coefficients:
-            return reduction.coefficients(found, row_weight, scale, chunk)
-
         with plain(problem.scores.device):
-            found, ctx.early = sweep.fused(problem, coefficients, ctx.needs_input_grad[6 : 5 + recipe.leaves])
-        ctx.recipe, ctx.reduction, ctx.found = recipe, reduction, found
-        ctx.scale = scale
+            found, ctx.early = sweep.fused(
+                problem, how.coefficients, ctx.needs_input_grad[5 : 4 + recipe.leaves]
+            )
+        ctx.recipe, ctx.how, ctx.found = recipe, how, found
         ctx.save_for_backward(row_weight, *tensors)
         loss = found.loss
-        logsumexp = found.logsumexp if reduction.z_loss else loss
-        return reduction.total(reduction.values(loss, logsumexp, row_weight), scale)
+        logsumexp = loss if how.straight else found.logsumexp
+        return how.total(loss, logsumexp, None if found.own is None else found.own_log_prob)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         # asked for even where unused: it is what notices a freed graph, and tensors that have changed
-        row_weight, *tensors = ctx.saved_tensors
+        _, *tensors = ctx.saved_tensors
         n = ctx.recipe.leaves
-        wants = ctx.needs_input_grad[5 : 5 + n]
+        wants = ctx.needs_input_grad[4 : 4 + n]
         rest = (None,) * (len(tensors) - n)
         early, ctx.early = ctx.early, None
         if early is not None and not (batched(upstream) or transformed(upstream)):
             with torch.no_grad():
                 formed: tuple[Tensor | None, ...] = early.finish(None if is_one(upstream) else upstream)
             if not torch.is_grad_enabled():
-                return *(None,) * 6, *formed, *rest
+                return *(None,) * 5, *formed, *rest
         else:
             formed = ()
         found = ctx.found
-        if torch.is_grad_enabled() and ctx.reduction.z_loss:  # whose derivative goes through lse
+        if torch.is_grad_enabled() and not ctx.how.straight:  # whose derivatives go through the rows
 
             def again(*tensors: Tensor | None) -> Tensor:
-                loss, logsumexp, *_ = _Rows.apply(ctx.recipe, ctx.found, *tensors)
-                return ctx.reduction.total(ctx.reduction.values(loss, logsumexp, row_weight), ctx.scale)
+                outputs = _Rows.apply(ctx.recipe, ctx.found, *tensors)
+                loss, logsumexp, _, log_prob, _ = _unpacked(outputs, ctx.recipe.extras)
+                return ctx.how.total(loss, logsumexp, log_prob)
 
-            return *(None,) * 5, *gradients_of(again, tensors, wants, upstream), *rest
+            return *(None,) * 4, *gradients_of(again, tensors, wants, upstream), *rest
         every = slice(0, found.m.shape[0])
-        asked = ctx.reduction.coefficients(found, row_weight, ctx.scale * upstream, every)
+        asked = ctx.how.coefficients(found, every).scaled(upstream)
         # under create_graph what has been formed is the answer, and this its derivative's way
         recipe = ctx.recipe.asking(wants, tuple(g for g in formed if g is not None) if formed else None)
         gradients = _Gradient.apply(recipe, *asked, found.m, found.r, found.a, found.e, *tensors)
-        return *(None,) * 5, *spread(gradients, wants, n), *rest
+        return *(None,) * 4, *spread(gradients, wants, n), *rest
 
 
 def _coefficients(asked: tuple[Tensor | None, ...]) -> Coefficients:

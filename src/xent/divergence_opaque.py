@@ -116,8 +116,8 @@ def _pair(
     picked = None if kept is None or bool(kept.all()) else kept.nonzero().squeeze(1)
     targets = no_targets(x.shape[0], w.shape[0], x.device, None)
     return Pair(
-        LinearHead(x, w, b, transform, product_dtype),
-        LinearHead(teacher_x, teacher_w, teacher_b, transform, teacher_product_dtype),
+        LinearHead(x, w, b, transform=transform, product_dtype=product_dtype),
+        LinearHead(teacher_x, teacher_w, teacher_b, transform=transform, product_dtype=teacher_product_dtype),
         replace(targets, rows=picked),
         budget,
     )

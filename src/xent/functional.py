@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xent import autograd, modes, opaque, small
+from xent.core.margin import Margin
 from xent.core.reduction import Reduction, Scale
 from xent.options import Call, Options, Part, TopKTarget
 
@@ -28,6 +29,8 @@ def cross_entropy(
     temperature: float = 1.0,
     denominator: float | Tensor | None = None,
     check_targets: bool | None = None,
+    margin: Margin | float | None = None,
+    log_q: Tensor | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy of logits, ``a·lse(z) − ⟨t, z⟩`` a row, in nats.
 
@@ -50,6 +53,11 @@ def cross_entropy(
         denominator: replaces the divisor of ``"mean"`` (gradient accumulation).
         check_targets: None checks targets on a CPU and asserts asynchronously elsewhere; True always
             checks and names the row; False does not check, and a target outside the classes costs nan.
+        margin: holds the target's own score back, after the softcap and before the temperature: a number,
+            which is subtracted, or a :class:`Margin`. Class indices only.
+        log_q: (C,), where the columns are a sample of the classes: the logarithm of each one's chance to be
+            there, subtracted from every logit but the target's own, last of all. The sum over all classes is
+            then estimated without bias; its logarithm, the loss, is not. Class indices only. No gradient.
 
     Returns:
         A scalar, or the shape of an index target for ``"none"``, of the type of ``input`` (float32 under
@@ -76,6 +84,8 @@ def cross_entropy(
         temperature=temperature,
         denominator=denominator,
         check_targets=check_targets,
+        margin=margin,
+        log_q=log_q,
     )
     if options.plain:
         value = small.loss(input, None, None, target, ignore_index, reduction, _by_the_sweep)
@@ -102,6 +112,11 @@ def linear_cross_entropy(
     check_targets: bool | None = None,
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    margin: Margin | float | None = None,
+    classes: Tensor | None = None,
+    log_q: Tensor | None = None,
+    sparse_grad: bool = False,
+    normalize: bool = False,
 ) -> Tensor:
     r"""Softmax cross-entropy of a linear head, straight from features: the logits never exist.
 
@@ -123,7 +138,14 @@ def linear_cross_entropy(
         memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
             whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
         weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss, softcap, temperature,
-            denominator, check_targets: as in :func:`cross_entropy`.
+            denominator, check_targets, margin, log_q: as in :func:`cross_entropy`; ``log_q`` (S,) with
+            ``classes``.
+        classes: (S,) different class indices: the softmax, and label smoothing, over these alone. Targets and
+            ``weight`` stay global; every target must be among them (:func:`sample_classes` sees to it).
+        sparse_grad: with ``classes``, the gradients of weight and bias as sparse tensors of S rows; else they
+            are dense, with zeros in the others.
+        normalize: scale each row of ``input`` and of ``linear_weight`` to length 1 first, in float32 or
+            float64, so that their products are cosines (of which 1/``temperature`` is the scale).
 
     Returns:
         A scalar, or the shape of an index target for ``"none"``, of the type of ``input`` (float32 under
@@ -151,6 +173,11 @@ def linear_cross_entropy(
         check_targets=check_targets,
         product_dtype=product_dtype,
         memory_budget=memory_budget,
+        margin=margin,
+        classes=classes,
+        log_q=log_q,
+        sparse_grad=sparse_grad,
+        normalize=normalize,
     )
     if options.plain:
         value = small.loss(input, linear_weight, linear_bias, target, ignore_index, reduction, _by_the_sweep)
@@ -190,18 +217,18 @@ def _early(part: Part, reduction: Reduction, scale: Scale) -> Tensor | None:
         return None
     if not autograd.needs_gradient(problem) or modes.transformed(*problem.scores.tensors, q, s):
         return None
-    return autograd.reduced(problem, reduction, s, scale)
+    return autograd.reduced(part.asking(), reduction, s, scale, part.move)
 
 
 def _values(part: Part, reduction: Reduction) -> Tensor:
     """What each of the M rows adds to the loss, before the divisor."""
-    if part.opaque:
-        nll, logsumexp, *_ = opaque.rows(part.problem, part.kept, part.check)
-    else:
-        nll, logsumexp, *_ = autograd.rows(part.problem)
+    problem = part.asking()
+    found = opaque.rows(problem, part.kept, part.check) if part.opaque else autograd.rows(problem)
+    nll, logsumexp, log_prob = found.loss, found.logsumexp, found.log_prob
     if part.kept is not None:  # select before weighing: 0·nan is not 0
         nll, logsumexp = (v.masked_fill(~part.kept, 0.0) for v in (nll, logsumexp))
-    return reduction.values(nll, logsumexp, part.row_weight)
+        log_prob = None if log_prob is None else log_prob.masked_fill(~part.kept, 0.0)
+    return reduction.values(nll, logsumexp, log_prob, part.row_weight, part.move)
 
 
 def _unreduced(part: Part, reduction: Reduction) -> Tensor:

@@ -26,7 +26,8 @@ def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> RowOutput
     """What each row says, (N,), zero (argmax −1) in the rows that are not kept (N,); differentiable once."""
     refuse_derivatives()
     scores, t = problem.scores, problem.targets
-    x, w, b = (*scores.tensors, None, None)[:3]
+    x, *head = scores.tensors[:3]
+    w, b = head if isinstance(scores, LinearHead) else (None, None)
     assert x is not None
     extras = problem.extras
     of_rows, _, argmax = torch.ops.xent.rows(
@@ -39,6 +40,7 @@ def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> RowOutput
         t.own_rest,
         t.class_weight,
         t.spread,
+        scores.log_q,
         kept,
         t.classes,
         t.smoothing,
@@ -72,6 +74,7 @@ def _rows(
     own_rest: Tensor | None,  # (N, K)
     class_weight: Tensor | None,  # (C,)
     spread: Tensor | None,  # (N, 1)
+    log_q: Tensor | None,  # (C,)
     kept: Tensor | None,  # (N,) bool
     classes: int,
     smoothing: float,
@@ -101,6 +104,7 @@ def _rows(
         own_rest,
         class_weight,
         spread,
+        log_q,
         kept,
         classes,
         smoothing,
@@ -112,7 +116,7 @@ def _rows(
     )
     found = sweep.statistics(problem)
     zero = torch.zeros_like(found.m)
-    of_class = zero if found.own is None else found.log_prob(found.own[:, None])[:, 0]
+    of_class = zero if found.own is None else found.own_log_prob
     out = torch.stack((found.loss, found.logsumexp, zero if found.e is None else found.entropy, of_class))
     saved = torch.stack((found.m, found.r, found.a, zero if found.e is None else found.e))
     k = torch.zeros_like(zero, dtype=torch.int64) if found.k is None else found.k
@@ -144,6 +148,7 @@ def _rows_gradient(
     own_rest: Tensor | None,
     class_weight: Tensor | None,
     spread: Tensor | None,
+    log_q: Tensor | None,
     kept: Tensor | None,
     classes: int,
     smoothing: float,
@@ -164,6 +169,7 @@ def _rows_gradient(
         own_rest,
         class_weight,
         spread,
+        log_q,
         kept,
         classes,
         smoothing,
@@ -182,7 +188,7 @@ def _rows_gradient(
         problem,
         found,
         Coefficients(loss, logsumexp, of_entropy if entropy else None, of_class if log_prob else None),
-        tuple(wants[: len(problem.scores.tensors)]),
+        (*wants[: 1 if w is None else 3], False)[: len(problem.scores.tensors)],
         wants_target=wants[3],
     )
     gradients = [*sink.finish(None), None, None][:3]
@@ -219,6 +225,7 @@ def _problem(
     own_rest: Tensor | None,
     class_weight: Tensor | None,
     spread: Tensor | None,
+    log_q: Tensor | None,
     kept: Tensor | None,
     classes: int,
     smoothing: float,
@@ -230,7 +237,9 @@ def _problem(
 ) -> Problem:
     transform = Transform(softcap, temperature)
     scores: Scores
-    scores = Logits(x, transform) if w is None else LinearHead(x, w, b, transform, product_dtype)
+    scores = (
+        Logits(x, log_q, transform) if w is None else LinearHead(x, w, b, log_q, transform, product_dtype)
+    )
     targets = Targets(
         classes=classes,
         total=x.shape[0],
@@ -272,7 +281,7 @@ def _backward(ctx, upstream, *_):  # type: ignore[no-untyped-def]
     statistics, *tensors = ctx.saved_tensors
     wants = [bool(need) and t is not None for need, t in zip(ctx.needs_input_grad[:4], tensors, strict=False)]
     wanted = iter(torch.ops.xent.rows_gradient(upstream, statistics, wants, *tensors, *ctx.settings))
-    return *(next(wanted) if want else None for want in wants), *(None,) * 16
+    return *(next(wanted) if want else None for want in wants), *(None,) * 17
 
 
 _rows.register_autograd(_backward, setup_context=_setup_context)

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from xent import modes
+from xent.core.margin import Margin, OwnMove
 from xent.core.plan import DEFAULT_BUDGET
 from xent.core.reduction import Kind, Reduction
 from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
-from xent.core.statistics import statistics_dtype
+from xent.core.statistics import Extras, statistics_dtype
 from xent.core.sweep import Problem
 from xent.core.targets import (
     UNCHECKED,
@@ -33,6 +34,9 @@ from xent.core.targets import (
     probability_targets,
     top_k_targets,
 )
+from xent.subset import Subset, log_q_of
+
+LARGEST_MOVE = 600.0  # exp of it is a float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +96,11 @@ class Part(NamedTuple):
     kept: Tensor | None  # (M,) bool: rows that count, where they could not be selected beforehand
     opaque: bool  # whether the sweep is to be one operator
     check: bool | None  # of targets, by that operator
+    move: OwnMove | None = None  # of the targets' own scores
+
+    def asking(self) -> Problem:
+        """The problem, asking for what a move starts from."""
+        return self.problem if self.move is None else self.problem._replace(extras=Extras(log_prob=True))
 
 
 class Call(NamedTuple):
@@ -123,6 +132,11 @@ class Options(NamedTuple):
     check_targets: bool | None = None
     product_dtype: torch.dtype | None = None
     memory_budget: int | None = None
+    margin: Margin | float | None = None
+    classes: Tensor | None = None
+    log_q: Tensor | None = None
+    sparse_grad: bool = False
+    normalize: bool = False
 
     @property
     def plain(self) -> bool:
@@ -135,6 +149,11 @@ class Options(NamedTuple):
             and self.check_targets is None
             and self.product_dtype is None
             and self.memory_budget is None
+            and self.margin is None
+            and self.classes is None
+            and self.log_q is None
+            and not self.sparse_grad
+            and not self.normalize
             and self.label_smoothing == 0.0
             and self.z_loss == 0.0
             and self.temperature == 1.0
@@ -166,7 +185,8 @@ class Options(NamedTuple):
         elif target is not None:
             target = target.reshape(n)
         s = None if self.sample_weight is None else self.sample_weight.reshape(n)
-        scores = Logits(input.movedim(axis, -1).reshape(n, classes), self._transform())
+        log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
+        scores = Logits(input.movedim(axis, -1).reshape(n, classes), log_q, self._transform())
         part = self._part(scores, target, checked, s, DEFAULT_BUDGET)
         return Call([part], self._reduction(), rows_shape, _loss_dtype(input))
 
@@ -187,7 +207,22 @@ class Options(NamedTuple):
                 f"linear_bias must have shape {tuple(linear_weight.shape[:-1])}, "
                 f"got {tuple(linear_bias.shape)}"
             )
+        if self.classes is not None:
+            subset = Subset.of(self.classes, classes, self.check_targets)
+            options, target = self._of_subset(subset, target)
+            linear_weight = subset.rows(linear_weight, sparse=self.sparse_grad)
+            linear_bias = None if linear_bias is None else subset.rows(linear_bias, sparse=self.sparse_grad)
+            return options.of_head(input, linear_weight, linear_bias, target)
+        if self.sparse_grad:
+            raise ValueError(
+                "sparse_grad is the form of the gradient of a subset of the classes: pass classes"
+            )
+        log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
         dtype = _loss_dtype(input)
+        if self.normalize:
+            _check_floating(input=input, linear_weight=linear_weight)
+            input, linear_weight = _unit(self._harmless(input, target)), _unit(linear_weight)
+            linear_bias = None if linear_bias is None else linear_bias.to(compute_dtype(linear_bias.dtype))
         input, linear_weight = _lower(input), _lower(linear_weight)
         linear_bias = None if linear_bias is None else _lower(linear_bias)
         _check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
@@ -211,7 +246,7 @@ class Options(NamedTuple):
         )
         t = _at_positions(target, n, classes, places)
         parts = [
-            self._part(LinearHead(x, w[k], b[k], transform, factor), t[k], checked, s[k], budget)
+            self._part(LinearHead(x, w[k], b[k], log_q, transform, factor), t[k], checked, s[k], budget)
             for k in range(places)
         ]
         return Call(parts, self._reduction(), rows_shape, dtype)
@@ -224,7 +259,7 @@ class Options(NamedTuple):
         weight, s = self.weight, self.sample_weight
         if weight is not None and weight.shape != (classes,):
             raise ValueError(f"weight must have shape ({classes},), one a class; got {tuple(weight.shape)}")
-        for name in ("weight", "denominator", "label_smoothing", "z_loss", "softcap", "temperature"):
+        for name in ("weight", "denominator", "label_smoothing", "z_loss", "softcap", "temperature", "log_q"):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
@@ -242,6 +277,8 @@ class Options(NamedTuple):
             return None, UNCHECKED
         if not isinstance(target, Tensor | TopKTarget):
             raise TypeError(f"target must be a tensor or a TopKTarget, got {type(target).__name__}")
+        if isinstance(target, TopKTarget) or target.is_floating_point():
+            self._of_indices_alone()
         if isinstance(target, TopKTarget):
             if tuple(target.indices.shape[:-1]) != tuple(rows_shape):
                 raise ValueError(
@@ -279,6 +316,40 @@ class Options(NamedTuple):
             f"target must have shape {tuple(rows_shape)} (class indices) or {full_shape} (probabilities); "
             f"got {shape}"
         )
+
+    def _of_subset(self, subset: Subset, target: Target) -> tuple[Options, Target]:
+        """The same options, and the target, for the subset's own softmax."""
+        if not isinstance(target, Tensor) or target.is_floating_point():
+            self._of_indices_alone()
+            raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
+        weight, ignored = self.weight, self.ignored
+        options = self._replace(
+            classes=None,
+            sparse_grad=False,
+            weight=None if weight is None else subset.rows(weight),
+            ignore_index=-100,
+        )
+        return options, subset.local(target.to(torch.int64), ignored, self.check_targets)
+
+    def _harmless(self, input: Tensor, target: Target) -> Tensor:
+        """Features (..., D) with zeros in the rows that are left out: scaling would spread what they hold."""
+        batch, s, kept = input.dim() - 1, self.sample_weight, None
+        if isinstance(target, Tensor) and not target.is_floating_point():
+            kept = target != self.ignored
+        if s is not None and not s.requires_grad:
+            kept = s != 0 if kept is None else kept & (s != 0)
+        if kept is None or kept.shape[:batch] != input.shape[:-1]:  # whose shape is an error found elsewhere
+            return input
+        if kept.dim() > batch:
+            kept = kept.flatten(batch).any(-1)
+        return torch.where(kept[..., None], input, 0.0)
+
+    def _of_indices_alone(self) -> None:
+        for name in ("margin", "classes", "log_q"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} needs a target of class indices: only such a row has one class of its own"
+                )
 
     def _no_ignoring(self, target: str) -> None:
         if self.ignored != -100:
@@ -323,11 +394,38 @@ class Options(NamedTuple):
             sample_weight, fixed, learnt = weight.masked_fill(~kept, 0.0), None, True
         problem = Problem(scores, self._targets(scores, target, checked, fixed), budget)
         targets = problem.targets
-        if sample_weight is None or not learnt:
-            return Part(problem, targets.row_weight, kept, in_graph, self.check_targets)
-        weight = sample_weight.to(statistics_dtype(sample_weight.device))
-        weight = weight if targets.rows is None else weight[targets.rows]
-        return Part(problem, weight, kept, in_graph, self.check_targets)
+        row_weight = targets.row_weight
+        if learnt:
+            assert sample_weight is not None
+            row_weight = sample_weight.to(statistics_dtype(sample_weight.device))
+            row_weight = row_weight if targets.rows is None else row_weight[targets.rows]
+        move = self._move(scores, targets, known=not in_graph and kept is None)
+        return Part(problem, row_weight, kept, in_graph, self.check_targets, move)
+
+    def _move(self, scores: Scores, targets: Targets, *, known: bool) -> OwnMove | None:
+        """How the targets' own scores move, which are those of single classes."""
+        margin = Margin(self.margin) if isinstance(self.margin, float | int) else self.margin
+        log_q = scores.log_q
+        if margin is None and log_q is None:
+            return None
+        if margin is not None and not isinstance(margin, Margin):
+            raise TypeError(f"margin must be a number or a xent.Margin, got {type(margin).__name__}")
+        size = 0.0 if margin is None else (abs(margin.cosine) + 2 * (margin.angle > 0)) / self.temperature
+        if size > LARGEST_MOVE:
+            raise ValueError(
+                f"a margin over temperature of {size:.4g} is beyond what exponentials hold, {LARGEST_MOVE:g}"
+            )
+        assert targets.own is not None
+        y = targets.own[:, 0].clamp(0, targets.classes - 1)  # one outside has a cost of nan already
+        return OwnMove(
+            margin,
+            self.temperature,
+            torch.finfo(scores.dtype).eps,
+            None if log_q is None else log_q[y],
+            None if targets.own_mass is None else targets.own_mass[:, 0],
+            None if targets.own_rest is None else targets.own_rest[:, 0],
+            check=known and scores.device.type == "cpu",
+        )
 
     def _targets(
         self, scores: Scores, target: Target, checked: Checked, sample_weight: Tensor | None
@@ -429,6 +527,11 @@ def _product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
         names = ", ".join(sorted({str(dtype) for dtype in allowed}))
         raise ValueError(f"product_dtype of {input.dtype} features can be {names}; got {asked}")
     return asked
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Rows (..., D) of length 1, in the type of the computation."""
+    return torch.nn.functional.normalize(rows.to(compute_dtype(rows.dtype)), dim=-1)
 
 
 def _lower(tensor: Tensor) -> Tensor:

@@ -38,8 +38,7 @@ def test_class_permutation_equivariance(row, dtype, reduction):
     p = problem(row, dtype)
     order = torch.randperm(p.w.shape[0])
     options = dict(p.options)
-    if "weight" in options:
-        options["weight"] = options["weight"][order]
+    options |= {k: options[k][order] for k in ("weight", "log_q") if k in options}
     if row.target == "index":
         name = torch.argsort(order)
         target = torch.where(p.target == -100, -100, name[p.target.clamp(min=0)])

@@ -186,7 +186,7 @@ def _push(
     tile, shifted = revisit(problem, workspace, chunk, loaded, classes, found)
     bend = None
     if tile.slope is not None:
-        bend = scores.transform.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope)
+        bend = scores.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope, classes)
     wanted = targets.probabilities is not None or problem.extras.entropy
     saved = shifted.clone() if wanted else None
     tile = tile._replace(z=o.exp(shifted))

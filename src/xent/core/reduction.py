@@ -2,6 +2,7 @@
 
     ∂L/∂ℓ = s / divisor        ∂L/∂lse = 2λ·lse·s / divisor
 
+Where the own score moves (`margin`), ℓ and lse are what the move makes of them.
 z-loss shares the divisor of `mean`: Σ s·w[y] (index targets) or Σ s (probabilities), unless a
 denominator replaces it. The mean over no rows is 0.
 """
@@ -15,6 +16,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from xent.core.margin import OwnMove
 from xent.core.statistics import Statistics, statistics_dtype
 from xent.core.sweep import Coefficients
 from xent.core.targets import Targets
@@ -29,8 +31,18 @@ class Reduction:
     z_loss: float = 0.0
     denominator: float | Tensor | None = None
 
-    def values(self, nll: Tensor, logsumexp: Tensor, row_weight: Tensor | None) -> Tensor:
-        """What each row adds, before the divisor: (M,)."""
+    def values(
+        self,
+        nll: Tensor,
+        logsumexp: Tensor,
+        log_prob: Tensor | None,
+        row_weight: Tensor | None,
+        move: OwnMove | None = None,
+    ) -> Tensor:
+        """What each row adds, before the divisor: (M,); log_prob is asked for by a move alone."""
+        if move is not None:
+            assert log_prob is not None
+            nll, logsumexp = move(nll, logsumexp, log_prob)
         values = nll if self.z_loss == 0.0 else nll + self.z_loss * logsumexp.square()
         return values if row_weight is None else values * row_weight
 
@@ -58,9 +70,16 @@ class Reduction:
         return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
     def coefficients(
-        self, found: Statistics, row_weight: Tensor | None, scale: Scale, chunk: slice
+        self,
+        found: Statistics,
+        row_weight: Tensor | None,
+        scale: Scale,
+        chunk: slice,
+        move: OwnMove | None = None,
     ) -> Coefficients:
-        """∂L/∂(ℓ, lse) of a chunk of rows, whose statistics `found` are."""
+        """∂L/∂(ℓ, lse, log p_y) of a chunk of rows, whose statistics `found` are."""
+        if move is not None:
+            return self._moved_coefficients(found, row_weight, scale, chunk, move)
         if row_weight is not None:
             loss = row_weight[chunk] * scale
         elif isinstance(scale, Tensor):
@@ -68,6 +87,19 @@ class Reduction:
         else:
             loss = torch.full_like(found.m, scale)
         return Coefficients(loss, 2 * self.z_loss * found.logsumexp * loss if self.z_loss != 0.0 else None)
+
+    def _moved_coefficients(
+        self, found: Statistics, row_weight: Tensor | None, scale: Scale, chunk: slice, move: OwnMove
+    ) -> Coefficients:
+        """The same by autograd, of a few numbers a row."""
+        rows = tuple(t.detach() for t in (found.loss, found.logsumexp, found.own_log_prob))
+        with torch.enable_grad():
+            loss, logsumexp, log_prob = (t.requires_grad_() for t in rows)
+            s = None if row_weight is None else row_weight.detach()[chunk]
+            total = self.values(loss, logsumexp, log_prob, s, move.rows(chunk)).sum()
+            of_loss, of_lse, of_own = torch.autograd.grad(total, rows, allow_unused=True)
+        loss = torch.zeros_like(found.m) if of_loss is None else of_loss
+        return Coefficients(loss, of_lse, None, of_own).scaled(scale)
 
 
 def _weighted(parts: Sequence[tuple[Targets, Tensor | None]]) -> bool:

@@ -8,8 +8,12 @@ subtracted from anything large. Autograd differentiates it as often as one likes
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from xent.core.margin import Margin
 
 
 def target_rows(
@@ -41,6 +45,16 @@ def transform(z: Tensor, *, softcap: float | None = None, temperature: float = 1
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature
+
+
+def held_back(c: Tensor, margin: Margin) -> Tensor:
+    """A target's own score with a margin: cos(θ + angle) − cosine, and past π what keeps falling."""
+    turned = c
+    if margin.angle:
+        theta = torch.arccos(c)
+        past = c - margin.angle * math.sin(margin.angle)
+        turned = torch.where(theta + margin.angle <= math.pi, torch.cos(theta + margin.angle), past)
+    return turned - margin.cosine
 
 
 def surprise(z: Tensor) -> Tensor:
@@ -76,9 +90,17 @@ def cross_entropy(
     softcap: float | None = None,
     temperature: float = 1.0,
     denominator: float | None = None,
+    margin: Margin | None = None,
+    log_q: Tensor | None = None,  # (C,)
 ) -> Tensor:
     """`xent.cross_entropy` over (N, C), written to be read."""
-    z = transform(z.double(), softcap=softcap, temperature=temperature)
+    z = transform(z.double(), softcap=softcap)
+    y = None if target.is_floating_point() else target.clamp(0, z.shape[1] - 1)[:, None]
+    if margin is not None and y is not None:
+        z = z.scatter(1, y, held_back(z.gather(1, y), margin))
+    z = transform(z, temperature=temperature)
+    if log_q is not None and y is not None:
+        z = (z - log_q.double()).scatter(1, y, z.gather(1, y))
     t = target_rows(
         target, z.shape[1], weight=weight, ignore_index=ignore_index, label_smoothing=label_smoothing
     )

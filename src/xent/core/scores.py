@@ -1,6 +1,6 @@
 """Where logits come from: `Logits` that exist, or a `LinearHead` z = W x + b whose logits never do.
 
-    inner logits u → softcap k·tanh(u/k) → ÷ temperature → z
+    inner logits u → softcap k·tanh(u/k) → ÷ temperature → − log Q (of sampled classes) → z
 
 Both answer the same verbs. `load` brings a chunk of rows into the type of the computation, `tile` writes
 the z of a chunk over some classes, and a gradient `sink` pulls a tile of ∂L/∂u back:
@@ -78,6 +78,9 @@ class Scores(Protocol):
     def transform(self) -> Transform: ...
 
     @property
+    def log_q(self) -> Tensor | None: ...
+
+    @property
     def make(self) -> Callable[..., Scores]:
         """The same scores of other tensors, which `make` does not hold."""
         ...
@@ -118,6 +121,10 @@ class Scores(Protocol):
 
     def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile: ...
 
+    def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
+        """d²z/du² ÷ gain of a tile."""
+        ...
+
     def push(
         self,
         o: Arithmetic,
@@ -143,11 +150,22 @@ class Sink(Protocol):
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]: ...
 
 
+def _corrected(o: Arithmetic, z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
+    """z − log Q of a tile."""
+    return z if log_q is None else o.sub(z, cut(log_q, classes).to(z.dtype))
+
+
+def _before(z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
+    """What was corrected."""
+    return z if log_q is None else z + cut(log_q, classes).to(z.dtype)
+
+
 @dataclass(frozen=True)
 class Logits:
     """Scores that are given: u = input."""
 
     u: Tensor  # (N, C)
+    log_q: Tensor | None = None  # (C,) subtracted from z; no gradient
     transform: Transform = Transform()
 
     @property
@@ -156,7 +174,7 @@ class Logits:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.u,)
+        return (self.u,) if self.log_q is None else (self.u, self.log_q)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -202,7 +220,11 @@ class Logits:
         return replace(self, u=torch.where(kept[:, None], self.u, 0.0))
 
     def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile:
-        return self.transform.apply(o, o.copy(loaded[:, classes].to(self.dtype), room.z), room)
+        z, slope = self.transform.apply(o, o.copy(loaded[:, classes].to(self.dtype), room.z), room)
+        return _corrected(o, z, self.log_q, classes), slope
+
+    def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
+        return self.transform.bend(_before(z, self.log_q, classes), slope)
 
     def push(
         self,
@@ -214,7 +236,7 @@ class Logits:
         out: Tensor | None,
     ) -> Tensor:
         """The tangent of u over a tile."""
-        (du,) = tangents
+        du, *_ = tangents
         assert du is not None
         return o.copy(du[rows, classes].to(self.dtype), out)
 
@@ -226,6 +248,7 @@ class _LogitsSink:
     def __init__(self, scores: Logits, o: Arithmetic) -> None:
         # every entry is written once, so it may be rounded at once
         self.dtype = scores.u.dtype
+        self.nothing = (None,) * (len(scores.tensors) - 1)
         self.du = o.total(scores.shape, self.dtype, scores.device, dim=1)
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
@@ -238,7 +261,7 @@ class _LogitsSink:
         pass
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (self.du.finish(scale, self.dtype),)
+        return self.du.finish(scale, self.dtype), *self.nothing
 
 
 @dataclass(frozen=True)
@@ -248,6 +271,7 @@ class LinearHead:
     x: Tensor  # (N, D)
     w: Tensor  # (C, D)
     b: Tensor | None  # (C,)
+    log_q: Tensor | None = None  # (C,) subtracted from z; no gradient
     transform: Transform = Transform()
     product_dtype: torch.dtype | None = None  # to which products round their factors; None means dtype
 
@@ -261,7 +285,7 @@ class LinearHead:
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.x, self.w, self.b
+        return (self.x, self.w, self.b) if self.log_q is None else (self.x, self.w, self.b, self.log_q)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -314,7 +338,11 @@ class LinearHead:
         u = o.product(loaded, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, room.z)
         if self.b is not None:
             u = o.add(u, cut(self.b, classes).to(self.dtype))
-        return self.transform.apply(o, u, room)
+        z, slope = self.transform.apply(o, u, room)
+        return _corrected(o, z, self.log_q, classes), slope
+
+    def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
+        return self.transform.bend(_before(z, self.log_q, classes), slope)
 
     def push(
         self,
@@ -326,7 +354,7 @@ class LinearHead:
         out: Tensor | None,
     ) -> Tensor:
         """The tangent of u over a tile: ẋ Wᵀ + x Ẇᵀ + ḃ, a term for each tangent that there is."""
-        dx, dw, db = tangents
+        dx, dw, db, *_ = tangents
         v = None
         if dx is not None:
             x, w = take(dx, rows).to(self.factor_dtype), cut(self.w, classes).to(self.factor_dtype)
@@ -351,7 +379,7 @@ class _HeadSink:
         self.scores = scores
         self.dx, self.dw, self.db = (
             o.total(tuple(tensor.shape), scores.dtype, scores.device) if want and tensor is not None else None
-            for want, tensor in zip(wants, scores.tensors, strict=True)
+            for want, tensor in zip(wants[:3], scores.tensors[:3], strict=True)
         )
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
@@ -365,12 +393,12 @@ class _HeadSink:
 
     def crosses(self, tangents: Tangents) -> bool:
         """Whether `add_tangent` has anything to add."""
-        dx, dw, _ = tangents
+        dx, dw, *_ = tangents
         return (self.dx is not None and dw is not None) or (self.dw is not None and dx is not None)
 
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
         """What a tile of ∂L/∂u̇ adds where u̇ = ẋ Wᵀ + x Ẇᵀ + ḃ is itself a function of x and W."""
-        dx, dw, _ = tangents
+        dx, dw, *_ = tangents
         factor = g.to(self.scores.factor_dtype)
         if self.dx is not None and dw is not None:
             self.dx.add_product(rows, factor, cut(dw, classes).to(factor.dtype))
@@ -378,7 +406,8 @@ class _HeadSink:
             self.dw.add_product(classes, factor.t(), take(dx, rows).to(factor.dtype))
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(
+        found = tuple(
             None if total is None or tensor is None else total.finish(scale, tensor.dtype)
-            for total, tensor in zip((self.dx, self.dw, self.db), self.scores.tensors, strict=True)
+            for total, tensor in zip((self.dx, self.dw, self.db), self.scores.tensors[:3], strict=True)
         )
+        return found + (None,) * (len(self.scores.tensors) - 3)

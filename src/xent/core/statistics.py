@@ -121,6 +121,12 @@ class Statistics:
         loss: Tensor = torch.special.xlog1py(self.a, self.r) - self.d  # 0 where a = 0, as in ⟨t, z⟩
         return loss.masked_fill(self.m == NEG_INF, math.nan)
 
+    @property
+    def own_log_prob(self) -> Tensor:
+        """log p_y, (R,)."""
+        assert self.own is not None
+        return self.log_prob(self.own[:, None])[:, 0]
+
     def log_prob(self, z: Tensor) -> Tensor:
         """log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""
         return (z - self.m[:, None]) - self.log_partition[:, None]

@@ -55,8 +55,9 @@ class Coefficients(NamedTuple):
         alpha = alpha if self.logsumexp is None else alpha + self.logsumexp
         return alpha if self.log_prob is None else alpha - self.log_prob
 
-    def scaled(self, by: float) -> Coefficients:
-        return self if by == 1.0 else self._mapped(lambda t: t * by)
+    def scaled(self, by: float | Tensor) -> Coefficients:
+        one = isinstance(by, float) and by == 1.0
+        return self if one else self._mapped(lambda t: t * by)
 
     def _mapped(self, f: Callable[[Tensor], Tensor]) -> Coefficients:
         return Coefficients(f(self.loss), *(None if t is None else f(t) for t in self[1:]))
