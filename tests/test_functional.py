@@ -366,3 +366,30 @@ def test_a_sparse_target_of_no_classes_is_refused():
 def test_a_target_that_is_no_tensor_is_named(call, target):
     with pytest.raises(TypeError, match="target must be a tensor or a TopKTarget"):
         call(torch.zeros(2, 3), target)
+
+
+@pytest.mark.parametrize("remainder", ["drop", "spread"])
+@pytest.mark.parametrize("head", [False, True], ids=["dense", "linear"])
+@pytest.mark.parametrize("stored", [4, 6], ids=["all with weight", "all"])
+def test_a_sparse_target_leaves_no_mass_of_rounding_at_masked_classes(remainder, head, stored):
+    """Of classes without weight, or of none at all: what rounding left of their mass once cost ±inf."""
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randn(200, C, generator=generator, dtype=torch.float64)
+    z[:, stored:] = -math.inf
+    weight = torch.rand(C, generator=generator, dtype=torch.float64)
+    weight[stored:] = 0.0
+    indices = torch.rand(200, stored, generator=generator).argsort(1)
+    q = torch.rand(200, stored, generator=generator, dtype=torch.float64)
+    target = xent.TopKTarget(indices, q, remainder)
+    options = dict(weight=weight, label_smoothing=0.2, reduction="none")
+    bias = torch.zeros(C, dtype=torch.float64)
+    bias[stored:] = -math.inf
+    given = torch.where(z == -math.inf, 0.0, z).requires_grad_()
+    if head:
+        eye = torch.eye(C, dtype=torch.float64)
+        loss = xent.linear_cross_entropy(given, eye, target, linear_bias=bias, **options)
+    else:
+        loss = xent.cross_entropy(given + bias, target, **options)
+    assert_close(loss, reference.cross_entropy(z, target.to_dense(C), **options))
+    (gradient,) = torch.autograd.grad(loss.sum(), given)
+    assert gradient.isfinite().all()

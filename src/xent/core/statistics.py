@@ -234,7 +234,10 @@ def summarise(
     if t is not None:
         a = t.to(dtype).sum(1).expand(z.shape[0])
         if own is not None:
-            a = a - own.take(t.expand(z.shape), 0.0).to(dtype).sum(1)
+            here = own.take(t.expand(z.shape), 0.0).to(dtype)
+            # where no other class has mass nothing is left, not even rounding, which may lie at −inf
+            others = (t != 0).sum(1) - (here != 0).sum(1)
+            a = torch.where(others == 0, 0.0, a - here.sum(1))
         d = masked_dot(o, t, z).to(dtype)
     z = o.exp(z)
     if own is not None:
