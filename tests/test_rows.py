@@ -270,3 +270,21 @@ def test_a_bad_top_k_target_is_named(indices, error, match):
 def test_a_top_k_target_that_is_none(arguments, error):
     with pytest.raises(error):
         xent.TopKTarget(*arguments)
+
+
+@pytest.mark.parametrize("z", [[math.inf, 0.0, 0.0], [0.0, math.inf, 0.0], [math.inf, math.inf, 0.0]])
+def test_a_logit_at_plus_infinity_has_no_loss_on_any_path(z):
+    """inf − inf is no number: a model that has diverged is not to be told that it costs nothing."""
+    z, target = torch.tensor([z, [1.0, 2.0, 3.0]]), torch.tensor([0, 0])
+    one_hot = torch.nn.functional.one_hot(target, 3).float()
+    rows = xent.row_statistics(z, target)
+    found = (
+        rows.loss,
+        rows.entropy,
+        xent.cross_entropy(z, target, reduction="none"),
+        xent.cross_entropy(z, one_hot, reduction="none"),
+        xent.cross_entropy(z, target, label_smoothing=0.1, reduction="none"),
+        xent.surrogate_cross_entropy(z, target, reduction="none"),
+    )
+    for each in found:
+        assert each.isnan().tolist() == [True, False]

@@ -102,9 +102,10 @@ class Statistics:
 
     @property
     def entropy(self) -> Tensor:
-        """H(p), (R,): two terms of one sign."""
+        """H(p), (R,): two terms of one sign; nan where there is no softmax."""
         assert self.e is not None
-        return self.log_partition - self.e / (1 + self.r)
+        entropy = self.log_partition - self.e / (1 + self.r)
+        return entropy.masked_fill(self.m.isinf(), math.nan)
 
     @property
     def log_partition(self) -> Tensor:
@@ -117,9 +118,9 @@ class Statistics:
 
     @property
     def loss(self) -> Tensor:
-        """a·lse − ⟨t, z⟩, (R,); nan where every class is masked."""
+        """a·lse − ⟨t, z⟩, (R,); nan where there is no softmax: every class is masked, or one lies at +inf."""
         loss: Tensor = torch.special.xlog1py(self.a, self.r) - self.d  # 0 where a = 0, as in ⟨t, z⟩
-        return loss.masked_fill(self.m == NEG_INF, math.nan)
+        return loss.masked_fill(self.m.isinf(), math.nan)
 
     @property
     def own_log_prob(self) -> Tensor:
