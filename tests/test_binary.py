@@ -94,6 +94,9 @@ def test_infinite_logit_with_pos_weight(pos_weight):
     )
     assert value.tolist() == [0, 0, INF if pos_weight else 0]
     assert of_s.tolist() == [0, 0, -pos_weight]
+    s, y = torch.tensor([INF, -INF, -INF, INF]), torch.tensor([1.0, 0, 1, 0])
+    _, _, of_y = gradients(lambda s, y: unreduced(s, y, pos_weight=w), s, y)
+    assert of_y.tolist() == [0, 0, INF if pos_weight else 0, -INF]  # the limits, as without a weight
 
 
 def test_bce_tail_gradient():

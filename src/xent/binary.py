@@ -184,7 +184,7 @@ def _of_logits(s: Tensor, y: Tensor, positive: Tensor | None) -> Tensor:
     if positive is None:
         return softplus + _times(h - y, s)
     t0, t1 = 1 - y, positive * y
-    return (t0 + t1) * softplus + _times(h * t0 + (h - 1) * t1, s)
+    return (t0 + t1) * softplus + _times(torch.where(sign > 0, t0, -t1), s)
 
 
 def _of_probabilities(p: Tensor, y: Tensor) -> Tensor:
