@@ -288,3 +288,53 @@ def test_a_logit_at_plus_infinity_has_no_loss_on_any_path(z):
     )
     for each in found:
         assert each.isnan().tolist() == [True, False]
+
+
+def largest(z, k):
+    p, indices = z.softmax(-1).topk(k)
+    return p, indices
+
+
+@pytest.mark.parametrize("budget", [None, 700])
+def test_top_k_under_vmap(budget):
+    x, w = torch.randn(2, 6, 3, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+    found = vmap(lambda x: xent.linear_top_k(x, w, 5, memory_budget=budget))(x)
+    assert_close(found, largest(x @ w.T, 5))
+    assert_close(vmap(lambda z: xent.top_k(z, 5))(x @ w.T), largest(x @ w.T, 5))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_top_k_in_a_graph_and_without_data(dynamic):
+    x, w = torch.randn(6, 3, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64, requires_grad=True)
+    torch._dynamo.reset()
+    f = torch.compile(xent.linear_top_k, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    assert_close(f(x, w, 5), largest((x @ w.T).detach(), 5))
+    g = torch.compile(xent.top_k, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    assert_close(g(x, 2), largest(x, 2))
+    p, indices = xent.linear_top_k(x.to("meta"), w.to("meta"), 5)
+    assert (p.shape, p.dtype, indices.shape, indices.dtype) == ((6, 5), torch.float64, (6, 5), torch.int64)
+    torch.library.opcheck(torch.ops.xent.top_k, (x, w.detach(), None, 5, 40, None, 1.0, None, 1 << 20))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_a_derivative_that_top_k_has_not_is_no_silent_zero(linear):
+    x, w = torch.randn(6, 3), torch.randn(40, 3)
+
+    def f(x):
+        return (xent.linear_top_k(x, w, 2) if linear else xent.top_k(x, 2))[0]
+
+    def total(x):
+        return f(x).sum()
+
+    for derive in (
+        lambda: grad(total)(x),
+        lambda: hessian(total)(x),
+        lambda: jvp(f, (x,), (x,)),
+        lambda: jacfwd(total)(x),
+        lambda: vmap(grad(total))(x[None]),
+        lambda: grad(lambda x: vmap(total)(x[None]).sum())(x),
+    ):
+        with pytest.raises(NotImplementedError, match="top_k has no derivative"):
+            derive()
+    assert_close(grad(lambda x: (x * total(x.detach())).sum())(x), torch.full_like(x, total(x)))
+    assert_close(grad(lambda y: (y * total(x)).sum())(x), torch.full_like(x, total(x)))

@@ -67,6 +67,17 @@ def has_tangent(*tensors: Tensor | None) -> bool:
     )
 
 
+def followed(*tensors: Tensor | None) -> bool:
+    """Whether `torch.func` or forward mode is to differentiate in any of the tensors, at any level."""
+    functorch = torch._C._functorch
+    for t in tensors:
+        while t is not None and functorch.is_functorch_wrapped_tensor(t):
+            if functorch.is_gradtrackingtensor(t) and (t.requires_grad or has_tangent(t)):
+                return True
+            t = functorch.get_unwrapped(t)
+    return has_tangent(*tensors)
+
+
 def batched(*tensors: Tensor | None) -> bool:
     """Whether `vmap` has batched any of the tensors, at any level."""
     functorch = torch._C._functorch

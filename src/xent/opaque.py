@@ -2,7 +2,7 @@
 
 The tile loop must not be unrolled into a graph, so there the two sweeps are operators that a graph holds as
 they are: ``xent::rows`` and its derivative ``xent::rows_gradient``. They have one derivative and no rule for
-torch.func, which is why eager code never goes through them.
+torch.func, which is why eager code never goes through them. ``xent::top_k`` has none.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from xent.autograd import RowOutputs
 from xent.core import sweep
+from xent.core import top_k as streaming
 from xent.core.scores import LinearHead, Logits, Scores, Transform
-from xent.core.statistics import Extras, Statistics, statistics_dtype
+from xent.core.statistics import LOSS_ALONE, Extras, Statistics, statistics_dtype
 from xent.core.sweep import Coefficients, Problem
 from xent.core.targets import Targets, check_index, check_top_k
 from xent.modes import refuse_derivatives, refuse_tangents
@@ -213,6 +214,50 @@ def _(
 ) -> list[Tensor]:
     wanted = [t for t, want in zip((x, w, b, q), wants, strict=True) if want and t is not None]
     return [t.new_empty(t.shape) for t in wanted]
+
+
+def top_k(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
+    """Probabilities and classes (N, k), which have no derivative."""
+    refuse_derivatives()
+    scores = problem.scores
+    x, w, b = (None if t is None else t.detach() for t in (*scores.tensors, None, None)[:3])
+    assert x is not None
+    found: tuple[Tensor, Tensor] = torch.ops.xent.top_k(
+        x,
+        w,
+        b,
+        k,
+        problem.targets.classes,
+        scores.transform.softcap,
+        scores.transform.temperature,
+        scores.product_dtype if isinstance(scores, LinearHead) else None,
+        problem.budget,
+    )
+    return found
+
+
+@torch.library.custom_op("xent::top_k", mutates_args=())
+def _top_k(
+    x: Tensor,
+    w: Tensor | None,
+    b: Tensor | None,
+    k: int,
+    classes: int,
+    softcap: float | None,
+    temperature: float,
+    product_dtype: torch.dtype | None,
+    budget: int,
+) -> tuple[Tensor, Tensor]:
+    nothing = (None,) * 7  # no target, and all rows
+    return streaming.top_k(
+        _problem(x, w, b, *nothing, classes, 0.0, softcap, temperature, product_dtype, budget, LOSS_ALONE), k
+    )
+
+
+@_top_k.register_fake
+def _(x: Tensor, w: Tensor | None, b: Tensor | None, k: int, *_: object) -> tuple[Tensor, Tensor]:
+    p = x.new_empty((x.shape[0], k), dtype=statistics_dtype(x.device))
+    return p, x.new_empty((x.shape[0], k), dtype=torch.int64)
 
 
 def _problem(

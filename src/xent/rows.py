@@ -14,9 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent import autograd, opaque
+from xent import autograd, modes, opaque
 from xent.autograd import RowOutputs
 from xent.core import top_k as streaming
+from xent.core.arithmetic import Functional
 from xent.core.scores import compute_dtype
 from xent.core.statistics import Extras
 from xent.options import Call, Options, Part, Target, TopKTarget
@@ -174,6 +175,9 @@ def top_k(
     Returns:
         probabilities (..., k), no gradient, float32 or float64; indices (..., k) int64.
 
+    Raises:
+        NotImplementedError: ``torch.func`` or forward mode asks for a derivative, which would be a silent 0.
+
     Example:
         >>> import torch, xent
         >>> probabilities, indices = xent.top_k(torch.tensor([0.1, 0.2, 0.7]).log(), 2)
@@ -274,10 +278,21 @@ def _top_k(call: Call, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= classes:
         raise ValueError(f"k must be between 1 and the number of classes, {classes}; got {k}")
     with torch.no_grad():
-        found = [streaming.top_k(part.problem, k) for part in call.parts]
+        found = [_top_k_of(part, k) for part in call.parts]
     shape, dtype = (*call.rows_shape, k), compute_dtype(call.dtype)
     probabilities, indices = (
         columns[0] if len(found) == 1 else torch.stack(columns, dim=1)
         for columns in map(list, zip(*found, strict=True))
     )
     return probabilities.to(dtype).reshape(shape), indices.reshape(shape)
+
+
+def _top_k_of(part: Part, k: int) -> tuple[Tensor, Tensor]:
+    if part.opaque:
+        return opaque.top_k(part.problem, k)
+    tensors = part.problem.scores.tensors
+    if modes.followed(*tensors):  # torch.func would take what has no derivative for a derivative of 0
+        raise NotImplementedError("top_k has no derivative: pass tensors that are detached")
+    if modes.batched(*tensors):
+        return streaming.top_k(part.problem._replace(arithmetic=Functional()), k)
+    return streaming.top_k(part.problem, k)
