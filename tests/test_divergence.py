@@ -825,3 +825,33 @@ def test_a_hessian_product_stays_within_its_budget(budget):
         g = torch.autograd.grad(loss, wanted, create_graph=True)
         torch.autograd.grad(g, wanted, tangents)
     assert budget / 8 < live.peak <= budget
+
+
+@pytest.mark.parametrize("remainder", ["drop", "spread"])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 6, 3)], ids=str)
+def test_a_sparse_target_is_the_dense_one(shape, remainder):
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    indices = torch.rand(*rows, 6).argsort(-1)[..., :3]
+    target = xent.TopKTarget(indices, torch.rand(*rows, 3, dtype=torch.float64) / 3, remainder)
+    dense = target.to_dense(6).movedim(-1, min(1, len(shape) - 1))
+    z = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found, right = (xent.kl_divergence(target=t, input=z) for t in (target, dense))
+    assert_close(found, right)
+    assert_close(torch.autograd.grad(found.sum(), z), torch.autograd.grad(right.sum(), z))
+    loss = xent.cross_entropy(z, target, reduction="none")
+    assert_close(found, loss - torch.special.entr(dense).sum(min(1, len(shape) - 1)))
+
+
+def test_a_sparse_target_is_checked():
+    z, indices = torch.zeros(1, 4), torch.tensor([[0, 1]])
+    over = xent.TopKTarget(indices, torch.tensor([[0.7, 0.3000001]]), "spread")
+    assert xent.kl_divergence(target=over, input=z).isfinite().all()  # rounding is no negative remainder
+    for target, error, match in (
+        (xent.TopKTarget(indices + 3, torch.ones(1, 2)), IndexError, r"indices\[0, 1\] is 4"),
+        (xent.TopKTarget(indices, torch.tensor([[-0.5, 1.0]])), ValueError, "not negative"),
+        (xent.TopKTarget(indices[0], torch.ones(2)), ValueError, "must have shape"),
+    ):
+        with pytest.raises(error, match=match):
+            xent.kl_divergence(target=target, input=z)
+    with pytest.raises(ValueError, match="holds probabilities"):
+        xent.kl_divergence(target=over, input=z, target_is_logits=True)

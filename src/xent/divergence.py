@@ -21,14 +21,14 @@ from xent.core.reduction import Kind, Scale
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import no_targets
-from xent.options import Call, Options, _check_devices, _check_floating, _loss_dtype
+from xent.options import Call, Options, TopKTarget, _check_devices, _check_floating, _loss_dtype
 
 Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
 
 def kl_divergence(
     *,
-    target: Tensor,
+    target: Tensor | TopKTarget,
     input: Tensor,
     target_is_logits: bool = False,
     temperature: float = 1.0,
@@ -42,7 +42,8 @@ def kl_divergence(
 
     Args:
         target: t, the shape of ``input``: probabilities of any non-negative mass, 0·log 0 = 0 (the slope
-            there, asked for, is −inf); or with ``target_is_logits`` the teacher's logits.
+            there, asked for, is −inf); or with ``target_is_logits`` the teacher's logits. Or a
+            :class:`TopKTarget`, of which nothing is spread where its probabilities exceed 1.
         input: logits z, (C,), (N, C) or (N, C, d1, ...). A class masked by −inf costs nothing without
             target mass, and +inf with it.
         target_is_logits: t is softmax(target/temperature): to be preferred where the teacher learns too, and
@@ -64,6 +65,8 @@ def kl_divergence(
         >>> round(xent.kl_divergence(target=odds, input=even).item(), 6)
         0.020136
     """
+    if isinstance(target, TopKTarget):
+        target = _spelt_out(target, input, target_is_logits)
     axis = _check(target, input, temperature)
     dtype = compute_dtype(torch.promote_types(input.dtype, target.dtype))
     if not target_is_logits:
@@ -230,6 +233,19 @@ def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
         raise type(error)(f"the {role}: {error}") from None
     (part,) = call.parts
     return call, cast(LinearHead, part.problem.scores)
+
+
+def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Tensor:
+    """A sparse target in the shape of the logits, as which it is no larger than these."""
+    if target_is_logits:
+        raise ValueError("a TopKTarget holds probabilities: pass target_is_logits=False")
+    call = Options().of_logits(input, target)  # which checks shape and indices
+    (part,) = call.parts
+    classes = part.problem.targets.classes
+    q = target.probabilities.to(compute_dtype(torch.promote_types(input.dtype, target.probabilities.dtype)))
+    _check_probabilities(q)
+    t = TopKTarget(target.indices, q, target.remainder).to_dense(classes).clamp_min(0.0)
+    return t if input.dim() == 1 else t.movedim(-1, 1)
 
 
 def _check(target: Tensor, input: Tensor, temperature: float) -> int:
