@@ -332,8 +332,16 @@ def test_nothing_is_warned_of_otherwise():
             [1.0, 2.0],
             0,
             {"sample_weight": [1, 1, math.nan]},
-            "row 2 has a sample weight that is negative or nan",
+            "row 2 has a sample weight that is negative, infinite or nan",
         ),
+        (
+            [1.0, 2.0],
+            0,
+            {"sample_weight": [1, 1, math.inf]},
+            "row 2 has a sample weight that is negative, inf",
+        ),
+        ([1.0, 2.0], [math.nan, 1.0], {}, "row 2 has a target that holds nan or an infinity"),
+        ([1.0, 2.0], [math.inf, 1.0], {}, "row 2 has a target that holds nan or an infinity"),
         ([1.0, 2.0], [0.2, -0.3], {}, "row 2 has a target of negative mass"),
     ],
 )

@@ -71,7 +71,7 @@ def fit_temperature(
         NoBestTemperature: a ValueError; ``limit`` is 0.0 or ``math.inf``, the temperature towards which the
             loss falls without end to its fall.
         ValueError: shapes that do not fit; a row with nan, +inf, nothing but masked classes, or a target on
-            a masked class; a negative weight or mass; each names the row.
+            a masked class; a negative weight or mass, or one that is not finite; each names the row.
         IndexError, TypeError: as :func:`cross_entropy`.
 
     Example:
@@ -134,11 +134,13 @@ def _read(logits: Tensor | None, targets: Targets) -> Rows:
         gone = u == -math.inf
         _refuse((gone & (z != -math.inf)).any(1), targets, chunk, "spans more than float64 holds")
         t = _target_rows(targets, chunk).to(u.device)
+        _refuse(~t.isfinite().all(1), targets, chunk, "has a target that holds nan or an infinity")
         _refuse((gone & (t != 0)).any(1), targets, chunk, "has a target on a class that is masked (−inf)")
         s = torch.ones_like(u[:, 0])
         if targets.row_weight is not None:
             s = targets.row_weight[chunk].to(u.device)
-            _refuse(~(s >= 0), targets, chunk, "has a sample weight that is negative or nan")
+            bad = ~((s >= 0) & (s < math.inf))
+            _refuse(bad, targets, chunk, "has a sample weight that is negative, infinite or nan")
         a = t.sum(1)
         # of signed targets that cancel, rounding leaves either sign
         a = torch.where(a.abs() <= classes * EPS * t.abs().sum(1), 0.0, a)
