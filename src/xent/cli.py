@@ -298,7 +298,7 @@ def verify(device: str, dtypes: tuple[str, ...], figures: Path | None, as_json: 
 
     if figures is not None:
         check_writable(figures)
-    report = job.verify(dtypes or job.DEFAULT_DTYPES, device)
+    report = job.verify(tuple(dict.fromkeys(dtypes)) or job.DEFAULT_DTYPES, device)
     files = [] if figures is None else [str(path) for path in job.draw(figures)]
     if as_json:
         click.echo(json_text({**report.summary(), "files": files}))

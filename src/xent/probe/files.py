@@ -47,9 +47,7 @@ def check_writable(folder: Path) -> None:
     while not nearest.exists():
         nearest = nearest.parent
     if not nearest.is_dir():
-        raise BadInput(
-            f"cannot write to {folder}: {nearest} is a file, not a directory; name another with --out"
-        )
+        raise BadInput(f"cannot write to {folder}: {nearest} is a file, not a directory; name another place")
     try:
         with tempfile.TemporaryFile(dir=nearest):
             pass
