@@ -217,6 +217,36 @@ OTHERS = [
     ),
 ]
 
+OTHERS += [
+    Row(
+        "binary-of-probabilities",
+        loss="binary_of_probabilities",
+        target="probabilities",
+        exempt=OTHERS[-1].exempt | {"half": "the sigmoid before it has rounded to the half type already"},
+    ),
+    Row(
+        "kl-div",
+        loss="kl_div",
+        target="probabilities",
+        exempt=OTHERS[-2].exempt
+        | {
+            "half": "the logarithms before it have rounded to the half type already",
+            "permutation": "there is a loss for every class, and it moves with the class",
+        },
+    ),
+    Row(
+        "linear-kl-divergence",
+        loss="linear_kl",
+        target="probabilities",
+        exempt={
+            "finite_differences": "a teacher of given probabilities has features without bound",
+            "learnt_weights": "takes no learnt weight",
+            "additive": "takes no denominator",
+            "half": "the teacher's logarithms have rounded to the half type already",
+        },
+    ),
+]
+
 Target = Tensor | xent.TopKTarget
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6}
@@ -287,6 +317,12 @@ def of_rows(field: str, sign: float = 1.0) -> Loss:
     return Loss(dense, linear)
 
 
+def taught(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options: Any) -> Tensor:
+    """KL of a head and a teacher whose softmax is the target."""
+    teacher = target.log(), torch.eye(target.shape[1], dtype=target.dtype)
+    return xent.linear_kl_divergence(student=(x, w, b), teacher=teacher, **options)
+
+
 LOSSES = {
     "cross_entropy": Loss(
         xent.cross_entropy,
@@ -300,6 +336,14 @@ LOSSES = {
         None,
     ),
     "binary": Loss(xent.binary_cross_entropy_with_logits, None),
+    "binary_of_probabilities": Loss(
+        lambda z, target, **options: xent.binary_cross_entropy(z.sigmoid(), target, **options), None
+    ),
+    "kl_div": Loss(lambda z, target, **options: xent.kl_div(z.log_softmax(1), target, **options), None),
+    "linear_kl": Loss(
+        lambda z, target, **options: taught(z, torch.eye(z.shape[1], dtype=z.dtype), None, target, **options),
+        lambda x, w, b, target, **options: taught(x, w, b, target, **options),
+    ),
     "entropy": of_rows("entropy"),
     "log_prob": of_rows("log_prob", -1.0),
 }

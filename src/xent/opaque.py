@@ -248,7 +248,7 @@ def _top_k(
     product_dtype: torch.dtype | None,
     budget: int,
 ) -> tuple[Tensor, Tensor]:
-    nothing = (None,) * 7  # no target, and all rows
+    nothing = (None,) * 8  # no target, no sample of the classes, and all rows
     return streaming.top_k(
         _problem(x, w, b, *nothing, classes, 0.0, softcap, temperature, product_dtype, budget, LOSS_ALONE), k
     )
