@@ -393,3 +393,34 @@ def test_a_sparse_target_leaves_no_mass_of_rounding_at_masked_classes(remainder,
     assert_close(loss, reference.cross_entropy(z, target.to_dense(C), **options))
     (gradient,) = torch.autograd.grad(loss.sum(), given)
     assert gradient.isfinite().all()
+
+
+X, Y = torch.ones(2, 3), torch.tensor([0, 1])
+NO_TENSORS = {
+    "input": [
+        lambda: xent.cross_entropy([[1.0, 2.0]], Y),
+        lambda: xent.linear_cross_entropy([[1.0, 2.0]], X, Y),
+        lambda: xent.row_statistics(X.numpy()),
+        lambda: xent.binary_cross_entropy([0.5], torch.ones(1)),
+        lambda: xent.kl_div([0.5], torch.ones(1)),
+        lambda: xent.kl_divergence(target=X, input=[1.0]),
+        lambda: xent.fit_temperature(X.numpy(), Y),
+    ],
+    "linear_weight": [lambda: xent.linear_cross_entropy(X, torch.nn.Linear(3, 4), Y)],
+    "target": [
+        lambda: xent.cross_entropy(X, [0, 1]),
+        lambda: xent.binary_cross_entropy_with_logits(X, [0, 1]),
+        lambda: xent.kl_divergence(target=[1.0], input=X),
+    ],
+    "pos_weight": [lambda: xent.binary_cross_entropy_with_logits(X, X, pos_weight=2.0)],
+    "weight": [lambda: xent.cross_entropy(X, Y, [1.0, 1.0, 1.0])],
+    "the student's weight": [
+        lambda: xent.linear_kl_divergence(student=(X, torch.nn.Linear(3, 4)), teacher=(X, X))
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "call"), [(n, c) for n, calls in NO_TENSORS.items() for c in calls])
+def test_what_is_no_tensor_is_named(name, call):
+    with pytest.raises(TypeError, match=f"{name} must be a tensor"):
+        call()

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from xent import modes
 from xent.core.scores import compute_dtype
-from xent.options import FLOATING, autocasts
+from xent.options import FLOATING, autocasts, check_tensors
 
 LOGITS = "logits go to binary_cross_entropy_with_logits"
 TARGETS = "targets of any sign go to binary_cross_entropy_with_logits"
@@ -162,6 +162,7 @@ def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target
         tensor(0.)
     """
     _one_of(reduction, "none", "batchmean", "mean", "sum")
+    check_tensors(input=input, target=target)
     dtype = _loss_dtype(input, target)
     at = compute_dtype(dtype)
     x, t = input.to(at), target.to(at)
@@ -277,6 +278,7 @@ def _check(
 ) -> torch.dtype:
     """The type of the loss, of arguments that fit together."""
     _one_of(reduction, "none", "mean", "sum")
+    check_tensors(input=input, target=target, weight=weight, pos_weight=pos_weight)
     dtype = _loss_dtype(input, target)
     if target.shape != input.shape:
         raise ValueError(

@@ -21,7 +21,15 @@ from xent.core.reduction import Kind, Scale
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import no_targets
-from xent.options import Call, Options, TopKTarget, _check_devices, _check_floating, _loss_dtype
+from xent.options import (
+    Call,
+    Options,
+    TopKTarget,
+    _check_devices,
+    _check_floating,
+    _loss_dtype,
+    check_tensors,
+)
 
 Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
@@ -65,6 +73,7 @@ def kl_divergence(
         >>> round(xent.kl_divergence(target=odds, input=even).item(), 6)
         0.020136
     """
+    check_tensors(input=input, target=None if isinstance(target, TopKTarget) else target)
     if isinstance(target, TopKTarget):
         target = _spelt_out(target, input, target_is_logits)
     axis = _check(target, input, temperature)
@@ -223,6 +232,7 @@ def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")
     features, weight, bias = (*given, None)[:3]
+    check_tensors(**{f"the {role}'s features": features, f"the {role}'s weight": weight})
     assert features is not None
     assert weight is not None
     if weight.dim() != 2:

@@ -166,6 +166,7 @@ class Options(NamedTuple):
 
     def of_logits(self, input: Tensor, target: Target) -> Call:
         """input (C,), (N, C) or (N, C, d1, ...)."""
+        check_tensors(input=input)
         if input.dim() == 0:
             raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
         _check_floating(input=input)
@@ -194,6 +195,7 @@ class Options(NamedTuple):
         self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
     ) -> Call:
         """input (..., D); linear_weight (C, D) or (C, d1, ..., D)."""
+        check_tensors(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
         if input.dim() < 1 or linear_weight.dim() < 2:
             raise ValueError(
                 f"input must be (..., D) and linear_weight (C, D) or (C, d1, ..., D); "
@@ -252,6 +254,7 @@ class Options(NamedTuple):
         return Call(parts, self._reduction(), rows_shape, dtype)
 
     def _check(self, classes: int, rows_shape: torch.Size) -> None:
+        check_tensors(weight=self.weight, sample_weight=self.sample_weight, log_q=self.log_q)
         if classes == 0:
             raise ValueError("there must be at least one class, got 0")
         if not 0.0 <= self.label_smoothing <= 1.0:
@@ -489,6 +492,13 @@ def _at_positions(target: Target, n: int, classes: int, places: int) -> Sequence
 
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensors(**given: object) -> None:
+    """What is no tensor is named, None apart."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def _check_floating(**tensors: Tensor | None) -> None:

@@ -75,10 +75,10 @@ def _plain(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
     given = [t for t in (x, w, b) if t is not None]
     return (
         not torch.compiler.is_compiling()
+        and all(type(t) in _ORDINARY and t.device.type == "cpu" for t in (*given, y))
         and y.dtype == torch.int64
         and x.dtype in (torch.float32, torch.float64)
         and all(t.dtype == x.dtype for t in given)
-        and all(type(t) in _ORDINARY and t.device.type == "cpu" for t in (*given, y))
         and not torch.is_autocast_enabled("cpu")
         and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
