@@ -12,7 +12,7 @@ t is held as a dense part, asked for tile by tile, and an *own* part of one clas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -217,6 +217,21 @@ def top_k_targets(
         class_weight=class_weight,
         smoothing=smoothing,
         spread=each,
+    )
+
+
+def of_one_class(targets: Targets, labels: Tensor) -> Targets:
+    """The same rows with other targets: of each the class of `labels` (M,), with mass 1."""
+    return replace(
+        targets,
+        own=labels[:, None],
+        own_mass=None,
+        own_rest=None,
+        own_known=True,
+        probabilities=None,
+        class_weight=None,
+        smoothing=0.0,
+        spread=None,
     )
 
 
