@@ -1,4 +1,4 @@
-"""Hessian products of a linear head beside torch.func's and double backward; medians, in one run, interleaved.
+"""Hessian products of a linear head beside torch.func and double backward; medians, one run, interleaved.
 
     python benchmarks/curvature.py [--shapes 1024,768,32768 8192,512,1000] [--rounds 5]
 

@@ -242,7 +242,7 @@ class _Visit:
         rho, held = torch.zeros_like(self.rows.alpha), []
         for number in range(count):
             tile, t = self._pushed(number, along)
-            rho = rho + torch.linalg.vecdot(tile.q, t).to(rho.dtype)
+            rho = rho + (tile.q * t).sum(1).to(rho.dtype)  # vecdot takes many times as long
             if self.kept is not None:
                 held.append((tile, t))
         for number in range(count):
