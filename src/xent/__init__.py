@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from xent import metrics, nn
+from xent import metrics, nn, sinkhorn
 from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
 from xent.divergence import kl_divergence, linear_kl_divergence
 from xent.functional import cross_entropy, linear_cross_entropy
@@ -35,6 +35,7 @@ __all__ = [
     "metrics",
     "nn",
     "row_statistics",
+    "sinkhorn",
     "surrogate_cross_entropy",
     "top_k",
 ]
