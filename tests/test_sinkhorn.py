@@ -44,7 +44,7 @@ def check_is_the_plan(found, scores, epsilon, row, column, rel=1e-12):
     assert found.converged.all()
     f, g = (t / epsilon for t in found.potentials)
     torch.testing.assert_close(
-        plan, (scores.double() / epsilon + f[..., None] + g[..., None, :]).exp(), rtol=1e-6, atol=0
+        plan, (scores.double() / epsilon + f[..., None] + g[..., None, :]).exp(), rtol=1e-6, atol=1e-40
     )
     assert ((plan.sum(-1) - row).abs() <= rel * row).all()
     assert (plan.sum(-2) - column).abs().sum(-1).max() <= rel * column.sum(-1).max()
@@ -368,6 +368,9 @@ def test_rows_and_columns_without_mass_are_left_out(differentiate, tolerance):
     keep = [i for i in range(9) if i not in (0, 4)]
     inner = scores.detach()[keep, :5].requires_grad_()
     torch.testing.assert_close(found.plan[keep, :5], assign(inner, **options).plan)
+    few = dict(epsilon=0.3, tolerance=None, max_iterations=2, differentiate=differentiate)
+    plan = assign(scores, row_marginal=row, column_marginal=column, **few).plan
+    torch.testing.assert_close(plan[keep, :5], assign(inner, **few).plan)
     weight = normal(9, 6)
     (g,) = torch.autograd.grad((found.plan * weight).sum(), scores)
     (right,) = torch.autograd.grad((assign(inner, **options).plan * weight[keep, :5]).sum(), inner)
@@ -448,7 +451,7 @@ def test_bad_scores():
         assign(torch.zeros(3))
     with pytest.raises(ValueError, match="no column"):
         assign(torch.zeros(3, 0))
-    with pytest.raises(TypeError, match="floating-point tensor, not torch.int64"):
+    with pytest.raises(TypeError, match=r"floating-point tensor, not torch\.int64"):
         assign(torch.zeros(3, 2, dtype=torch.int64))
     with pytest.raises(TypeError, match="mask must be bool"):
         assign(torch.zeros(3, 2), mask=torch.ones(3, 2))
@@ -523,12 +526,12 @@ def inputs():
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS)
 def test_derivatives_are_finite_differences(options):
-    """First and second, forward and backward, in scores and marginals (of one sum), of plan and potentials."""
+    """First and second, forward and backward, of plan and potentials, in scores and marginals of one sum."""
 
     def f(scores, a, b):
         return outputs(scores, a.softmax(0), b.softmax(0), **options)
 
-    assert gradcheck(f, inputs(), check_forward_ad=True, check_batched_grad=True)
+    assert gradcheck(f, inputs(), check_forward_ad=True)
     assert gradgradcheck(f, inputs())
 
 
@@ -577,7 +580,7 @@ def test_gradient_at_a_small_epsilon(dtype):
 
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-4])
 def test_gradient_where_the_plan_is_nearly_a_permutation(epsilon):
-    """Weak ties between groups, eigenvalues below rounding: the gradient stays what unrolling says, about 0."""
+    """Weak ties between groups, eigenvalues below rounding: the gradient is 0, not what rounding leaves."""
     scores = torch.rand(8, 8, dtype=F64)
     scores += 2 * torch.eye(8, dtype=F64)
     leaf = scores.requires_grad_()
@@ -627,8 +630,13 @@ def test_modes_agree():
     torch.testing.assert_close(jvp(loss, (scores,), (way,))[1], (right * way).sum())
     whole = torch.autograd.functional.hessian(loss, scores)
     assert whole.abs().max() > 1e-3
-    for second in (hessian(loss), jacrev(jacrev(loss)), jacfwd(jacfwd(loss)), jacrev(jacfwd(loss))):
+    for second in (hessian(loss), jacrev(jacrev(loss)), jacrev(jacfwd(loss))):
         torch.testing.assert_close(second(scores), whole)
+    for forward in (loss, grad(loss)):
+        with pytest.raises(NotImplementedError, match="put reverse mode inside"):
+            jacfwd(jacfwd(forward))(scores)
+    with pytest.raises(NotImplementedError, match=r"use torch\.func"):
+        torch.autograd.grad(loss(leaf), leaf, torch.ones(2, dtype=F64), is_grads_batched=True)
 
 
 def test_vmap_is_loop():
@@ -692,8 +700,8 @@ def test_the_linear_system(size, direct, free, monkeypatch):
 
 
 def test_conjugate_gradients_that_need_long_give_way(monkeypatch):
-    monkeypatch.setattr(coupling, "DIRECT", 0)
     P = assign(normal(80, 40), epsilon=0.02, tolerance=1e-12).plan
+    monkeypatch.setattr(coupling, "DIRECT", 0)
     d, e = 1.001 * P.sum(-1), 1.001 * P.sum(-2)
     a, b = normal(80), normal(40)
     *right, one = coupling.solve(P, d, e, a, b, patience=0)

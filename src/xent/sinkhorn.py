@@ -236,7 +236,7 @@ def _unrolled(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, f: Te
         )
     row, column = checked(recipe, scores, row, column)
     z, log_r, log_c = scores.to(row.dtype) / recipe.epsilon, _log(row), _log(column)
-    alpha = f / recipe.epsilon
+    alpha = torch.where(row > 0, f / recipe.epsilon, -math.inf)
     shares = [1 / (1 + recipe.epsilon / r) for r in (recipe.row_relaxation, recipe.column_relaxation)]
     count, error, mass = 0, row.new_zeros(row.shape[:-1]), column.detach().sum(-1)
     while count < recipe.max_iterations:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from xent.core import coupling, sinkhorn
+from xent.core.arithmetic import is_batched
 from xent.core.marginals import agreed
 from xent.core.sinkhorn import Problem
 from xent.modes import plain
@@ -74,6 +75,7 @@ def checked(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor) -> tupl
 def _run(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, start: Tensor) -> Solution:
     batch = scores.shape[:-2]
     s, r, c, f = (_flat(t, len(batch)) for t in (scores, row, column, start))
+    f = torch.where(r > 0, f, -math.inf)  # what is left out takes no part in the first step either
     problem = Problem(s, r, c, recipe.epsilon, recipe.row_relaxation, recipe.column_relaxation)
     if recipe.tolerance is None:
         found = sinkhorn.fixed(problem, f, recipe.max_iterations)
@@ -168,7 +170,7 @@ class _Plan(torch.autograd.Function):
         _: Any,
     ) -> Any:
         plan, row, column = ctx.saved_tensors
-        recipe = ctx.recipe
+        plan, recipe = _Once.apply(plan), ctx.recipe
         d, e = _diagonals(recipe, plan, row.dtype)
         a, b = torch.zeros_like(row), torch.zeros_like(column)
         if on_scores is not None:
@@ -210,11 +212,40 @@ def _solved(
     return torch.where(carries, x - constant, 0.0), torch.where(has, y + constant, 0.0)
 
 
+class _Once(torch.autograd.Function):
+    """The tensor itself, for a `jvp` that is not to be differentiated forward again.
+
+    What torch computes inside one has no tangents of an outer forward mode: they would be silently zero.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(t: Tensor) -> Tensor:
+        return t.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return upstream
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        raise NotImplementedError("forward mode over forward mode is not supported: put reverse mode inside")
+
+
 class _Solve(torch.autograd.Function):
     """x, y of P, d, e, a, b (`core.coupling`); the matrix is symmetric, so its derivative is itself."""
 
     @staticmethod
     def forward(P: Tensor, d: Tensor, e: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        if is_batched(a) or is_batched(b):
+            raise NotImplementedError(
+                "is_grads_batched is not supported by sinkhorn.assign: use torch.func.jacrev or torch.func.vmap"
+            )
         with plain(P.device):
             x, y, _ = coupling.solve(P, d, e, a, b)
             left = coupling.residual(P, d, e, a, b, x, y)
@@ -246,6 +277,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, on_P: Tensor, on_d: Tensor, on_e: Tensor, on_a: Tensor, on_b: Tensor) -> Any:
         P, d, e, x, y = ctx.saved_tensors
+        x = _Once.apply(x)
         moved = on_P.to(d.dtype)
         a = on_a - on_d * x - coupling.times(moved, y)
         b = on_b - on_e * y - coupling.transposed(moved, x)

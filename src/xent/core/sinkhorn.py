@@ -250,10 +250,10 @@ def converged(problem: Problem, f: Tensor, tolerance: float, max_iterations: int
 
 
 def newton(problem: Problem, state: State, tolerance: float, max_iterations: int, count: int) -> Found:
-    """Up the dual to its maximum; every product pair and every evaluation counts as an iteration."""
+    """Up the dual to its maximum; each evaluation and each pair of products counts as an iteration."""
     dual = problem.dual(state.f, state.g, state.q)
     damping, patience = torch.full_like(state.error, DAMPING), coupling.PATIENCE
-    while count < max_iterations:
+    while count + 3 <= max_iterations:  # a step of either kind of solution, and what it led to
         late = (state.error > tolerance) & (damping < FIRMEST)
         if not bool(late.any()):
             break
@@ -266,7 +266,7 @@ def newton(problem: Problem, state: State, tolerance: float, max_iterations: int
             torch.zeros_like(d),
             off,
             tolerance=state.error.clamp(FORCING, 0.1),
-            max_steps=max(1, min(300, max_iterations - count - 1)),
+            max_steps=min(300, max_iterations - count - 2),
             patience=patience,
         )
         if steps > patience:  # conjugate gradients gave up, and would again
