@@ -10,8 +10,8 @@ a gradient (G, f̄, ḡ) on the plan and its potentials becomes
     ∂S = P∘(G − x − y)/ε        ∂r = x·(1 or d/r)        ∂c = y·(1 or e/c)
 
 with 1 where the sums are held, d/r and e/c where they may give way. The backward is made of operations that
-torch differentiates and of one Function more, the solution of the system, whose derivative is itself: so there
-are derivatives of every order, and none is silently zero.
+torch differentiates and of one Function more, the solution of the system, whose derivative is itself: so
+there are derivatives of every order, and none is silently zero.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ class _Solve(torch.autograd.Function):
     def forward(P: Tensor, d: Tensor, e: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         if is_batched(a) or is_batched(b):
             raise NotImplementedError(
-                "is_grads_batched is not supported by sinkhorn.assign: use torch.func.jacrev or torch.func.vmap"
+                "sinkhorn.assign takes no is_grads_batched: use torch.func.jacrev or torch.func.vmap"
             )
         with plain(P.device):
             x, y, _ = coupling.solve(P, d, e, a, b)

@@ -34,7 +34,7 @@ from torch import Tensor
 from xent.core import coupling
 from xent.core.coupling import times, transposed
 
-CHUNK = 1 << 18  # scores at a time: float64 copies of them stay near the cache
+CHUNK = 1 << 20  # scores at a time: the copy of them stays in the cache, and threads seldom wait
 REACH = 20.0  # of log u and log v: beyond e^±20 an entry that the kernel has lost could count
 CHECK = 10  # iterations between two looks at the error
 PATIENCE = 60  # iterations that are left to plain Sinkhorn where it will be done by then
