@@ -2,8 +2,8 @@
 
     python benchmarks/sinkhorn.py [--rounds 3] [--iterations 20] [--error 1e-4] [--save FILE]
 
-Scores are N(0, 1), marginals uniform. POT runs on the same torch tensors (`ot.bregman.sinkhorn_log`), once for
-a number of iterations and once until the marginal error is reached: it stops by the norm of its columns'
+Scores are N(0, 1), marginals uniform. POT runs on the same torch tensors (`ot.bregman.sinkhorn_log`), once
+for a number of iterations and once until the marginal error is reached: it stops by the norm of its columns'
 errors, which is set so that their sum is within ours. Where it is not there after `--limit` iterations it
 stops, and its time is that of getting as far as shown. Printed are the fastest round and the median, the
 ratios to xent's within a round (median and spread), and of each plan the error of its sums in float64 and its

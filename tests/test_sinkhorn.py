@@ -65,6 +65,19 @@ def test_a_number_of_iterations_is_that_number(iterations, epsilon, size):
     torch.testing.assert_close(found.plan, slow(scores, epsilon, iterations), rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("epsilon", [0.02, 0.001])
+def test_scalings_out_of_reach_are_taken_up_anew(epsilon):
+    """Of float32 kernels, whose entries and scalings underflow and overflow soonest; and of small masses."""
+    scores, column = normal(30, 9, dtype=torch.float32), torch.full((9,), 30 / 8, dtype=F64)
+    column[0] = 1e-12
+    column *= 30 / column.sum()
+    for iterations in (2, 5, 40):
+        found = assign(
+            scores, epsilon=epsilon, column_marginal=column, tolerance=None, max_iterations=iterations
+        )
+        assert (found.plan - slow(scores, epsilon, iterations, column=column)).abs().max() < 1e-5
+
+
 def test_exact_arithmetic():
     """Six rows, three columns in 60 digits, marginals of their own."""
     scores, epsilon = normal(6, 3), 0.2
@@ -156,6 +169,21 @@ def test_unbalanced_plan_is_the_best_one(relaxations):
         torch.testing.assert_close(found.plan.sum(0), column)
     scale = max(1.0, *(r for r in relaxations if r is not None))
     assert slope.abs().max() < 1e-11 * scale
+
+
+@pytest.mark.parametrize(
+    ("relaxations", "iterations"),
+    [((0.05, 0.02), 200), ((5.0, 5.0), 200), ((None, 0.05), 100), ((0.05, None), 60)],
+)
+def test_unbalanced_plans_at_a_small_epsilon(relaxations, iterations):
+    """Where prices are low the mass goes up as exp(S/(λ + μ)), and plain iterations are the sure ones."""
+    options = dict(epsilon=0.005, row_relaxation=relaxations[0], column_relaxation=relaxations[1])
+    found = assign(scores := normal(100, 30), tolerance=1e-12, **options)
+    assert found.converged
+    assert found.iterations < iterations
+    long = assign(scores, tolerance=None, max_iterations=3000, **options)
+    if long.error < 1e-11:
+        torch.testing.assert_close(found.plan, long.plan, rtol=1e-7, atol=1e-9 * float(long.plan.max()))
 
 
 def test_an_infinite_price_is_the_condition():
@@ -404,6 +432,7 @@ def test_where_sums_may_give_way_no_row_needs_a_place(relaxed):
     assert found.plan.isfinite().all()
     assert found.plan[scores == -math.inf].sum() == 0
     assert found.plan.sum() > 1
+    assert found.converged
 
 
 # Bad input
@@ -586,6 +615,16 @@ def test_gradient_where_the_plan_is_nearly_a_permutation(epsilon):
     leaf = scores.requires_grad_()
     (g,) = torch.autograd.grad((assign(leaf, epsilon=epsilon).plan * normal(8, 8)).sum(), leaf)
     assert g.abs().max() < 1e-9
+
+
+def test_a_forbidden_pair_may_have_any_upstream_gradient():
+    scores, upstream = normal(6, 3), normal(6, 3)
+    scores[0, 0] = -math.inf
+    scores.requires_grad_()
+    plan = assign(scores, epsilon=0.5).plan
+    (right,) = torch.autograd.grad(plan, scores, upstream, retain_graph=True)
+    upstream[0, 0] = -math.inf
+    torch.testing.assert_close(torch.autograd.grad(plan, scores, upstream)[0], right)
 
 
 def test_half_types_have_gradients():

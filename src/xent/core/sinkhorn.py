@@ -38,6 +38,7 @@ CHUNK = 1 << 20  # scores at a time: the copy of them stays in the cache, and th
 REACH = 20.0  # of log u and log v: beyond e^±20 an entry that the kernel has lost could count
 CHECK = 10  # iterations between two looks at the error
 PATIENCE = 60  # iterations that are left to plain Sinkhorn where it will be done by then
+SURE = 400  # iterations to rounding that are left to plain Sinkhorn where their number is known
 DAMPING = 1e-2  # the first of Newton's steps; 0 in the end
 FIRMEST = 1e6  # damping at which no step is left
 FORCING = 1e-4  # of the residual of a step: float32 products reach it
@@ -117,10 +118,10 @@ def _blocks(scores: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def error_of(problem: Problem, g: Tensor, q: Tensor) -> Tensor:
-    """Σ |q − wanted| over the mass of all columns: (B,)."""
-    mass = problem.column.sum(-1)
-    off = (q - problem.wanted_columns(g)).abs().sum(-1)
-    return torch.where(mass > 0, off / mass, 0.0)
+    """Σ |q − wanted| over the mass of all columns, given or wanted: (B,)."""
+    wanted = problem.wanted_columns(g)
+    mass = torch.maximum(problem.column.sum(-1), wanted.sum(-1))
+    return torch.where(mass > 0, (q - wanted).abs().sum(-1) / mass, 0.0)
 
 
 def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
@@ -167,12 +168,12 @@ def column_step(problem: Problem, f: Tensor) -> Tensor:
 
 
 def columns_from_plan(problem: Problem, state: State) -> Tensor:
-    """The step of columns from the sums that the plan has already; where they are lost, from the scores."""
-    if bool(((state.q < 1e-200) & (problem.column > 0)).any()):
-        return column_step(problem, state.f)
-    return torch.where(
-        problem.column > 0, state.g + problem.epsilon * _log_v(problem, state.g, state.q), -math.inf
-    )
+    """The step of columns, from the sums that the plan has already: (B, K).
+
+    No sum is lost: a step of rows takes a column of sum c to no less than c over the largest row's sum, Σ c.
+    """
+    step = problem.epsilon * _log_v(problem, state.g, state.q)
+    return torch.where(problem.column > 0, state.g + step, -math.inf)
 
 
 def _log_v(problem: Problem, g: Tensor, s: Tensor) -> Tensor:
@@ -196,12 +197,10 @@ def iterate(problem: Problem, state: State, count: int) -> State:
     left = count
     while left > 1:
         g, done = _on_kernel(problem, state, left - 1)
-        left -= done
         if done == 0:  # a scaling is out of reach at once
-            g, left = columns_from_plan(problem, state), left - 1
-        state = evaluate(problem, g, state.plan)
-        if done:  # that repeated the last step of rows on the kernel, which is counted already
-            continue
+            g, done = columns_from_plan(problem, state), 1
+        # the kernel's last step of rows once more, in float64
+        state, left = evaluate(problem, g, state.plan), left - done
     return evaluate(problem, columns_from_plan(problem, state), state.plan)
 
 
@@ -235,22 +234,34 @@ def fixed(problem: Problem, f: Tensor, iterations: int) -> Found:
 
 def converged(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Found:
     """Iterations until the error is within the tolerance: plain ones while they get there, then Newton's."""
+    share = problem.row_share * problem.column_share
+    # where both sides may give way, an iteration takes potentials at least by this factor closer to the plan
+    sure = 40 / -math.log(share) if share < 1 else math.inf
     found = fixed(problem, f, 1)
+    found = plain(problem, found, tolerance, max_iterations, patience=PATIENCE if sure > SURE else None)
+    found = newton(problem, found, tolerance, max_iterations)
+    return plain(problem, found, tolerance, max_iterations, patience=None)
+
+
+def plain(
+    problem: Problem, found: Found, tolerance: float, max_iterations: int, patience: int | None
+) -> Found:
+    """Iterations, while their rate says that no more than `patience` of them will be needed."""
     state, count = found
     while count < max_iterations and not bool((state.error <= tolerance).all()):
         step = min(CHECK, max_iterations - count)
         before, state = state.error, iterate(problem, state, step)
         count += step
-        late = state.error > tolerance
-        rate = (state.error / before).log() / step  # of the error's logarithm, an iteration
-        remaining = torch.where(late, (tolerance / state.error).log() / rate, 0.0)
-        if not bool(((remaining >= 0) & (remaining <= PATIENCE)).all()):
+        rate = (state.error / before).log() / step
+        left = torch.where(state.error > tolerance, (tolerance / state.error).log() / rate, 0.0)
+        if patience is not None and not bool(((left >= 0) & (left <= patience)).all()):
             break
-    return newton(problem, state, tolerance, max_iterations, count)
+    return Found(state, count)
 
 
-def newton(problem: Problem, state: State, tolerance: float, max_iterations: int, count: int) -> Found:
+def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
     """Up the dual to its maximum; each evaluation and each pair of products counts as an iteration."""
+    state, count = found
     dual = problem.dual(state.f, state.g, state.q)
     damping, patience = torch.full_like(state.error, DAMPING), coupling.PATIENCE
     while count + 3 <= max_iterations:  # a step of either kind of solution, and what it led to
