@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from xent import binary, functional
 from xent.core.margin import Margin
+from xent.prototypes import PrototypeHead as PrototypeHead
 
 
 class CrossEntropyLoss(nn.Module):

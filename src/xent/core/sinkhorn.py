@@ -1,0 +1,299 @@
+"""Entropic assignment in the log domain: P = exp((S + f + g)/ε), whose sums are what they should be.
+
+    max over P ≥ 0 of  ⟨S, P⟩ − ε·KL(P ‖ r cᵀ)      with P·1 = r, Pᵀ·1 = c,
+                       or less λ·KL(P·1 ‖ r), less μ·KL(Pᵀ·1 ‖ c), in place of either condition
+
+    rows     f = ε (log r − φ·L)    L_i = log Σ_j exp((S_ij + g_j)/ε)     φ = λ/(λ + ε), 1 where P·1 = r
+    columns  g = ε (log c − ψ·M)    M_j = log Σ_i exp((S_ij + f_i)/ε)     ψ = μ/(μ + ε), 1 where Pᵀ·1 = c
+
+One iteration is the step of columns and then the step of rows, from f = 0; what is left is the columns'
+error. Three ways of taking it, the same in exact arithmetic:
+
+- `column_step` and `evaluate`: the two logarithms of sums, in float64, a few rows at a time;
+- `iterate`: with f and g taken up into a kernel P, a step is one product of P with a vector, until a scaling
+  leaves ±`REACH`: then they are taken up anew;
+- `newton`: f is always the best for its g, and g goes up the concave dual by the step that solves
+  (diag q − Pᵀ diag(1/p) P) Δ = ε (c − q), damped (Levenberg–Marquardt). At a small ε, where plain iterations
+  creep for thousands of passes, it needs tens.
+
+Of a matrix whose rows or columns are spread over processes, `evaluate` and `times` sum over columns,
+`column_step`, `evaluate`'s q and `transposed` over rows: there, and in the sums of `Problem.dual` and
+`error_of`, a reduction would stand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent.core import coupling
+from xent.core.coupling import times, transposed
+
+CHUNK = 1 << 20  # scores at a time: the copy of them stays in the cache, and threads seldom wait
+REACH = 20.0  # of log u and log v: beyond e^±20 an entry that the kernel has lost could count
+CHECK = 10  # iterations between two looks at the error
+PATIENCE = 60  # iterations that are left to plain Sinkhorn where it will be done by then
+SURE = 400  # iterations to rounding that are left to plain Sinkhorn where their number is known
+DAMPING = 1e-2  # the first of Newton's steps; 0 in the end
+FIRMEST = 1e6  # damping at which no step is left
+FORCING = 1e-4  # of the residual of a step: float32 products reach it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Scores and marginals; batches in one leading dimension."""
+
+    scores: Tensor  # (B, N, K) float32 or float64; −inf: no mass may lie there
+    row: Tensor  # (B, N) r, in float64; 0 where nothing can lie
+    column: Tensor  # (B, K) c
+    epsilon: float
+    row_relaxation: float = math.inf  # λ
+    column_relaxation: float = math.inf  # μ
+
+    @property
+    def row_share(self) -> float:
+        return 1.0 if math.isinf(self.row_relaxation) else 1 / (1 + self.epsilon / self.row_relaxation)
+
+    @property
+    def column_share(self) -> float:
+        return 1.0 if math.isinf(self.column_relaxation) else 1 / (1 + self.epsilon / self.column_relaxation)
+
+    def wanted_columns(self, g: Tensor) -> Tensor:
+        """What the columns' sums are to be: c, or c·exp(−(g − ε log c)/μ) where they may give way: (B, K)."""
+        if math.isinf(self.column_relaxation):
+            return self.column
+        gap = (self.epsilon * self.column.log() - g) / self.column_relaxation
+        return torch.where(self.column > 0, self.column * gap.exp(), 0.0)
+
+    def dual(self, f: Tensor, g: Tensor, q: Tensor) -> Tensor:
+        """The dual objective over ε, (B,), where f is the best for g; it rises to its one maximum."""
+        total = -q.sum(-1)
+        for t, s, relaxation in (
+            (f, self.row, self.row_relaxation),
+            (g, self.column, self.column_relaxation),
+        ):
+            u = torch.where(s > 0, t / self.epsilon - s.log(), 0.0)
+            stiff = relaxation / self.epsilon
+            gain = u if math.isinf(relaxation) else -stiff * torch.expm1(-u / stiff)
+            total = total + torch.where(s > 0, s * gain, 0.0).sum(-1)
+        return total
+
+    def slopes(self, state: State) -> tuple[Tensor, Tensor]:
+        """The diagonals d (B, N) and e (B, K) of ε times the dual's curvature."""
+        return (
+            state.p * (1 + self.epsilon / self.row_relaxation),
+            state.q + self.wanted_columns(state.g) * (self.epsilon / self.column_relaxation),
+        )
+
+
+class State(NamedTuple):
+    """Potentials, their plan and its sums, just after a step of rows."""
+
+    f: Tensor  # (B, N)
+    g: Tensor  # (B, K)
+    plan: Tensor  # (B, N, K), in the type of the scores
+    p: Tensor  # (B, N)
+    q: Tensor  # (B, K)
+    error: Tensor  # (B,)
+
+
+class Found(NamedTuple):
+    state: State
+    iterations: int
+
+
+def _blocks(scores: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Parts of (B, N): whole items of a batch where several fit, else rows of one."""
+    batch, n, k = scores.shape
+    items = max(1, CHUNK // max(1, n * k))
+    rows = n if items > 1 else max(1, CHUNK // max(1, k))
+    for item in range(0, batch, items):
+        for row in range(0, n, max(1, rows)):
+            yield slice(item, min(item + items, batch)), slice(row, min(row + rows, n))
+
+
+def error_of(problem: Problem, g: Tensor, q: Tensor) -> Tensor:
+    """Σ |q − wanted| over the mass of all columns, given or wanted: (B,)."""
+    wanted = problem.wanted_columns(g)
+    mass = torch.maximum(problem.column.sum(-1), wanted.sum(-1))
+    return torch.where(mass > 0, (q - wanted).abs().sum(-1) / mass, 0.0)
+
+
+def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
+    """The step of rows, f from g, and the plan that it makes, written into `plan`."""
+    scores, epsilon, share = problem.scores, problem.epsilon, problem.row_share
+    f, p, q = torch.empty_like(problem.row), torch.empty_like(problem.row), torch.zeros_like(problem.column)
+    log_r = problem.row.log()
+    room = g.new_empty(max((_size(scores[at]) for at in _blocks(scores)), default=0))
+    for items, rows in _blocks(scores):
+        part = scores[items, rows]
+        z = room[: part.numel()].view(part.shape)
+        torch.add(part, g[items, None, :], out=z).div_(epsilon)
+        m = z.amax(-1).nan_to_num(neginf=0.0)  # of a row of nothing but −inf
+        total = z.sub_(m[..., None]).exp_().sum(-1)
+        r, log_row = problem.row[items, rows], log_r[items, rows]
+        # of a row without mass, or that is to have none, nothing is left
+        open_ = (total > 0) & (r > 0)
+        u = torch.where(open_, log_row - share * (m + total.log()), -math.inf)
+        scale = torch.where(open_, r / total, 0.0) if share == 1.0 else (u + m).exp()
+        q[items] += z.mul_(scale[..., None]).sum(-2)
+        plan[items, rows] = z
+        f[items, rows], p[items, rows] = u * epsilon, scale * total
+    return State(f, g, plan, p, q, error_of(problem, g, q))
+
+
+def _size(part: Tensor) -> int:
+    return part.numel()
+
+
+def column_step(problem: Problem, f: Tensor) -> Tensor:
+    """The step of columns, g from f: (B, K)."""
+    scores, epsilon = problem.scores, problem.epsilon
+    m = torch.full_like(problem.column, -math.inf)
+    total = torch.zeros_like(m)
+    for items, rows in _blocks(scores):
+        z = torch.add(scores[items, rows], f[items, rows, None]).div_(epsilon)
+        here = torch.maximum(m[items], z.amax(-2))
+        base = here.nan_to_num(neginf=0.0)
+        total[items] = total[items] * (m[items] - base).exp() + z.sub_(base[..., None, :]).exp_().sum(-2)
+        m[items] = here
+    M = m.nan_to_num(neginf=0.0) + total.log()
+    open_ = (total > 0) & (problem.column > 0)
+    return torch.where(open_, epsilon * (problem.column.log() - problem.column_share * M), -math.inf)
+
+
+def columns_from_plan(problem: Problem, state: State) -> Tensor:
+    """The step of columns, from the sums that the plan has already: (B, K).
+
+    No sum is lost: a step of rows takes a column of sum c to no less than c over the largest row's sum, Σ c.
+    """
+    step = problem.epsilon * _log_v(problem, state.g, state.q)
+    return torch.where(problem.column > 0, state.g + step, -math.inf)
+
+
+def _log_v(problem: Problem, g: Tensor, s: Tensor) -> Tensor:
+    """log v of the step of columns on a kernel with g in it; s = Pᵀ·u: (B, K)."""
+    share = problem.column_share
+    step = problem.column.log() - share * s.log()
+    return step if share == 1.0 else step + (share - 1) * g / problem.epsilon
+
+
+def _log_u(problem: Problem, f: Tensor, s: Tensor) -> Tensor:
+    """log u of the step of rows on a kernel with f in it; s = P·v: (B, N)."""
+    share = problem.row_share
+    step = problem.row.log() - share * s.log()
+    return step if share == 1.0 else step + (share - 1) * f / problem.epsilon
+
+
+def iterate(problem: Problem, state: State, count: int) -> State:
+    """`count` iterations more."""
+    if count == 0:
+        return state
+    left = count
+    while left > 1:
+        g, done = _on_kernel(problem, state, left - 1)
+        if done == 0:  # a scaling is out of reach at once
+            g, done = columns_from_plan(problem, state), 1
+        # the kernel's last step of rows once more, in float64
+        state, left = evaluate(problem, g, state.plan), left - done
+    return evaluate(problem, columns_from_plan(problem, state), state.plan)
+
+
+def _on_kernel(problem: Problem, state: State, count: int) -> tuple[Tensor, int]:
+    """g after up to `count` iterations on the plan as a kernel, and how many they were."""
+    kernel = state.plan[0] if len(state.plan) == 1 else state.plan
+    shape, dtype = problem.column.shape, kernel.dtype
+    rows, columns = problem.row > 0, problem.column > 0
+    q, log_v, done = state.q, torch.zeros_like(state.q), 0
+    for _ in range(count):
+        ahead = torch.where(columns, _log_v(problem, state.g, q), 0.0)
+        if not bool((ahead.abs() <= REACH).all()):  # nan and inf too
+            break
+        v = ahead.exp().to(dtype).view(kernel.shape[:-2] + kernel.shape[-1:])
+        s = times(kernel, v).to(q.dtype).view(problem.row.shape)
+        log_u = torch.where(rows, _log_u(problem, state.f, s), 0.0)
+        if not bool((log_u.abs() <= REACH).all()):
+            break
+        u = log_u.exp().to(dtype).view(kernel.shape[:-1])
+        q = transposed(kernel, u).to(q.dtype).view(shape)
+        log_v, done = ahead, done + 1
+    return state.g + problem.epsilon * log_v, done
+
+
+def fixed(problem: Problem, f: Tensor, iterations: int) -> Found:
+    """A stated number of iterations."""
+    plan = torch.empty_like(problem.scores)
+    state = evaluate(problem, column_step(problem, f), plan)
+    return Found(iterate(problem, state, iterations - 1), iterations)
+
+
+def converged(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Found:
+    """Iterations until the error is within the tolerance: plain ones while they get there, then Newton's."""
+    share = problem.row_share * problem.column_share
+    # where both sides may give way, an iteration takes potentials at least by this factor closer to the plan
+    sure = 40 / -math.log(share) if share < 1 else math.inf
+    found = fixed(problem, f, 1)
+    found = plain(problem, found, tolerance, max_iterations, patience=PATIENCE if sure > SURE else None)
+    found = newton(problem, found, tolerance, max_iterations)
+    return plain(problem, found, tolerance, max_iterations, patience=None)
+
+
+def plain(
+    problem: Problem, found: Found, tolerance: float, max_iterations: int, patience: int | None
+) -> Found:
+    """Iterations, while their rate says that no more than `patience` of them will be needed."""
+    state, count = found
+    while count < max_iterations and not bool((state.error <= tolerance).all()):
+        step = min(CHECK, max_iterations - count)
+        before, state = state.error, iterate(problem, state, step)
+        count += step
+        rate = (state.error / before).log() / step
+        left = torch.where(state.error > tolerance, (tolerance / state.error).log() / rate, 0.0)
+        if patience is not None and not bool(((left >= 0) & (left <= patience)).all()):
+            break
+    return Found(state, count)
+
+
+def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
+    """Up the dual to its maximum; each evaluation and each pair of products counts as an iteration."""
+    state, count = found
+    dual = problem.dual(state.f, state.g, state.q)
+    damping, patience = torch.full_like(state.error, DAMPING), coupling.PATIENCE
+    while count + 3 <= max_iterations:  # a step of either kind of solution, and what it led to
+        late = (state.error > tolerance) & (damping < FIRMEST)
+        if not bool(late.any()):
+            break
+        d, e = problem.slopes(state)
+        off = problem.wanted_columns(state.g) - state.q
+        _, y, steps = coupling.solve(
+            state.plan,
+            d,
+            e * (1 + damping[:, None]),
+            torch.zeros_like(d),
+            off,
+            tolerance=state.error.clamp(FORCING, 0.1),
+            max_steps=min(300, max_iterations - count - 2),
+            patience=patience,
+        )
+        if steps > patience:  # conjugate gradients gave up, and would again
+            patience = 0
+        y = torch.where(late[:, None] & y.isfinite(), y, 0.0)
+        trial = evaluate(problem, state.g + problem.epsilon * y, state.plan)
+        higher = problem.dual(trial.f, trial.g, trial.q)
+        count += steps + 1
+        much = trial.error < 0.5 * state.error
+        # near the maximum the dual's own rounding hides what it gains: there the error decides
+        good = late & (much | (higher - dual > 0.05 * (off * y).sum(-1)))
+        eased = torch.where(good, damping / torch.where(much, 10.0, 3.0), damping * 5)
+        damping = torch.where(late, eased, damping)
+        if bool((good | ~late).all()):
+            state, dual = trial, higher
+        else:  # the plan has been overwritten
+            state = evaluate(problem, torch.where(good[:, None], trial.g, state.g), state.plan)
+            dual = problem.dual(state.f, state.g, state.q)
+    return Found(state, count)
