@@ -131,7 +131,7 @@ def test_moved_costs_against_exact_arithmetic(cost, delta):
     with mpmath.workdps(400):
         exact = mpmath.log(1 + mpmath.exp(-mpmath.mpf(delta)) * mpmath.expm1(mpmath.mpf(cost)))
         # δ multiplies the odds where they are small, and is added to their logarithm where not
-        size = exact * (1 + abs(delta)) + (0 if cost < 1 else abs(delta))
+        size = exact * (1 + abs(delta)) + (0 if cost < 1 or delta > 0 else abs(delta))
         assert abs(found - exact) <= 4 * mpmath.mpf(2) ** -52 * size + mpmath.mpf(2) ** -1073
 
 
@@ -164,6 +164,69 @@ def test_ignored_rows_may_hold_anything():
     dx, dw = torch.autograd.grad(loss, (x, w))
     assert not dx[3].any()
     assert dw.isfinite().all()
+
+
+def test_many_chunks_with_weights_of_rows_and_classes(monkeypatch):
+    """Each chunk of the forward sweep asks for its own rows' coefficients."""
+    torch.manual_seed(0)
+    x, w = (torch.randn(n, D, dtype=torch.float64, requires_grad=True) for n in (300, C))
+    target = torch.randint(C, (300,))
+    options = {
+        "weight": torch.rand(C, dtype=torch.float64) + 0.5,
+        "sample_weight": torch.rand(300, dtype=torch.float64) + 0.5,
+        "label_smoothing": 0.1,
+        "log_q": -torch.rand(C, dtype=torch.float64),
+        "margin": 0.35,
+    }
+    seen = []
+    coefficients = xent.core.reduction.Reduction.coefficients
+    monkeypatch.setattr(
+        xent.core.reduction.Reduction,
+        "coefficients",
+        lambda self, *a: (seen.append(a[3]), coefficients(self, *a))[1],
+    )
+    budget = 140 * (8 * C + 8 * D + 64)
+    found = [
+        torch.autograd.grad(xent.linear_cross_entropy(x, w, target, memory_budget=b, **options), (x, w))
+        for b in (None, budget)
+    ]
+    assert len(seen) > 2
+    assert_close(found[0], found[1], rtol=1e-12, atol=1e-14)
+    z = (x @ w.T - options["log_q"]).scatter(1, target[:, None], (x @ w.T).gather(1, target[:, None]) - 0.35)
+    rows = F.cross_entropy(z, target, options["weight"], reduction="none", label_smoothing=0.1)
+    s = options["sample_weight"]
+    plain_loss = (s * rows).sum() / (s * options["weight"][target]).sum()
+    assert_close(found[0], torch.autograd.grad(plain_loss, (x, w)), rtol=1e-11, atol=1e-13)
+
+
+def test_an_angle_among_sampled_classes():
+    """The angle is that of the cosine itself, not of what log Q has made of it."""
+    x, w, target = draw()
+    log_q = -3 * torch.rand(C, dtype=torch.float64)
+    margin = xent.Margin(angle=0.5)
+    loss = xent.linear_cross_entropy(
+        x, w, target, normalize=True, margin=margin, temperature=1 / 16, log_q=log_q
+    )
+    c = F.normalize(x, dim=1) @ F.normalize(w, dim=1).T
+    y = target.clamp(min=0)[:, None]
+    own = 16 * torch.cos(torch.arccos(c.gather(1, y)) + 0.5)
+    assert_close(loss, F.cross_entropy((16 * c - log_q).scatter(1, y, own), target))
+
+
+def test_ignored_positions_of_a_head_with_several():
+    """A row's features are left out of the scaling only where all of its positions are ignored."""
+    x = torch.randn(3, D, dtype=torch.float64)
+    w = torch.randn(C, 2, D, dtype=torch.float64)
+    target = torch.tensor([[0, -100], [-100, -100], [2, 3]])
+    x[1] = torch.nan
+    loss = xent.linear_cross_entropy(x, w, target, normalize=True, reduction="sum", margin=0.1)
+    each = [
+        xent.linear_cross_entropy(
+            x[n : n + 1], w[:, k], target[n, k : k + 1], normalize=True, reduction="sum", margin=0.1
+        )
+        for n, k in ((0, 0), (2, 0), (2, 1))
+    ]
+    assert_close(loss, sum(each))
 
 
 def test_products_are_three(monkeypatch):

@@ -35,7 +35,7 @@ class PrototypeHead(nn.Module):
 
     Example:
         >>> import torch, xent
-        >>> head = xent.nn.PrototypeHead(16, 10)
+        >>> head = xent.nn.PrototypeHead(16, 10, iterations=100)
         >>> features = torch.randn(64, 16)
         >>> loss = head(features + 0.1 * torch.randn(64, 16), features + 0.1 * torch.randn(64, 16))
         >>> loss.backward()

@@ -172,6 +172,13 @@ def test_monte_carlo_fisher_converges_to_the_type_2_and_the_empirical_does_not()
     assert apart[0] > apart[1] > apart[2]
     assert apart[2] < 0.05
     assert ((HeadFisher(x, w, y, kind="empirical").to_dense() - exact).norm() / size) > 0.2
+    masses = torch.rand(4, dtype=torch.float64) + 0.5
+    weighted = {"class_weight": masses, "label_smoothing": 0.1}
+    exact = HeadFisher(x, w, y, **weighted).to_dense()
+    estimate = HeadFisher(
+        x, w, y, kind="monte-carlo", samples=1600, generator=torch.Generator().manual_seed(1), **weighted
+    )
+    assert (estimate.to_dense() - exact).norm() < 0.05 * exact.norm()
     again = [
         HeadFisher(x, w, y, kind="monte-carlo", generator=torch.Generator().manual_seed(seed)).to_dense()
         for seed in (1, 1, 2)
@@ -198,12 +205,26 @@ def test_labels_are_drawn_as_often_as_they_are_likely():
             assert (share[p == 0] == 0).all()
 
 
+def test_a_class_without_probability_is_never_drawn(monkeypatch):
+    """Not even by the smallest and the largest numbers there are."""
+    from xent.core import sweep
+    from xent.core.sampling import sample
+    from xent.options import Options
+
+    w = torch.tensor([[-1e9], [0.0], [0.0], [-1e9]])
+    (part,) = Options().of_head(torch.ones(1, 1), w, None, None).parts
+    found = sweep.statistics(part.problem)
+    for u, right in ((0.0, 1), (1.0, 2)):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full(shape, u))
+        assert sample(part.problem, found, 3, torch.Generator()).tolist() == [[right] * 3]
+
+
 @pytest.mark.parametrize("row", [TABLE[6], TABLE[-4]], ids=lambda row: row.name)
 def test_batches_are_the_whole(row):
     """Of any sizes, ignored rows and weights included; the divisor is shared."""
     p, options, _ = draw(replace(row, sample_weight=False))
     s = torch.rand(N, dtype=torch.float64) + 0.5
-    cuts = [(0, 2), (2, 2), (2, 5), (5, 6)]
+    cuts = [(0, 2), (2, 2), (2, 5), (5, 6)]  # one of them empty
     parts = [slice(*cut) for cut in cuts]
 
     def target(at):
