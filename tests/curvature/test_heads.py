@@ -377,3 +377,10 @@ def test_an_ignored_row_may_hold_anything():
         assert_close(found.diagonal(), right.diagonal())
         assert_close(found.block(2), right.block(2))
     assert not HeadHessian(x, W, y, wrt="features").block(1).any()
+
+
+def test_batches_in_which_nothing_counts():
+    """An empty batch, and one of ignored rows, add nothing to the mean's divisor."""
+    x, w, y = torch.randn(6, 2), torch.randn(4, 2), torch.tensor([0, 1, -100, -100, 2, 3])
+    batches = [(x[at], y[at]) for at in (slice(0, 2), slice(2, 4), slice(4, 4), slice(4, 6))]
+    assert_close(HeadHessian(batches, w).to_dense(), HeadHessian(x, w, y).to_dense())
