@@ -424,3 +424,15 @@ NO_TENSORS = {
 def test_what_is_no_tensor_is_named(name, call):
     with pytest.raises(TypeError, match=f"{name} must be a tensor"):
         call()
+
+
+def test_the_reference_where_classes_are_masked():
+    """−log p is +inf of each masked class, however many; nan where there is no class at all."""
+    z = torch.tensor([[-math.inf, 0.0, -math.inf, 0.0], [-math.inf] * 4], requires_grad=True)
+    cost = reference.surprise(z)
+    log2 = math.log(2.0)
+    assert_close = torch.testing.assert_close
+    assert_close(cost[0], torch.tensor([math.inf, log2, math.inf, log2], dtype=torch.float64))
+    assert cost[1].isnan().all()
+    (gradient,) = torch.autograd.grad(cost[0, 1], z)
+    assert_close(gradient[0], torch.tensor([0.0, -0.5, 0.0, 0.5]))

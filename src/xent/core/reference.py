@@ -58,16 +58,21 @@ def held_back(c: Tensor, margin: Margin) -> Tensor:
 
 
 def surprise(z: Tensor) -> Tensor:
-    """−log p, (N, C) -> (N, C) float64, from differences of logits."""
+    """−log p, (N, C) -> (N, C) float64, from differences of logits: +inf of a masked class."""
     z = z.double()
+    masked = z == -math.inf
+    nothing = masked.all(1)
     columns = []
     for c in range(z.shape[1]):
-        others = torch.cat([z[:, :c], z[:, c + 1 :]], dim=1) - z[:, c : c + 1]
+        own = torch.where(masked[:, c : c + 1], 0.0, z[:, c : c + 1])
+        others = torch.cat([z[:, :c], z[:, c + 1 :]], dim=1) - own
         if others.shape[1] == 0:
-            columns.append(torch.zeros_like(z[:, 0]) * z[:, 0])
-            continue
-        farthest = others.logsumexp(1)
-        columns.append(torch.logaddexp(torch.zeros_like(farthest), farthest))
+            cost = torch.zeros_like(z[:, 0]) * z[:, 0]
+        else:
+            farthest = others.logsumexp(1)
+            cost = torch.logaddexp(torch.zeros_like(farthest), farthest)
+        cost = torch.where(masked[:, c], math.inf, cost)
+        columns.append(torch.where(nothing, math.nan, cost))
     return torch.stack(columns, dim=1)
 
 
