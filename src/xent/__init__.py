@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from xent import metrics, nn
+from xent import curvature, metrics, nn
 from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
 from xent.core.margin import Margin
 from xent.divergence import kl_divergence, linear_kl_divergence
@@ -27,6 +27,7 @@ __all__ = [
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
+    "curvature",
     "entropy",
     "fit_temperature",
     "kl_div",
