@@ -154,7 +154,7 @@ class SoftmaxJacobian(Rowwise):
 
         The vector sums to zero, and its entry at the most probable class is positive. Of equal largest
         probabilities the first two make the vector: (1, −1)/√2 on them. Where one class alone is left J is
-        0, and the vector is that class's. Eight passes over the row.
+        0, and the vector is that class's. Six of Newton's steps.
 
         Example:
             >>> import torch, xent
