@@ -1,4 +1,11 @@
-"""Curvature of softmax cross-entropy in closed form, as linear operators."""
+"""Second derivatives of softmax cross-entropy in closed form, as operators that are never written out.
+
+    ∂²ℓ/∂z² = a·J        J = diag(p) − p pᵀ        p = softmax(z)        H_W = Σ a·J ⊗ x xᵀ
+
+Read in this order: `rowwise` (a C × C matrix for every row, known by what it does to a vector), `jacobian`
+(J, its root and its inverses), `secular` (its largest eigenvalue), `heads` (what a linear head makes of it),
+`extractors` (and what lies before the head).
+"""
 
 from xent.curvature.extractors import (
     ggn_vector_product,
@@ -7,11 +14,15 @@ from xent.curvature.extractors import (
     row_gradients,
 )
 from xent.curvature.heads import HeadFisher, HeadGGN, HeadHessian
+from xent.curvature.jacobian import SoftmaxJacobian
+from xent.curvature.secular import Eigenpair
 
 __all__ = [
+    "Eigenpair",
     "HeadFisher",
     "HeadGGN",
     "HeadHessian",
+    "SoftmaxJacobian",
     "ggn_vector_product",
     "hessian_vector_product",
     "row_gradient_norms",
