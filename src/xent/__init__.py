@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from xent import metrics, nn
+from xent import metrics, nn, triplets
 from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
 from xent.divergence import kl_divergence, linear_kl_divergence
 from xent.functional import cross_entropy, linear_cross_entropy
@@ -37,6 +37,7 @@ __all__ = [
     "row_statistics",
     "surrogate_cross_entropy",
     "top_k",
+    "triplets",
 ]
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from xent.core.arithmetic import Arithmetic, cut, take
+from xent.core.arithmetic import Arithmetic, Functional, cut, take
 
 Rows: TypeAlias = slice | Tensor  # consecutive rows, or (R,) int64
 Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
@@ -118,6 +118,8 @@ class Scores(Protocol):
 
     def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile: ...
 
+    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor: ...
+
     def push(
         self,
         o: Arithmetic,
@@ -203,6 +205,11 @@ class Logits:
 
     def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile:
         return self.transform.apply(o, o.copy(loaded[:, classes].to(self.dtype), room.z), room)
+
+    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
+        """z of some classes (R, K) of each row."""
+        z = loaded.gather(1, classes).to(self.dtype)
+        return self.transform.apply(Functional(), z, Room(None, None, False))[0]
 
     def push(
         self,
@@ -315,6 +322,14 @@ class LinearHead:
         if self.b is not None:
             u = o.add(u, cut(self.b, classes).to(self.dtype))
         return self.transform.apply(o, u, room)
+
+    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
+        """z of some classes (R, K) of each row, whose weights are gathered: (R, K, D)."""
+        factors = self.w[classes].to(self.factor_dtype)
+        u = (factors @ loaded[:, :, None])[:, :, 0].to(self.dtype)
+        if self.b is not None:
+            u = u + self.b[classes].to(self.dtype)
+        return self.transform.apply(Functional(), u, Room(None, None, False))[0]
 
     def push(
         self,
