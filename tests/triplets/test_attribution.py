@@ -9,10 +9,10 @@ import torch
 from hypothesis import given
 from torch.testing import assert_close
 
-import triplet_oracle as oracle
+import triplet_cases as cases
 import xent
 from table import close, dtypes
-from triplets.test_bounds import EXTREME, ROW, head, row
+from triplet_cases import EXTREME, ROW, head, row
 from xent import triplets
 from xent.core import top_k as streaming
 from xent.triplets.pairs import MOST
@@ -36,8 +36,8 @@ def test_it_adds_up_to_the_loss(given_row):
     z, y = row(*given_row, torch.float64)
     found = triplets.attribution(z, y, 3)
     assert_close(found.losses.sum(1) + found.remainder, found.loss, rtol=1e-15, atol=0.0)
-    expected = float(oracle.bounds(z[0].tolist(), int(y))["loss"][0])
-    slack = 2e-15 * (1 + float(oracle.bounds(z[0].tolist(), int(y))["loss"][1]))
+    expected = float(cases.bounds(z[0].tolist(), int(y))["loss"][0])
+    slack = 2e-15 * (1 + float(cases.bounds(z[0].tolist(), int(y))["loss"][1]))
     assert found.loss.item() == pytest.approx(expected, rel=slack)
     assert ((found.shares >= 0) & (found.shares <= 1)).all()
     assert found.classes.shape == (1, min(3, z.shape[1] - 1))
@@ -49,8 +49,8 @@ def test_shares_of_extreme_rows_are_exact(z, y, dtype):
     z, y = row(z, y, dtype)
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
     found = triplets.attribution(z, y, 3)
-    right = oracle.shares(z[0].tolist(), int(y)) if z.shape[1] > 1 else []
-    loss, moved = oracle.bounds(z[0].tolist(), int(y))["loss"]
+    right = cases.shares(z[0].tolist(), int(y)) if z.shape[1] > 1 else []
+    loss, moved = cases.bounds(z[0].tolist(), int(y))["loss"]
     assert abs(found.loss.item() - loss) <= 4 * eps * loss + 2 * eps * moved + tiny
     top = z[0].scatter(0, y, -INF).amax().item()
     for j, share, carries in zip(found.classes[0], found.shares[0], found.losses[0], strict=True):
@@ -93,6 +93,7 @@ def test_the_largest_of_blocks(k, monkeypatch):
     """Also in the classes that no block holds, and across tiles."""
     monkeypatch.setattr(streaming, "BLOCK", 4)
     x, w, y = torch.randn(30, 3), torch.randn(303, 3), torch.randint(303, (30,))
+    w[302] *= 5  # beyond the last block of every tile that holds it
     indices = spelt_out(x @ w.T, y)[0].topk(k).indices
     for budget in (None, 20_000, 3_000):
         assert torch.equal(triplets.linear_attribution(x, w, y, k, memory_budget=budget).classes, indices)
@@ -193,6 +194,15 @@ def test_rows_of_the_matrix_are_class_losses(top_k, dtype):
     assert (found.remainder >= 0).all()
 
 
+def test_rows_of_the_matrix_add_up_in_its_own_type():
+    """Whatever the type of the logits: shares that are float32 numbers add up to 1 in float64."""
+    z, y = 3 * torch.randn(1, 900), torch.tensor([4])
+    rivals = z[0, torch.arange(900) != 4]
+    weights = (rivals - rivals.max()).exp().double()
+    loss = torch.log1p(weights.sum() * (rivals.max().double() - z[0, 4].double()).exp())
+    assert_close(triplets.pair_matrix(z, y).matrix.sum(), loss, rtol=1e-14, atol=0.0)
+
+
 def test_the_matrix_spelt_out():
     z, y = batch()
     pi, loss = spelt_out(z[y != -100], y[y != -100])
@@ -211,6 +221,9 @@ def test_batches_add_up(top_k):
         assert_close(a, b)
     assert torch.equal(found.count, whole.count)
     assert_close(dense(parts[0] + parts[1]), dense(parts[1] + parts[0]))
+    both = (parts[0] + parts[0]).largest(2)
+    assert [(pair.true, pair.rival) for pair in both] == [pair[:2] for pair in parts[0].largest(2)]
+    assert [pair.loss for pair in both] == [2 * pair.loss for pair in parts[0].largest(2)]
 
 
 @pytest.mark.parametrize("top_k", [None, 2])

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch.func import grad, jvp, vmap
 from torch.testing import assert_close
 
-import triplet_oracle as oracle
+import triplet_cases as cases
 import xent
 from core.test_sweep import HOLDS_A_CHUNK, C, D, LiveBytes, N
 from table import TOLERANCE, close, dtypes
+from triplet_cases import EXTREME, ROW, head, row
 from xent import triplets
 from xent.core import matmul
 from xent.core import triplets as core
@@ -25,47 +26,6 @@ INF = math.inf
 CHAIN = ("hinge", "smooth", "tight", "loss", "union")
 HARDEST = ("hardest_low", "loss", "hardest_high")
 FEW = 8  # units in the last place
-
-EXTREME = [
-    ([0.0, -40.0], 0),
-    ([0.0, 200.0], 0),
-    ([0.0, -40.0, -40.0, -40.0, -40.0], 0),
-    ([0.0, 700.0, -700.0, 700.0], 2),
-    ([0.0, 1e8, -1e8, 1e8], 0),
-    ([1e8, 1e8], 1),
-    ([1e8, 1e8 + 24, 1e8 - 24], 0),
-    ([-1e8, -1e8, -1e8, -INF], 1),
-    ([-INF, 1.0, 2.0], 1),
-    ([-INF, 5.0, -INF], 1),
-    ([79.0, 0.0, 81.0, 80.0], 1),
-    ([0.0] * 10, 3),
-    ([1e-4, 0.0, -1e-4, 0.0], 3),
-    ([0.0, 0.0, -3.0], 0),
-    ([3e37, 0.0, -3e37, 1.0], 2),
-    ([7.0], 0),
-]
-ROW = st.integers(1, 9).flatmap(
-    lambda c: st.tuples(
-        st.lists(
-            st.one_of(
-                st.floats(-3, 3, width=32),
-                st.floats(-120, 120, width=32),
-                st.floats(-1e8, 1e8, width=32),
-                st.just(-INF),
-            ),
-            min_size=c,
-            max_size=c,
-        ),
-        st.integers(0, c - 1),
-    )
-)
-
-
-def row(z, y, dtype):
-    """A row whose own class is there."""
-    z = torch.tensor([z], dtype=dtype)
-    z[0, y] = z[0, y].clamp_min(-1e8)
-    return z, torch.tensor([y])
 
 
 def in_order(found, dtype, units=FEW):
@@ -93,15 +53,19 @@ def test_the_chain_holds_of_extreme_rows(z, y, dtype):
 
 
 @dtypes()
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0, 1e4])
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0, 1e4])
 def test_the_chain_holds_of_many_classes(dtype, scale):
     z, y = scale * torch.randn(20, 5001, dtype=dtype), torch.randint(5001, (20,))
-    in_order(triplets.bounds(z, y), dtype)
+    found = triplets.bounds(z, y)
+    assert all(value.isfinite().all() for value in found)
+    in_order(found, dtype)
+    if scale == 0.0:
+        assert_close(found.union, torch.full_like(found.union, 5000 * math.log(2)))
 
 
 def exact(z, y, dtype, found):
     eps, tiny = torch.finfo(dtype).eps, torch.finfo(dtype).tiny
-    for name, (value, moved) in oracle.bounds(z[0].tolist(), int(y)).items():
+    for name, (value, moved) in cases.bounds(z[0].tolist(), int(y)).items():
         error = abs(getattr(found, name).item() - value)
         assert error <= FEW * eps * value + 2 * eps * moved + tiny, (name, getattr(found, name), value)
 
@@ -188,13 +152,6 @@ def test_class_permutation_changes_nothing(dtype):
         close(a, b)
 
 
-def head(dtype=torch.float64, n=11, d=5, c=13):
-    x, w, b = (torch.randn(*shape, dtype=dtype) for shape in ((n, d), (c, d), (c,)))
-    y = torch.randint(c, (n,))
-    y[n // 2] = -100
-    return x, w, b, y
-
-
 @dtypes()
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=str)
@@ -255,7 +212,9 @@ def test_half_types_are_computed_in_float32(dtype):
     assert triplets.margins(x @ w.T, y).dtype == torch.float32
     with torch.autocast("cpu", dtype):
         found = triplets.linear_bounds(x.float(), w.float(), y)
+        m = triplets.linear_margins(x.float(), w.float(), y)
     assert_close(found.loss, triplets.linear_bounds(x, w, y).loss)
+    assert_close(m, triplets.linear_margins(x, w, y))
 
 
 def test_inputs_are_left_untouched():

@@ -150,6 +150,15 @@ def test_masked_rivals_add_nothing():
         assert torch.autograd.grad(loss, w)[0].isfinite().all()
 
 
+def test_fewer_rivals_than_the_hardest_that_are_asked_for():
+    b = torch.tensor([0.0, -math.inf, -math.inf, -math.inf, 1.0], dtype=DOUBLE)
+    x, w, y = torch.zeros(1, 2, dtype=DOUBLE), torch.zeros(5, 2, dtype=DOUBLE), torch.tensor([0])
+    given = dict(margin=1.0, negatives=3)
+    loss = triplets.linear_triplet_loss(x, w, y, linear_bias=b, **given)
+    assert_close(loss, triplets.triplet_loss(b[None], y, **given))
+    assert loss.item() == pytest.approx(2.0 / 4)
+
+
 def test_rows_left_out_may_hold_anything():
     x, w, _, y = head()
     x[3] = math.nan
@@ -281,6 +290,11 @@ def test_under_vmap_a_bad_target_costs_nan():
     rows = vmap(lambda z, y: triplets.triplet_loss(z, y, reduction="none"))(z, y)
     assert rows.isnan().tolist() == [[False, False, True], [False, False, False]]
     assert rows[1, 1] == 0
+    # an ignored row, which needs some class, costs nothing where that class is masked
+    bias = torch.tensor([-math.inf, 0.0, 0.0, 0.0])
+    x, w, y = torch.randn(2, 3, 5), torch.randn(4, 5), torch.tensor([[1, 2, 3], [3, -100, 2]])
+    found = vmap(lambda x, y: triplets.linear_triplet_loss(x, w, y, linear_bias=bias))(x, y)
+    assert_close(found[1], triplets.linear_triplet_loss(x[1], w, y[1], linear_bias=bias))
 
 
 def test_a_learnt_sample_weight():

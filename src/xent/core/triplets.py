@@ -69,13 +69,12 @@ class Sums(NamedTuple):
 
     def bounds(self, classes: int, own_z: Tensor) -> Bounds:
         """The bounds of rows whose own class has the logit own_z (R,)."""
-        near = torch.log1p(self.near)
         rivals = max(classes - 1, 1)
         found = Bounds(
             hinge=self.hinge / classes,
             smooth=self.smooth / classes,
             tight=self.tight / rivals,
-            loss=torch.where(self.far == NEG_INF, near, torch.logaddexp(self.far, near)),
+            loss=torch.logaddexp(self.far, torch.log1p(self.near)),
             union=self.union,
             hardest_low=softplus(self.top, 1),
             hardest_high=softplus(self.top, rivals),

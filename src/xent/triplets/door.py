@@ -35,7 +35,7 @@ def _described(part: Part, describe: Callable[[Problem], Sequence[Tensor]]) -> l
         found = []
         for value in describe(problem):
             if part.row_weight is not None and value.is_floating_point():
-                value = _kept(part, value) * _beside(part.row_weight, value)
+                value = value * _beside(part.row_weight, value)
             found.append(at_all_rows(part, value))
         return found
 

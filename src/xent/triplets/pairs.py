@@ -90,7 +90,7 @@ class PairMatrix:
             )
         matrix = self.matrix + other.matrix
         return PairMatrix(
-            matrix.coalesce() if matrix.is_sparse else matrix,
+            matrix.coalesce() if matrix.is_sparse else matrix,  # which a sum on CUDA is not
             self.remainder + other.remainder,
             self.count + other.count,
         )

@@ -1,11 +1,66 @@
-"""The chain of bounds of a row in exact arithmetic, and what rounding one margin a rival may cost."""
+"""Rows to try triplets on, and what is right for them, in exact arithmetic.
+
+Beside each bound stands what rounding one margin a rival may cost.
+"""
 
 from __future__ import annotations
 
 import math
 
 import mpmath
+import torch
+from hypothesis import strategies as st
 from mpmath import mpf
+
+INF = math.inf
+
+EXTREME = [
+    ([0.0, -40.0], 0),
+    ([0.0, 200.0], 0),
+    ([0.0, -40.0, -40.0, -40.0, -40.0], 0),
+    ([0.0, 700.0, -700.0, 700.0], 2),
+    ([0.0, 1e8, -1e8, 1e8], 0),
+    ([1e8, 1e8], 1),
+    ([1e8, 1e8 + 24, 1e8 - 24], 0),
+    ([-1e8, -1e8, -1e8, -INF], 1),
+    ([-INF, 1.0, 2.0], 1),
+    ([-INF, 5.0, -INF], 1),
+    ([79.0, 0.0, 81.0, 80.0], 1),
+    ([0.0] * 10, 3),
+    ([1e-4, 0.0, -1e-4, 0.0], 3),
+    ([0.0, 0.0, -3.0], 0),
+    ([3e37, 0.0, -3e37, 1.0], 2),
+    ([7.0], 0),
+]
+ROW = st.integers(1, 9).flatmap(
+    lambda c: st.tuples(
+        st.lists(
+            st.one_of(
+                st.floats(-3, 3, width=32),
+                st.floats(-120, 120, width=32),
+                st.floats(-1e8, 1e8, width=32),
+                st.just(-INF),
+            ),
+            min_size=c,
+            max_size=c,
+        ),
+        st.integers(0, c - 1),
+    )
+)
+
+
+def row(z, y, dtype):
+    """A row whose own class is there."""
+    z = torch.tensor([z], dtype=dtype)
+    z[0, y] = z[0, y].clamp_min(-1e8)
+    return z, torch.tensor([y])
+
+
+def head(dtype=torch.float64, n=11, d=5, c=13):
+    x, w, b = (torch.randn(*shape, dtype=dtype) for shape in ((n, d), (c, d), (c,)))
+    y = torch.randint(c, (n,))
+    y[n // 2] = -100
+    return x, w, b, y
 
 
 def bounds(z: list[float], y: int) -> dict[str, tuple[mpf, mpf]]:
