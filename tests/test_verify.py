@@ -18,7 +18,7 @@ from xent.cli import cli
 from xent.verify import IDENTITIES, Setting, figures, registry, verify
 from xent.verify.data import batches, read_digits
 
-PAGE = {1, 2, 3, 4, 5, 7}  # sections of the mathematics that are there to be checked
+PAGE = {1, 2, 3, 4, 5, 6, 7}  # sections of the mathematics that are there to be checked
 
 
 def run(*arguments: object, code: int = 0):
@@ -75,6 +75,28 @@ def test_an_error_of_a_thousandth_is_noticed(function, monkeypatch, setting):
     right = getattr(xent, function)
     monkeypatch.setattr(xent, function, lambda *args, **options: right(*args, **options) * 1.001)
     assert [name for name in BREAKS[function] if holds(name, setting)] == []
+
+
+def test_an_error_of_a_thousandth_in_triplets_is_noticed(monkeypatch, setting):
+    for function, field, name in (
+        ("bounds", "hinge", "a chain of triplet bounds"),
+        ("bounds", "loss", "a chain of triplet bounds"),
+        ("bounds", "hardest_low", "a chain of triplet bounds"),
+        ("attribution", "losses", "rivals that carry the loss"),
+        ("attribution", "remainder", "rivals that carry the loss"),
+    ):
+        right = getattr(xent.triplets, function)
+
+        def wrong(*args, right=right, field=field):
+            found = right(*args)
+            return found._replace(**{field: getattr(found, field) * 1.001})
+
+        with monkeypatch.context() as broken:
+            broken.setattr(xent.triplets, function, wrong)
+            assert not holds(name, setting), field
+    margins = xent.triplets.margins
+    monkeypatch.setattr(xent.triplets, "margins", lambda z, y: 1.001 * margins(z, y))
+    assert not holds("the gradient in a margin", setting)
 
 
 def test_naive_code_is_noticed(monkeypatch, setting):

@@ -3,7 +3,7 @@
 from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
-from xent import curvature, metrics, nn, sinkhorn
+from xent import curvature, metrics, nn, sinkhorn, triplets
 from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
 from xent.core.margin import Margin
 from xent.divergence import kl_divergence, linear_kl_divergence
@@ -43,6 +43,7 @@ __all__ = [
     "sinkhorn",
     "surrogate_cross_entropy",
     "top_k",
+    "triplets",
 ]
 
 

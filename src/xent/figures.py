@@ -193,51 +193,68 @@ def confusion(
 
     The diagonal, which would drown the errors, is grey and says how often the class is got right.
     """
-    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     shown = len(names)
     share = counts / np.maximum(rows, 1)[:, None]  # (K, K)
     wrong = np.where(np.eye(shown, dtype=bool), np.nan, share)
-    top = max(float(np.nanmax(wrong)), 1e-12)
-    # one hue from white to dark: lightness alone carries the value
-    stops = ["#FFFFFF", "#FBD9BF", "#EE9A5B", VERMILION, "#7A2E00"]
-    ramp = LinearSegmentedColormap.from_list("errors", stops)
+
+    def right(i: int) -> str:
+        of_class = 100 * share[i, i]
+        return f"{of_class:.0f}%" if of_class < 99.95 else "100%"
+
+    text = [
+        [right(i) if i == j else f"{counts[i, j]}" if counts[i, j] else "" for j in range(shown)]
+        for i in range(shown)
+    ]
     with style():
         side = float(np.clip(0.46 * shown + 0.6, 3.0, 9.5))
         figure = Figure(figsize=(side + 1.2, side))
         axes = figure.add_subplot()
-        axes.grid(False)
-        axes.set_facecolor("#EDEDED")  # seen through the diagonal, which has no colour of its own
-        image = axes.imshow(wrong, cmap=ramp, vmin=0, vmax=top)
-        size = float(np.clip(11 - 0.18 * shown, 6, 9.5))
-        for i in range(shown):
-            for j in range(shown):
-                if i == j:
-                    right = 100 * share[i, i]
-                    text, colour = f"{right:.0f}%" if right < 99.95 else "100%", FAINT
-                elif counts[i, j]:
-                    text, colour = f"{counts[i, j]}", "white" if share[i, j] > 0.55 * top else INK
-                else:
-                    continue
-                axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
-        long = max(len(name) for name in names) > 3
-        names = [name if len(name) <= 18 else name[:17] + "…" for name in names]
-        axes.set_xticks(range(shown), names, rotation=45 if long else 0, ha="right" if long else "center")
-        axes.set_xticks(np.arange(-0.5, shown), minor=True)
-        axes.set_yticks(np.arange(-0.5, shown), minor=True)
-        axes.set_yticks(range(shown), names)
-        axes.grid(True, which="minor", color="white" if shown > 30 else RULE, linewidth=0.8)
-        axes.tick_params(labelcolor=INK)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        pairs(axes, wrong, text, names, "share of the true class")
         axes.set_xlabel("predicted", labelpad=8)
         axes.set_ylabel("true", labelpad=8)
-        bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.04, aspect=28)
-        bar.outline.set_visible(False)
-        bar.ax.grid(False)
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-        bar.set_label("share of the true class", color=FAINT, fontsize=9)
         part = f"; the {shown} most confused of {classes} classes" if classes and classes > shown else ""
         titled(axes, "What is taken for what", f"counts over {of}, grey: share got right{part}")
         save(figure, path)
+
+
+def pairs(
+    axes: Axes,
+    share: np.ndarray,  # (K, K), nan where a cell has no colour of its own
+    text: Sequence[Sequence[str]],  # (K, K)
+    names: Sequence[str],  # K
+    unit: str,  # what the colour is a share of
+) -> None:
+    """A number for each pair of classes, in the shade that it deserves."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    shown = len(names)
+    top = max(float(np.nanmax(share)), 1e-12) if np.isfinite(share).any() else 1e-12
+    # one hue from white to dark: lightness alone carries the value
+    stops = ["#FFFFFF", "#FBD9BF", "#EE9A5B", VERMILION, "#7A2E00"]
+    ramp = LinearSegmentedColormap.from_list("errors", stops)
+    axes.grid(False)
+    axes.set_facecolor("#EDEDED")  # seen through cells that have no colour
+    image = axes.imshow(share, cmap=ramp, vmin=0, vmax=top)
+    size = float(np.clip(11 - 0.18 * shown, 6, 9.5))
+    for i in range(shown):
+        for j in range(shown):
+            dark = share[i, j] > 0.55 * top
+            colour = FAINT if np.isnan(share[i, j]) else "white" if dark else INK
+            axes.text(j, i, text[i][j], ha="center", va="center", fontsize=size, color=colour)
+    long = max(len(name) for name in names) > 3
+    names = [name if len(name) <= 18 else name[:17] + "…" for name in names]
+    axes.set_xticks(range(shown), names, rotation=45 if long else 0, ha="right" if long else "center")
+    axes.set_xticks(np.arange(-0.5, shown), minor=True)
+    axes.set_yticks(np.arange(-0.5, shown), minor=True)
+    axes.set_yticks(range(shown), names)
+    axes.grid(True, which="minor", color="white" if shown > 30 else RULE, linewidth=0.8)
+    axes.tick_params(labelcolor=INK)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = axes.figure.colorbar(image, ax=axes, fraction=0.035, pad=0.04, aspect=28)
+    bar.outline.set_visible(False)
+    bar.ax.grid(False)
+    bar.ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    bar.set_label(unit, color=FAINT, fontsize=9)

@@ -211,7 +211,8 @@ def _chunk_statistics(
     pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Tile
 ) -> tuple[Found, list[tuple[slice, Tile]]]:
     """Statistics of a chunk of rows over all classes; log p and log t of the tiles that the plan keeps."""
-    o, unions, kept = pair.arithmetic, (RunningUnion(), RunningUnion()), []
+    o, kept = pair.arithmetic, []
+    unions: tuple[RunningUnion[Statistics], ...] = (RunningUnion(), RunningUnion())
     for classes in plan.class_tiles(pair.targets.classes):
         tile = pair.tile(workspace, chunk, loaded, classes)
         for union, z in zip(unions, tile, strict=True):

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from xent.core.arithmetic import Arithmetic, cut, take
+from xent.core.arithmetic import Arithmetic, Functional, cut, take
 
 Rows: TypeAlias = slice | Tensor  # consecutive rows, or (R,) int64
 Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
@@ -125,6 +125,8 @@ class Scores(Protocol):
         """d²z/du² ÷ gain of a tile."""
         ...
 
+    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor: ...
+
     def push(
         self,
         o: Arithmetic,
@@ -225,6 +227,11 @@ class Logits:
 
     def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
         return self.transform.bend(_before(z, self.log_q, classes), slope)
+
+    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
+        """z of some classes (R, K) of each row."""
+        z = loaded.gather(1, classes).to(self.dtype)
+        return self.transform.apply(Functional(), z, Room(None, None, False))[0]
 
     def push(
         self,
@@ -343,6 +350,14 @@ class LinearHead:
 
     def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
         return self.transform.bend(_before(z, self.log_q, classes), slope)
+
+    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
+        """z of some classes (R, K) of each row, whose weights are gathered: (R, K, D)."""
+        factors = self.w[classes].to(self.factor_dtype)
+        u = (factors @ loaded[:, :, None])[:, :, 0].to(self.dtype)
+        if self.b is not None:
+            u = u + self.b[classes].to(self.dtype)
+        return self.transform.apply(Functional(), u, Room(None, None, False))[0]
 
     def push(
         self,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -171,7 +171,16 @@ def _lowest(one: Statistics, other: Statistics) -> Tensor | None:
     return torch.where(one.m > other.m, one.k, torch.where(other.m > one.m, other.k, equal))
 
 
-class RunningUnion:
+S = TypeVar("S", bound="Mergeable")
+
+
+class Mergeable(Protocol):
+    """Statistics over some set of classes, whatever they are."""
+
+    def merge(self: S, other: S, /) -> S: ...
+
+
+class RunningUnion(Generic[S]):
     """Disjoint sets of classes merged as they come, in pairs of as many sets each.
 
     So every number passes log₂ T merges on its way and not T: in float64, which no wider type stands
@@ -179,16 +188,16 @@ class RunningUnion:
     """
 
     def __init__(self) -> None:
-        self.parts: list[tuple[int, Statistics]] = []  # of how many sets, fewer and fewer
+        self.parts: list[tuple[int, S]] = []  # of how many sets, fewer and fewer
 
-    def add(self, part: Statistics) -> None:
+    def add(self, part: S) -> None:
         sets = 1
         while self.parts and self.parts[-1][0] == sets:
             part = self.parts.pop()[1].merge(part)
             sets *= 2
         self.parts.append((sets, part))
 
-    def whole(self) -> Statistics:
+    def whole(self) -> S:
         """The statistics of all of them, of which there is at least one."""
         *larger, (_, whole) = self.parts
         for _, part in reversed(larger):

@@ -217,7 +217,8 @@ def chunk_statistics(
 ) -> tuple[Statistics, list[Tile]]:
     """Statistics of a chunk of rows over all classes; the tiles hold exp(z − base) if the plan keeps them."""
     scores, targets, o = problem.scores, problem.targets, problem.arithmetic
-    union, own_z = RunningUnion(), None
+    union: RunningUnion[Statistics] = RunningUnion()
+    own_z = None
     tiles = []
     for classes in plan.class_tiles(targets.classes):
         z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))

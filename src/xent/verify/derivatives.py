@@ -203,9 +203,6 @@ def worked_row(s: Setting) -> Iterator[Deviation]:
     yield s.compare(top, 0.33440306508910547, scale, "the largest eigenvalue of J", found.dtype)
 
 
-# §6 Cross-entropy as a smooth triplet loss, and its chain of bounds, go here
-
-
 # §7 The log-free surrogate
 
 

@@ -1,4 +1,4 @@
-"""What the identities look like: three figures in the project's style, computed by the functions they show.
+"""What the identities look like: figures in the project's style, computed by the functions they show.
 
 Needs the extra ``report``.
 """
@@ -13,9 +13,10 @@ import torch
 
 import xent
 from xent import figures
-from xent.figures import BLUE, FAINT, VERMILION
+from xent.figures import BLUE, FAINT, GREEN, ORANGE, PURPLE, VERMILION
 from xent.probe.errors import needs
 from xent.probe.files import aside
+from xent.verify import digits
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All of them as PNG in ``folder``; the paths. Raises ``MissingExtra`` without matplotlib."""
+    """All of them as PNG in ``folder``; the paths. Raises ``MissingExtra`` without matplotlib, or without
+    scikit-learn, which has the digits."""
     with needs("report"):
         from matplotlib.figure import Figure
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,10 +108,62 @@ def gradients_on_a_logit(figure: Figure) -> None:
     figures.titled(axes, "A row that is wrong and sure still learns", "derivative of the loss in the logit")
 
 
+def bounds_as_logits_sharpen(figure: Figure) -> None:
+    """The chain of bounds of β·z, for a row that is right and for one that is wrong."""
+    figure.set_size_inches(9.4, 3.8)
+    z = torch.tensor([1.0, 0.62, 0.5, 0.3, 0.1, 0.0, -0.2, -0.4, -0.7, -0.9], dtype=torch.float64)
+    beta = torch.linspace(0, 12, 241, dtype=torch.float64)
+    right, wrong = figure.subplots(1, 2, gridspec_kw={"wspace": 0.48})
+    for axes, y in ((right, 0), (wrong, 1)):
+        found = xent.triplets.bounds(beta[:, None] * z, torch.full((len(beta),), y))
+        axes.fill_between(beta, found.hardest_low, found.hardest_high, color="#F0F0F0", linewidth=0, zorder=0)
+        for name, colour in BOUNDS.items():
+            line = dict(linewidth=3.0, zorder=3) if name == "loss" else dict(linewidth=1.7)
+            axes.plot(beta, getattr(found, name), color=colour, **line)
+        axes.set_xlim(0, 12)
+        axes.set_xlabel("sharpness β of the logits β·z")
+    right.set_yscale("log")
+    right.set_ylim(2e-3, 12)
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    wrong.set_ylim(0, 6)
+    # where each name stands beside the right end of its curve, so that none covers another
+    for axes, places in (
+        (right, {"union": 0.036, "loss": 0.0185, "tight": 0.0095, "smooth": 0.0049, "hardest_low": 0.0025}),
+        (
+            wrong,
+            {"union": 5.15, "loss": 4.75, "hardest_low": 4.35, "tight": 1.25, "smooth": 0.85, "hinge": 0.45},
+        ),
+    ):
+        for name, at in places.items():
+            _name(axes, 12, at, NAMES[name], BOUNDS[name], (6, -3))
+    _name(right, 4.55, 3.2e-3, NAMES["hinge"], BOUNDS["hinge"], (-4, 0), "right")
+    figures.titled(right, "A row that is right", "triplet bounds in nats, log scale; ten classes")
+    figures.titled(wrong, "A row that is wrong", "the same in nats; grey: what the hardest allows")
+
+
+BOUNDS = {
+    "union": PURPLE,
+    "loss": BLUE,
+    "hardest_low": FAINT,
+    "tight": GREEN,
+    "smooth": ORANGE,
+    "hinge": VERMILION,
+}
+NAMES = {
+    "union": "Σ softplus",
+    "loss": "cross-entropy",
+    "hardest_low": "hardest alone",
+    "tight": "tight",
+    "smooth": "smooth",
+    "hinge": "hinge",
+}
 FIGURES: dict[str, Callable[[Figure], None]] = {
     "cost-of-a-probability": cost_of_a_probability,
     "surrogate": surrogate,
     "gradients-on-a-logit": gradients_on_a_logit,
+    "triplet-bounds": bounds_as_logits_sharpen,
+    "digits-rivals": digits.rivals,
+    "digits-hardest": digits.hardest,
 }
 """By the name of the file."""
 

@@ -1,0 +1,42 @@
+"""The triplets inside cross-entropy: a row's features, the class vector that is right, and each that is not.
+
+    m_j = z_j − z_y        CE = log(1 + Σ_{j≠y} exp m_j)        ∂CE/∂m_j = p_j
+
+`bounds` holds cross-entropy between triplet losses, `attribution` takes it apart by rival, `pair_matrix` adds
+that up over a data set, and the triplet losses themselves can be trained. Each has a twin ``linear_…`` that
+works straight from features, without the logits.
+"""
+
+from __future__ import annotations
+
+from xent.core.triplets import Bounds
+from xent.triplets.attribution import Attribution, attribution, linear_attribution
+from xent.triplets.bounds import bounds, linear_bounds, linear_margins, margins
+from xent.triplets.embedding import triplet_margin_loss
+from xent.triplets.losses import (
+    linear_smooth_triplet_loss,
+    linear_triplet_loss,
+    smooth_triplet_loss,
+    triplet_loss,
+)
+from xent.triplets.pairs import Pair, PairMatrix, linear_pair_matrix, pair_matrix
+
+__all__ = [
+    "Attribution",
+    "Bounds",
+    "Pair",
+    "PairMatrix",
+    "attribution",
+    "bounds",
+    "linear_attribution",
+    "linear_bounds",
+    "linear_margins",
+    "linear_pair_matrix",
+    "linear_smooth_triplet_loss",
+    "linear_triplet_loss",
+    "margins",
+    "pair_matrix",
+    "smooth_triplet_loss",
+    "triplet_loss",
+    "triplet_margin_loss",
+]
