@@ -100,15 +100,37 @@ def _below_one(v: Tensor) -> Tensor:
     return v.reciprocal().clamp_max_(v)
 
 
-def sum_of_log1p(u: Tensor) -> Tensor:
-    """Σ_j log1p(u_j) of 0 ≤ u ≤ 1, (R, T) -> (R,), by log Π(1 + u) with (1 + a)(1 + b) − 1 = a + b + ab."""
+class Room:
+    """Where what is made of a piece may be written, three tensors at once: fresh ones cost as much as the
+    arithmetic, in pages that the system takes back and gives anew."""
+
+    def __init__(self, elements: int, like: Tensor) -> None:
+        self.buffers = [like.new_empty(elements) for _ in range(3)]
+
+    def piece(self, number: int, rows: int, classes: int) -> Tensor:
+        return self.buffers[number][: rows * classes].view(rows, classes)
+
+
+def _piece(room: Room | None, number: int, like: Tensor, classes: int | None = None) -> Tensor | None:
+    """Room for a tensor like one (R, T), or of fewer classes; None where it is to be a new one."""
+    return None if room is None else room.piece(number, like.shape[0], classes or like.shape[1])
+
+
+def sum_of_log1p(u: Tensor, room: Room | None = None, free: tuple[int, int] = (1, 2)) -> Tensor:
+    """Σ_j log1p(u_j) of 0 ≤ u ≤ 1, (R, T) -> (R,), by log Π(1 + u) with (1 + a)(1 + b) − 1 = a + b + ab.
+
+    `free`: the two tensors of the room to use, neither of which is u's.
+    """
     total = torch.zeros((), dtype=u.dtype, device=u.device)
-    for _ in range(HALVINGS):
+    for halving in range(HALVINGS):
         half = u.shape[1] // 2
         if u.shape[1] % 2:
             total = total + torch.log1p(u[:, -1])
+        if half == 0:
+            return total.expand(u.shape[0])
         a, b = u[:, :half], u[:, half : 2 * half]
-        u = (a + b).addcmul_(a, b)
+        out = _piece(room, free[halving % 2], u, half)
+        u = torch.add(a, b, out=out).addcmul_(a, b)
     return total + torch.log1p(u).sum(1)
 
 
@@ -119,7 +141,7 @@ def chain(problem: Problem) -> Bounds:
     plan = problem.plan(resident=False, temporaries=3)
     workspace = Workspace(problem, plan, slopes=False)
     own_z = own_logits(problem)
-    parts = []
+    parts, room = [], None
     with problem.products():
         for chunk in plan.row_chunks(targets.count):
             loaded = scores.load(targets.pick(chunk))
@@ -130,7 +152,9 @@ def chain(problem: Problem) -> Bounds:
                 m = o.sub(z, finite_base(z_y))
                 m = OwnColumns.locate(own, classes).put(o, m, NEG_INF)
                 pieces = m.split(max(1, PIECE // m.shape[1])) if o.buffered else (m,)
-                found = [_sums(o, piece, targets.classes) for piece in pieces]
+                if o.buffered and room is None:  # the first tile is the largest
+                    room = Room(max(min(PIECE, m.numel()), m.shape[1]), m)
+                found = [_sums(o, piece, targets.classes, room) for piece in pieces]
                 union.add(Sums(*map(torch.cat, zip(*found, strict=True))))
             parts.append(union.whole().bounds(targets.classes, z_y[:, 0]))
     if not parts:
@@ -155,29 +179,31 @@ def own_logits(problem: Problem) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0, 1, dtype=scores.dtype, device=scores.device)
 
 
-def _sums(o: Arithmetic, m: Tensor, classes: int) -> Sums:
+def _sums(o: Arithmetic, m: Tensor, classes: int, room: Room | None) -> Sums:
     """The sums over a tile of margins m (R, T), −inf where there is no rival."""
     dtype = statistics_dtype(m.device)
     top = m.amax(1)
-    e = m.clamp_max(FAR).exp_()
+    e = torch.clamp_max(m, FAR, out=_piece(room, 0, m)).exp_()
     near, far = e.sum(1).to(dtype), torch.full_like(top, NEG_INF, dtype=dtype)
     beyond = top > FAR
     if o.possible(beyond):
         wide = (m - finite_base(top)[:, None]).exp_().sum(1).to(dtype).log_() + top
         near, far = torch.where(beyond, 0.0, near), torch.where(beyond, wide, far)
-    hinge, smooth = _softplus_sums(m, e, classes)
+    hinge, smooth = _softplus_sums(m, e, classes, room)
     return Sums(
         hinge=hinge.to(dtype),
         smooth=smooth.to(dtype),
-        tight=_softplus_sums(m, e, classes - 1)[1].to(dtype),
-        union=_softplus_sums(m, e, 1)[1].to(dtype),
+        tight=_softplus_sums(m, e, classes - 1, room)[1].to(dtype),
+        union=_softplus_sums(m, e, 1, room)[1].to(dtype),
         near=near,
         far=far,
         top=top.to(dtype),
     )
 
 
-def _softplus_sums(m: Tensor, e: Tensor, by: int) -> tuple[Tensor, Tensor]:
+def _softplus_sums(m: Tensor, e: Tensor, by: int, room: Room | None) -> tuple[Tensor, Tensor]:
     """Σ max(m + log by, 0) and Σ softplus(m + log by), (R,), of m (R, T) and e = exp m."""
-    hinge = (m + _log(by)).clamp_min_(0).sum(1)
-    return hinge, hinge + sum_of_log1p(_below_one(e * by if by != 1 else e))
+    hinge = torch.add(m, _log(by), out=_piece(room, 1, m)).clamp_min_(0).sum(1)
+    v = e if by == 1 else torch.mul(e, by, out=_piece(room, 1, m))
+    u = torch.reciprocal(v, out=_piece(room, 2, m)).clamp_max_(v)  # min(v, 1/v)
+    return hinge, hinge + sum_of_log1p(u, room)
