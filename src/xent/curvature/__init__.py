@@ -1,5 +1,6 @@
 """Curvature of softmax cross-entropy in closed form, as linear operators."""
 
 from xent.curvature.heads import HeadFisher, HeadGGN, HeadHessian
+from xent.curvature.kronecker import HeadKronecker, KroneckerEigen
 
-__all__ = ["HeadFisher", "HeadGGN", "HeadHessian"]
+__all__ = ["HeadFisher", "HeadGGN", "HeadHessian", "HeadKronecker", "KroneckerEigen"]
