@@ -49,6 +49,19 @@ def flowers(path, rows=40, seed=0):
     return path
 
 
+def test_either_solver_finds_the_same(tmp_path):
+    flowers(tmp_path / "f.csv")
+    losses = []
+    for solver in ("lbfgs", "newton-cg"):
+        done = run(
+            "fit", "f.csv", "--label", "kind", "--exclude", "id", "--solver", solver, "--tol", 1e-7, "--json"
+        )
+        said = json.loads(done.stdout)
+        assert said["settings"]["solver"] == solver
+        losses.append(said["training"]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_demo_and_predict(tmp_path):
     done = run("fit", "--demo", "--out", "demo")
     for said in (

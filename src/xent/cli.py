@@ -106,6 +106,13 @@ class Finite(click.FloatRange):
     show_default=True,
     help="Penalty l2/2·‖W‖²; 1/C of scikit-learn.",
 )
+@click.option(
+    "--solver",
+    type=click.Choice(["lbfgs", "newton-cg"]),
+    default="lbfgs",
+    show_default=True,
+    help="newton-cg goes on to gradients of 1e-10, and costs more until then.",
+)
 @click.option("--max-iter", type=click.IntRange(1), default=1000, show_default=True, help="Most iterations.")
 @click.option(
     "--tol",

@@ -7,6 +7,6 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from xent.probe import SoftmaxRegression
 
 
-@parametrize_with_checks([SoftmaxRegression()])
+@parametrize_with_checks([SoftmaxRegression(), SoftmaxRegression(solver="newton-cg")])
 def test_scikit_learn(estimator, check):
     check(estimator)

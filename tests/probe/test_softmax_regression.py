@@ -269,6 +269,130 @@ def test_verbose_prints_the_iterations(capsys):
     assert capsys.readouterr().out.startswith("iteration 1: objective ")
 
 
+# Newton's method
+
+
+def gradient_of(model, X, y, C=1.0):
+    """The scaled objective's, in (W, b), as rounded; independent of the code under test."""
+    z = X @ model.coef_.T + model.intercept_
+    p = np.exp(z - logsumexp(z, axis=1, keepdims=True))
+    p[np.arange(len(y)), y] -= 1
+    return max(np.abs(p.T @ X / len(X) + model.coef_ / (C * len(X))).max(), np.abs(p.mean(axis=0)).max())
+
+
+@pytest.mark.parametrize("C", [1.0, 1e4])
+@pytest.mark.parametrize("standardised", [True, False], ids=["standardised", "raw"])
+@pytest.mark.parametrize("name", ["digits", "wine"])
+def test_newton_goes_on_where_lbfgs_stalls(name, standardised, C):
+    X, y = load(name, standardised)
+    model = SoftmaxRegression(C, solver="newton-cg", tol=1e-10, max_iter=40).fit(X, y)
+    assert model.converged_
+    assert model.gradient_norm_ <= 1e-10
+    assert gradient_of(model, X, y, C) <= 2e-10
+    assert (np.diff(model.loss_curve_) < 1e-14).all()
+    if C == 1.0:
+        stalled = SoftmaxRegression(C, **TIGHT).fit(X, y)
+        assert stalled.gradient_norm_ > 1e-9
+        assert model.loss_curve_[-1] <= stalled.loss_curve_[-1]
+
+
+@pytest.mark.parametrize("standardised", [True, False], ids=["standardised", "raw"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_newton_equals_the_best_of_logistic_regression(name, standardised):
+    X, y = load(name, standardised)
+    peers = [
+        fit_quietly(LogisticRegression(solver=solver, tol=1e-10, max_iter=2000), X, y)
+        for solver in ("newton-cholesky", "newton-cg")
+    ]
+    best = min(peers, key=lambda peer: objective(peer, X, y))
+    ours = SoftmaxRegression(solver="newton-cg", tol=1e-9).fit(X, y)
+    assert ours.converged_
+    assert objective(ours, X, y) <= objective(best, X, y) * (1 + 1e-13)
+    np.testing.assert_allclose(ours.predict_proba(X), best.predict_proba(X), atol=1e-5)
+
+
+@pytest.mark.parametrize("fit_intercept", [True, False])
+@pytest.mark.parametrize("kind", ["hard", "soft", "weighted", "balanced", "two", "two soft"])
+def test_newton_finds_what_lbfgs_finds(kind, fit_intercept):
+    X, y = load("breast_cancer" if kind.startswith("two") else "wine")
+    rng = np.random.default_rng(0)
+    classes = y.max() + 1
+    if "soft" in kind:
+        y = rng.dirichlet(np.ones(classes), len(X)) * np.linspace(0, 2, len(X))[:, None]
+    weight = rng.integers(0, 3, len(X)) if kind == "weighted" else None
+    options = {"fit_intercept": fit_intercept, "class_weight": "balanced" if kind == "balanced" else None}
+    ours = SoftmaxRegression(solver="newton-cg", tol=1e-11, **options).fit(X, y, weight)
+    peer = SoftmaxRegression(**TIGHT, **options).fit(X, y, weight)
+    assert ours.converged_
+    assert ours.coef_.shape == peer.coef_.shape
+    np.testing.assert_allclose(ours.coef_, peer.coef_, atol=1e-5)
+    np.testing.assert_allclose(ours.intercept_, peer.intercept_, atol=1e-5)
+    assert fit_intercept or (ours.intercept_ == 0).all()
+
+
+@pytest.mark.parametrize("C", [1.0, np.inf])
+def test_newton_fixes_the_gauge(C):
+    X, y = load("iris")
+    model = SoftmaxRegression(C, solver="newton-cg", tol=1e-9).fit(X, y)
+    assert model.converged_
+    assert abs(model.intercept_.sum()) < 1e-9
+    assert np.abs(model.coef_.sum(axis=0)).max() < (1e-6 if np.isfinite(C) else 1e-11)
+
+
+def test_newton_of_two_classes_solves_each_system_at_once():
+    """The preconditioner is the Hessian: as many products as iterations, and few of either."""
+    X, y = load("breast_cancer", standardised=False)
+    model = SoftmaxRegression(solver="newton-cg", tol=1e-10).fit(X, y)
+    assert model.converged_
+    assert model.n_iter_ < 15
+
+
+@pytest.mark.parametrize("name", ["wine", "breast_cancer"])
+def test_newton_comes_back_from_a_start_that_is_sure_and_wrong(name):
+    X, y = load(name)
+    model = SoftmaxRegression(solver="newton-cg", tol=1e-9, warm_start=True).fit(X, y)
+    right = model.coef_.copy()
+    model.coef_ = -100 * right
+    model.fit(X, y)
+    assert model.converged_
+    np.testing.assert_allclose(model.coef_, right, atol=1e-5)
+    model.fit(X, y)
+    assert model.n_iter_ == 0
+
+
+def test_newton_says_when_the_arithmetic_ends():
+    X, y = load("wine")
+    with pytest.warns(ConvergenceWarning, match="resolves no further decrease"):
+        double = SoftmaxRegression(solver="newton-cg", tol=0.0).fit(X, y)
+    assert double.gradient_norm_ < 1e-14
+    assert double.n_iter_ < 20
+    with pytest.warns(ConvergenceWarning, match="or pass float64 features"):
+        single = SoftmaxRegression(solver="newton-cg", tol=1e-12).fit(X.astype(np.float32), y)
+    assert single.coef_.dtype == np.float32
+    assert single.gradient_norm_ < 1e-6
+    np.testing.assert_allclose(single.coef_, double.coef_, atol=1e-4)
+
+
+def test_newton_is_watched_and_stopped_like_lbfgs(capsys):
+    X, y = load("digits")
+    seen: list[Progress] = []
+
+    def watch(now: Progress) -> None:
+        seen.append(now)
+        if now.iteration == 3:
+            raise StopIteration
+
+    model = SoftmaxRegression(solver="newton-cg", verbose=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.fit(X, y, callback=watch)
+    assert [now.iteration for now in seen] == [1, 2, 3]
+    np.testing.assert_array_equal(model.coef_, seen[-1].coef)
+    assert capsys.readouterr().out.startswith("iteration 1: objective ")
+    with pytest.warns(ConvergenceWarning, match="max_iter is reached"):
+        assert SoftmaxRegression(solver="newton-cg", max_iter=2).fit(X, y).n_iter_ == 2
+
+
 # What is refused, by name
 
 
@@ -299,7 +423,9 @@ def test_sparse_refused():
         SoftmaxRegression().fit(np.eye(4), sparse.csr_matrix(np.eye(4)))
 
 
-@pytest.mark.parametrize("parameters", [{"C": 0}, {"C": -1.0}, {"tol": -1.0}, {"max_iter": -1}])
+@pytest.mark.parametrize(
+    "parameters", [{"C": 0}, {"C": -1.0}, {"tol": -1.0}, {"max_iter": -1}, {"solver": "sag"}]
+)
 def test_parameters_refused(parameters):
     with pytest.raises(ValueError, match=next(iter(parameters))):
         SoftmaxRegression(**parameters).fit(np.eye(4), [0, 1, 0, 1])

@@ -38,7 +38,7 @@ class Form(Enum):
     OUTER = "outer products"
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """What a chunk of rows contributes, each (R,)."""
 
     found: Statistics
@@ -47,7 +47,7 @@ class _Rows(NamedTuple):
     asked: Coefficients  # of G, or of ∂ℓ/∂u where outer products are taken
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     classes: slice
     p: Tensor  # (R, T)
     slope: Tensor | None  # (R, T) what is not constant of s
@@ -79,8 +79,8 @@ class Curvature:
         crosses = self.form is Form.HESSIAN and any(
             sink.crosses(along) for sink, along in zip(sinks, tangents, strict=True)
         )
-        plan = self._plan(resident=True, crosses=crosses)
-        visit = _Visit(self, plan, crosses)
+        plan = self.plan(resident=True, crosses=crosses)
+        visit = Visit(self, plan, crosses)
         with self.problem.products():
             for chunk in plan.row_chunks(targets.count):
                 visit.enter(chunk)
@@ -99,8 +99,8 @@ class Curvature:
             o.total(tuple(t.shape), scores.dtype, scores.device) if want and t is not None else None
             for want, t in zip(wants, scores.tensors[:3], strict=True)
         )
-        plan = self._plan(resident=False)
-        visit = _Visit(self, plan, crosses=False)
+        plan = self.plan(resident=False)
+        visit = Visit(self, plan, crosses=False)
         with self.problem.products():
             for chunk in plan.row_chunks(targets.count):
                 rows = visit.enter(chunk)
@@ -108,7 +108,7 @@ class Curvature:
                 straight = squared = torch.zeros((), dtype=scores.dtype, device=scores.device)
                 for classes in visit.classes:
                     tile = visit.tile(classes)
-                    h = self._diagonal(tile, rows)
+                    h = self.tile_diagonal(tile, rows)
                     if dw is not None:
                         dw.add_product(classes, h.t(), squares)
                     if db is not None:
@@ -126,7 +126,7 @@ class Curvature:
         """∂²L/∂x∂x of the row-th of the M rows, (D, D)."""
         scores, targets = self.problem.scores, self.problem.targets
         assert isinstance(scores, LinearHead)
-        visit = _Visit(self, self._plan(resident=False), crosses=False)
+        visit = Visit(self, self.plan(resident=False), crosses=False)
         rows = visit.enter(slice(row, row + 1))
         straight = bent = torch.zeros((), dtype=scores.dtype, device=scores.device)
         with self.problem.products():
@@ -139,29 +139,29 @@ class Curvature:
     def logit_traces(self) -> Tensor:
         """Σ_c of the diagonal of H_u, (M,) float64."""
         sums = []
-        plan = self._plan(resident=False)
-        visit = _Visit(self, plan, crosses=False)
+        plan = self.plan(resident=False)
+        visit = Visit(self, plan, crosses=False)
         with self.problem.products():
             for chunk in plan.row_chunks(self.problem.targets.count):
                 rows = visit.enter(chunk)
                 total = torch.zeros_like(rows.alpha)
                 for classes in visit.classes:
-                    total = total + self._diagonal(visit.tile(classes), rows).sum(1).to(total.dtype)
+                    total = total + self.tile_diagonal(visit.tile(classes), rows).sum(1).to(total.dtype)
                 sums.append(total)
         return torch.cat(sums) if sums else torch.zeros_like(self.weight)
 
     def class_diagonal(self, c: int) -> Tensor:
         """∂²L/∂u_c², (M,), of one class."""
         classes = slice(c, c + 1)
-        plan = self._plan(resident=False)
-        visit = _Visit(self, plan, crosses=False)
+        plan = self.plan(resident=False)
+        visit = Visit(self, plan, crosses=False)
         parts = [
-            self._diagonal(visit.tile(classes), rows)[:, 0].clone()
+            self.tile_diagonal(visit.tile(classes), rows)[:, 0].clone()
             for rows in map(visit.enter, plan.row_chunks(self.problem.targets.count))
         ]
         return torch.cat(parts) if parts else self.weight.to(self.problem.scores.dtype)
 
-    def _diagonal(self, tile: _Tile, rows: _Rows) -> Tensor:
+    def tile_diagonal(self, tile: Tile, rows: Rows) -> Tensor:
         """h of a tile (R, T): s²∘(α·p(1 − p) + β·p²) + ε, with the digits of 1 − p where p is almost 1."""
         dtype, p = tile.p.dtype, tile.p
         beta = rows.beta.to(dtype)[:, None]
@@ -177,14 +177,14 @@ class Curvature:
             h = h * tile.slope.square()
         return h if tile.epsilon is None else h + tile.epsilon
 
-    def _rest(self, tile: _Tile, rows: _Rows) -> Tensor:
+    def _rest(self, tile: Tile, rows: Rows) -> Tensor:
         """What beside the part of rank one, (β − α)·q qᵀ, is diagonal: α·p∘s² + ε, (R, T)."""
         rest = tile.p * rows.alpha.to(tile.p.dtype)[:, None]
         if tile.slope is not None:
             rest = rest * tile.slope.square()
         return rest if tile.epsilon is None else rest + tile.epsilon
 
-    def _bent(self, tile: _Tile, t: Tensor, rows: _Rows, rho: Tensor) -> Tensor:
+    def _bent(self, tile: Tile, t: Tensor, rows: Rows, rho: Tensor) -> Tensor:
         """R of a tile, in the place of T."""
         dtype = t.dtype
         alpha, beta, mean = (v.to(dtype)[:, None] for v in (rows.alpha, rows.beta * rho, rho))
@@ -199,18 +199,18 @@ class Curvature:
         t.mul_(tile.q)
         return t if curved is None else t.add_(curved)
 
-    def _rows(self, chunk: slice) -> _Rows:
+    def rows(self, chunk: slice) -> Rows:
         found, gamma, kappa = self.found.rows(chunk), cut(self.weight, chunk), 2 * self.z_loss
         lse = found.logsumexp
         one = torch.ones_like(gamma)
         if self.form is Form.OUTER:
-            return _Rows(found, one * 0, gamma, Coefficients(one, kappa * lse if kappa else None))
+            return Rows(found, one * 0, gamma, Coefficients(one, kappa * lse if kappa else None))
         square = self.problem.scores.transform.gain**2
         mass = found.a + kappa * lse if self.form is Form.HESSIAN else found.a
         asked = Coefficients(gamma, kappa * lse * gamma if kappa else None)
-        return _Rows(found, gamma * mass * square, gamma * kappa * square, asked)
+        return Rows(found, gamma * mass * square, gamma * kappa * square, asked)
 
-    def _plan(self, *, resident: bool, crosses: bool = False) -> Plan:
+    def plan(self, *, resident: bool, crosses: bool = False) -> Plan:
         curved = self.problem.scores.transform.curved
         # P and T, and what the full Hessian wants beside them; then what comes and goes
         extra = (1 + curved) * (self.form is Form.HESSIAN and (curved or crosses))
@@ -219,7 +219,7 @@ class Curvature:
         )
 
 
-class _Visit:
+class Visit:
     """One sweep: a chunk of rows at a time, its tiles kept where the plan has room for them."""
 
     def __init__(self, curvature: Curvature, plan: Plan, crosses: bool) -> None:
@@ -230,12 +230,16 @@ class _Visit:
             problem, plan, slopes=problem.scores.transform.curved, buffers=2, slope_at=2
         )
 
-    def enter(self, chunk: slice) -> _Rows:
+    def enter(self, chunk: slice) -> Rows:
         self.chunk = chunk
         self.loaded = self.of.problem.scores.load(self.of.problem.targets.pick(chunk))
-        self.rows = self.of._rows(chunk)
+        self.rows = self.of.rows(chunk)
         self.kept = [self.tile(classes) for classes in self.classes] if self.plan.resident else None
         return self.rows
+
+    def seen(self, number: int) -> Tile:
+        """The number-th of a chunk's tiles; the next one may be written in its place."""
+        return self.tile(self.classes[number]) if self.kept is None else self.kept[number]
 
     def product(self, along: Tangents, sink: Sink) -> None:
         picked, count = self.of.problem.targets.pick(self.chunk), len(self.classes)
@@ -251,9 +255,9 @@ class _Visit:
                 sink.add_tangent(picked, along, tile.classes, tile.g)
             sink.add(picked, self.loaded, tile.classes, self.of._bent(tile, t, self.rows, rho))
 
-    def _pushed(self, number: int, along: Tangents) -> tuple[_Tile, Tensor]:
+    def _pushed(self, number: int, along: Tangents) -> tuple[Tile, Tensor]:
         classes = self.classes[number]
-        tile = self.tile(classes) if self.kept is None else self.kept[number]
+        tile = self.seen(number)
         room = self.workspace.tile(self.chunk, classes, 1)
         problem = self.of.problem
         t = problem.scores.push(
@@ -261,7 +265,7 @@ class _Visit:
         )
         return tile, t
 
-    def tile(self, classes: slice) -> _Tile:
+    def tile(self, classes: slice) -> Tile:
         of, problem, rows, chunk = self.of, self.of.problem, self.rows, self.chunk
         found = rows.found
         seen, shifted = revisit(problem, self.workspace, chunk, self.loaded, classes, found)
@@ -271,11 +275,11 @@ class _Visit:
             bend = problem.scores.bend(z, seen.slope, classes)
         seen = seen._replace(z=shifted.exp_())
         if of.form is Form.OUTER:
-            return _Tile(classes, differentiate(problem, chunk, seen, found, rows.asked), None, None, None)
+            return Tile(classes, differentiate(problem, chunk, seen, found, rows.asked), None, None, None)
         epsilon = g = None
         if bend is not None or (self.crosses and of.form is Form.HESSIAN):
             g = differentiate_logits(problem, chunk, seen._replace(z=seen.z.clone()), found, rows.asked)
             epsilon = None if bend is None else bend.mul_(g)
             g = (g if seen.slope is None else g.mul_(seen.slope)) if self.crosses else None
         p = seen.z.mul_((1 / (1 + found.r)).to(seen.z.dtype)[:, None])
-        return _Tile(classes, p, seen.slope, epsilon, g)
+        return Tile(classes, p, seen.slope, epsilon, g)

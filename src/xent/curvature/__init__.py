@@ -4,7 +4,7 @@
 
 Read in this order: `rowwise` (a C × C matrix for every row, known by what it does to a vector), `jacobian`
 (J, its root and its inverses), `secular` (its largest eigenvalue), `heads` (what a linear head makes of it),
-`extractors` (and what lies before the head).
+`kronecker` (approximated by two factors), `newton` (a step with it), `extractors` (what lies before the head).
 """
 
 from xent.curvature.extractors import (
@@ -15,6 +15,8 @@ from xent.curvature.extractors import (
 )
 from xent.curvature.heads import HeadFisher, HeadGGN, HeadHessian
 from xent.curvature.jacobian import SoftmaxJacobian
+from xent.curvature.kronecker import HeadKronecker, KroneckerEigen
+from xent.curvature.newton import NewtonStep, newton_step
 from xent.curvature.secular import Eigenpair
 
 __all__ = [
@@ -22,9 +24,13 @@ __all__ = [
     "HeadFisher",
     "HeadGGN",
     "HeadHessian",
+    "HeadKronecker",
+    "KroneckerEigen",
+    "NewtonStep",
     "SoftmaxJacobian",
     "ggn_vector_product",
     "hessian_vector_product",
+    "newton_step",
     "row_gradient_norms",
     "row_gradients",
 ]

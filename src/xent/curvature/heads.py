@@ -9,7 +9,7 @@ z-loss and softcap Gauss–Newton leaves out what would make it indefinite. Form
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -143,10 +143,14 @@ class HeadOperator:
         One: the parameter's shape; flat (P,); for several parameters a tuple of their shapes. Many, in one
         sweep: (K, *shape), or columns (P, K).
         """
+        return self._each(v, self._products)
+
+    def _each(self, v: Any, of: Callable[[list[tuple[Tensor, ...]]], list[list[Tensor]]]) -> Any:
+        """A linear map of right-hand sides, some at once, answered in the shape that it was asked in."""
         sides, shape = self._sides(v)
         found: list[list[Tensor]] = []
         for start in range(0, len(sides), AT_ONCE):
-            found += self._products(sides[start : start + AT_ONCE])
+            found += of(sides[start : start + AT_ONCE])
         return self._answered(found, v, shape)
 
     def _products(self, sides: list[tuple[Tensor, ...]]) -> list[list[Tensor]]:

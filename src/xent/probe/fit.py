@@ -42,6 +42,7 @@ class Settings:
     l2: float = 1.0  # 1/C of the estimator
     tol: float = 1e-4
     max_iter: int = 1000
+    solver: str = "lbfgs"  # or "newton-cg"
     seed: int = 0  # of the split
     standardize: bool = True
 
@@ -179,7 +180,10 @@ def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], Non
             on_iteration(now)
 
     estimator = SoftmaxRegression(
-        C=1.0 / settings.l2 if settings.l2 else np.inf, tol=settings.tol, max_iter=settings.max_iter
+        C=1.0 / settings.l2 if settings.l2 else np.inf,
+        tol=settings.tol,
+        max_iter=settings.max_iter,
+        solver=settings.solver,
     )
     started = time.perf_counter()
     interrupted = False

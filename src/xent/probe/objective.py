@@ -39,6 +39,7 @@ class Objective:
         self.rows = 1 if self.binary else classes
         self.fit_intercept = fit_intercept
         self.dtype = X.dtype
+        self.X = X
         self.x = _tensor(X)
         self.target = _tensor(target)
         self.weight = None if weight is None else _tensor(weight)
@@ -64,6 +65,11 @@ class Objective:
         """(W, b) -> θ, (K, D+1)."""
         W = coef.astype(np.float64)
         return np.concatenate([W * self.scale, (intercept + W @ self.mean)[:, None]], axis=1)
+
+    def standardised(self) -> np.ndarray:
+        """The features as the solver sees them, (X − μ)/σ, a copy (N, D)."""
+        copied: np.ndarray = (self.X - self.mean) / self.scale
+        return copied.astype(self.dtype, copy=False)
 
     def to_model(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """θ -> (W, b) in the features' precision."""

@@ -10,6 +10,9 @@ SciPy's L-BFGS-B minimises it over (V, c) instead of (W, b), where W = V/σ and 
 at the same point, seen with centred features and, by the choice of σ, a Hessian whose diagonal is constant at
 W = 0. Raw features with scales from 1e-3 to 1e3 then need tens of iterations where (W, b) need thousands. X
 itself is not copied.
+
+Newton's method goes on where L-BFGS stalls, which sees a decrease only as a difference of two objectives: see
+`probe.newton_cg`.
 """
 
 from __future__ import annotations
@@ -38,7 +41,10 @@ from sklearn.utils.validation import (
 )
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+from xent.probe.newton_cg import newton_cg
 from xent.probe.objective import Objective
+
+SOLVERS = ("lbfgs", "newton-cg")
 
 SMALL = 1 << 25
 """Multiplications in one product of an evaluation, N·D·C, below which one thread computes everything.
@@ -69,11 +75,15 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     tol : float, default 1e-4
         Stop when no component of the scaled objective's gradient exceeds it, as ``LogisticRegression`` does.
     max_iter : int, default 1000
-        Most L-BFGS iterations. scikit-learn's 100 is often too few at its own tolerance; a fit that converges
-        earlier costs nothing extra, one that does not warns.
+        Most iterations of the solver. scikit-learn's 100 is often too few at its own tolerance; a fit that
+        converges earlier costs nothing extra, one that does not warns.
     fit_intercept : bool, default True
     class_weight : dict, "balanced" or None
         Multiplies the loss class by class; ``"balanced"`` is (total mass) / (classes · mass of the class).
+    solver : "lbfgs" or "newton-cg", default "lbfgs"
+        L-BFGS reaches the default ``tol`` soonest. Newton's method with conjugate gradients takes tens of
+        iterations to a gradient of 1e-10 in float64, where L-BFGS no longer resolves a decrease; each costs
+        as much as some products with X, and a standardised copy of X is kept.
     warm_start : bool, default False
         Start from the coefficients of the last ``fit``.
     random_state : None
@@ -123,6 +133,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         max_iter: int = 1000,
         fit_intercept: bool = True,
         class_weight: dict[Any, float] | str | None = None,
+        solver: str = "lbfgs",
         warm_start: bool = False,
         random_state: Any = None,
         verbose: int = 0,
@@ -132,6 +143,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         self.max_iter = max_iter
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
+        self.solver = solver
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
@@ -158,6 +170,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         check_scalar(self.C, "C", Real, min_val=0, max_val=np.inf, include_boundaries="right")
         check_scalar(self.tol, "tol", Real, min_val=0)
         check_scalar(self.max_iter, "max_iter", Integral, min_val=0)
+        if self.solver not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}; got {self.solver!r}")
 
         X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], order="C", multi_output=True)
         if issparse(y):
@@ -222,9 +236,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         gradient_norm = objective.gradient_norm
         asked_to_stop = False
 
-        def after_iteration(intermediate_result: Any) -> None:
+        def after_iteration(now: np.ndarray) -> None:
             nonlocal theta, gradient_norm, asked_to_stop
-            theta = np.array(intermediate_result.x)
+            theta = np.array(now)
             value, _ = objective(theta)
             gradient_norm = objective.gradient_norm
             curve.append(value)
@@ -239,28 +253,15 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             if gradient_norm <= self.tol:
                 raise StopIteration
 
+        solve = newton_cg if self.solver == "newton-cg" else _lbfgs
         why = "max_iter is reached"
         try:
-            if gradient_norm > self.tol and self.max_iter > 0:
-                result = minimize(
-                    objective,
-                    theta,
-                    jac=True,
-                    method="L-BFGS-B",
-                    callback=after_iteration,
-                    # gtol 0: the gradient that tol is about is the one in (W, b), tested above; ftol is
-                    # scikit-learn's, for float32 too: the sum over rows resolves more than one number does,
-                    # and a float32 epsilon here ended fits a few percent above the minimum
-                    options={
-                        "maxiter": self.max_iter,
-                        "maxfun": 50 * self.max_iter,
-                        "maxls": 50,
-                        "gtol": 0.0,
-                        "ftol": 64 * np.finfo(np.float64).eps,
-                    },
-                )
-                if result.nit < self.max_iter:
-                    why = "the arithmetic resolves no further decrease"
+            if (
+                gradient_norm > self.tol
+                and self.max_iter > 0
+                and solve(objective, theta, self.max_iter, after_iteration)
+            ):
+                why = "the arithmetic resolves no further decrease"
         finally:  # also on Ctrl-C: what has been reached is kept
             self.coef_, self.intercept_ = objective.to_model(theta)
             self.n_iter_ = len(curve) - 1
@@ -315,6 +316,31 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             hit = np.take_along_axis(y, self.predict(X)[:, None], axis=1)[:, 0]
             return float(mass @ hit / (mass @ y.sum(axis=1)))
         return float(super().score(X, y, sample_weight))
+
+
+def _lbfgs(
+    objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: Callable[[np.ndarray], None]
+) -> bool:
+    """Minimise from theta; whether it ended for want of digits."""
+    result = minimize(
+        objective,
+        theta,
+        jac=True,
+        method="L-BFGS-B",
+        callback=lambda intermediate_result: after_iteration(intermediate_result.x),
+        # gtol 0: the gradient that tol is about is the one in (W, b), tested after each iteration; ftol is
+        # scikit-learn's, for float32 too: the sum over rows resolves more than one number does,
+        # and a float32 epsilon here ended fits a few percent above the minimum
+        options={
+            "maxiter": max_iter,
+            "maxfun": 50 * max_iter,
+            "maxls": 50,
+            "gtol": 0.0,
+            "ftol": 64 * np.finfo(np.float64).eps,
+        },
+    )
+    ended_early: bool = result.nit < max_iter
+    return ended_early
 
 
 def _soft_labels(y: np.ndarray, dtype: np.dtype) -> np.ndarray:  # (N, C) -> (N, C)
