@@ -135,6 +135,25 @@ def test_moved_costs_against_exact_arithmetic(cost, delta):
         assert abs(found - exact) <= 4 * mpmath.mpf(2) ** -52 * size + mpmath.mpf(2) ** -1073
 
 
+def test_confident_rows_keep_the_digits_of_their_hessian():
+    """A margin multiplies what is left of a sure row, e^22 here: 1 − p_y must not be a difference from 1."""
+    z, scale, margin = [0.9, -0.3, 0.2, 0.1], 64, 0.35
+    with mpmath.workdps(60):
+        powers = [mpmath.exp(scale * (mpmath.mpf(v) - (margin if j == 0 else 0))) for j, v in enumerate(z)]
+        p = [power / sum(powers) for power in powers]
+        right = [[float(scale**2 * p[i] * ((i == j) - p[j])) for j in range(4)] for i in range(4)]
+    cosines = torch.tensor([z], dtype=torch.float64)
+    for smoothing in (0.0, 0.1):
+
+        def loss(c, smoothing=smoothing):
+            return xent.cross_entropy(
+                c, torch.tensor([0]), margin=margin, temperature=1 / scale, label_smoothing=smoothing
+            )
+
+        hessian = torch.func.hessian(loss)(cosines)[0, :, 0]
+        assert_close(hessian, torch.tensor(right, dtype=torch.float64), rtol=1e-13, atol=0)
+
+
 def test_an_angle_of_nothing_has_a_finite_gradient():
     """A feature on its own class vector: sin θ = 0, where sin(θ + m)/sin θ has no value."""
     w = torch.eye(3, requires_grad=True)

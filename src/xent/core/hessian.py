@@ -42,6 +42,7 @@ class RowTangent(NamedTuple):
     mass: Tensor  # (M,) ⟨f, q̇⟩
     entropy: Tensor | None = None  # (M,) Ḣ
     log_prob: Tensor | None = None  # (M,)
+    centred: Tensor | None = None  # (M,) ζ_y − ⟨p, ζ⟩ of targets that are one class a row
 
     @property
     def outputs(self) -> tuple[Tensor | None, ...]:
@@ -129,14 +130,14 @@ def _chunk_tangent(
     scores, targets = problem.scores, problem.targets
     picked = targets.pick(chunk)
     loaded = scores.load(picked)
-    p_zeta = slope = surprise = mass = p_zeta_z = own_zeta = torch.zeros_like(found.m)
+    p_zeta = slope = surprise = mass = p_zeta_z = centred = torch.zeros_like(found.m)
     kept = []
     for classes in plan.class_tiles(targets.classes):
         pushed = _push(problem, workspace, chunk, picked, loaded, classes, found, tangents)
         zeta, own, shifted = pushed.zeta, pushed.tile.own, pushed.shifted
         # the own class apart, as in the gradient: p_y − 1 of a row that is sure is smaller than p_y rounds
         others = _others(problem, own, pushed.tile.z * zeta).to(found.m.dtype) / (1 + found.r)
-        p_zeta, slope = p_zeta + others, slope + found.a * others
+        p_zeta, slope, centred = p_zeta + others, slope + found.a * others, centred - others
         t = targets.tile(chunk, classes, zeta.dtype)
         if t is not None:
             slope = slope - _others(problem, own, t * zeta).to(found.m.dtype)
@@ -149,7 +150,8 @@ def _chunk_tangent(
             here = own.take(zeta, 0.0).to(found.m.dtype)
             slope = slope + own.here(excess * here).sum(1)
             p_zeta = p_zeta + own.here(torch.exp(log_p) * here).sum(1)
-            own_zeta = own_zeta + here[:, 0]
+            # (1 − p_y)·ζ_y − Σ_{j≠y} p_j·ζ_j: of a row that is sure, all that is left of ζ_y − ⟨p, ζ⟩
+            centred = centred - own.here(torch.expm1(log_p) * here).sum(1)
         if problem.extras.entropy:
             bent = torch.special.entr(pushed.tile.z) * zeta  # −p∘(z − m)∘ζ, times 1 + r
             p_zeta_z = p_zeta_z - bent.sum(1).to(found.m.dtype) / (1 + found.r)
@@ -162,8 +164,9 @@ def _chunk_tangent(
         if plan.resident:
             kept.append(pushed)
     entropy = None if found.e is None else found.e / (1 + found.r) * p_zeta - p_zeta_z
-    log_prob = own_zeta - p_zeta if problem.extras.log_prob else None
-    return RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob), kept
+    log_prob = centred if problem.extras.log_prob else None
+    one = targets.own is not None and targets.own.shape[1] == 1
+    return RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob, centred if one else None), kept
 
 
 def _others(problem: Problem, own: OwnColumns | None, values: Tensor) -> Tensor:
@@ -216,6 +219,8 @@ def _hessian_tile(
     asked = asked.scaled(scores.transform.gain)
     gamma, alpha = asked.loss, asked.alpha(found.a)
     r = o.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
+    if part.centred is not None and pushed.tile.own is not None:
+        r = pushed.tile.own.put(o, r, part.centred.to(dtype)[:, None])
     of_entropy = None
     if asked.entropy is not None:
         assert found.e is not None
