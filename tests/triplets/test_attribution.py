@@ -262,6 +262,18 @@ def test_infinite_losses_stay_where_they_are():
         assert found[1:].isfinite().all()
 
 
+@pytest.mark.parametrize("lost", [-math.inf, math.nan], ids=["all masked", "nan"])
+def test_a_loss_that_is_lost_is_lost_in_what_it_is_made_of(lost):
+    z, y = torch.full((1, 3), lost), torch.tensor([1])
+    found = triplets.attribution(z, y, 1)
+    assert found.loss.isnan().all()
+    assert (found.losses.sum(-1) + found.remainder).isnan().all()
+    for top_k in (None, 1):
+        pairs = triplets.pair_matrix(torch.cat([z, torch.zeros(1, 3)]), torch.tensor([1, 0]), top_k=top_k)
+        assert pairs.loss[1].isnan()
+        assert_close(pairs.loss[0].item(), math.log(3))
+
+
 def test_what_does_not_add_up_is_refused():
     z, y = batch()
     a, b = triplets.pair_matrix(z, y), triplets.pair_matrix(z, y, top_k=2)

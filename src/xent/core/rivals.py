@@ -116,7 +116,8 @@ def pair_losses(problem: Problem) -> tuple[Tensor, Tensor]:
             e = e.to(dtype)
             whole = e.sum(1)  # in the type of the matrix, so that a row's shares add up to 1
             loss = rivals_loss(replace(rivals, r=whole - 1), cut(own_z, chunk)[:, 0].to(dtype))
-            # select: a rival without a share carries nothing, be the loss infinite
-            carried = torch.where(e == 0, 0.0, e * (loss / whole)[:, None])
+            # select: a rival without a share carries nothing, be the loss infinite; nan is no 0
+            per_share = (loss / whole)[:, None]
+            carried = torch.where((e == 0) & ~loss.isnan()[:, None], 0.0, e * per_share)
             total.index_add_(0, y[chunk], carried)
     return total, torch.bincount(y, minlength=classes)

@@ -146,5 +146,5 @@ def _attribution(call: Call, top_k: int) -> Attribution:
 
 
 def carried(share: Tensor, loss: Tensor) -> Tensor:
-    """π·CE. Select: a rival without a share carries nothing, be the loss infinite."""
-    return torch.where(share == 0, 0.0, share * loss)
+    """π·CE. Select: a rival without a share carries nothing, be the loss infinite; nan is no 0."""
+    return torch.where((share == 0) & ~loss.isnan(), 0.0, share * loss)
