@@ -182,6 +182,11 @@ def test_samples_of_a_batch_without_classes():
     assert_close(log_q, torch.full((4,), math.log(0.4)))
 
 
+def test_sampling_ignores_what_the_loss_ignores():
+    classes, _ = xent.sample_classes(torch.tensor([-100, 2], dtype=torch.int8), 200, 1, ignore_index=None)
+    assert classes.tolist() == [2]
+
+
 def test_training_on_samples_reaches_the_whole_loss():
     """Sampled steps with log Q bring the loss over all classes down, nearly as far as full steps."""
     torch.manual_seed(0)
@@ -267,6 +272,9 @@ def test_errors_say_what_and_the_way_out(options, error, match):
 
 
 def test_errors_of_sampling():
+    for not_classes in (torch.tensor([1.5]), torch.tensor([True])):
+        with pytest.raises(TypeError, match="class indices, of an integer type"):
+            xent.sample_classes(not_classes, 6, 4)
     with pytest.raises(IndexError, match=r"target 9 is outside 0\.\.5"):
         xent.sample_classes(torch.tensor([1, 9]), 6, 4)
     with pytest.raises(ValueError, match="num_samples"):

@@ -99,7 +99,7 @@ def sample_classes(
     num_classes: int,
     num_samples: int,
     *,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""A subset of classes for one batch: every class that occurs in it, and random others.
@@ -112,7 +112,7 @@ def sample_classes(
         target: class indices of any shape and integer type.
         num_classes: C.
         num_samples: how many classes there are to be, at least; more where the batch holds more.
-        ignore_index: of rows that have no class.
+        ignore_index: of rows that have no class. None means −100.
         generator: where randomness comes from, on the device of ``target``.
 
     Returns:
@@ -122,6 +122,7 @@ def sample_classes(
 
     Raises:
         IndexError: a target outside 0..C−1.
+        TypeError: a target that is of no integer type.
 
     Example:
         >>> import torch, xent
@@ -133,7 +134,11 @@ def sample_classes(
         >>> w.grad.is_sparse, w.grad._nnz()
         (True, 1000)
     """
-    present = torch.unique(target[target != ignore_index].to(torch.int64))
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise TypeError(f"target must hold class indices, of an integer type, got {target.dtype}")
+    ignored = -100 if ignore_index is None else ignore_index
+    target = target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
+    present = torch.unique(target[target != ignored])
     if len(present) and (present[0] < 0 or present[-1] >= num_classes):
         wrong = present[0] if present[0] < 0 else present[-1]
         raise IndexError(f"target {int(wrong)} is outside 0..{num_classes - 1}")
