@@ -137,6 +137,14 @@ def test_a_masked_own_class_costs_infinity():
 
 
 @dtypes()
+def test_margins_beyond_the_largest_number_cost_infinity(dtype):
+    large = 0.9 * torch.finfo(dtype).max
+    z, y = torch.tensor([[large, -large, 0.0]], dtype=dtype), torch.tensor([1])
+    assert xent.cross_entropy(z, y) == INF
+    assert all(field.item() == INF for field in triplets.bounds(z, y))
+
+
+@dtypes()
 def test_shift_invariance(dtype):
     z = (torch.randn(6, 8, dtype=dtype) * 1024).round() / 1024
     y, shift = torch.randint(8, (6,)), torch.randint(-512, 512, (6, 1)).to(dtype)

@@ -188,6 +188,7 @@ def _sums(o: Arithmetic, m: Tensor, classes: int, room: Room | None) -> Sums:
     beyond = top > FAR
     if o.possible(beyond):
         wide = (m - finite_base(top)[:, None]).exp_().sum(1).to(dtype).log_() + top
+        wide = torch.where(top == math.inf, math.inf, wide)  # a difference of finite logits may be infinite
         near, far = torch.where(beyond, 0.0, near), torch.where(beyond, wide, far)
     hinge, smooth = _softplus_sums(m, e, classes, room)
     return Sums(
