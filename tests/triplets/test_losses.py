@@ -384,6 +384,8 @@ def test_embeddings(options, reduction):
     a, p, n = (torch.randn(6, 4, dtype=DOUBLE, requires_grad=True) for _ in range(3))
     found = triplets.triplet_margin_loss(a, p, n, reduction=reduction, **options)
     assert torch.equal(found, F.triplet_margin_loss(a, p, n, reduction=reduction, **options))
+    in_order = (a, p, n, 0.3, 1.0, 1e-3, True)  # what a call of torch's may have without names
+    assert torch.equal(triplets.triplet_margin_loss(*in_order), F.triplet_margin_loss(*in_order))
     smooth = triplets.triplet_margin_loss(a, p, n, reduction="none", smooth=True, **options)
     hinge = triplets.triplet_margin_loss(a, p, n, reduction="none", **options)
     assert ((smooth > hinge) & (smooth - hinge <= math.log(2))).all()

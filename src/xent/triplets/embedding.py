@@ -16,11 +16,11 @@ def triplet_margin_loss(
     anchor: Tensor,
     positive: Tensor,
     negative: Tensor,
-    *,
     margin: float = 1.0,
     p: float = 2.0,
     eps: float = 1e-6,
     swap: bool = False,
+    *,
     reduction: str = "mean",
     smooth: bool = False,
 ) -> Tensor:
