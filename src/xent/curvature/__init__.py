@@ -4,7 +4,7 @@
 
 Read in this order: `rowwise` (a C × C matrix for every row, known by what it does to a vector), `jacobian`
 (J, its root and its inverses), `secular` (its largest eigenvalue), `heads` (what a linear head makes of it),
-`kronecker` (approximated by two factors), `newton` (a step with it), `extractors` (what lies before the head).
+`kronecker` (that by two factors), `newton` (a step with it), `extractors` (what lies before the head).
 """
 
 from xent.curvature.extractors import (
