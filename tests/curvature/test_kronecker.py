@@ -163,7 +163,9 @@ def test_one_row_is_exact(options):
     both = {"bias": b, "wrt": ("weight", "bias"), **options}
     exact = HeadGGN(x, w, y, **both).to_dense()
     for corrected in (False, True):
-        assert_close(HeadKronecker(x, w, y, corrected=corrected, **both).to_dense(), exact)
+        for weighting in ("rows", "curvature"):
+            K = HeadKronecker(x, w, y, corrected=corrected, weighting=weighting, **both)
+            assert_close(K.to_dense(), exact)
 
 
 def test_rows_of_one_input_or_of_one_prediction_are_exact():
@@ -174,7 +176,9 @@ def test_rows_of_one_input_or_of_one_prediction_are_exact():
     for features, weight in ((alike, w), (x, at_zero)):
         both = {"sample_weight": s, "reduction": "sum"}
         exact = HeadHessian(features, weight, y, **both).to_dense()
-        assert_close(HeadKronecker(features, weight, y, **both).to_dense(), exact, rtol=1e-9, atol=1e-12)
+        for weighting in ("rows", "curvature"):
+            K = HeadKronecker(features, weight, y, weighting=weighting, **both)
+            assert_close(K.to_dense(), exact, rtol=1e-9, atol=1e-12)
     exact = HeadHessian(x, w, y, bias=b, wrt="bias").to_dense()
     assert_close(HeadKronecker(x, w, y, bias=b, wrt="bias").to_dense(), exact)  # whose inputs are all 1
 
@@ -197,6 +201,31 @@ def test_the_reduction_is_a_factor_and_weights_are_repetition():
         assert_close(a.solve(w.new_ones(5 * 4), 0.1), b.solve(w.new_ones(5 * 4), 0.1))
 
 
+@CASES
+def test_counted_by_curvature_the_trace_is_exact(row):
+    """A = Σ tr M_n x̃ x̃ᵀ / Σ tr M_n, and of a fitted head nearer to the curvature."""
+    p, options = draw(row)
+    both = {"bias": p.b, "wrt": ("weight", "bias"), **options}
+    exact = HeadGGN(p.x, p.w, p.target, **both)
+    K = HeadKronecker(p.x, p.w, p.target, weighting="curvature", memory_budget=1200, **both)
+    plain = HeadKronecker(p.x, p.w, p.target, **both)
+    assert_close(K.trace(), exact.trace())
+    assert_close(K.G, plain.G)
+    assert K.total == plain.total
+    checked(K, K.to_dense(), damping=0.01 + 2 * K.to_dense().norm().item() * bool(K.eigh().values.min() < 0))
+
+
+def test_of_a_fitted_head_the_rows_that_are_sure_should_not_count():
+    x, w, b, _ = small(n=200, spread=5.0)
+    y = (x @ w.T + b).argmax(1)
+    exact = HeadHessian(x, w, y, bias=b, wrt=("weight", "bias")).to_dense()
+    by_rows, by_curvature = (
+        (HeadKronecker(x, w, y, bias=b, wrt=("weight", "bias"), weighting=name).to_dense() - exact).norm()
+        for name in ("rows", "curvature")
+    )
+    assert by_curvature < 0.9 * by_rows
+
+
 def test_batches_are_the_whole():
     x, w, b, y = small()
     y[7] = -100
@@ -204,9 +233,13 @@ def test_batches_are_the_whole():
     cuts = [slice(0, 1), slice(1, 1), slice(1, 30), slice(30, 40)]
     both = {"bias": b, "wrt": ("weight", "bias"), "label_smoothing": 0.1, "z_loss": 0.01}
     whole = HeadKronecker(x, w, y, sample_weight=s, **both)
-    pieces = HeadKronecker([(x[at], y[at], s[at]) for at in cuts], w, **both)
+    batches = [(x[at], y[at], s[at]) for at in cuts]
+    pieces = HeadKronecker(batches, w, **both)
     assert_close(pieces.to_dense(), whole.to_dense(), rtol=1e-12, atol=1e-15)
     assert_close(pieces.corrected().to_dense(), whole.corrected().to_dense(), rtol=1e-9, atol=1e-14)
+    whole = HeadKronecker(x, w, y, sample_weight=s, weighting="curvature", **both)
+    pieces = HeadKronecker(batches, w, weighting="curvature", **both)
+    assert_close(pieces.to_dense(), whole.to_dense(), rtol=1e-12, atol=1e-15)
 
 
 def test_an_ignored_row_may_hold_anything():
@@ -343,6 +376,7 @@ MINUS = torch.tensor([1.0, 1.0, -1.5])
 BAD = [
     (lambda: HeadKronecker(X, W, Y, wrt="features"), ValueError, "'weight', 'bias' or both"),
     (lambda: HeadKronecker(X, W, Y, wrt="bias"), ValueError, "there is none: pass bias"),
+    (lambda: HeadKronecker(X, W, Y, weighting="mean"), ValueError, "'rows' or 'curvature', got 'mean'"),
     (lambda: HeadKronecker(X, W), ValueError, "a target is needed"),
     (lambda: HeadKronecker(iter([(X, Y)]), W), TypeError, "empty after one pass"),
     (lambda: HeadKronecker(X * torch.nan, W, Y), ValueError, "features of row 0 are not finite"),

@@ -1,6 +1,6 @@
 """Of the rows of a head's problem, what a Kronecker approximation of their curvature is made of.
 
-    Σ_n H_n ⊗ x̃_n x̃_nᵀ  ≈  (Σ_n H_n) ⊗ (Σ_n γ_n x̃_n x̃_nᵀ) / Σ_n γ_n        H_n: Gauss–Newton's, (C, C)
+    Σ_n H_n ⊗ x̃_n x̃_nᵀ  ≈  (Σ_n H_n) ⊗ (Σ_n w_n x̃_n x̃_nᵀ) / Σ_n w_n        H_n: Gauss–Newton's, (C, C)
 
     off the diagonal of Σ H_n: Σ (β − α)·q_i q_j, terms of one sign        on it: Σ h, the diagonal of H_n
 
@@ -57,13 +57,13 @@ def logit_sum(curvature: Curvature) -> Tensor:
     return total
 
 
-def input_sum(curvature: Curvature, *, features: bool, one: bool) -> Tensor:
-    """Σ_n γ_n x̃_n x̃_nᵀ, (D̃, D̃); x̃ is the features, then a one, where they are asked for."""
+def input_sum(curvature: Curvature, weight: Tensor, *, features: bool, one: bool) -> Tensor:
+    """Σ_n w_n x̃_n x̃_nᵀ, (D̃, D̃), w (M,); x̃ is the features, then a one, where they are asked for."""
     problem = curvature.problem
     total: Tensor | None = None
     for chunk in curvature.plan(resident=True).row_chunks(problem.targets.count):
         x = inputs(curvature, chunk, features=features, one=one)
-        part = (x * curvature.weight[chunk].to(x.dtype)[:, None]).t() @ x
+        part = (x * weight[chunk].to(x.dtype)[:, None]).t() @ x
         total = part if total is None else total.add_(part)
     if total is None:
         x = inputs(curvature, slice(0, 0), features=features, one=one)

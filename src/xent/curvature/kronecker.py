@@ -5,6 +5,7 @@
 M = a·J for the plain loss, x̃ = x, or (x, 1) where the bias moves too, Γ = Σ γ. So A is the mean of x̃ x̃ᵀ and
 G the mean of a·J, exact and not drawn from labels (Martens and Grosse, "Optimizing Neural Networks with
 Kronecker-factored Approximate Curvature", 2015), rows counted by their weights; the reduction is in Γ alone.
+Or A = Σ γ·tr M·x̃ x̃ᵀ / Σ γ·tr M: rows that are sure have no curvature, and their inputs should not count.
 Exact for one row, for rows of one input, and for rows of one prediction. With G = U diag(g) Uᵀ and
 A = V diag(a) Vᵀ everything is elementwise on the (C, D̃) matrix UᵀXV:
 
@@ -51,10 +52,14 @@ class HeadKronecker(HeadOperator):
     Args:
         features, weight, target, bias, reduction, ...: as in :class:`HeadHessian`.
         wrt: ``"weight"``, ``"bias"``, or both, whose parameters then lie in that order.
+        weighting: by what rows count in A: ``"rows"``, their weights in the loss; ``"curvature"``, these
+            times tr M, what is seen of the row at all. Then the trace is the curvature's own, and of a fitted
+            head, most rows of which are sure and have none, the approximation is nearer. One sweep more.
         corrected: see :meth:`corrected`.
 
     Attributes:
-        A: (D̃, D̃), the mean of x̃ x̃ᵀ; D̃ is D, or D + 1 where the bias moves too, its row and column last.
+        A: (D̃, D̃), the (weighted) mean of x̃ x̃ᵀ; D̃ is D, or D + 1 where the bias moves too, whose row and
+            column are the last.
         G: (C, C), the mean of a·J (of each row's curvature in the logits).
         total: what multiplies G ⊗ A: the rows' weights over the divisor, summed.
 
@@ -89,10 +94,14 @@ class HeadKronecker(HeadOperator):
         target: Target = None,
         *,
         wrt: Literal["weight", "bias"] | Sequence[Literal["weight", "bias"]] = "weight",
+        weighting: Literal["rows", "curvature"] = "rows",
         corrected: bool = False,
         **options: Any,
     ) -> None:
+        if weighting not in ("rows", "curvature"):
+            raise ValueError(f"weighting must be 'rows' or 'curvature', got {weighting!r}")
         super().__init__(features, weight, target, wrt=wrt, **options)
+        self.weighting = weighting
         self._eigen: KroneckerEigen | None = None
         self._factors: tuple[Tensor, Tensor] | None = None  # eigenvalues of total·G and of A
         self.is_corrected = False
@@ -116,15 +125,16 @@ class HeadKronecker(HeadOperator):
         d = ("weight" in self.wrt) * self.weight.shape[1] + ("bias" in self.wrt)
         a = torch.zeros(d, d, dtype=dtype, device=self.device)
         g = torch.zeros(c, c, dtype=dtype, device=self.device)
-        total, self._semidefinite = 0.0, True
+        self.total, counted, self._semidefinite = 0.0, 0.0, True
         for curvature in self._curvatures():
             g += logit_sum(curvature)
-            a += input_sum(curvature, **self._given)
-            total += float(curvature.weight.sum())
+            counts = curvature.weight if self.weighting == "rows" else curvature.logit_traces()
+            a += input_sum(curvature, counts, **self._given)
+            counted += float(counts.sum())
+            self.total += float(curvature.weight.sum())
             self._semidefinite &= _nowhere_negative(curvature)
-        self.total = total
-        share = 1.0 / total if total else 0.0
-        self.A, self.G = a * share, g * share
+        self.A = a / counted if counted else torch.zeros_like(a)
+        self.G = g / self.total if self.total else torch.zeros_like(g)
 
     @property
     def _given(self) -> dict[Literal["features", "one"], bool]:

@@ -111,7 +111,11 @@ def newton_step(
     ridge = weight.new_full((weight.shape[1] + (bias is not None),), l2 + damping)
     if bias is not None:
         ridge[-1] = damping
-    system = NewtonSystem(operator, ridge, kronecker=lambda: HeadKronecker(features, weight, target, **given))
+    system = NewtonSystem(
+        operator,
+        ridge,
+        kronecker=lambda: HeadKronecker(features, weight, target, weighting="curvature", **given),
+    )
     with torch.no_grad():
         gradient = loss_gradient(operator)
         gradient[:, : weight.shape[1]] += l2 * weight

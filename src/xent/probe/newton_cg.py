@@ -63,10 +63,10 @@ def newton_cg(
             slow = slow + 1 if objective.gradient_norm > norm / 2 else 0
             if objective.gradient_norm >= norm or slow == 3:
                 return True
-        if length < 0.1:
+        if length < 0.01:
             damping = max(LEAST_DAMPING, 10 * damping)
         elif length == 1.0:
-            damping = damping / 4 if damping > LEAST_DAMPING else 0.0
+            damping = damping / 10 if damping > LEAST_DAMPING else 0.0
         theta = found
         value, gradient = objective(theta)
         try:
@@ -104,7 +104,7 @@ def _step(
     system = NewtonSystem(
         HeadHessian(features, weight, objective.target, **given),
         ridge,
-        kronecker=lambda: HeadKronecker(features, weight, objective.target, **given),
+        kronecker=lambda: HeadKronecker(features, weight, objective.target, weighting="curvature", **given),
         pinned=objective.binary,
     )
     with torch.no_grad():
