@@ -25,6 +25,16 @@ def python(code: str) -> str:
     return done.stdout
 
 
+def test_importing_xent_imports_no_compiler():
+    """Which takes a second: more than torch itself."""
+    loaded = python(
+        "import sys, torch; before = set(sys.modules); import xent; print(*set(sys.modules) - before)"
+    )
+    assert not [
+        name for name in loaded.split() if name.startswith(("torch._dynamo", "torch._inductor", "sympy"))
+    ]
+
+
 def test_importing_xent_imports_no_extra():
     loaded = python("import sys, xent; print(*sys.modules)").split()
     extras = {"sklearn", "scipy", "pyarrow", "safetensors", "click", "rich", "matplotlib", "jinja2", "pandas"}

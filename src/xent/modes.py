@@ -30,12 +30,15 @@ def is_opaque(*tensors: Tensor | None) -> bool:
     return any(t is not None and (t.is_meta or isinstance(t, fake)) for t in tensors)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def derived() -> bool:
     """Whether a derivative is being taken that an operator would answer with a silent zero, or not at all."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     vmap = torch._C._functorch.TransformType.Vmap
     return forward_ad._current_level >= 0 or any(t.key() != vmap for t in transforms)
+
+
+# what torch.compiler.assume_constant_result does, without the second that importing torch's compiler takes
+derived._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_derivatives() -> None:
