@@ -384,3 +384,15 @@ def test_batches_in_which_nothing_counts():
     x, w, y = torch.randn(6, 2), torch.randn(4, 2), torch.tensor([0, 1, -100, -100, 2, 3])
     batches = [(x[at], y[at]) for at in (slice(0, 2), slice(2, 4), slice(4, 4), slice(4, 6))]
     assert_close(HeadHessian(batches, w).to_dense(), HeadHessian(x, w, y).to_dense())
+
+
+@pytest.mark.parametrize("budget", [None, 200])
+@pytest.mark.parametrize("target", [0, 1, 2])
+def test_rows_that_are_sure_keep_their_digits_right_or_wrong(target, budget):
+    """p(1 − p) ≈ e⁻⁴⁰ of the most probable class in float32, whichever class the target is; in tiles too."""
+    w = torch.tensor([[0.0], [-40.0], [-41.0]])
+    operator = HeadHessian(torch.ones(1, 1), w, torch.tensor([target]), memory_budget=budget)
+    p = w.double().softmax(0)
+    right = p * torch.cat([p[[1, 2]].sum(0, keepdim=True), 1 - p[1:]])
+    assert_close(operator.diagonal().double(), right, rtol=2e-6, atol=0.0)
+    assert_close(operator.trace().double(), right.sum(), rtol=2e-6, atol=0.0)

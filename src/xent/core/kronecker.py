@@ -141,15 +141,7 @@ class _Sure(NamedTuple):
 
 
 def _sure(visit: Visit) -> _Sure:
-    largest = top = others = torch.zeros(0)
-    for number, at in enumerate(visit.classes):
-        p = visit.seen(number).p
-        best, k = p.max(dim=1)
-        rest = p.scatter(1, k[:, None], 0.0).sum(1)
-        if number == 0:
-            largest, top, others = best, k + at.start, rest
-        else:
-            others = others + rest + torch.minimum(best, largest)
-            top = torch.where(best > largest, k + at.start, top)
-            largest = torch.maximum(best, largest)
-    return _Sure(top, others[:, None])
+    found = visit.rows.found
+    assert found.k is not None
+    others = (found.r / (1 + found.r)).to(visit.of.problem.scores.dtype)
+    return _Sure(found.k, others[:, None])
