@@ -13,6 +13,11 @@
 
 and where x and W move together the Hessian has Gᵀẋ and G V beside it, G = ∂L/∂u. Where the budget holds P
 and T of a chunk of rows, a product costs three matrix products, each further right-hand side two; else five.
+
+A row that is sure of its class k has p_k = 1 to the last digit, and 1 − p_k and ζ_k − ρ, ζ = s∘T, without
+one. So k, known by its index, is apart: with p̂ the other classes' probabilities and m = Σ p̂ = r/(1 + r),
+
+    1 − p_k = m        ρ − ζ_k = ⟨p̂, ζ⟩ − m·ζ_k        Var_p(ζ) = ⟨p̂, (ζ − ζ_k)²⟩ − (ρ − ζ_k)²
 """
 
 from __future__ import annotations
@@ -28,8 +33,16 @@ from torch import Tensor
 from xent.core.arithmetic import cut
 from xent.core.plan import Plan
 from xent.core.scores import LinearHead, Sink, Tangents
-from xent.core.statistics import Statistics
-from xent.core.sweep import Coefficients, Problem, Workspace, differentiate, differentiate_logits, revisit
+from xent.core.statistics import Extras, OwnColumns, Statistics
+from xent.core.sweep import (
+    Coefficients,
+    Problem,
+    Workspace,
+    differentiate,
+    differentiate_logits,
+    revisit,
+    statistics,
+)
 
 
 class Form(Enum):
@@ -46,9 +59,15 @@ class Rows(NamedTuple):
     beta: Tensor
     asked: Coefficients  # of G, or of ∂ℓ/∂u where outer products are taken
 
+    @property
+    def others(self) -> Tensor:
+        """m = 1 − p_k, (R,), with its digits."""
+        return self.found.r / (1 + self.found.r)
+
 
 class Tile(NamedTuple):
     classes: slice
+    top: OwnColumns  # where the rows' most probable classes lie
     p: Tensor  # (R, T)
     slope: Tensor | None  # (R, T) what is not constant of s
     epsilon: Tensor | None  # (R, T)
@@ -65,10 +84,24 @@ class Curvature:
     """Of the M rows of a head's problem, whose statistics are known."""
 
     problem: Problem
-    found: Statistics
+    found: Statistics  # with k
     form: Form
     weight: Tensor  # (M,) γ, float64
     z_loss: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        problem: Problem,
+        form: Form,
+        scale: float | Tensor = 1.0,
+        row_weight: Tensor | None = None,  # (M,)
+        z_loss: float = 0.0,
+    ) -> Curvature:
+        """Of rows that count scale·row_weight each."""
+        found = statistics(problem._replace(extras=Extras(argmax=True)))
+        weight = torch.ones_like(found.m) * scale
+        return cls(problem, found, form, weight if row_weight is None else weight * row_weight, z_loss)
 
     def products(
         self, tangents: Sequence[Tangents], wants: tuple[bool, ...]
@@ -91,7 +124,7 @@ class Curvature:
     def diagonal(self, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """The diagonal of H in features, weight and bias, of their shapes, where wanted.
 
-        W: hᵀ x²    b: hᵀ 1    x: (α·p∘s² + ε) W² + (β − α)((p∘s) W)²    with h the diagonal of H_u.
+        W: hᵀ x² and b: hᵀ 1 with h the diagonal of H_u; x: its forms along W's columns.
         """
         scores, targets, o = self.problem.scores, self.problem.targets, self.problem.arithmetic
         assert isinstance(scores, LinearHead)
@@ -105,36 +138,53 @@ class Curvature:
             for chunk in plan.row_chunks(targets.count):
                 rows = visit.enter(chunk)
                 squares = visit.loaded.square()
-                straight = squared = torch.zeros((), dtype=scores.dtype, device=scores.device)
+                forms = None if dx is None else Forms(self, rows, scores.w)
                 for classes in visit.classes:
                     tile = visit.tile(classes)
-                    h = self.tile_diagonal(tile, rows)
+                    if dw is not None or db is not None:
+                        h = self.tile_diagonal(tile, rows)
                     if dw is not None:
                         dw.add_product(classes, h.t(), squares)
                     if db is not None:
                         db.add(classes, h.sum(0))
-                    if dx is not None:
-                        w = cut(scores.w, classes).to(scores.dtype)
-                        straight = straight + self._rest(tile, rows) @ w.square()
-                        squared = squared + tile.q @ w
-                if dx is not None:
-                    rank_one = (rows.beta - rows.alpha).to(scores.dtype)[:, None]
-                    dx.put(targets.pick(chunk), straight + rank_one * squared.square())
+                    if forms is not None:
+                        forms.add(tile)
+                if dx is not None and forms is not None:
+                    dx.put(targets.pick(chunk), forms.value())
         return tuple(None if total is None else total.finish(None, scores.dtype) for total in (dx, dw, db))
 
     def feature_block(self, row: int) -> Tensor:
-        """∂²L/∂x∂x of the row-th of the M rows, (D, D)."""
-        scores, targets = self.problem.scores, self.problem.targets
+        """∂²L/∂x∂x of the row-th of the M rows, (D, D): α·Σ p (ζ − ρ)(ζ − ρ)ᵀ + β·⟨p, ζ⟩⟨p, ζ⟩ᵀ + Wᵀ ε W
+        with ζ = s∘W, (C, D), and ρ = Σ p ζ: a sum of squares, which rounding does not make negative."""
+        scores = self.problem.scores
         assert isinstance(scores, LinearHead)
-        visit = Visit(self, self.plan(resident=False), crosses=False)
+        visit = Visit(self, self.plan(resident=True), crosses=False)
         rows = visit.enter(slice(row, row + 1))
-        straight = bent = torch.zeros((), dtype=scores.dtype, device=scores.device)
+        assert rows.found.k is not None
+        numbers = range(len(visit.classes))
+
+        def seen(number: int) -> tuple[Tile, Tensor, Tensor]:
+            tile = visit.seen(number)
+            w = cut(scores.w, tile.classes).to(scores.dtype)
+            return tile, w, w if tile.slope is None else w * tile.slope.t()
+
+        zero = torch.zeros(scores.w.shape[1], dtype=scores.dtype, device=scores.device)
+        at_top, away, mean = zero, zero, zero
         with self.problem.products():
-            for classes in visit.plan.class_tiles(targets.classes):
-                tile, w = visit.tile(classes), cut(scores.w, classes).to(scores.dtype)
-                straight = straight + (w * self._rest(tile, rows).t()).t() @ w
-                bent = bent + tile.q[0] @ w
-        return straight + (rows.beta - rows.alpha).to(scores.dtype) * bent[:, None] * bent
+            for number in numbers:
+                tile, _, zeta = seen(number)
+                at_top = at_top + tile.top.here(zeta[tile.top.local[:, 0]])[0]
+            for number in numbers:
+                tile, _, zeta = seen(number)
+                away, mean = away + tile.p[0] @ (zeta - at_top), mean + tile.p[0] @ zeta
+            block = torch.outer(mean, mean) * rows.beta.to(mean.dtype)
+            for number in numbers:
+                tile, w, zeta = seen(number)
+                apart = zeta - at_top - away
+                block.addmm_(apart.t() * (tile.p[0] * rows.alpha.to(mean.dtype)), apart)
+                if tile.epsilon is not None:
+                    block.addmm_(w.t() * tile.epsilon[0], w)
+        return block
 
     def logit_traces(self) -> Tensor:
         """Σ_c of the diagonal of H_u, (M,) float64."""
@@ -162,38 +212,29 @@ class Curvature:
         return torch.cat(parts) if parts else self.weight.to(self.problem.scores.dtype)
 
     def tile_diagonal(self, tile: Tile, rows: Rows) -> Tensor:
-        """h of a tile (R, T): s²∘(α·p(1 − p) + β·p²) + ε, with the digits of 1 − p where p is almost 1."""
+        """h of a tile (R, T): s²∘(α·p(1 − p) + β·p²) + ε."""
         dtype, p = tile.p.dtype, tile.p
         beta = rows.beta.to(dtype)[:, None]
         if self.form is Form.OUTER:
             return p.square() * beta
-        r = rows.found.r[:, None]
-        largest = (1 / (1 + r)).to(dtype)
-        others = torch.where(p == largest, (r / (1 + r)).to(dtype), 1 - p)
-        h = p * others * rows.alpha.to(dtype)[:, None]
+        h = tile.top.put(self.problem.arithmetic, 1 - p, rows.others.to(dtype)[:, None])
+        h.mul_(p).mul_(rows.alpha.to(dtype)[:, None])
         if self.z_loss:
-            h = h + p.square() * beta
+            h.add_(p.square() * beta)
         if tile.slope is not None:
-            h = h * tile.slope.square()
-        return h if tile.epsilon is None else h + tile.epsilon
+            h.mul_(tile.slope.square())
+        return h if tile.epsilon is None else h.add_(tile.epsilon)
 
-    def _rest(self, tile: Tile, rows: Rows) -> Tensor:
-        """What beside the part of rank one, (β − α)·q qᵀ, is diagonal: α·p∘s² + ε, (R, T)."""
-        rest = tile.p * rows.alpha.to(tile.p.dtype)[:, None]
-        if tile.slope is not None:
-            rest = rest * tile.slope.square()
-        return rest if tile.epsilon is None else rest + tile.epsilon
-
-    def _bent(self, tile: Tile, t: Tensor, rows: Rows, rho: Tensor) -> Tensor:
-        """R of a tile, in the place of T."""
-        dtype = t.dtype
-        alpha, beta, mean = (v.to(dtype)[:, None] for v in (rows.alpha, rows.beta * rho, rho))
+    def _bent(self, tile: Tile, t: Tensor, rows: Rows, mean: Tensor, away: Tensor) -> Tensor:
+        """R of a tile, in the place of T; mean is ρ, (R,), and away ρ − ζ_k."""
+        o, dtype = self.problem.arithmetic, t.dtype
+        alpha, beta, mean, away = (v.to(dtype)[:, None] for v in (rows.alpha, rows.beta * mean, mean, away))
         if self.form is Form.OUTER:
             return torch.mul(tile.p, beta, out=t)
         curved = None if tile.epsilon is None else t * tile.epsilon
         if tile.slope is not None:
             t.mul_(tile.slope)
-        t.sub_(mean).mul_(alpha)
+        t = tile.top.put(o, t.sub_(mean), -away).mul_(alpha)
         if self.z_loss:
             t.add_(beta)
         t.mul_(tile.q)
@@ -243,17 +284,24 @@ class Visit:
 
     def product(self, along: Tangents, sink: Sink) -> None:
         picked, count = self.of.problem.targets.pick(self.chunk), len(self.classes)
-        rho, held = torch.zeros_like(self.rows.alpha), []
+        o = self.of.problem.arithmetic
+        others = own = at_top = torch.zeros_like(self.rows.alpha)
+        held = []
         for number in range(count):
             tile, t = self._pushed(number, along)
-            rho = rho + (tile.q * t).sum(1).to(rho.dtype)  # vecdot takes many times as long
+            share = tile.q * t  # vecdot takes many times as long
+            own = own + tile.top.take(share, 0.0)[:, 0]
+            others = others + tile.top.put(o, share, 0.0).sum(1)
+            zeta = tile.top.take(t, 0.0)
+            at_top = at_top + (zeta if tile.slope is None else zeta * tile.top.take(tile.slope, 0.0))[:, 0]
             if self.kept is not None:
                 held.append((tile, t))
+        mean, away = others + own, others - self.rows.others * at_top
         for number in range(count):
             tile, t = held[number] if held else self._pushed(number, along)
             if tile.g is not None:
                 sink.add_tangent(picked, along, tile.classes, tile.g)
-            sink.add(picked, self.loaded, tile.classes, self.of._bent(tile, t, self.rows, rho))
+            sink.add(picked, self.loaded, tile.classes, self.of._bent(tile, t, self.rows, mean, away))
 
     def _pushed(self, number: int, along: Tangents) -> tuple[Tile, Tensor]:
         classes = self.classes[number]
@@ -274,12 +322,56 @@ class Visit:
             z = shifted + found.m.to(shifted.dtype)[:, None]
             bend = problem.scores.bend(z, seen.slope, classes)
         seen = seen._replace(z=shifted.exp_())
+        assert found.k is not None
+        whole = classes == slice(0, problem.targets.classes)
+        top = OwnColumns.locate(found.k[:, None], classes, holds_all=whole)
         if of.form is Form.OUTER:
-            return Tile(classes, differentiate(problem, chunk, seen, found, rows.asked), None, None, None)
+            return Tile(
+                classes, top, differentiate(problem, chunk, seen, found, rows.asked), None, None, None
+            )
         epsilon = g = None
         if bend is not None or (self.crosses and of.form is Form.HESSIAN):
             g = differentiate_logits(problem, chunk, seen._replace(z=seen.z.clone()), found, rows.asked)
             epsilon = None if bend is None else bend.mul_(g)
             g = (g if seen.slope is None else g.mul_(seen.slope)) if self.crosses else None
         p = seen.z.mul_((1 / (1 + found.r)).to(seen.z.dtype)[:, None])
-        return Tile(classes, p, seen.slope, epsilon, g)
+        return Tile(classes, top, p, seen.slope, epsilon, g)
+
+
+class Forms:
+    """uᵀ H_u u of a chunk of rows and each column u of a matrix (C, K): (R, K), by two products a tile.
+
+    α·Var_p(ζ) + β·⟨p, ζ⟩² + ⟨ε, u²⟩ with ζ = s∘u, and Var_p(ζ) = ⟨p̂, ζ²⟩ − 2ζ_k⟨p̂, ζ⟩ + m·ζ_k² − (ρ − ζ_k)².
+    """
+
+    def __init__(self, curvature: Curvature, rows: Rows, columns: Tensor) -> None:
+        scores, dtype = curvature.problem.scores, curvature.problem.scores.dtype
+        self.o, self.rows, self.columns = curvature.problem.arithmetic, rows, columns
+        # where nothing sees a common part it is taken off: a large one would leave no digits of a difference
+        self.curved, seen = scores.transform.curved, curvature.form is Form.OUTER or scores.transform.curved
+        self.centre = torch.zeros_like(columns[0], dtype=dtype) if seen else columns.mean(0, dtype=dtype)
+        assert rows.found.k is not None
+        self.at_top = columns[rows.found.k].to(dtype).sub_(self.centre)  # (R, K), as yet without s_k
+        self.own = self.slope = torch.zeros_like(self.at_top[:, :1])
+        self.first = self.second = torch.zeros((), dtype=dtype, device=columns.device)
+
+    def add(self, tile: Tile) -> None:
+        dtype, top = tile.p.dtype, tile.top
+        u = cut(self.columns, tile.classes).to(dtype) - self.centre
+        q = tile.p.clone() if tile.slope is None else tile.q
+        self.own = self.own + top.take(q, 0.0)
+        q = top.put(self.o, q, 0.0)
+        self.first = self.first + q @ u
+        if tile.slope is not None:
+            self.slope = self.slope + top.take(tile.slope, 0.0)
+            q = q.mul_(tile.slope)
+        q = q.mul_(self.rows.alpha.to(dtype)[:, None])
+        self.second = self.second + (q if tile.epsilon is None else q.add_(tile.epsilon)) @ u.square()
+
+    def value(self) -> Tensor:
+        dtype = self.at_top.dtype
+        alpha, beta, m = (v.to(dtype)[:, None] for v in (self.rows.alpha, self.rows.beta, self.rows.others))
+        mean = self.first + self.own * self.at_top + self.centre
+        zeta = self.at_top * self.slope if self.curved else self.at_top
+        spread = m * zeta.square() - 2 * zeta * self.first - (self.first - m * zeta).square()
+        return self.second + alpha * spread + beta * mean.square()

@@ -17,7 +17,6 @@ from torch.func import functional_call, grad, jvp, vjp
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from xent import functional
-from xent.core import sweep
 from xent.core.curvature import Curvature, Form
 from xent.curvature.heads import HeadGGN
 from xent.modes import plain
@@ -153,8 +152,7 @@ def row_gradient_norms(
         (part,) = call.parts
         problem, z_loss = part.problem, float(options.get("z_loss", 0.0))
         with plain(weight.device):
-            found = sweep.statistics(problem)
-            squares = Curvature(problem, found, Form.OUTER, torch.ones_like(found.m), z_loss).logit_traces()
+            squares = Curvature.of(problem, Form.OUTER, z_loss=z_loss).logit_traces()
         norms = squares.to(torch.float64).sqrt()
         if part.row_weight is not None:
             norms = norms * part.row_weight.abs()
@@ -249,12 +247,8 @@ def _of_outputs(
     call = settings.of_logits(out, target)
     (part,) = call.parts
     with torch.no_grad(), plain(out.device):
-        found = sweep.statistics(part.problem)
         scale = call.reduction.scale([(part.problem.targets, part.row_weight)])
-        weight = torch.ones_like(found.m) * scale
-        if part.row_weight is not None:
-            weight = weight * part.row_weight
-        of_logits = Curvature(part.problem, found, Form.GAUSS_NEWTON, weight, settings.z_loss)
+        of_logits = Curvature.of(part.problem, Form.GAUSS_NEWTON, scale, part.row_weight, settings.z_loss)
         ((bent,),) = of_logits.products([(moved,)], (True,))
     assert bent is not None
     return bent

@@ -16,11 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from xent.core import sweep
 from xent.core.curvature import Curvature, Form
 from xent.core.sampling import sample
 from xent.core.scores import LinearHead
-from xent.core.statistics import Extras
 from xent.core.sweep import Problem
 from xent.core.targets import of_one_class
 from xent.modes import plain
@@ -371,13 +369,8 @@ class HeadOperator:
             problem = part.problem
             self._check_finite(problem, number)
             with plain(self.device):
-                # asking for the argmax leaves the largest term of 1 + r out of r wherever it lies, so that
-                # 1 − p = r/(1 + r) of a row that is sure and wrong keeps its digits too
-                found = sweep.statistics(problem._replace(extras=Extras(argmax=True)))
-            weight = torch.full_like(found.m, self.scale)
-            if part.row_weight is not None:
-                weight = weight * part.row_weight
-            yield from self._of(Curvature(problem, found, self.form, weight, self.options.z_loss))
+                found = Curvature.of(problem, self.form, self.scale, part.row_weight, self.options.z_loss)
+            yield from self._of(found)
 
     def _of(self, curvature: Curvature) -> Iterator[Curvature]:
         """What a batch of rows adds: one curvature, or several."""
