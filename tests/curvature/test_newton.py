@@ -192,6 +192,82 @@ def test_at_the_minimum_and_over_no_rows_it_is_zero():
         assert (found.iterations, found.residual, found.converged) == (0, 0.0, True)
 
 
+def model_of(x, w, y, bias, **options):
+    """∇ and H of weight and bias, flat."""
+    wrt = ("weight",) if bias is None else ("weight", "bias")
+    dense = HeadGGN(x, w, y, bias=bias, wrt=wrt, **options).to_dense()
+    gradient = loss_gradient(HeadGGN(x, w, y, bias=bias, wrt=wrt, **options))
+    parts = (gradient,) if bias is None else (gradient[:, :-1], gradient[:, -1])
+    return flat(*parts), dense
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("shape", [(20, 10, 50), (3, 5, 4), (5, 3, 30)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
+def test_directions_that_no_row_sees_do_not_matter(
+    preconditioner, softcap, with_bias, shape, dtype, tolerance
+):
+    """Fewer rows than features and no penalty; with a softcap a gauge that is almost one."""
+    n, c, d = shape
+    x, w, y = torch.randn(n, d, dtype=dtype), torch.randn(c, d, dtype=dtype) / d**0.5, torch.randint(c, (n,))
+    bias = torch.zeros(c, dtype=dtype) if with_bias else None
+    given = {} if softcap is None else {"softcap": softcap}
+    found = newton_step(x, w, y, bias=bias, preconditioner=preconditioner, tolerance=tolerance, **given)
+    assert found.converged
+    wide = None if bias is None else bias.double()
+    gradient, dense = model_of(x.double(), w.double(), y, wide, **given)
+    best = 0.5 * gradient @ torch.linalg.pinv(dense, rtol=1e-12, hermitian=True) @ gradient
+    assert found.decrease == pytest.approx(best.item(), rel=1e-4)
+    step = flat(found.weight, found.bias).double()
+    assert -(gradient @ step) - 0.5 * step @ dense @ step == pytest.approx(best.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_it_says_is_true_of_the_step_it_returns(preconditioner, dtype):
+    """Also where the tolerance is beyond the type's digits, or the iterations are too few."""
+    for tolerance, most in ((1e-3, None), (1e-7, None), (1e-13, None), (1e-13, 7), (1e-30, None)):
+        x, w, b, y = small(dtype=dtype)
+        asked = {"preconditioner": preconditioner, "tolerance": tolerance, "max_iterations": most}
+        found = newton_step(x, w, y, bias=b, softcap=20.0, **asked)
+        operator = HeadGGN(x, w, y, bias=b, wrt=("weight", "bias"), softcap=20.0)
+        gradient, step = loss_gradient(operator), (found.weight, found.bias)
+        bent = torch.cat([t if t.dim() == 2 else t[:, None] for t in operator @ step], dim=1)
+        residual = ((bent + gradient).norm() / gradient.norm()).item()
+        assert found.residual == pytest.approx(residual, rel=0.5, abs=1e-15)
+        assert found.converged == (found.residual <= tolerance)
+        assert found.decrease > 0
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+@pytest.mark.parametrize("by", [30, 100, 200, 1000])
+def test_rows_without_curvature_do_not_raise_the_model(preconditioner, by):
+    """Sure and wrong by e⁻³⁰⁰⁰: H is 0 or as good as that, and a step is only as good as its model."""
+    x, w, b, y = small(n=20, d=4, c=3)
+    found = newton_step(x, w * by, y, bias=b, preconditioner=preconditioner)
+    assert found.decrease >= 0
+    assert found.converged == (found.residual <= 1e-6)
+
+
+@pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
+def test_the_units_of_the_features_do_not_matter_until_their_squares_are_lost(preconditioner):
+    x, w, _, y = small(n=30, d=4, c=3)
+    given = {"preconditioner": preconditioner, "tolerance": 1e-9}
+    right = newton_step(x, w, y, **given)
+    for unit in (1e-100, 1e100):
+        found = newton_step(x * unit, w / unit, y, **given)
+        assert found.converged
+        assert_close(found.weight * unit, right.weight, rtol=1e-6, atol=1e-8)
+    assert not newton_step(x * 1e-200, w * 1e200, y, **given).converged
+    if preconditioner is None:
+        assert not newton_step(x * 1e200, w / 1e200, y, **given).converged
+    else:
+        with pytest.raises(ValueError, match="squares of these features leave the range"):
+            newton_step(x * 1e200, w / 1e200, y, **given)
+
+
 X, W, Y = torch.ones(3, 2), torch.ones(4, 2), torch.tensor([0, 1, 2])
 BAD = [
     (lambda: newton_step(X, W, Y, l2=-1.0), ValueError, "l2 must be at least 0"),

@@ -4,34 +4,31 @@
 
 H changes nothing along 1 ⊗ v: one vector added to every class's row. Where ρ is 0 too (biases, weights
 without a penalty) the system is singular, and consistent, as the gradient's classes sum to zero; residual and
-step are projected off these directions, so that conjugate gradients run on what is left. Preconditioners,
-all unchanged by any linear map of the inputs but the last:
-
-    class blocks    Σ γ·M_cc x̃ x̃ᵀ + diag(ρ), a Cholesky factor a class      O(C·D̃²) memory, O(N·C·D̃²) once
-    Kronecker       Γ·G ⊗ A + I ⊗ diag(ρ), exactly, by an E that makes      O(C² + D̃²), O(N·(C² + D̃²)) once
-                    Eᵀ A E and Eᵀ diag(ρ) E diagonal
-    diagonal        of H + I ⊗ diag(ρ)                                      O(C·D̃)
+step are projected off these directions, so that conjugate gradients run on what is left. Preconditioners
+(`preconditioners`) are unchanged by any linear map of the inputs, the diagonal apart.
 
 Curvature that is negative along a search direction ends the iterations with what they have found before
-(Steihaug 1983), a direction of descent.
+(Steihaug 1983), a direction of descent. Whatever ends them, the model at the step lies no higher than at 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from xent.core import sweep
+from xent.curvature import conjugate
+from xent.curvature.conjugate import Found, Map, Refined
 from xent.curvature.heads import Batch, HeadGGN, HeadHessian, HeadOperator
 from xent.curvature.kronecker import HeadKronecker
+from xent.curvature.preconditioners import of_blocks, of_diagonal, of_factors
 from xent.modes import plain
 from xent.options import Target, check_tensors
 
 Preconditioner: TypeAlias = Literal["class-blocks", "kronecker", "diagonal"]
-Map: TypeAlias = Callable[[Tensor], Tensor]
 
 
 class NewtonStep(NamedTuple):
@@ -40,9 +37,9 @@ class NewtonStep(NamedTuple):
     weight: Tensor  # (C, D)
     bias: Tensor | None  # (C,)
     iterations: int
-    residual: float  # ‖(H + ρ) s + ∇‖ / ‖∇‖
-    decrease: float  # of the quadratic model: −⟨∇, s⟩ − ½⟨s, (H + ρ) s⟩
-    converged: bool  # whether the residual came within the tolerance
+    residual: float  # ‖(H + ρ) s + ∇‖ / ‖∇‖ of this step
+    decrease: float  # of the quadratic model: −⟨∇, s⟩ − ½⟨s, (H + ρ) s⟩, never negative
+    converged: bool  # whether this residual is within the tolerance
     negative_curvature: bool  # whether it ended the iterations
 
 
@@ -75,7 +72,9 @@ def newton_step(
             z-loss or softcap alone, and may be indefinite: then the step is where the model ceases to be
             convex.
         preconditioner: ``"kronecker"`` (C² + D² memory), ``"class-blocks"`` (C·D²), ``"diagonal"`` or None.
-        tolerance: of the residual, relative to the gradient, in the 2-norm.
+        tolerance: of the residual, relative to the gradient, in the 2-norm. The residual is that of the step
+            returned, by one product more; where it cannot be had, for want of digits or because the loss has
+            no curvature along some of the gradient, ``converged`` says so.
         max_iterations: None is twice the number of parameters.
 
     Raises:
@@ -124,10 +123,7 @@ def newton_step(
                 "the gradient is not finite: weight or bias hold nan or inf, or their logits overflow; "
                 "if earlier steps led there, give these damping, or a line search"
             )
-        found = system.solve(-gradient, preconditioner, tolerance, max_iterations)
-        bent, size = system(found.solution), float(gradient.norm())
-        residual = float((bent + system.project(gradient)).norm()) / size if size else 0.0
-        decrease = -float((gradient * found.solution).sum() + 0.5 * (found.solution * bent).sum())
+        found, residual, decrease = system.refined(-gradient, preconditioner, tolerance, max_iterations)
     d = weight.shape[1]
     return NewtonStep(
         found.solution[:, :d].contiguous(),
@@ -141,7 +137,7 @@ def newton_step(
 
 
 def check_preconditioner(name: object) -> None:
-    if name not in ("class-blocks", "kronecker", "diagonal", None):
+    if name is not None and name not in get_args(Preconditioner):
         raise ValueError(
             f"preconditioner must be 'class-blocks', 'kronecker', 'diagonal' or None; got {name!r}"
         )
@@ -163,13 +159,6 @@ def loss_gradient(operator: HeadOperator) -> Tensor:
             [torch.zeros(s, dtype=operator.dtype, device=operator.device) for s in operator.shapes]
         )
     return total
-
-
-class Found(NamedTuple):
-    solution: Tensor
-    iterations: int
-    converged: bool
-    negative_curvature: bool
 
 
 class NewtonSystem:
@@ -213,66 +202,40 @@ class NewtonSystem:
         tolerance: float,
         max_iterations: int | None = None,
     ) -> Found:
-        """A solution whose residual is within tolerance·‖right‖, none of it along what nothing fixes."""
+        """A solution none of which lies along what nothing fixes, its residual by the recursion."""
+        return conjugate.run(self, *self._asked(right, preconditioner, max_iterations, tolerance))
+
+    def refined(
+        self,
+        right: Tensor,  # (K, D̃)
+        preconditioner: Preconditioner | None,
+        tolerance: float,
+        max_iterations: int | None = None,
+    ) -> Refined:
+        """The same, and its residual as the products with H have it."""
+        return conjugate.refined(self, *self._asked(right, preconditioner, max_iterations, tolerance))
+
+    def _asked(
+        self, right: Tensor, preconditioner: Preconditioner | None, most: int | None, tolerance: float
+    ) -> tuple[Tensor, Map, float, int]:
         right = self.project(right)
-        most = 2 * right.numel() if max_iterations is None else max_iterations
+        most = 2 * right.numel() if most is None else most
         inverse = self.inverse(preconditioner) if most and bool(right.any()) else _same
-        return conjugate_gradients(self, right, lambda r: self.project(inverse(r)), tolerance, most)
+        return right, lambda r: self.project(inverse(r)), tolerance, most
 
     def inverse(self, preconditioner: Preconditioner | None) -> Map:
         if preconditioner == "class-blocks":
-            return self._of_blocks()
+            classes = range(self.first, self.operator.weight.shape[0])
+            return of_blocks(torch.stack([self.operator.block(c) for c in classes]) + self.ridge.diag())
         if preconditioner == "kronecker":
-            return self._of_factors()
+            factors = self.kronecker()
+            g = (factors.G * factors.total)[self.first :, self.first :]
+            return of_factors(g, factors.A, self.ridge)
         if preconditioner == "diagonal":
             diagonal = self.operator.diagonal()
             joined = _joined(list(diagonal) if isinstance(diagonal, tuple) else [diagonal])[self.first :]
-            return lambda r: r / _positive(joined + self.ridge)
+            return of_diagonal(joined + self.ridge)
         return _same
-
-    def _of_blocks(self) -> Map:
-        ridge = self.ridge.diag()
-        blocks = [self.operator.block(c) + ridge for c in range(self.first, self.operator.weight.shape[0])]
-        lower, scale = _cholesky(torch.stack(blocks))
-        return lambda r: torch.cholesky_solve((r / scale)[..., None], lower)[..., 0] / scale
-
-    def _of_factors(self) -> Map:
-        factors = self.kronecker()
-        g, u = torch.linalg.eigh((factors.G * factors.total)[self.first :, self.first :])
-        g = g.clamp(min=0.0)
-        # as large beside A as the ridge is beside the curvature of an average direction
-        share = 1.0 / float(g.mean()) if float(g.mean()) > 0 else 1.0
-        lower, scale = _cholesky(factors.A + share * self.ridge.diag())
-        half = torch.linalg.solve_triangular(lower, torch.diag_embed(1 / scale), upper=False)
-        a, q = torch.linalg.eigh(half @ factors.A @ half.t())
-        a = a.clamp(0.0, 1.0)
-        basis = half.t() @ q  # Eᵀ A E = diag(a), Eᵀ diag(ρ) E = diag(1 − a)/share
-        values = _positive(torch.outer(g, a) + (1 - a) / share)
-        return lambda r: u @ ((u.t() @ r @ basis) / values) @ basis.t()
-
-
-def conjugate_gradients(apply: Map, right: Tensor, inverse: Map, tolerance: float, most: int) -> Found:
-    """apply(x) = right for a symmetric semidefinite map, from 0; `inverse` preconditions."""
-    x, r = torch.zeros_like(right), right.clone()
-    within = tolerance * float(right.norm())
-    p, before = torch.zeros_like(right), 1.0
-    for iteration in range(most + 1):
-        if float(r.norm()) <= within:
-            return Found(x, iteration, True, False)
-        if iteration == most:
-            break
-        z = inverse(r)
-        now = float((r * z).sum())
-        p = z + p * (now / before)
-        bent = apply(p)
-        curvature = float((p * bent).sum())
-        if not curvature > 0:
-            # before the first step: downhill all the same
-            return Found(x if iteration else p, iteration, False, True)
-        x = x + p * (now / curvature)
-        r = r - bent * (now / curvature)
-        before = now
-    return Found(x, most, False, False)
 
 
 def _same(v: Tensor) -> Tensor:
@@ -282,29 +245,3 @@ def _same(v: Tensor) -> Tensor:
 def _joined(parts: list[Tensor]) -> Tensor:
     """(C, D) and (C,) -> (C, D̃)."""
     return torch.cat([t if t.dim() == 2 else t[:, None] for t in parts], dim=1)
-
-
-def _positive(values: Tensor) -> Tensor:
-    """What is divided by: at least what rounding leaves of the largest."""
-    least = values.numel() * torch.finfo(values.dtype).eps * values.max() if values.numel() else 0.0
-    values = values.clamp(min=float(least))
-    return torch.where(values > 0, values, 1.0)
-
-
-def _cholesky(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Lower factors of semidefinite (..., D̃, D̃) of which the diagonal was made 1, and the scale (..., D̃).
-
-    What is singular becomes definite by as little as it takes.
-    """
-    diagonal = blocks.diagonal(dim1=-2, dim2=-1)
-    scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
-    unit = blocks / (scale[..., None] * scale[..., None, :])
-    unit.diagonal(dim1=-2, dim2=-1).copy_(torch.ones_like(scale))
-    eye, size = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device), unit.shape[-1]
-    more = size * torch.finfo(unit.dtype).eps
-    while more < 10 * size:
-        lower, failed = torch.linalg.cholesky_ex(unit + more * eye)
-        if not bool(failed.any()):
-            return lower, scale
-        more *= 10
-    return eye.expand_as(unit), scale  # indefinite beyond its diagonal: that alone
