@@ -66,8 +66,10 @@ def inputs(curvature: Curvature, chunk: slice, *, features: bool, one: bool) -> 
     scores = curvature.problem.scores
     assert isinstance(scores, LinearHead)
     x = scores.load(curvature.problem.targets.pick(chunk)).to(scores.dtype)
-    ones = torch.ones_like(x[:, :1]) if one else x[:, :0]
-    return torch.cat([x, ones], dim=1) if features and one else x if features else ones
+    if not one:
+        return x if features else x[:, :0]
+    ones = x.new_ones(x.shape[0], 1)
+    return torch.cat([x, ones], dim=1) if features else ones
 
 
 def second_moments(

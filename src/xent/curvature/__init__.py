@@ -3,8 +3,10 @@
     ∂²ℓ/∂z² = a·J        J = diag(p) − p pᵀ        p = softmax(z)        H_W = Σ a·J ⊗ x xᵀ
 
 Read in this order: `rowwise` (a C × C matrix for every row, known by what it does to a vector), `jacobian`
-(J, its root and its inverses), `secular` (its largest eigenvalue), `heads` (what a linear head makes of it),
-`kronecker` (that by two factors), `newton` (a step with it), `extractors` (what lies before the head).
+(J, its root and its inverses), `secular` (its largest eigenvalue); `source` and `sides` (rows and right-hand
+sides), `heads` (what a linear head makes of J), `fisher` (its three senses), `kronecker` (that by two
+factors); `conjugate` and `preconditioners` (a system with it), `newton` (a step); `extractors` (what lies
+before the head).
 """
 
 from xent.curvature.extractors import (
@@ -13,7 +15,8 @@ from xent.curvature.extractors import (
     row_gradient_norms,
     row_gradients,
 )
-from xent.curvature.heads import HeadFisher, HeadGGN, HeadHessian
+from xent.curvature.fisher import HeadFisher
+from xent.curvature.heads import HeadGGN, HeadHessian
 from xent.curvature.jacobian import SoftmaxJacobian
 from xent.curvature.kronecker import HeadKronecker, KroneckerEigen
 from xent.curvature.newton import NewtonStep, newton_step

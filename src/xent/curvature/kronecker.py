@@ -28,7 +28,9 @@ from torch import Tensor
 from xent.core.curvature import Curvature, Form
 from xent.core.kronecker import input_sum, logit_sum, second_moments
 from xent.core.scores import compute_dtype
-from xent.curvature.heads import Batch, HeadOperator
+from xent.curvature.heads import HeadOperator, closed
+from xent.curvature.sides import Stacks
+from xent.curvature.source import Batch
 from xent.modes import plain
 from xent.options import Target
 
@@ -105,18 +107,18 @@ class HeadKronecker(HeadOperator):
         self._eigen: KroneckerEigen | None = None
         self._factors: tuple[Tensor, Tensor] | None = None  # eigenvalues of total·G and of A
         self.is_corrected = False
-        with torch.no_grad(), plain(self.device):
+        with plain(self.device):
             self._make_factors()
             if corrected:
                 self._correct()
 
-    def _check_wrt(self, features: object) -> None:
+    def _check_wrt(self, features: object, bias: Tensor | None) -> None:
         if "features" in self.wrt:
             raise ValueError(
                 "wrt must be 'weight', 'bias' or both: each row has features of its own, and their curvature "
                 "is HeadHessian(..., wrt='features').block(row)"
             )
-        super()._check_wrt(features)
+        super()._check_wrt(features, bias)
 
     # ── the factors ──
 
@@ -140,7 +142,7 @@ class HeadKronecker(HeadOperator):
     def _given(self) -> dict[Literal["features", "one"], bool]:
         return {"features": "weight" in self.wrt, "one": "bias" in self.wrt}
 
-    @torch.no_grad()
+    @closed
     def eigh(self) -> KroneckerEigen:
         """Eigenvalues (C, D̃) and eigenvectors, these as two factors; computed once.
 
@@ -154,7 +156,7 @@ class HeadKronecker(HeadOperator):
             self._eigen = KroneckerEigen(torch.outer(*self._factors), u, v)
         return self._eigen
 
-    @torch.no_grad()
+    @closed
     def corrected(self) -> HeadKronecker:
         """The same with the exact second moments of the curvature in the eigenvectors' basis as eigenvalues.
 
@@ -162,8 +164,7 @@ class HeadKronecker(HeadOperator):
         """
         self.eigh()  # kept for both
         made = copy.copy(self)
-        with plain(self.device):
-            made._correct()
+        made._correct()
         return made
 
     def _correct(self) -> None:
@@ -181,42 +182,35 @@ class HeadKronecker(HeadOperator):
 
     # ── products, and what is read off it ──
 
-    def _products(self, sides: list[tuple[Tensor, ...]]) -> list[list[Tensor]]:
+    def _products(self, stacks: Stacks) -> Stacks:
         if self.is_corrected:
-            return self._in_the_basis(sides, lambda t: t * self.eigh().values)
-        return self._mapped(sides, lambda x: (self.G @ x @ self.A) * self.total)
+            return self._in_the_basis(stacks, lambda t: t * self.eigh().values)
+        return self._mapped(stacks, lambda x: (self.G @ x @ self.A) * self.total)
 
-    def _in_the_basis(
-        self, sides: list[tuple[Tensor, ...]], change: Callable[[Tensor], Tensor]
-    ) -> list[list[Tensor]]:
+    def _in_the_basis(self, stacks: Stacks, change: Callable[[Tensor], Tensor]) -> Stacks:
         _, u, v = self.eigh()
-        return self._mapped(sides, lambda x: u @ change(u.t() @ x @ v) @ v.t())
+        return self._mapped(stacks, lambda x: u @ change(u.t() @ x @ v) @ v.t())
 
-    def _mapped(self, sides: list[tuple[Tensor, ...]], f: Callable[[Tensor], Tensor]) -> list[list[Tensor]]:
+    def _mapped(self, stacks: Stacks, f: Callable[[Tensor], Tensor]) -> Stacks:
         """f of right-hand sides as (K, C, D̃)."""
-        if not sides:
-            return []
         columns = [
-            torch.stack([side[self.wrt.index(name)] for side in sides]).to(self.A.dtype)
-            for name in ("weight", "bias")
-            if name in self.wrt
+            stacks[self.wrt.index(name)].to(self.A.dtype) for name in ("weight", "bias") if name in self.wrt
         ]
         joined = torch.cat([t if t.dim() == 3 else t[..., None] for t in columns], dim=2)
-        return [self._parted(one) for one in f(joined)]
+        return self._parted(f(joined))
 
-    def _parted(self, joined: Tensor) -> list[Tensor]:
-        """(C, D̃) -> tensors of the parameters' shapes, in the order of wrt."""
+    def _parted(self, joined: Tensor) -> Stacks:
+        """(..., C, D̃) -> tensors of the parameters' shapes, in the order of wrt."""
         joined, d = joined.to(self.dtype), self.weight.shape[1]
-        return [
-            joined[:, :d].contiguous() if name == "weight" else joined[:, -1].contiguous()
-            for name in self.wrt
-        ]
+        return tuple(
+            (joined[..., :d] if name == "weight" else joined[..., -1]).contiguous() for name in self.wrt
+        )
 
     def _shaped(self, joined: Tensor) -> Any:
         parts = self._parted(joined)
-        return tuple(parts) if len(parts) > 1 else parts[0]
+        return parts if len(parts) > 1 else parts[0]
 
-    @torch.no_grad()
+    @closed
     def diagonal(self) -> Any:
         """The exact diagonal of the approximation, in the parameter's shape (a tuple of them for several)."""
         if self.is_corrected:
@@ -224,7 +218,7 @@ class HeadKronecker(HeadOperator):
             return self._shaped(u.square() @ values @ v.square().t())
         return self._shaped(torch.outer(self.G.diagonal() * self.total, self.A.diagonal()))
 
-    @torch.no_grad()
+    @closed
     def trace(self) -> Tensor:
         """The exact trace of the approximation, a scalar."""
         found = (
@@ -232,11 +226,10 @@ class HeadKronecker(HeadOperator):
         )
         return found.to(self.dtype)
 
-    @torch.no_grad()
+    @closed
     def block(self, index: int) -> Tensor:
         """The approximation's block of class ``index``, (D̃, D̃)."""
-        if not 0 <= index < len(self.G):
-            raise IndexError(f"block {index} is outside 0..{len(self.G) - 1}")
+        index = self._index(index, len(self.G))
         if self.is_corrected:
             values, u, v = self.eigh()
             return ((v * (u[index].square() @ values)) @ v.t()).to(self.dtype)
@@ -244,7 +237,6 @@ class HeadKronecker(HeadOperator):
 
     # ── what products alone do not give ──
 
-    @torch.no_grad()
     def solve(self, v: Any, damping: float = 0.0, *, factored: bool = False) -> Any:
         """(K + damping·I)⁻¹ v, exactly, for one v or many: shapes as in ``@``.
 
@@ -255,14 +247,14 @@ class HeadKronecker(HeadOperator):
                 that of Γ·G (Martens and Grosse, §6.3): what implementations do that hold no eigenvectors.
         """
         values = self._damped(damping, factored)
-        return self._each(v, lambda sides: self._in_the_basis(sides, lambda t: t / values))
+        return self._each(v, lambda stacks: self._in_the_basis(stacks, lambda t: t / values))
 
-    @torch.no_grad()
+    @closed
     def logdet(self, damping: float = 0.0, *, factored: bool = False) -> Tensor:
         """log det(K + damping·I), a scalar; arguments as in :meth:`solve`."""
         return self._damped(damping, factored).log().sum().to(self.dtype)
 
-    @torch.no_grad()
+    @closed
     def sample(
         self,
         generator: torch.Generator | None = None,
@@ -278,6 +270,11 @@ class HeadKronecker(HeadOperator):
             damping, factored: as in :meth:`solve`.
             count: how many; they then lie along a new first dimension.
         """
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"generator must be a torch.Generator or None, got {type(generator).__name__}: "
+                f"damping={generator!r}?"
+            )
         _, u, v = self.eigh()
         scale = self._damped(damping, factored).rsqrt()
         noise = torch.randn(
@@ -287,15 +284,10 @@ class HeadKronecker(HeadOperator):
             device=scale.device,
             generator=generator,
         )
-        drawn = [self._parted(one) for one in u @ (noise * scale) @ v.t()]
-        if count is None:
-            return tuple(drawn[0]) if len(self.wrt) > 1 else drawn[0][0]
-        many = tuple(
-            torch.stack([one[i] for one in drawn]) if drawn else self.weight.new_zeros(0, *shape)
-            for i, shape in enumerate(self.shapes)
-        )
-        return many if len(many) > 1 else many[0]
+        drawn = u @ (noise * scale) @ v.t()
+        return self._shaped(drawn[0] if count is None else drawn)
 
+    @closed
     def _damped(self, damping: float, factored: bool) -> Tensor:
         """Eigenvalues of what is inverted, (C, D̃), all above 0."""
         if not -torch.inf < damping < torch.inf:

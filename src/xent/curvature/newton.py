@@ -22,9 +22,10 @@ from torch import Tensor
 from xent.core import sweep
 from xent.curvature import conjugate
 from xent.curvature.conjugate import Found, Map, Refined
-from xent.curvature.heads import Batch, HeadGGN, HeadHessian, HeadOperator
+from xent.curvature.heads import HeadGGN, HeadHessian, HeadOperator
 from xent.curvature.kronecker import HeadKronecker
 from xent.curvature.preconditioners import of_blocks, of_diagonal, of_factors
+from xent.curvature.source import OPTIONS, Batch, check_options
 from xent.modes import plain
 from xent.options import Target, check_tensors
 
@@ -104,6 +105,7 @@ def newton_step(
     if curvature not in ("gauss-newton", "hessian"):
         raise ValueError(f"curvature must be 'gauss-newton' or 'hessian', got {curvature!r}")
     check_preconditioner(preconditioner)
+    check_options("newton_step", options, OPTIONS)
     given: dict[str, Any] = {"bias": bias, "wrt": "weight" if bias is None else ("weight", "bias"), **options}
     of = HeadHessian if curvature == "hessian" else HeadGGN
     operator = of(features, weight, target, **given)
@@ -115,7 +117,7 @@ def newton_step(
         ridge,
         kronecker=lambda: HeadKronecker(features, weight, target, weighting="curvature", **given),
     )
-    with torch.no_grad():
+    with plain(operator.device):
         gradient = loss_gradient(operator)
         gradient[:, : weight.shape[1]] += l2 * weight
         if not bool(gradient.isfinite().all()):
