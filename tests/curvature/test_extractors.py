@@ -11,6 +11,7 @@ import xent
 from table import ROWS, problem, spelt_out
 from xent.core import reference
 from xent.curvature import (
+    HeadFisher,
     HeadGGN,
     ggn_vector_product,
     hessian_vector_product,
@@ -130,6 +131,110 @@ def test_norms_of_leading_dimensions():
     assert_close(norms.reshape(-1), row_gradient_norms(x.reshape(6, 4), w, y.reshape(6)))
 
 
+def test_hessian_products_obey_the_options_that_move_the_targets_scores():
+    p, _, _, model, params, unflat = draw(ROWS[0], C)
+    v = torch.randn_like(flat(params))
+    for option in ({"margin": 0.3}, {"log_q": torch.rand(C, dtype=torch.float64).log()}):
+
+        def loss(theta, option=option):
+            return xent.cross_entropy(functional_call(model, unflat(theta), (p.x,)), p.target, **option)
+
+        found = hessian_vector_product(model, params, p.x, p.target, v, **option)
+        assert_close(found, hessian(loss)(flat(params)) @ v)
+
+
+@pytest.mark.parametrize("product", [ggn_vector_product, hessian_vector_product])
+def test_logits_of_more_dimensions(product):
+    """(N, C, d1): a loss at each place."""
+    w = torch.randn(4, 3, dtype=torch.float64)
+    x, y = torch.randn(5, 3, 2, dtype=torch.float64), torch.randint(4, (5, 2))
+    v = torch.randn_like(w)
+    places = product(lambda w, x: torch.einsum("cd,ndk->nck", w, x), w, x, y, v)
+    rows = product(lambda w, x: x @ w.T, w, x.movedim(1, 2).reshape(10, 3), y.reshape(10), v)
+    assert_close(places, rows)
+    one = product(lambda w, x: w @ x, w, x[0, :, 0], y[0, 0], v)
+    assert_close(one, product(lambda w, x: x @ w.T, w, x[:1, :, 0], y[:1, 0], v))
+
+
+@pytest.mark.parametrize("outputs", ["logits", "features"])
+def test_gauss_newton_products_are_differentiable_in_the_vector_and_in_nothing_else(outputs):
+    p, _, _, model, params, unflat = draw(ROWS[0], C if outputs == "logits" else D)
+    head = None if outputs == "logits" else (p.w, p.b)
+    v = torch.randn_like(flat(params))
+
+    def form(v, params=params):
+        return (v * ggn_vector_product(model, params, p.x, p.target, v, head=head)).sum()
+
+    right = 2 * ggn_vector_product(model, params, p.x, p.target, v, head=head)
+    assert_close(torch.func.grad(form)(v), right)
+    leaf = v.clone().requires_grad_()
+    assert_close(torch.autograd.grad(form(leaf), leaf)[0], right)
+    with pytest.raises(NotImplementedError, match="held constant here"):
+        torch.func.grad(lambda theta: form(v, unflat(theta)))(flat(params))
+    if head is not None:
+        with pytest.raises(NotImplementedError, match="held constant here"):
+            torch.func.grad(lambda w: ggn_vector_product(model, params, p.x, p.target, v, head=(w,)).sum())(
+                p.w
+            )
+
+
+@pytest.mark.parametrize("of", [row_gradient_norms, row_gradients])
+def test_rows_gradients_are_no_silent_zeros(of):
+    x, w, y = torch.randn(3, 2), torch.randn(4, 2), torch.tensor([0, 1, 2])
+    for call, at in ((lambda t: of(t, w, y).sum(), x), (lambda t: of(x, t, y).sum(), w)):
+        with pytest.raises(NotImplementedError, match="held constant here"):
+            torch.func.grad(call)(at)
+
+
+@pytest.mark.parametrize("product", [ggn_vector_product, hessian_vector_product])
+def test_the_order_of_names_does_not_matter(product):
+    p, _, _, model, params, _ = draw(ROWS[0], C)
+    v = {k: torch.randn_like(t) for k, t in params.items()}
+    reversed_ = dict(reversed(v.items()))
+    right, found = (product(model, params, p.x, p.target, one) for one in (v, reversed_))
+    for name in params:
+        assert torch.equal(found[name], right[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("budget", [None, 200])
+def test_norms_have_no_squares_to_lose(dtype, budget):
+    """e⁻⁶⁰, whose square is no float32, and e⁻³⁰⁰, whose square is no float64."""
+    far = 60.0 if dtype == torch.float32 else 300.0
+    w = torch.tensor([[0.0], [-far], [-far - 1]], dtype=dtype)
+    x = torch.ones(1, 1, dtype=dtype)
+    scaled = torch.tensor([1.0, torch.exp(torch.tensor(-1.0))]).double()
+    right = torch.exp(torch.tensor(-far).double()) * (scaled.sum() ** 2 + scaled.square().sum()).sqrt()
+    found = row_gradient_norms(x, w, torch.tensor([0]), memory_budget=budget)
+    assert_close(found.double(), right[None], rtol=1e-6, atol=0.0)
+    tiny = 1e-30 if dtype == torch.float32 else 1e-200
+    found = row_gradient_norms(x * tiny, w * 0, torch.tensor([0]))
+    assert_close(found, torch.tensor([tiny * (2 / 3) ** 0.5], dtype=dtype))
+    if dtype == torch.float32:  # the square of 1e10 makes it one again
+        large = x * 1e10, w / 1e10, torch.tensor([0])
+        trace = HeadFisher(*large, kind="empirical").trace()
+        assert_close(trace.double(), row_gradient_norms(*large).double()[0] ** 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_gradients_of_rows_are_rounded_once(dtype):
+    x, w, y = torch.randn(20, 6).to(dtype), (5 * torch.randn(7, 6)).to(dtype), torch.randint(7, (20,))
+    found = row_gradients(x, w, y)
+    right = row_gradients(x.double(), w.double(), y)
+    assert found.dtype == dtype
+    assert ((found.double() - right).abs() <= torch.finfo(dtype).eps * right.abs() + 1e-7).all()
+
+
+def test_gradients_of_rows_in_inference_mode_and_under_autocast():
+    x, w, y = torch.randn(3, 2), torch.randn(4, 2), torch.tensor([0, 1, 2])
+    right = row_gradients(x, w, y), row_gradient_norms(x, w, y)
+    with torch.inference_mode():
+        assert torch.equal(row_gradients(x, w, y), right[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(row_gradients(x, w, y), right[0])
+        assert torch.equal(row_gradient_norms(x, w, y), right[1])
+
+
 MODEL = torch.nn.Linear(3, 4)
 PARAMS = dict(MODEL.named_parameters())
 X, Y = torch.ones(2, 3), torch.tensor([0, 1])
@@ -141,7 +246,23 @@ BAD = [
         ValueError,
         "'mean' or 'sum'",
     ),
-    (lambda: ggn_vector_product(MODEL, PARAMS, X[None], Y, PARAMS), ValueError, r"logits \(N, C\)"),
+    (lambda: ggn_vector_product(MODEL, PARAMS, X[None], Y, PARAMS), ValueError, r"must have shape \(1, 4\)"),
+    (lambda: ggn_vector_product(MODEL, PARAMS, X, Y, PARAMS, margin=0.1), TypeError, "takes no margin; its"),
+    (lambda: ggn_vector_product(MODEL, PARAMS, X, Y, PARAMS, log_q=X[0]), TypeError, "takes no log_q; its"),
+    (lambda: ggn_vector_product(MODEL, PARAMS, X, Y, PARAMS, memory_budget=1), TypeError, "no memory_budget"),
+    (lambda: hessian_vector_product(MODEL, PARAMS, X, Y, PARAMS, reduction="none"), ValueError, "got 'none'"),
+    (
+        lambda: ggn_vector_product(MODEL, PARAMS, X, Y, PARAMS, head=(X, Y, X)),
+        ValueError,
+        r"head must be \(weight,\) or \(weight, bias\), got a tuple of 3",
+    ),
+    (lambda: hessian_vector_product(MODEL, PARAMS, X, Y, PARAMS, head=X), ValueError, "got a Tensor"),
+    (lambda: row_gradient_norms(X, torch.ones(4, 3), Y, reduction="sum"), TypeError, "takes no reduction"),
+    (lambda: row_gradient_norms(X, torch.ones(4, 3), Y, margin=0.1), TypeError, "takes no margin"),
+    (lambda: row_gradient_norms(X, torch.ones(4, 3), Y, normalize=True), TypeError, "takes no normalize"),
+    (lambda: row_gradient_norms(X, torch.ones(4, 3), Y, classes=Y), TypeError, "takes no classes"),
+    (lambda: row_gradients(X, torch.ones(4, 3), Y, log_q=X[0]), TypeError, "takes no log_q"),
+    (lambda: row_gradients(X, torch.ones(4, 3), None), ValueError, "a target is needed"),
     (lambda: row_gradients(X[None], torch.ones(4, 3), Y), ValueError, r"features must be \(N, D\)"),
     (lambda: row_gradient_norms(X, torch.ones(4, 3), Y + 9), IndexError, "target 9 at row 0"),
 ]

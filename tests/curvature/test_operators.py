@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from torch.func import grad, jvp, vmap
+from torch.func import functional_call, grad, jvp, vmap
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -319,3 +319,17 @@ def test_without_features_the_bias_is_left():
     step = newton_step(x, w, y, bias=b)
     assert step.converged
     assert step.weight.shape == (3, 0)
+
+
+def test_the_model_before_the_head_may_run_under_autocast():
+    from xent.curvature import ggn_vector_product
+
+    model = torch.nn.Linear(4, 3)
+    params = dict(model.named_parameters())
+    x, y, w = torch.randn(5, 4), torch.randint(6, (5,)), torch.randn(6, 3)
+    right = ggn_vector_product(model, params, x, y, params, head=(w,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = ggn_vector_product(model, params, x, y, params, head=(w,))
+    for name in params:
+        assert (found[name] - right[name]).norm() < 0.05 * right[name].norm()
+    assert functional_call(model, params, (x,)).shape == (5, 3)

@@ -22,7 +22,7 @@ one. So k, known by its index, is apart: with p̂ the other classes' probabiliti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -33,7 +33,7 @@ from torch import Tensor
 from xent.core.arithmetic import cut
 from xent.core.plan import Plan
 from xent.core.scores import LinearHead, Sink, Tangents
-from xent.core.statistics import Extras, OwnColumns, Statistics
+from xent.core.statistics import Extras, OwnColumns, Statistics, statistics_dtype
 from xent.core.sweep import (
     Coefficients,
     Problem,
@@ -188,6 +188,8 @@ class Curvature:
 
     def logit_traces(self) -> Tensor:
         """Σ_c of the diagonal of H_u, (M,) float64."""
+        if self.form is Form.OUTER:
+            return self.weight * self.gradient_norms().square()
         sums = []
         plan = self.plan(resident=False)
         visit = Visit(self, plan, crosses=False)
@@ -199,6 +201,31 @@ class Curvature:
                     total = total + self.tile_diagonal(visit.tile(classes), rows).sum(1).to(total.dtype)
                 sums.append(total)
         return torch.cat(sums) if sums else torch.zeros_like(self.weight)
+
+    def gradients(self) -> Tensor:
+        """∂ℓ/∂u, (M, C), where outer products are taken of it."""
+        scores, targets = self.problem.scores, self.problem.targets
+        whole = torch.empty(targets.count, targets.classes, dtype=scores.dtype, device=scores.device)
+        for chunk, tile in self._tiles():
+            whole[chunk, tile.classes] = tile.p
+        return whole
+
+    def gradient_norms(self) -> Tensor:
+        """‖∂ℓ/∂u‖, (M,) float64, without the squares of small numbers."""
+        found = torch.zeros_like(self.weight)
+        for chunk, tile in self._tiles():
+            found[chunk] = torch.hypot(found[chunk], norms(tile.p))
+        return found
+
+    def _tiles(self) -> Iterator[tuple[slice, Tile]]:
+        assert self.form is Form.OUTER
+        plan = self.plan(resident=False)
+        visit = Visit(self, plan, crosses=False)
+        with self.problem.products():
+            for chunk in plan.row_chunks(self.problem.targets.count):
+                visit.enter(chunk)
+                for classes in visit.classes:
+                    yield chunk, visit.tile(classes)
 
     def class_diagonal(self, c: int) -> Tensor:
         """∂²L/∂u_c², (M,), of one class."""
@@ -336,6 +363,16 @@ class Visit:
             g = (g if seen.slope is None else g.mul_(seen.slope)) if self.crosses else None
         p = seen.z.mul_((1 / (1 + found.r)).to(seen.z.dtype)[:, None])
         return Tile(classes, top, p, seen.slope, epsilon, g)
+
+
+def norms(rows: Tensor) -> Tensor:
+    """2-norms of rows (R, T), (R,) in the statistics' type; none is lost that is a number itself."""
+    wide = statistics_dtype(rows.device)
+    if rows.shape[1] == 0:
+        return torch.zeros(rows.shape[0], dtype=wide, device=rows.device)
+    size = rows.abs().amax(1, keepdim=True)
+    scaled: Tensor = torch.linalg.vector_norm(rows / torch.where(size > 0, size, 1.0), dim=1, dtype=wide)
+    return scaled * size[:, 0].to(wide)
 
 
 class Forms:

@@ -5,21 +5,17 @@
 Read in this order: `rowwise` (a C × C matrix for every row, known by what it does to a vector), `jacobian`
 (J, its root and its inverses), `secular` (its largest eigenvalue); `source` and `sides` (rows and right-hand
 sides), `heads` (what a linear head makes of J), `fisher` (its three senses), `kronecker` (that by two
-factors); `conjugate` and `preconditioners` (a system with it), `newton` (a step); `extractors` (what lies
-before the head).
+factors); `conjugate` and `preconditioners` (a system with it), `newton` (a step); `rows` (each row's own
+gradient); `extractors` (what lies before the head).
 """
 
-from xent.curvature.extractors import (
-    ggn_vector_product,
-    hessian_vector_product,
-    row_gradient_norms,
-    row_gradients,
-)
+from xent.curvature.extractors import ggn_vector_product, hessian_vector_product
 from xent.curvature.fisher import HeadFisher
 from xent.curvature.heads import HeadGGN, HeadHessian
 from xent.curvature.jacobian import SoftmaxJacobian
 from xent.curvature.kronecker import HeadKronecker, KroneckerEigen
 from xent.curvature.newton import NewtonStep, newton_step
+from xent.curvature.rows import row_gradient_norms, row_gradients
 from xent.curvature.secular import Eigenpair
 
 __all__ = [

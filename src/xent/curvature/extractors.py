@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from xent import functional
 from xent.core.curvature import Curvature, Form
 from xent.curvature.heads import HeadGGN
+from xent.curvature.sides import Sides, Stacks
+from xent.curvature.source import OPTIONS, check_options, refuse_derivatives, tensors_of
 from xent.modes import plain
 from xent.options import Options, Target
 
@@ -43,13 +45,15 @@ def ggn_vector_product(
     matrix-vector products for second-order gradient descent", 2002.
 
     Args:
-        model: a module, called as it stands (with its own buffers: put it in eval mode), or a function of
-            ``(params, inputs)``; returns logits (N, C), or features (..., D) where there is a ``head``.
+        model: a module, called as it stands, with its own buffers, or a function of ``(params, inputs)``;
+            returns logits, (N, C) or of another shape that :func:`xent.cross_entropy` takes, or features
+            (..., D) where there is a ``head``. Put it in eval mode: it is called once for each pass, and in
+            training mode dropout would draw a mask for each, and the product be that of two models.
         params: the parameters to differentiate in, as the model takes them:
             ``dict(module.named_parameters())`` or any part of it; for a function, whatever it takes.
         inputs: the model's inputs; a tuple holds several.
         target: as in :func:`xent.cross_entropy`.
-        vector: of the structure of ``params``, or flat (P,).
+        vector: of the structure of ``params``, or flat (P,). The product is differentiable in it.
         head: ``(weight,)`` or ``(weight, bias)``, (C, D) and (C,), of a linear head after the model, whose
             logits are then never made. It is held constant.
         options: ``reduction`` (``"mean"`` or ``"sum"``), ``class_weight``, ``ignore_index``,
@@ -68,9 +72,12 @@ def ggn_vector_product(
         >>> product.shape, bool(product @ v >= -1e-6)
         (torch.Size([67]), True)
     """
+    known = OPTIONS if head is not None else [name for name in OPTIONS if name != "memory_budget"]
+    check_options("ggn_vector_product", options, known)
+    refuse_derivatives(*(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), *tensors_of(target))
     run, params, along, given = _prepared(model, params, inputs, vector)
     out, moved = jvp(run, (params,), (along,))[:2]
-    bent = _of_outputs(out.detach(), moved.detach(), target, head, options)
+    bent = _of_outputs(out.detach(), moved, target, head, options)
     pull = vjp(run, params)[1]
     return given(pull(bent)[0])
 
@@ -91,7 +98,9 @@ def hessian_vector_product(
     kept.
 
     Args:
-        model, params, inputs, target, vector, head, options: as in :func:`ggn_vector_product`.
+        model, params, inputs, target, vector, head: as in :func:`ggn_vector_product`.
+        options: as there, and every other one of :func:`xent.cross_entropy`, or with a head of
+            :func:`xent.linear_cross_entropy`: ``margin``, ``log_q``, ...
 
     Returns:
         The product, as ``vector`` was given.
@@ -108,12 +117,13 @@ def hessian_vector_product(
     """
     run, params, along, given = _prepared(model, params, inputs, vector)
     settings = _named(options)
+    if settings.get("reduction") == "none":
+        raise ValueError("reduction must be 'mean' or 'sum', got 'none': there is one loss")
 
     def loss(params: Any) -> Tensor:
         if head is None:
             return functional.cross_entropy(run(params), target, **settings)  # type: ignore[arg-type]
-        weight, bias = (*head, None)[:2]
-        assert weight is not None
+        weight, bias = _of_head(head)
         return functional.linear_cross_entropy(
             run(params),
             weight.detach(),
@@ -125,84 +135,15 @@ def hessian_vector_product(
     return given(jvp(grad(loss), (params,), (along,))[1])
 
 
-def row_gradient_norms(
-    features: Tensor, weight: Tensor, target: Target, *, bias: Tensor | None = None, **options: Any
-) -> Tensor:
-    r"""The norm of each row's own gradient in a linear head, ``s·‖∂ℓ/∂u‖·‖x̃‖``, without forming any.
-
-    Args:
-        features, weight, target, bias: of the head, as in :class:`HeadHessian`. x̃ = (x, 1) with a bias,
-            else x.
-        options: ``class_weight``, ``ignore_index``, ``label_smoothing``, ``sample_weight``, ``z_loss``,
-            ``softcap``, ``temperature``, ``memory_budget``.
-
-    Returns:
-        (...) of the rows, 0 where a row is left out. One matrix product.
-
-    Example:
-        >>> import torch, xent
-        >>> x, w = torch.tensor([[3.0, 4.0]]), torch.zeros(2, 2)
-        >>> xent.curvature.row_gradient_norms(x, w, torch.tensor([0]))  # ‖(−½, ½)‖·5
-        tensor([3.5355])
-    """
-    with torch.no_grad():
-        call = _options(options, "sum").of_head(
-            features.detach(), weight.detach(), None if bias is None else bias.detach(), target
-        )
-        (part,) = call.parts
-        problem, z_loss = part.problem, float(options.get("z_loss", 0.0))
-        with plain(weight.device):
-            squares = Curvature.of(problem, Form.OUTER, z_loss=z_loss).logit_traces()
-        norms = squares.to(torch.float64).sqrt()
-        if part.row_weight is not None:
-            norms = norms * part.row_weight.abs()
-        rows = problem.targets.rows
-        x = features.detach().reshape(-1, features.shape[-1])
-        x = (x if rows is None else x[rows]).to(torch.float64)
-        norms = norms * (x.square().sum(1) + (bias is not None)).sqrt()
-        if rows is not None:
-            norms = norms.new_zeros(problem.targets.total).index_copy(0, rows, norms)
-        return call.stack([norms])
-
-
-def row_gradients(
-    features: Tensor, weight: Tensor, target: Target, *, bias: Tensor | None = None, **options: Any
-) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Each row's own gradient in a linear head, ``s·(∂ℓ/∂u) xᵀ``: a matrix for each of these rows.
-
-    Args:
-        features: (N, D), the rows to look at.
-        weight, target, bias, options: as in :func:`row_gradient_norms`.
-
-    Returns:
-        (N, C, D), and with a bias a pair of that and (N, C).
-
-    Example:
-        >>> import torch, xent
-        >>> xent.curvature.row_gradients(torch.tensor([[3.0, 4.0]]), torch.zeros(2, 2), torch.tensor([0]))
-        tensor([[[-1.5000, -2.0000],
-                 [ 1.5000,  2.0000]]])
-    """
-    if features.dim() != 2:
-        raise ValueError(f"features must be (N, D), got {tuple(features.shape)}")
-    settings = _named({k: v for k, v in options.items() if k != "memory_budget"}) | {"reduction": "sum"}
-    x = features.detach()
-    with torch.enable_grad():
-        logits = nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach())
-        logits.requires_grad_()
-        (g,) = torch.autograd.grad(functional.cross_entropy(logits, target, **settings), logits)  # type: ignore[arg-type]
-    # a row that is left out may hold anything
-    x = torch.where((g == 0).all(1, keepdim=True), 0.0, x)
-    gradients = g[:, :, None] * x[:, None, :]
-    return gradients if bias is None else (gradients, g)
-
-
 def _prepared(
     model: Model, params: Any, inputs: Any, vector: Any
 ) -> tuple[Callable[[Any], Tensor], Any, Any, Callable[[Any], Any]]:
     """θ ↦ outputs, the parameters, the vector in their structure, and the way back to how it was given."""
+    refuse_derivatives(*tree_flatten(params)[0])
     params = tree_map(lambda p: p.detach(), params)
     leaves, structure = tree_flatten(params)
+    if isinstance(vector, dict) and isinstance(params, dict) and vector.keys() == params.keys():
+        vector = {name: vector[name] for name in params}  # in whatever order they were given
     if isinstance(vector, Tensor) and not isinstance(params, Tensor):
         sizes = [leaf.numel() for leaf in leaves]
         if vector.shape != (sum(sizes),):
@@ -213,7 +154,7 @@ def _prepared(
         def given(product: Any) -> Any:
             return torch.cat([t.reshape(-1) for t in tree_flatten(product)[0]])
     else:
-        along = tree_map(lambda v: v.detach(), vector)
+        along = vector
         parts, theirs = tree_flatten(along)
         if theirs != structure or any(a.shape != b.shape for a, b in zip(parts, leaves, strict=True)):
             raise ValueError("vector must have the structure and shapes of params, or be flat")
@@ -237,27 +178,40 @@ def _of_outputs(
 ) -> Tensor:
     """H_out times a tangent of the outputs."""
     if head is not None:
-        weight, bias = (*head, None)[:2]
-        assert weight is not None
-        product: Tensor = HeadGGN(out, weight, target, bias=bias, wrt="features", **options) @ moved
-        return product
-    if out.dim() != 2:
-        raise ValueError(f"the model must return logits (N, C); got {tuple(out.shape)}")
-    settings = _options(options, options.get("reduction", "mean"))
-    call = settings.of_logits(out, target)
-    (part,) = call.parts
-    with torch.no_grad(), plain(out.device):
+        weight, bias = _of_head(head)
+        features = HeadGGN(out.to(weight.dtype), weight, target, bias=bias, wrt="features", **options)
+        return (features @ moved.to(weight.dtype)).to(moved.dtype)
+    reduction = options.get("reduction", "mean")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    settings = Options(**_named(options))
+    with plain(out.device):
+        call = settings.of_logits(out, target)
+        (part,) = call.parts
         scale = call.reduction.scale([(part.problem.targets, part.row_weight)])
         of_logits = Curvature.of(part.problem, Form.GAUSS_NEWTON, scale, part.row_weight, settings.z_loss)
-        ((bent,),) = of_logits.products([(moved,)], (True,))
-    assert bent is not None
+    axis, rows = min(1, out.dim() - 1), part.problem.scores.shape
+
+    def product(stacks: Stacks) -> Stacks:
+        sides = stacks[0].movedim(1 + axis, -1)
+        with plain(out.device):
+            bent = of_logits.products([(side.reshape(rows),) for side in sides], (True,))
+        return (
+            torch.stack([b for (b,) in bent if b is not None]).reshape(sides.shape).movedim(-1, 1 + axis),
+        )
+
+    bent: Tensor = Sides((moved.shape,), moved.dtype).through(moved, product)
     return bent
 
 
-def _options(given: dict[str, Any], reduction: str) -> Options:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    return Options(**_named(given) | {"reduction": reduction})
+def _of_head(head: Head) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias, of a head that may have no bias."""
+    if not isinstance(head, tuple | list) or not 1 <= len(head) <= 2:
+        size = f" of {len(head)}" if isinstance(head, tuple | list) else ""
+        raise ValueError(f"head must be (weight,) or (weight, bias), got a {type(head).__name__}{size}")
+    weight, bias = (*head, None)[:2]
+    assert weight is not None
+    return weight, bias
 
 
 def _named(options: dict[str, Any]) -> dict[str, Any]:
