@@ -337,6 +337,54 @@ def test_draws_have_the_covariance_that_is_asked_for(corrected):
     assert HeadKronecker(x, w, y).sample(damping=0.1, count=0).shape == (0, 3, 2)
 
 
+@pytest.mark.parametrize(("dtype", "unit"), [(torch.float32, 1e-4), (torch.float64, 1e-9)])
+@pytest.mark.parametrize("corrected", [False, True])
+def test_features_of_a_small_unit_are_no_rounding(dtype, unit, corrected):
+    """G ⊗ SAS + λ is S(G ⊗ A + λ·S⁻²)S, where nothing is small."""
+    x, w, _, y = small(n=60, c=4, d=5)
+    scale = torch.tensor([1.0, unit, 1.0, unit**0.5, unit], dtype=torch.float64)
+    far = HeadKronecker((x * scale).to(dtype), (w / scale).to(dtype), y, corrected=corrected)
+    a, g = x.t() @ x / len(x), HeadKronecker(x, w, y).G
+    values = far.eigh().values
+    assert (values == 0).sum() == 5  # the gauge, and no more
+    if corrected:
+        exact = HeadHessian(x * scale, w / scale, y)
+        assert_close(far.trace().double(), exact.trace(), rtol=1e-5, atol=0.0)
+        return
+    damping = 0.1 * unit**2
+    apart = torch.linalg.qr(torch.cat([torch.ones(4, 1), torch.randn(4, 3)], dim=1).double()).Q[:, 1:]
+    dense = torch.kron(apart.t() @ g @ apart, a) + (damping / scale.square()).repeat(3).diag()
+    v = torch.randn(3, 5, dtype=torch.float64)
+    right = apart @ torch.linalg.solve(dense, (v / scale).reshape(-1)).reshape(3, 5)
+    found = far.solve((apart @ v).to(dtype), damping).double() * scale
+    assert_close(found - found.mean(0), right, rtol=1e-2, atol=1e-2 * right.abs().max())
+    logdet = dense.logdet() + 2 * 3 * scale.log().sum() + 5 * math.log(damping)
+    assert far.logdet(damping).item() == pytest.approx(logdet.item(), rel=1e-4)
+    assert far.sample(torch.Generator().manual_seed(0), damping).isfinite().all()
+
+
+def test_the_corrected_diagonal_is_the_exact_one_at_zero():
+    """Ten decades of units, in float32: at W = 0 the approximation is exact."""
+    scale = torch.logspace(-5, 5, 6)
+    x = torch.randn(50, 6) * scale
+    w, y = torch.zeros(3, 6), torch.randint(3, (50,))
+    exact = HeadHessian(x, w, y).diagonal()
+    K = HeadKronecker(x, w, y)
+    assert_close(K.corrected().diagonal(), exact, rtol=1e-4, atol=0.0)
+    assert_close(K.diagonal(), exact, rtol=1e-5, atol=0.0)
+
+
+def test_inputs_that_go_together_are_the_null_space_in_any_unit():
+    x, w, _, y = small(n=40, c=3, d=4)
+    x = torch.cat([x, 1e-6 * x[:, :1] + 1e-6 * x[:, 1:2]], dim=1)
+    K = HeadKronecker(x, torch.cat([w, w[:, :1]], dim=1), y)
+    values = K.eigh().values
+    assert (values == 0).sum() == 3 * 1 + 5 - 1
+    assert_close(torch.outer(*K._factors), values)
+    dense = K.eigh().of_inputs
+    assert_close(dense.t() @ dense, torch.eye(5, dtype=torch.float64))
+
+
 def test_damping_of_the_factors():
     x, w, b, y = small()
     K = HeadKronecker(x, w, y, bias=b, wrt=("weight", "bias"), reduction="sum")

@@ -28,6 +28,7 @@ from torch import Tensor
 from xent.core.curvature import Curvature, Form
 from xent.core.kronecker import input_sum, logit_sum, second_moments
 from xent.core.scores import compute_dtype
+from xent.curvature.eigen import eigen
 from xent.curvature.heads import HeadOperator, closed
 from xent.curvature.sides import Stacks
 from xent.curvature.source import Batch
@@ -146,14 +147,14 @@ class HeadKronecker(HeadOperator):
     def eigh(self) -> KroneckerEigen:
         """Eigenvalues (C, D̃) and eigenvectors, these as two factors; computed once.
 
-        Eigenvalues of the factors that rounding alone keeps from 0 are 0. Corrected, the values are not in
-        order, and the vectors those of G and A.
+        Eigenvalues of the factors that rounding alone keeps from 0 are 0; small ones of features of a small
+        unit are not. Corrected, the values are not in order, and the vectors those of G and A.
         """
         if self._eigen is None:
-            g, u = torch.linalg.eigh(self.G * self.total)
-            a, v = torch.linalg.eigh(self.A)
-            self._factors = _without_rounding(g), _without_rounding(a)
-            self._eigen = KroneckerEigen(torch.outer(*self._factors), u, v)
+            g, u = eigen(self.G * self.total, semidefinite=self._semidefinite)
+            a, v = eigen(self.A, semidefinite=self._semidefinite)
+            self._factors = g, a
+            self._eigen = KroneckerEigen(torch.outer(g, a), u, v)
         return self._eigen
 
     @closed
@@ -318,11 +319,3 @@ class HeadKronecker(HeadOperator):
 def _nowhere_negative(curvature: Curvature) -> bool:
     rows = curvature.rows(slice(0, curvature.problem.targets.count))
     return not bool((rows.alpha < 0).any() or (rows.beta < 0).any())
-
-
-def _without_rounding(values: Tensor) -> Tensor:
-    """Eigenvalues, those at the level of their own rounding 0."""
-    if not values.numel():
-        return values
-    level = len(values) * torch.finfo(values.dtype).eps * values.abs().max()
-    return torch.where(values.abs() <= level, 0.0, values)
