@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import threading
 
 import numpy as np
@@ -55,6 +57,19 @@ def test_a_step_of_an_optimiser_is_such_a_change(in_memory):
         with pytest.raises(RuntimeError, match="weight was changed"):
             use()
     assert torch.equal(K @ torch.ones_like(w), before)  # its factors are its own
+
+
+def test_copies_are_of_the_same_point():
+    x, w, _, y = small()
+    H = HeadHessian(x, w, y)
+    right = H.to_dense()
+    copies = [copy.copy(H), copy.deepcopy(H), pickle.loads(pickle.dumps(H))]
+    for one in copies:
+        assert_close(one.to_dense(), right)
+    w.add_(1)
+    assert_close(copies[1].to_dense(), right)  # with tensors of its own
+    with pytest.raises(RuntimeError, match="weight was changed"):
+        copy.deepcopy(H)
 
 
 def test_inference_mode_has_no_versions_to_compare():

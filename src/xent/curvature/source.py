@@ -97,6 +97,14 @@ class Source:
                     "were: make a new operator, or make it of a copy"
                 )
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_unchanged()  # a copy's tensors are counted anew
+        return self.__dict__ | {"_known": [(known.name, known.tensor) for known in self._known]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        known = [Known(name, tensor, _version(tensor)) for name, tensor in state["_known"]]
+        self.__dict__.update(state | {"_known": known})
+
     def problems(self) -> Iterator[tuple[Problem, Tensor | None]]:
         """Each batch's problem and its rows' weights (M,)."""
         self.check_unchanged()
