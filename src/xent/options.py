@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from xent import modes
+from xent import modes, parallel
 from xent.core.margin import Margin, OwnMove
 from xent.core.plan import DEFAULT_BUDGET
+from xent.core.ranks import Ranks
 from xent.core.reduction import Kind, Reduction
 from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
 from xent.core.statistics import Extras, statistics_dtype
@@ -26,6 +27,7 @@ from xent.core.sweep import Problem
 from xent.core.targets import (
     UNCHECKED,
     Checked,
+    Held,
     Targets,
     check_index,
     check_top_k,
@@ -99,8 +101,12 @@ class Part(NamedTuple):
     move: OwnMove | None = None  # of the targets' own scores
 
     def asking(self) -> Problem:
-        """The problem, asking for what a move starts from."""
-        return self.problem if self.move is None else self.problem._replace(extras=Extras(log_prob=True))
+        """The problem, asking for what a move and the divisor of a mean start from."""
+        targets = self.problem.targets
+        one = targets.own is not None and targets.own.shape[1] == 1
+        mass = one and targets.held is not None and targets.class_weight is not None
+        extras = Extras(log_prob=self.move is not None, mass=mass)
+        return self.problem._replace(extras=extras) if any(extras) else self.problem
 
 
 class Call(NamedTuple):
@@ -137,6 +143,8 @@ class Options(NamedTuple):
     log_q: Tensor | None = None
     sparse_grad: bool = False
     normalize: bool = False
+    group: Any = None
+    data_group: Any = None
 
     @property
     def plain(self) -> bool:
@@ -154,6 +162,8 @@ class Options(NamedTuple):
             and self.log_q is None
             and not self.sparse_grad
             and not self.normalize
+            and self.group is None
+            and self.data_group is None
             and self.label_smoothing == 0.0
             and self.z_loss == 0.0
             and self.temperature == 1.0
@@ -173,8 +183,9 @@ class Options(NamedTuple):
         axis = 0 if input.dim() == 1 else 1
         classes = input.shape[axis]
         rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
-        self._check(classes, rows_shape)
-        target, checked = self._resolve(target, classes, rows_shape, tuple(input.shape))
+        ranks = self._ranks(input, classes, rows_shape, target)
+        self._check(classes, rows_shape, ranks)
+        target, checked = self._resolve(target, classes, rows_shape, tuple(input.shape), ranks)
         n = math.prod(rows_shape)
         if isinstance(target, TopKTarget):
             k = target.indices.shape[-1]
@@ -188,7 +199,7 @@ class Options(NamedTuple):
         s = None if self.sample_weight is None else self.sample_weight.reshape(n)
         log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
         scores = Logits(input.movedim(axis, -1).reshape(n, classes), log_q, self._transform())
-        part = self._part(scores, target, checked, s, DEFAULT_BUDGET)
+        part = self._part(scores, target, checked, s, DEFAULT_BUDGET, ranks)
         return Call([part], self._reduction(), rows_shape, _loss_dtype(input))
 
     def of_head(
@@ -230,9 +241,10 @@ class Options(NamedTuple):
         _check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
         batch = input.shape[:-1]
         rows_shape = torch.Size((*batch, *positions))
-        self._check(classes, rows_shape)
+        ranks = self._ranks(input, classes, rows_shape, target)
+        self._check(classes, rows_shape, ranks)
         budget = _check_budget(self.memory_budget)
-        target, checked = self._resolve(target, classes, rows_shape, (*batch, classes, *positions))
+        target, checked = self._resolve(target, classes, rows_shape, (*batch, classes, *positions), ranks)
         transform, factor = self._transform(), _product_dtype(self.product_dtype, input)
         places, n = math.prod(positions), math.prod(batch)
         x = input if input.dim() == 2 else input.reshape(n, features)
@@ -248,14 +260,76 @@ class Options(NamedTuple):
         )
         t = _at_positions(target, n, classes, places)
         parts = [
-            self._part(LinearHead(x, w[k], b[k], log_q, transform, factor), t[k], checked, s[k], budget)
+            self._part(
+                LinearHead(x, w[k], b[k], log_q, transform, factor), t[k], checked, s[k], budget, ranks
+            )
             for k in range(places)
         ]
         return Call(parts, self._reduction(), rows_shape, dtype)
 
-    def _check(self, classes: int, rows_shape: torch.Size) -> None:
+    def of_spread_logits(self, input: Tensor, target: Target) -> Call:
+        """`of_logits` of what this process holds: of DTensors, the local one."""
+        check_tensors(spread=True, input=input)
+        axis = 0 if input.dim() == 1 else 1
+        (input, target, weight), group = parallel.localised(
+            self.group, input=(input, axis), target=(target, None), weight=(self.weight, 0)
+        )
+        return self._replace(group=group, weight=weight).of_logits(input, target)
+
+    def of_spread_head(
+        self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
+    ) -> Call:
+        """`of_head` of what this process holds: of DTensors, the local one."""
+        (input, linear_weight, linear_bias, target, weight), group = parallel.localised(
+            self.group,
+            input=(input, None),
+            linear_weight=(linear_weight, 0),
+            linear_bias=(linear_bias, 0),
+            target=(target, None),
+            weight=(self.weight, 0),
+        )
+        options = self._replace(group=group, weight=weight)
+        return options.of_head(input, linear_weight, linear_bias, target)
+
+    def _ranks(self, input: Tensor, held: int, rows_shape: torch.Size, target: Target) -> Ranks | None:
+        """The processes that hold the other classes."""
+        if self.group is None:
+            return None
+        for name in ("classes", "log_q"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} does not go with group: sample among the classes of one process")
+        if self.margin is not None and self.weight is not None:
+            raise ValueError("margin and weight together do not go with group: drop one of them")
+        if modes.is_opaque(input):
+            raise NotImplementedError(parallel.IN_GRAPH)
+        given = target.indices if isinstance(target, TopKTarget) else target
+        sums_up = isinstance(given, Tensor) and not given.is_floating_point() and not modes.batched(given)
+        about = {
+            "rows": tuple(rows_shape),
+            "input": tuple(input.shape[-1:]) if held != input.shape[-1] else (),
+            "dtype": str(input.dtype),
+            "input.requires_grad": input.requires_grad and torch.is_grad_enabled(),
+            "the kind of target": "none" if given is None else type(target).__name__,
+            "targets": parallel.checksum(given) if sums_up and given is not None else None,
+            "sample_weight": self.sample_weight is None,
+            "weight": self.weight is None,
+            "margin": str(self.margin),
+        }
+        for name in (
+            "ignored",
+            "reduction",
+            "label_smoothing",
+            "z_loss",
+            "softcap",
+            "temperature",
+            "normalize",
+        ):
+            about[name] = getattr(self, name)
+        return parallel.ranks_of(self.group, held, about)
+
+    def _check(self, classes: int, rows_shape: torch.Size, ranks: Ranks | None) -> None:
         check_tensors(weight=self.weight, sample_weight=self.sample_weight, log_q=self.log_q)
-        if classes == 0:
+        if classes == 0 and (ranks is None or ranks.classes == 0):
             raise ValueError("there must be at least one class, got 0")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
@@ -273,9 +347,15 @@ class Options(NamedTuple):
             )
 
     def _resolve(
-        self, target: Target, classes: int, rows_shape: torch.Size, full_shape: tuple[int, ...]
+        self,
+        target: Target,
+        classes: int,
+        rows_shape: torch.Size,
+        full_shape: tuple[int, ...],
+        ranks: Ranks | None,
     ) -> tuple[Target, Checked]:
         """The target, indices as int64, and what a check of these has shown."""
+        classes = classes if ranks is None else ranks.classes
         if target is None:
             return None, UNCHECKED
         if not isinstance(target, Tensor | TopKTarget):
@@ -368,6 +448,7 @@ class Options(NamedTuple):
         checked: Checked,
         sample_weight: Tensor | None,  # (N,)
         budget: int,
+        ranks: Ranks | None,
     ) -> Part:
         """Scores with their targets, and the weights of the rows that take part."""
         learnt = sample_weight is not None and sample_weight.requires_grad and torch.is_grad_enabled()
@@ -395,8 +476,9 @@ class Options(NamedTuple):
                 scores = scores.select(kept)
             weight = kept.to(statistics_dtype(kept.device)) if sample_weight is None else sample_weight
             sample_weight, fixed, learnt = weight.masked_fill(~kept, 0.0), None, True
-        problem = Problem(scores, self._targets(scores, target, checked, fixed), budget)
-        targets = problem.targets
+        held = None if ranks is None else Held(ranks.first, ranks.classes)
+        targets = self._targets(scores, target, checked, fixed, held)
+        problem = Problem(scores, targets, budget, ranks=ranks)
         row_weight = targets.row_weight
         if learnt:
             assert sample_weight is not None
@@ -419,23 +501,36 @@ class Options(NamedTuple):
                 f"a margin over temperature of {size:.4g} is beyond what exponentials hold, {LARGEST_MOVE:g}"
             )
         assert targets.own is not None
-        y = targets.own[:, 0].clamp(0, targets.classes - 1)  # one outside has a cost of nan already
+        y = targets.own[:, 0]
+        mass = None if targets.own_mass is None else targets.own_mass[:, 0]
+        rest = None if targets.own_rest is None else targets.own_rest[:, 0]
+        if targets.held is not None:  # without class weights, the same in every row
+            mass = rest = None
+            if targets.smoothing > 0:
+                rest = torch.full_like(y, targets.uniform * (targets.held.total - 1), dtype=torch.float64)
+                mass = 1 - rest
         return OwnMove(
             margin,
             self.temperature,
             torch.finfo(scores.dtype).eps,
-            None if log_q is None else log_q[y],
-            None if targets.own_mass is None else targets.own_mass[:, 0],
-            None if targets.own_rest is None else targets.own_rest[:, 0],
+            # one outside has a cost of nan already
+            None if log_q is None else log_q[y.clamp(0, targets.classes - 1)],
+            mass,
+            rest,
             check=known and scores.device.type == "cpu",
         )
 
     def _targets(
-        self, scores: Scores, target: Target, checked: Checked, sample_weight: Tensor | None
+        self,
+        scores: Scores,
+        target: Target,
+        checked: Checked,
+        sample_weight: Tensor | None,
+        held: Held | None,
     ) -> Targets:
         rows, classes = scores.shape
         shared: dict[str, Any] = dict(
-            class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=sample_weight
+            class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=sample_weight, held=held
         )
         if target is None:
             return no_targets(rows, classes, scores.device, sample_weight)
@@ -466,7 +561,15 @@ class Options(NamedTuple):
             raise ValueError(f"denominator must be positive, got {denominator}")
         if kind not in ("none", "sum", "mean"):
             raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {kind!r}")
-        return Reduction(cast(Kind, kind), z_loss, denominator)
+        average = None
+        if self.data_group is not None:
+            if kind != "mean" or denominator is not None:
+                raise ValueError(
+                    "data_group is whose rows the divisor of reduction='mean' counts: "
+                    + ("drop denominator" if kind == "mean" else f"reduction is {kind!r}")
+                )
+            average = parallel.average_over(self.data_group)
+        return Reduction(cast(Kind, kind), z_loss, denominator, average)
 
     def _transform(self) -> Transform:
         softcap, temperature = self.softcap, self.temperature
@@ -494,11 +597,13 @@ def _at_positions(target: Target, n: int, classes: int, places: int) -> Sequence
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_tensors(**given: object) -> None:
-    """What is no tensor is named, None apart."""
+def check_tensors(*, spread: bool = False, **given: object) -> None:
+    """What is no tensor is named, None apart; so is a DTensor, but where classes may be ``spread``."""
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not spread and parallel.is_dtensor(value):
+            raise TypeError(f"{name} is a DTensor, which is not taken here: pass {name}.full_tensor()")
 
 
 def _check_floating(**tensors: Tensor | None) -> None:
