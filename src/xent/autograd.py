@@ -41,7 +41,9 @@ class RowOutputs(NamedTuple):
     entropy: Tensor | None = None
     log_prob: Tensor | None = None
     argmax: Tensor | None = None
-    mass: Tensor | None = None  # of the target's own class, where processes share the classes
+    # where processes share the classes, what targets are made of; no gradient
+    mass: Tensor | None = None  # t_y of the own class
+    of_target: Tensor | None = None  # a
 
 
 UPSTREAM = 4  # of ℓ, lse, H and log p_y, None where there is none
@@ -135,10 +137,11 @@ def _outputs(found: Statistics) -> tuple[Tensor, ...]:
 
 
 def _unpacked(outputs: tuple[Tensor, ...], extras: Extras) -> RowOutputs:
-    _, _, entropy, log_prob, _ = _arranged(outputs, extras)
+    _, _, entropy, log_prob, saved = _arranged(outputs, extras)
     rest = outputs[len(outputs) - extras.argmax - extras.mass :]
     argmax, mass = spread(rest, (extras.argmax, extras.mass), 2)
-    return RowOutputs(outputs[0], outputs[1], entropy, log_prob, argmax, mass)
+    of_target = saved[2] if extras.mass else None
+    return RowOutputs(outputs[0], outputs[1], entropy, log_prob, argmax, mass, of_target)
 
 
 def _arranged(outputs: tuple[Any, ...], extras: Extras) -> tuple[Any, ...]:

@@ -257,9 +257,13 @@ def _values(part: Part, reduction: Reduction) -> tuple[Tensor, Targets]:
     if part.kept is not None:  # select before weighing: 0·nan is not 0
         nll, logsumexp = (v.masked_fill(~part.kept, 0.0) for v in (nll, logsumexp))
         log_prob = None if log_prob is None else log_prob.masked_fill(~part.kept, 0.0)
-    if found.mass is not None:
+    move = part.move
+    if found.mass is not None:  # of all processes' classes
         targets = targets.weighed(found.mass)
-    return reduction.values(nll, logsumexp, log_prob, part.row_weight, part.move), targets
+        if move is not None and found.of_target is not None:
+            rest = found.of_target - found.mass if targets.dense else None
+            move = move._replace(mass=found.mass, rest=rest)
+    return reduction.values(nll, logsumexp, log_prob, part.row_weight, move), targets
 
 
 def _unreduced(part: Part, reduction: Reduction) -> Tensor:

@@ -9,7 +9,7 @@ A call becomes one `Part`, or one for each position of a head with several, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -101,10 +101,11 @@ class Part(NamedTuple):
     move: OwnMove | None = None  # of the targets' own scores
 
     def asking(self) -> Problem:
-        """The problem, asking for what a move and the divisor of a mean start from."""
+        """The problem, asking for what a move, and the divisor of a mean, start from."""
         targets = self.problem.targets
         one = targets.own is not None and targets.own.shape[1] == 1
-        mass = one and targets.held is not None and targets.class_weight is not None
+        uneven = targets.class_weight is not None or (self.move is not None and targets.smoothing > 0)
+        mass = one and targets.held is not None and uneven
         extras = Extras(log_prob=self.move is not None, mass=mass)
         return self.problem._replace(extras=extras) if any(extras) else self.problem
 
@@ -221,6 +222,7 @@ class Options(NamedTuple):
                 f"got {tuple(linear_bias.shape)}"
             )
         if self.classes is not None:
+            self._no_sample_of_a_slice()
             subset = Subset.of(self.classes, classes, self.check_targets)
             options, target = self._of_subset(subset, target)
             linear_weight = subset.rows(linear_weight, sparse=self.sparse_grad)
@@ -295,11 +297,7 @@ class Options(NamedTuple):
         """The processes that hold the other classes."""
         if self.group is None:
             return None
-        for name in ("classes", "log_q"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"{name} does not go with group: sample among the classes of one process")
-        if self.margin is not None and self.weight is not None:
-            raise ValueError("margin and weight together do not go with group: drop one of them")
+        self._no_sample_of_a_slice()
         if modes.is_opaque(input):
             raise NotImplementedError(parallel.IN_GRAPH)
         given = target.indices if isinstance(target, TopKTarget) else target
@@ -327,9 +325,14 @@ class Options(NamedTuple):
             about[name] = getattr(self, name)
         return parallel.ranks_of(self.group, held, about)
 
+    def _no_sample_of_a_slice(self) -> None:
+        for name in ("classes", "log_q"):
+            if self.group is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} does not go with group: sample among the classes of one process")
+
     def _check(self, classes: int, rows_shape: torch.Size, ranks: Ranks | None) -> None:
         check_tensors(weight=self.weight, sample_weight=self.sample_weight, log_q=self.log_q)
-        if classes == 0 and (ranks is None or ranks.classes == 0):
+        if (classes if ranks is None else ranks.classes) == 0:
             raise ValueError("there must be at least one class, got 0")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
@@ -373,7 +376,7 @@ class Options(NamedTuple):
             target = TopKTarget(indices, target.probabilities, target.remainder)
             if modes.is_opaque(indices) or modes.batched(indices):
                 return target, UNCHECKED
-            return target, check_top_k(indices, classes, self.check_targets)
+            return target, _unless_doubted(ranks, lambda: check_top_k(indices, classes, self.check_targets))
         shape = tuple(target.shape)
         if target.is_floating_point() and shape == full_shape:
             self._no_ignoring("a target of probabilities")
@@ -385,7 +388,8 @@ class Options(NamedTuple):
             # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
             if modes.is_opaque(target) or modes.batched(target):
                 return target, UNCHECKED
-            return target, check_index(target, classes, self.ignored, self.check_targets)
+            ignored, check = self.ignored, self.check_targets
+            return target, _unless_doubted(ranks, lambda: check_index(target, classes, ignored, check))
         if shape == full_shape:
             raise TypeError(
                 f"a target of shape {shape} holds probabilities and must be floating, got {target.dtype}"
@@ -502,13 +506,9 @@ class Options(NamedTuple):
             )
         assert targets.own is not None
         y = targets.own[:, 0]
-        mass = None if targets.own_mass is None else targets.own_mass[:, 0]
-        rest = None if targets.own_rest is None else targets.own_rest[:, 0]
-        if targets.held is not None:  # without class weights, the same in every row
-            mass = rest = None
-            if targets.smoothing > 0:
-                rest = torch.full_like(y, targets.uniform * (targets.held.total - 1), dtype=torch.float64)
-                mass = 1 - rest
+        whole = targets.held is None  # else these come with the statistics
+        mass = targets.own_mass[:, 0] if whole and targets.own_mass is not None else None
+        rest = targets.own_rest[:, 0] if whole and targets.own_rest is not None else None
         return OwnMove(
             margin,
             self.temperature,
@@ -578,6 +578,17 @@ class Options(NamedTuple):
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return Transform(softcap, float(temperature))
+
+
+def _unless_doubted(ranks: Ranks | None, check: Callable[[], Checked]) -> Checked:
+    """What a check of targets shows; its error waits until ranks have agreed on the classes."""
+    try:
+        return check()
+    except (IndexError, ValueError) as error:
+        if ranks is None:
+            raise
+        ranks.doubts.append(error)
+        return UNCHECKED
 
 
 def _at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[Target]:

@@ -60,7 +60,8 @@ def ranks_of(group: Any, held: int, about: dict[str, Any]) -> Ranks | None:
         sizes = _compare(group, {**about, "classes": held})
         known = _expected[group] = {held: sizes}
     call = zlib.crc32(repr(about).encode())
-    return Ranks(group, rank, known.get(held, (held,) * size), held, call, about)
+    sizes = known.get(held) or (max(held, 1),) * size  # a guess, of a slice that is new
+    return Ranks(group, rank, sizes, held, call, about)
 
 
 def average_over(group: Any) -> Callable[[Tensor], Tensor]:

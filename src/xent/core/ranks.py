@@ -47,6 +47,7 @@ class Ranks:
     held: int  # classes that this one holds
     call: int = 0  # a number of what must be the same on every rank
     about: dict[str, Any] = field(default_factory=dict)  # what that is, by name
+    doubts: list[Exception] = field(default_factory=list)  # what is wrong if the slices are as expected
 
     @property
     def first(self) -> int:
@@ -105,4 +106,6 @@ class Ranks:
         sizes_now = tuple(int(size) for size in true)
         if sizes_now != self.sizes or most != -least or call != -same_call:
             raise Disagreement(self, sizes_now, same=call == -same_call)
+        if self.doubts:
+            raise self.doubts[0]
         return packed[: len(m)]
