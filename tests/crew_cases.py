@@ -20,9 +20,12 @@ UNEVEN = {2: (4, 2), 3: (3, 0, 3)}  # of six classes
 CASE = {2: (60, 41), 3: (40, 21, 40)}  # of 101
 
 
+def cut(sizes: tuple[int, ...], part: int) -> slice:
+    return slice(sum(sizes[:part]), sum(sizes[: part + 1]))
+
+
 def here(sizes: tuple[int, ...]) -> slice:
-    rank = dist.get_rank()
-    return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    return cut(sizes, dist.get_rank())
 
 
 def share(p: Problem, classes: slice) -> Problem:
@@ -434,11 +437,6 @@ def dtensors() -> dict[str, str]:
     return said
 
 
-def rows_of(total: int, sizes: tuple[int, ...]) -> slice:
-    assert sum(sizes) == total
-    return here(sizes)
-
-
 class Probe(torch.nn.Module):
     """An extractor and a head, as a model has them."""
 
@@ -463,7 +461,7 @@ def rows_spread(kind: str) -> None:
     y[[0, 1, 16]] = -100
     cw = torch.rand(c) + 0.5
     sizes = {2: (2, 15), 3: (2, 0, 15)}[size]  # the first rank has only ignored rows
-    mine = rows_of(17, sizes)
+    mine = here(sizes)
     for options in ({}, {"weight": cw, "label_smoothing": 0.1}):
         whole = Probe(c)
         one = whole(x, y, **options)
@@ -500,8 +498,8 @@ def both(shape: tuple[int, int]) -> None:
     x, w, y = torch.randn(9, 4), torch.randn(c, 4), torch.randint(c, (9,))
     y[2] = -100
     part, place = across.get_local_rank(), along.get_local_rank()
-    mine = slice(0, 9) if shape[0] == 1 else [slice(0, 3), slice(3, 9)][part]
-    classes = slice(0, c) if shape[1] == 1 else [slice(0, 5), slice(5, 7)][place]
+    mine = cut({1: (9,), 2: (3, 6), 3: (2, 0, 7)}[shape[0]], part)
+    classes = cut({1: (7,), 2: (5, 2), 3: (3, 0, 4)}[shape[1]], place)
     whole = [t.clone().requires_grad_() for t in (x, w)]
     xent.linear_cross_entropy(*whole, y, weight=cw, label_smoothing=0.1).backward()
     features, head = x[mine].clone().requires_grad_(), w[classes].clone().requires_grad_()
@@ -516,3 +514,18 @@ def both(shape: tuple[int, int]) -> None:
     dist.all_reduce(head.grad, group=across.get_group())  # what DDP does over the rows
     close(head.grad / shape[0], whole[1].grad[classes])
     close(features.grad / shape[0], whole[0].grad[mine])
+
+
+def beside_a_graph() -> None:
+    """torch.compile ends its graph before a head that is spread, and begins another behind it."""
+    classes = here(CASE[dist.get_world_size()])
+    x, w, y = torch.randn(5, 3), torch.randn(101, 3), torch.randint(101, (5,))
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return 2 * xent.linear_cross_entropy(torch.tanh(x), w, y, group=dist.group.WORLD)
+
+    mine = w[classes].clone().requires_grad_()
+    found = torch.compile(loss, backend="eager")(x, mine)
+    whole = w.clone().requires_grad_()
+    one = 2 * xent.linear_cross_entropy(torch.tanh(x), whole, y)
+    all_close([found, *grad(found, [mine])], [one, grad(one, [whole])[0][classes]])

@@ -109,7 +109,7 @@ def cross_entropy(
         value = small.loss(input, None, None, target, ignore_index, reduction, _by_the_sweep)
         if value is not None:
             return value
-    return parallel.agreed(lambda: _loss(options.of_spread_logits(input, target)))
+    return parallel.agreed(lambda: _loss(options.of_spread_logits(input, target)), group, input)
 
 
 def linear_cross_entropy(
@@ -210,7 +210,9 @@ def linear_cross_entropy(
         value = small.loss(input, linear_weight, linear_bias, target, ignore_index, reduction, _by_the_sweep)
         if value is not None:
             return value
-    return parallel.agreed(lambda: _loss(options.of_spread_head(input, linear_weight, linear_bias, target)))
+    return parallel.agreed(
+        lambda: _loss(options.of_spread_head(input, linear_weight, linear_bias, target)), group, linear_weight
+    )
 
 
 def _by_the_sweep(reduction: str, x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> Tensor:

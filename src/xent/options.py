@@ -184,7 +184,7 @@ class Options(NamedTuple):
         axis = 0 if input.dim() == 1 else 1
         classes = input.shape[axis]
         rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
-        ranks = self._ranks(input, classes, rows_shape, target)
+        ranks = self._ranks(input, None, classes, rows_shape, target)
         self._check(classes, rows_shape, ranks)
         target, checked = self._resolve(target, classes, rows_shape, tuple(input.shape), ranks)
         n = math.prod(rows_shape)
@@ -243,7 +243,7 @@ class Options(NamedTuple):
         _check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
         batch = input.shape[:-1]
         rows_shape = torch.Size((*batch, *positions))
-        ranks = self._ranks(input, classes, rows_shape, target)
+        ranks = self._ranks(input, features, classes, rows_shape, target)
         self._check(classes, rows_shape, ranks)
         budget = _check_budget(self.memory_budget)
         target, checked = self._resolve(target, classes, rows_shape, (*batch, classes, *positions), ranks)
@@ -293,7 +293,9 @@ class Options(NamedTuple):
         options = self._replace(group=group, weight=weight)
         return options.of_head(input, linear_weight, linear_bias, target)
 
-    def _ranks(self, input: Tensor, held: int, rows_shape: torch.Size, target: Target) -> Ranks | None:
+    def _ranks(
+        self, input: Tensor, features: int | None, held: int, rows_shape: torch.Size, target: Target
+    ) -> Ranks | None:
         """The processes that hold the other classes."""
         if self.group is None:
             return None
@@ -304,7 +306,7 @@ class Options(NamedTuple):
         sums_up = isinstance(given, Tensor) and not given.is_floating_point() and not modes.batched(given)
         about = {
             "rows": tuple(rows_shape),
-            "input": tuple(input.shape[-1:]) if held != input.shape[-1] else (),
+            "features a row": features,
             "dtype": str(input.dtype),
             "input.requires_grad": input.requires_grad and torch.is_grad_enabled(),
             "the kind of target": "none" if given is None else type(target).__name__,

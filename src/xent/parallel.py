@@ -28,14 +28,23 @@ _expected: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionar
 """Of each group: the classes of every rank, by those of this one."""
 
 IN_GRAPH = (
-    "processes that share the classes do not go into a graph, nor do tensors without data: "
-    "call the loss outside of torch.compile, with torch.compiler.disable"
+    "processes that share the classes have nothing to say of tensors without data, as torch.export and "
+    "meta devices have them"
 )
 HOW = "every rank passes the same rows, targets and options, and its own slice of the classes"
 
 
-def agreed(run: Callable[[], T]) -> T:
-    """run(), once more where the ranks turn out to hold other slices than this one expected."""
+def agreed(run: Callable[[], T], group: Any, *tensors: object) -> T:
+    """run(), once more where the ranks turn out to hold other slices than this one expected.
+
+    A graph that is being made ends before it, and goes on behind.
+    """
+    if torch.compiler.is_compiling() and (group is not None or any(map(is_dtensor, tensors))):
+        return _outside_of_graphs(run)
+    return _agreed(run)
+
+
+def _agreed(run: Callable[[], T]) -> T:
     try:
         return run()
     except Disagreement as found:
@@ -44,6 +53,9 @@ def agreed(run: Callable[[], T]) -> T:
             raise ValueError(f"the ranks of the group disagree about the call: {HOW}") from None
         _expected[found.ranks.group][found.ranks.held] = found.sizes
     return run()
+
+
+_outside_of_graphs = torch._disable_dynamo(_agreed)  # type: ignore[attr-defined]
 
 
 def ranks_of(group: Any, held: int, about: dict[str, Any]) -> Ranks | None:

@@ -89,7 +89,9 @@ def row_statistics(
     return parallel.agreed(
         lambda: _row_statistics(
             options.of_spread_logits(input, target), parallel.here(target), options.ignored
-        )
+        ),
+        group,
+        input,
     )
 
 
@@ -151,7 +153,9 @@ def linear_row_statistics(
             options.of_spread_head(input, linear_weight, linear_bias, target),
             parallel.here(target),
             options.ignored,
-        )
+        ),
+        group,
+        linear_weight,
     )
 
 
