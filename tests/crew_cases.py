@@ -529,3 +529,79 @@ def beside_a_graph() -> None:
     whole = w.clone().requires_grad_()
     one = 2 * xent.linear_cross_entropy(torch.tanh(x), whole, y)
     all_close([found, *grad(found, [mine])], [one, grad(one, [whole])[0][classes]])
+
+
+def learnt() -> None:
+    """Gradients of a probability target, by columns, and of sample weights, which ranks share."""
+    classes = here(CASE[dist.get_world_size()])
+    z, q, s = torch.randn(6, 101), torch.rand(6, 101), torch.rand(6)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "softcap": 4.0, "z_loss": 1e-2}
+    whole = [t.clone().requires_grad_() for t in (z, q, s)]
+    mine = [t.clone().requires_grad_() for t in (z[:, classes], q[:, classes], s)]
+    one = xent.cross_entropy(*whole[:2], sample_weight=whole[2], **options)
+    spread = xent.cross_entropy(*mine[:2], sample_weight=mine[2], group=dist.group.WORLD, **options)
+    dz, dq, ds = grad(one, whole, create_graph=True)
+    found = grad(spread, mine, create_graph=True)
+    all_close([spread, *found], [one, dz[:, classes], dq[:, classes], ds])
+    vz, vq = torch.randn(6, 101), torch.randn(6, 101)
+    again = grad((dz * vz).sum() + (dq * vq).sum(), whole[:2])
+    part = (found[0] * vz[:, classes]).sum() + (found[1] * vq[:, classes]).sum()
+    all_close(grad(part, mine[:2]), [t[:, classes] for t in again])
+
+
+def shapes() -> None:
+    """One row, none, none that counts; several positions; half types; features under autocast."""
+    sizes = CASE[dist.get_world_size()]
+    classes, group = here(sizes), dist.group.WORLD
+    w = torch.randn(101, 3, 4)
+    for batch in ((), (0,), (2, 5)):
+        x, y = torch.randn(*batch, 4), torch.randint(101, (*batch, 3))
+        for ignored in (False, True):
+            y = torch.full_like(y, -100) if ignored else y
+            whole = [t.clone().requires_grad_() for t in (x, w)]
+            mine = [t.clone().requires_grad_() for t in (x, w[classes])]
+            one = xent.linear_cross_entropy(*whole, y)
+            spread = xent.linear_cross_entropy(*mine, y, group=group)
+            all_close([spread], [one])
+            dx, dw = grad(one, whole)
+            all_close(grad(spread, mine), [dx, dw[classes]])
+    x, y = torch.randn(5, 4), torch.randint(101, (5,))
+    half = xent.linear_cross_entropy(x.bfloat16(), w[:, 0].bfloat16(), y)
+    found = xent.linear_cross_entropy(x.bfloat16(), w[classes, 0].bfloat16(), y, group=group)
+    assert found.dtype == torch.bfloat16
+    assert found == half
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        close(
+            xent.linear_cross_entropy(x, w[classes, 0], y, group=group),
+            xent.linear_cross_entropy(x, w[:, 0], y),
+        )
+    module = xent.nn.LinearCrossEntropyLoss(4, classes.stop - classes.start, label_smoothing=0.1)
+    with torch.no_grad():
+        module.linear.weight.copy_(w[classes, 0])
+    close(module(x, y, group=group).detach(), xent.linear_cross_entropy(x, w[:, 0], y, label_smoothing=0.1))
+    z = x @ w[:, 0].t()
+    close(xent.nn.CrossEntropyLoss()(z[:, classes], y, group=group), xent.cross_entropy(z, y))
+
+
+def sharded_both_ways() -> None:
+    """FSDP2 over the rows of a head that is placed by its classes: what a model in two dimensions has."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "classes"))
+    c, x, y = 7, torch.randn(9, 4), torch.randint(7, (9,))
+    mine = cut((3, 6), mesh["rows"].get_local_rank())
+    whole = Probe(c)
+    one = whole(x, y)
+    one.backward()
+    model = Probe(c)
+    for name in ("weight", "bias"):
+        placed = distribute_tensor(getattr(model.head, name).detach(), mesh["classes"], [Shard(0)])
+        setattr(model.head, name, torch.nn.Parameter(placed))
+    fully_shard(model, mesh=mesh["rows"])
+    loss = model(x[mine], y[mine], data_group=mesh["rows"])
+    loss.backward()
+    close(model.head.weight.grad.full_tensor(), whole.head.weight.grad)
+    close(model.head.bias.grad.full_tensor(), whole.head.bias.grad)
+    close(model.body.weight.grad.full_tensor(), whole.body.weight.grad)

@@ -38,9 +38,19 @@ def test_rows_say_the_same(crews, dtype):
     crews().run("rows", dtype)
 
 
-@pytest.mark.parametrize(
-    "case", ["uneven_shards", "tied_maxima", "extremes", "which_tensors", "other_slices", "beside_a_graph"]
-)
+CASES = [
+    "uneven_shards",
+    "tied_maxima",
+    "extremes",
+    "which_tensors",
+    "other_slices",
+    "beside_a_graph",
+    "learnt",
+    "shapes",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_case(crews, case):
     crews().run(case)
 
@@ -113,4 +123,5 @@ def test_rows_and_classes_on_a_mesh_of_two_dimensions(crews):
 def test_rows_and_classes_each_over_two_ranks():
     crew = Crew(4)
     crew.run("both", (2, 2))
+    crew.run("sharded_both_ways")
     crew.close()
