@@ -62,7 +62,8 @@ def test_any_number_of_sets_at_once_is_their_merge(tiles):
     first, *others = (part.shares(m) for part in parts)
     for share in others:
         first = first + share
-    agree(first.at(m, None), of([entry for entries in tiles for entry in entries]), sum(tiles, []))
+    entries = [entry for tile in tiles for entry in tile]
+    agree(first.at(m, None), of(entries), entries)
 
 
 def test_the_larger_set_keeps_its_digits():
