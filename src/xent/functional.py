@@ -15,7 +15,8 @@ from xent import autograd, modes, opaque, parallel, small
 from xent.core.margin import Margin
 from xent.core.reduction import Reduction
 from xent.core.targets import Targets
-from xent.options import Call, Options, Part, TopKTarget
+from xent.options import Call, Options, Part
+from xent.target import TopKTarget
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,13 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from xent import modes, parallel
+from xent.checks import (
+    check_budget,
+    check_devices,
+    check_floating,
+    loss_dtype,
+    lower,
+    product_dtype,
+    unit,
+)
+from xent.checks import (
+    check_tensors as check_tensors,
+)
 from xent.core.margin import Margin, OwnMove
 from xent.core.plan import DEFAULT_BUDGET
 from xent.core.ranks import Ranks
@@ -37,59 +48,10 @@ from xent.core.targets import (
     top_k_targets,
 )
 from xent.subset import Subset, log_q_of
+from xent.target import Target as Target
+from xent.target import TopKTarget, at_positions
 
 LARGEST_MOVE = 600.0  # exp of it is a float64
-
-
-@dataclass(frozen=True, eq=False)
-class TopKTarget:
-    """A sparse soft target: the probabilities of k classes a row, as stored from a large teacher.
-
-    Accepted wherever a target is, from logits and from features, without a tensor of all classes.
-
-    Args:
-        indices: (..., k) of any integer type: different classes of one row, in any order.
-        probabilities: (..., k) floating, of any mass. No gradient.
-        remainder: what becomes of the mass 1 − Σ probabilities that the teacher gave to the classes which are
-            not stored: ``"drop"`` (the target's mass is then below 1) or ``"spread"`` evenly over them.
-
-    Example:
-        >>> import torch, xent
-        >>> teacher = xent.TopKTarget(torch.tensor([[2, 0]]), torch.tensor([[0.7, 0.2]]), remainder="spread")
-        >>> round(xent.cross_entropy(torch.zeros(1, 4), teacher).item(), 6)  # log 4: equal logits
-        1.386294
-    """
-
-    indices: Tensor
-    probabilities: Tensor
-    remainder: str = "drop"
-
-    def __post_init__(self) -> None:
-        shapes = tuple(self.indices.shape), tuple(self.probabilities.shape)
-        if shapes[0] != shapes[1] or not shapes[0] or not shapes[0][-1]:
-            raise ValueError(
-                "indices and probabilities must both be (..., k), k at least 1; "
-                f"got {shapes[0]} and {shapes[1]}"
-            )
-        if self.indices.is_floating_point() or self.indices.is_complex() or self.indices.dtype == torch.bool:
-            raise TypeError(f"indices must be of an integer type, got {self.indices.dtype}")
-        if not self.probabilities.is_floating_point():
-            raise TypeError(f"probabilities must be floating, got {self.probabilities.dtype}")
-        if self.remainder not in ("drop", "spread"):
-            raise ValueError(f"remainder must be 'drop' or 'spread', got {self.remainder!r}")
-        if self.probabilities.requires_grad:
-            raise ValueError("a TopKTarget takes no gradient: pass probabilities.detach()")
-
-    def to_dense(self, classes: int) -> Tensor:
-        """The same target as a probability for every class: (..., classes)."""
-        q, others = self.probabilities, classes - self.indices.shape[-1]
-        rest = torch.zeros_like(q[..., :1])
-        if self.remainder == "spread" and others > 0:
-            rest = (1 - q.sum(-1, keepdim=True)) / others
-        return rest.expand(*q.shape[:-1], classes).scatter(-1, self.indices.to(torch.int64), q)
-
-
-Target: TypeAlias = Tensor | TopKTarget | None
 
 
 class Part(NamedTuple):
@@ -180,7 +142,7 @@ class Options(NamedTuple):
         check_tensors(input=input)
         if input.dim() == 0:
             raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
-        _check_floating(input=input)
+        check_floating(input=input)
         axis = 0 if input.dim() == 1 else 1
         classes = input.shape[axis]
         rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
@@ -201,7 +163,7 @@ class Options(NamedTuple):
         log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
         scores = Logits(input.movedim(axis, -1).reshape(n, classes), log_q, self._transform())
         part = self._part(scores, target, checked, s, DEFAULT_BUDGET, ranks)
-        return Call([part], self._reduction(), rows_shape, _loss_dtype(input))
+        return Call([part], self._reduction(), rows_shape, loss_dtype(input))
 
     def of_head(
         self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
@@ -233,21 +195,21 @@ class Options(NamedTuple):
                 "sparse_grad is the form of the gradient of a subset of the classes: pass classes"
             )
         log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
-        dtype = _loss_dtype(input)
+        dtype = loss_dtype(input)
         if self.normalize:
-            _check_floating(input=input, linear_weight=linear_weight)
-            input, linear_weight = _unit(self._harmless(input, target)), _unit(linear_weight)
+            check_floating(input=input, linear_weight=linear_weight)
+            input, linear_weight = unit(self._harmless(input, target)), unit(linear_weight)
             linear_bias = None if linear_bias is None else linear_bias.to(compute_dtype(linear_bias.dtype))
-        input, linear_weight = _lower(input), _lower(linear_weight)
-        linear_bias = None if linear_bias is None else _lower(linear_bias)
-        _check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+        input, linear_weight = lower(input), lower(linear_weight)
+        linear_bias = None if linear_bias is None else lower(linear_bias)
+        check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
         batch = input.shape[:-1]
         rows_shape = torch.Size((*batch, *positions))
         ranks = self._ranks(input, features, classes, rows_shape, target)
         self._check(classes, rows_shape, ranks)
-        budget = _check_budget(self.memory_budget)
+        budget = check_budget(self.memory_budget)
         target, checked = self._resolve(target, classes, rows_shape, (*batch, classes, *positions), ranks)
-        transform, factor = self._transform(), _product_dtype(self.product_dtype, input)
+        transform, factor = self._transform(), product_dtype(self.product_dtype, input)
         places, n = math.prod(positions), math.prod(batch)
         x = input if input.dim() == 2 else input.reshape(n, features)
         if places > 1:  # so that the gradients of all positions add up before they are rounded
@@ -260,7 +222,7 @@ class Options(NamedTuple):
             if self.sample_weight is None
             else self.sample_weight.reshape(n, places).unbind(1)
         )
-        t = _at_positions(target, n, classes, places)
+        t = at_positions(target, n, classes, places)
         parts = [
             self._part(
                 LinearHead(x, w[k], b[k], log_q, transform, factor), t[k], checked, s[k], budget, ranks
@@ -464,7 +426,7 @@ class Options(NamedTuple):
         given = (target.indices, target.probabilities) if isinstance(target, TopKTarget) else (target,)
         in_graph = modes.is_opaque(*given, *scores.tensors)
         if in_graph:  # where no operation would notice, and the loss be anything
-            _check_devices(*scores.tensors, *given, sample_weight, self.weight)
+            check_devices(*scores.tensors, *given, sample_weight, self.weight)
         if in_graph or modes.batched(*given, sample_weight, self.weight, *scores.tensors):
             # data cannot choose rows here: those that do not count become harmless, and are taken out later
             if is_index:
@@ -591,89 +553,3 @@ def _unless_doubted(ranks: Ranks | None, check: Callable[[], Checked]) -> Checke
             raise
         ranks.doubts.append(error)
         return UNCHECKED
-
-
-def _at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[Target]:
-    """A target's share of each position of a head."""
-    if target is None:
-        return (None,) * places
-    if isinstance(target, TopKTarget):
-        k = target.indices.shape[-1]
-        both = (t.reshape(n, places, k).unbind(1) for t in (target.indices, target.probabilities))
-        return [TopKTarget(i, p, target.remainder) for i, p in zip(*both, strict=True)]
-    if target.is_floating_point():
-        # a view where there is one position, so that its gradient is no stack of one
-        return (target.reshape(n, classes),) if places == 1 else target.reshape(n, classes, places).unbind(2)
-    return (target.reshape(n),) if places == 1 else target.reshape(n, places).unbind(1)
-
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_tensors(*, spread: bool = False, **given: object) -> None:
-    """What is no tensor is named, None apart; so is a DTensor, but where classes may be ``spread``."""
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-        if not spread and parallel.is_dtensor(value):
-            raise TypeError(f"{name} is a DTensor, which is not taken here: pass {name}.full_tensor()")
-
-
-def _check_floating(**tensors: Tensor | None) -> None:
-    """All floating, and of one type."""
-    given = {name: t.dtype for name, t in tensors.items() if t is not None}
-    first, *_ = given
-    for name, dtype in given.items():
-        if dtype not in FLOATING:
-            raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {dtype}")
-        if dtype != given[first]:
-            raise TypeError(
-                f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"
-            )
-
-
-def _check_devices(*tensors: Tensor | None) -> None:
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
-
-
-def _check_budget(memory_budget: int | None) -> int:
-    if memory_budget is None:
-        return DEFAULT_BUDGET
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget is a number of bytes and must be positive, got {memory_budget}")
-    return int(memory_budget)
-
-
-def _product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
-    full = compute_dtype(input.dtype)
-    if asked is None:
-        return full if input.device.type == "cpu" else input.dtype
-    allowed = (full, torch.bfloat16, input.dtype) if full == torch.float32 else (full,)
-    if asked not in allowed:
-        names = ", ".join(sorted({str(dtype) for dtype in allowed}))
-        raise ValueError(f"product_dtype of {input.dtype} features can be {names}; got {asked}")
-    return asked
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Rows (..., D) of length 1, in the type of the computation."""
-    return torch.nn.functional.normalize(rows.to(compute_dtype(rows.dtype)), dim=-1)
-
-
-def _lower(tensor: Tensor) -> Tensor:
-    """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
-    if not autocasts(tensor):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _loss_dtype(tensor: Tensor) -> torch.dtype:
-    """The type of the loss: that of the scores, but never a half type under autocast."""
-    return torch.float32 if autocasts(tensor) else tensor.dtype
-
-
-def autocasts(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64

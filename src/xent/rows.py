@@ -20,7 +20,8 @@ from xent.core import top_k as streaming
 from xent.core.arithmetic import Functional
 from xent.core.scores import compute_dtype
 from xent.core.statistics import Extras
-from xent.options import Call, Options, Part, Target, TopKTarget
+from xent.options import Call, Options, Part
+from xent.target import Target, TopKTarget
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
