@@ -23,6 +23,14 @@ class MissingExtra(ImportError):
     """A package of an optional extra is not installed; the message names the extra."""
 
 
+class RankLost(ConnectionError):
+    """Another of the processes that share a job has ended, or does not answer."""
+
+
+class RankFailed(RuntimeError):
+    """Another of the processes that share a job met an error that is no bad input; it says which there."""
+
+
 @contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
     """Turn a failed import of one of the extra's packages, inside the block, into a ``MissingExtra``.
