@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table as Grid
 from rich.text import Text
 
-from xent.probe.errors import BadInput, MissingExtra, RankFailed, RankLost
+from xent.probe.errors import BadInput, MissingExtra, RankFailed, RankLost, Terminated
 from xent.probe.ranks import DEFAULT_TIMEOUT, join
 from xent.probe.text import class_text, json_text, printable, quoted
 
@@ -52,6 +52,9 @@ class Commands(click.Group):
         except MissingExtra as error:
             complain(error)
             ctx.exit(1)
+        except Terminated:
+            complain("ended by SIGTERM, as torchrun ends the ranks that are left; nothing is half-written")
+            raise
         except (RankLost, RankFailed) as error:
             complain(error)
             ctx.exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 EXTRAS = {
@@ -25,6 +26,13 @@ class MissingExtra(ImportError):
 
 class RankLost(ConnectionError):
     """Another of the processes that share a job has ended, or does not answer."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM came, which torchrun sends to the other ranks when one has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
 
 
 class RankFailed(RuntimeError):

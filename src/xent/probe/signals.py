@@ -2,8 +2,9 @@
 
 SIGINT (Ctrl-C reaches every rank, and torchrun sends it again) is noted, once, and rank 0 obeys where all can
 follow. SIGTERM, which torchrun sends to the rest when a rank ends, is a ``SystemExit``, so that files written
-aside go. Python runs no handler while a rank waits inside a collective; a thread that the signal wakes then
-removes them, and ends the process after a grace.
+aside go; to a rank that is ending already, with something to say, it means nothing. Python runs no handler
+while a rank waits inside a collective; a thread that the signal wakes then removes them, and ends the process
+after a grace.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
+from xent.probe.errors import Terminated
 from xent.probe.files import discard_unfinished
 
 GRACE = 5.0
@@ -44,9 +45,10 @@ def handled() -> Iterator[CtrlC]:
     if threading.current_thread() is not threading.main_thread():
         yield ctrl_c
         return
+    left = threading.Event()
     read, write = os.pipe()
     os.set_blocking(write, False)
-    threading.Thread(target=_watch, args=(read,), daemon=True, name="xent-signals").start()
+    threading.Thread(target=_watch, args=(read, left), daemon=True, name="xent-signals").start()
     before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
     handlers = {
         signal.SIGINT: signal.signal(signal.SIGINT, ctrl_c.press),
@@ -54,7 +56,11 @@ def handled() -> Iterator[CtrlC]:
     }
     try:
         yield ctrl_c
+    except BaseException:
+        handlers[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
+        left.set()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(before)
@@ -62,13 +68,12 @@ def handled() -> Iterator[CtrlC]:
 
 
 def _end(*_: object) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
+    raise Terminated
 
 
-def _watch(read: int) -> None:
+def _watch(read: int, left: threading.Event) -> None:
     while told := os.read(read, 1):
-        if told[0] == signal.SIGTERM:
-            time.sleep(GRACE)
+        if told[0] == signal.SIGTERM and not left.wait(GRACE):
             discard_unfinished()
             os._exit(128 + signal.SIGTERM)
     os.close(read)

@@ -1,0 +1,78 @@
+"""One rank of several jobs, one after the other, each ``xent`` as a person would type it.
+
+Started R times by ``test_ranks``, with RANK and WORLD_SIZE: importing torch once for many jobs is what keeps
+the tests short. Reads jobs from the file named, a JSON object a line: arguments, port, and what is to happen:
+
+    touch   a file to make at the first iteration
+    die     (rank, chunk): this rank kills itself before it computes that chunk of predictions
+    other   (rank, arguments): what this rank is started with instead
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from click.testing import CliRunner
+
+import xent.cli
+from xent.probe import evaluate
+
+
+def run(job: dict) -> dict:
+    rank = int(os.environ["RANK"])
+    os.environ["MASTER_PORT"] = str(job["port"])
+    with contextlib.ExitStack() as stack:
+        if "touch" in job:
+            stack.enter_context(replaced(xent.cli, "_bar", touching(Path(job["touch"]))))
+        if job.get("die", [-1])[0] == rank:
+            stack.enter_context(replaced(evaluate, "CHUNK", 40))
+            stack.enter_context(replaced(evaluate, "log_proba", dying(job["die"][1])))
+        elif "die" in job:
+            stack.enter_context(replaced(evaluate, "CHUNK", 40))
+        arguments = job["arguments"]
+        if job.get("other", [-1])[0] == rank:
+            arguments = job["other"][1]
+        done = CliRunner().invoke(xent.cli.cli, arguments)
+    raised = None if isinstance(done.exception, SystemExit) else repr(done.exception)
+    return {"code": done.exit_code, "out": done.stdout, "err": done.stderr, "raised": raised}
+
+
+@contextlib.contextmanager
+def replaced(where: object, name: str, value: object):
+    before = getattr(where, name)
+    setattr(where, name, value)
+    yield
+    setattr(where, name, before)
+
+
+def touching(path: Path):
+    @contextlib.contextmanager
+    def bar(*_):
+        yield lambda now: path.touch()
+
+    return bar
+
+
+def dying(chunk: int):
+    seen, log_proba = 0, evaluate.log_proba
+
+    def counted(*given):
+        nonlocal seen
+        if seen == chunk:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen += 1
+        return log_proba(*given)
+
+    return counted
+
+
+if __name__ == "__main__":
+    for line in Path(sys.argv[1]).read_text().splitlines():
+        print(json.dumps(run(json.loads(line))), flush=True)
+        gc.collect()  # a traceback holds the connections, which end with the process otherwise

@@ -1,0 +1,390 @@
+"""fit and predict on real processes: the same as one process's, and how they fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+from pyarrow import csv, parquet
+
+from xent.cli import cli
+from xent.probe import model_file
+from xent.probe.errors import BadInput
+from xent.probe.ranks import ALONE, Share, join, started
+
+WORKER = Path(__file__).with_name("one_rank.py")
+
+
+def port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+class Session:
+    """R processes that run the same jobs, one after the other; jobs are added before ``start``."""
+
+    def __init__(self, ranks: int, folder: Path) -> None:
+        self.ranks, self.folder, self.jobs = ranks, folder, []
+
+    def add(self, *arguments: object, **happening: object) -> int:
+        self.jobs.append({"arguments": [str(a) for a in arguments], "port": port(), **happening})
+        return len(self.jobs) - 1
+
+    def start(self) -> None:
+        (self.folder / "jobs").write_text("\n".join(map(json.dumps, self.jobs)))
+        about = {"WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(WORKER), str(self.folder / "jobs")],
+                cwd=self.folder,
+                env={**os.environ, **about, "RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(self.ranks)
+        ]
+
+    def wait_for(self, name: str) -> None:
+        deadline = time.monotonic() + 120
+        while not (self.folder / name).exists():
+            assert time.monotonic() < deadline
+            assert self.processes[0].poll() is None
+            time.sleep(0.02)
+
+    def end(self) -> None:
+        """What each job said on each rank, ranks that were killed less; and how long it took from here."""
+        began = time.monotonic()
+        said = [("", "") if p.stdout.closed else p.communicate(timeout=60) for p in self.processes]
+        self.said = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
+        self.seconds = time.monotonic() - began
+
+    def of(self, job: int) -> list[dict]:
+        return [said[job] for said in self.said if job < len(said)]
+
+
+def alone(*arguments: object, code: int = 0):
+    done = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert done.exit_code == code, (done.output, done.exception)
+    return done
+
+
+def rows(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Classes that overlap, in the order of the file: what one rank sees is not what another does."""
+    rng = np.random.default_rng(seed)
+    y = np.sort(rng.integers(classes, size=count))
+    return rng.normal(size=(count, 5)) + rng.normal(size=(classes, 5))[y], y
+
+
+def files(folder: Path) -> None:
+    x, y = rows(500, 4)
+    columns = {f"x{j}": x[:, j] for j in range(5)}
+    arrow = pa.table({**columns, "kind": [f"kind {c}" for c in y]})
+    with parquet.ParquetWriter(folder / "a.parquet", arrow.schema) as writer:
+        for first, last in ((0, 1), (1, 301), (301, 308), (308, 500)):  # row groups, uneven
+            writer.write_table(arrow.slice(first, last - first))
+    csv.write_csv(arrow, folder / "a.csv")
+    np.save(folder / "X.npy", x.astype(np.float32))
+    np.save(folder / "y.npy", y)
+    few, two = rows(2, 2)[0], np.array([False, True])
+    np.savez(folder / "few.npz", X=few, y=two)
+    parquet.write_table(pa.table({**columns, "kind": y}).slice(109, 12), folder / "dozen.parquet")
+    bad = x.copy()
+    bad[[480, 490], 3] = np.nan
+    parquet.write_table(
+        pa.table({f"x{j}": bad[:, j] for j in range(5)} | {"kind": y}), folder / "nan.parquet"
+    )
+    lines = (folder / "a.csv").read_text().splitlines()
+    lines[250] = lines[250].rpartition(",")[0] + ",\n"
+    (folder / "blank.csv").write_text("\n".join(line.strip() for line in lines) + "\n")
+    (folder / "one.csv").write_text("u,kind\n1,a\n2,a\n")
+    parquet.write_table(arrow.drop_columns("kind"), folder / "new.parquet")
+
+
+def same_fit(folder: Path, of_ranks: str, of_one: str, said: dict, expected: dict, rtol: float) -> None:
+    for part in ("training", "validation"):
+        if expected[part] is None:
+            assert said[part] is None
+            continue
+        assert said[part]["rows"] == expected[part]["rows"]
+        for number in ("loss", "label_entropy", "accuracy"):
+            np.testing.assert_allclose(said[part][number], expected[part][number], rtol=rtol)
+    assert said["most_confused"] == expected["most_confused"]
+    one, many = (model_file.load(folder / name / "model.safetensors") for name in (of_one, of_ranks))
+    assert many.classes.tolist() == one.classes.tolist()
+    assert many.settings == one.settings
+    assert many.weight.dtype == one.weight.dtype
+    for name in ("mean", "scale"):
+        np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=rtol, atol=rtol)
+    for name in ("weight", "bias"):
+        np.testing.assert_allclose(getattr(many, name), getattr(one, name), rtol=0, atol=np.sqrt(rtol) / 10)
+    there = (folder / of_one / "validation.parquet").exists()
+    assert (folder / of_ranks / "validation.parquet").exists() == there
+    if there:
+        same_predictions(*(folder / name / "validation.parquet" for name in (of_ranks, of_one)), rtol)
+
+
+def same_predictions(many: Path, one: Path, rtol: float) -> None:
+    read = csv.read_csv if one.suffix == ".csv" else parquet.read_table
+    a, b = read(many), read(one)
+    assert a.schema.equals(b.schema)
+    for name in b.column_names:
+        if pa.types.is_floating(b.schema.field(name).type):
+            np.testing.assert_allclose(a.column(name), b.column(name), rtol=0, atol=np.sqrt(rtol))
+        else:
+            assert a.column(name).to_pylist() == b.column(name).to_pylist()
+
+
+FITS = {  # name: arguments, the tolerance of the objective
+    "lbfgs": (["a.parquet", "--label", "kind", "--tol", 1e-7], 1e-9),
+    "newton": (["a.csv", "--label", "kind", "--solver", "newton-cg", "--tol", 1e-9], 1e-9),
+    "float32": (["X.npy", "--label", "y.npy", "--l2", 3], 1e-5),
+    "fewer rows than ranks": (["few.npz", "--label", "y", "--validation", 0, "--tol", 1e-8], 1e-9),
+    "a share without validation rows": (["dozen.parquet", "--label", "kind", "--seed", 7], 1e-9),
+    "raw": (["a.parquet", "--label", "kind", "--no-standardize", "--seed", 5, "--tol", 1e-7], 1e-9),
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """All jobs of three ranks: by name, what each rank said."""
+    folder = tmp_path_factory.mktemp("ranks")
+    files(folder)
+    session, number = Session(3, folder), {}
+    for name, (arguments, _) in FITS.items():
+        number[name] = session.add("fit", *arguments, "--json", "--out", f"3 {name}")
+    model = "3 lbfgs/model.safetensors"
+    number["predict"] = session.add("predict", model, "a.parquet", "-o", "3.parquet", "--json")
+    number["predict new"] = session.add("predict", model, "new.parquet", "-o", "3.csv")
+    number["nan"] = session.add("fit", "nan.parquet", "--label", "kind", "--out", "bad")
+    number["blank"] = session.add("fit", "blank.csv", "--label", "kind", "--out", "bad")
+    number["no such file"] = session.add("fit", "none.csv", "--label", "kind", "--out", "bad")
+    number["one class"] = session.add("fit", "one.csv", "--label", "kind", "--out", "bad")
+    endless = ["fit", "a.parquet", "--label", "kind", "--l2", 1e-9, "--tol", 0, "--max-iter", 10**6]
+    other = [str(a) for a in ["fit", "a.parquet", "--label", "kind", "--l2", 2]]
+    number["mixed"] = session.add(*endless, "--out", "bad", other=[1, other])
+    number["killed"] = session.add(*endless, "--out", "bad", touch="iterates")
+    session.start()
+    session.wait_for("iterates")
+    session.processes[2].kill()
+    session.end()
+    return session, number, folder
+
+
+@pytest.fixture
+def in_folder(done, monkeypatch):
+    monkeypatch.chdir(done[2])
+
+
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.parametrize("name", FITS)
+def test_three_ranks_fit_what_one_process_does(done, name):
+    session, number, folder = done
+    arguments, rtol = FITS[name]
+    first, *others = session.of(number[name])
+    assert [rank["code"] for rank in (first, *others)] == [0, 0, 0], (first, *others)
+    assert [rank["out"] + rank["err"] for rank in others] == ["", ""]  # rank 0 speaks
+    expected = json.loads(alone("fit", *arguments, "--json", "--out", f"1 {name}").stdout)
+    same_fit(folder, f"3 {name}", f"1 {name}", json.loads(first["out"]), expected, rtol)
+    assert sorted(os.listdir(f"3 {name}")) == sorted(os.listdir(f"1 {name}"))
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_shares_are_as_odd_as_they_are_meant(done):
+    """The two jobs above that are about odd shares are about these."""
+    held = parquet.read_table("3 a share without validation rows/validation.parquet")
+    assert set((held.column("row_number").to_numpy() - 1) // 4) == {1}
+    assert [Share(i, 3).of(2) for i in range(3)] == [slice(0, 0), slice(0, 1), slice(1, 2)]
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_three_ranks_predict_what_one_process_does(done):
+    session, number, _ = done
+    first, *others = session.of(number["predict"])
+    assert [rank["out"] + rank["err"] for rank in others] == ["", ""]
+    model = "3 lbfgs/model.safetensors"
+    said = alone("predict", model, "a.parquet", "-o", "1.parquet", "--json").stdout
+    said, expected = json.loads(first["out"]), json.loads(said)
+    assert (said.pop("file"), expected.pop("file")) == ("3.parquet", "1.parquet")
+    assert said["evaluation"].pop("loss") == pytest.approx(expected["evaluation"].pop("loss"), rel=1e-12)
+    assert said == expected
+    same_predictions(Path("3.parquet"), Path("1.parquet"), 1e-20)
+    assert session.of(number["predict new"])[0]["out"] == "500 rows, 4 classes: 3.csv\n"
+    alone("predict", model, "new.parquet", "-o", "1.csv")
+    same_predictions(Path("3.csv"), Path("1.csv"), 1e-20)
+
+
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    {
+        "nan": "rank 2: nan.parquet: row 481, column 'x3' holds nan where a finite number is needed",
+        "blank": "rank 1: blank.csv: row 250 has no label in column 'kind'",
+        "no such file": "none.csv: no such file",
+        "one class": "one.csv: every label in 'kind' is 'a'; a classifier needs two classes",
+        "mixed": "rank 1 has another command line than rank 0: start all ranks with one command",
+    }.items(),
+)
+def test_what_is_bad_on_one_rank_is_said_on_all(done, name, message):
+    session, number, _ = done
+    said = session.of(number[name])
+    assert [rank["code"] for rank in said] == [2, 2, 2], said
+    assert len({rank["err"] for rank in said}) == 1
+    assert said[0]["err"].startswith(f"xent: {message}")
+    assert said[0]["err"].count("\n") == 1
+    assert not Path("bad").exists()
+    if name != "mixed":  # one process says the same, but for the rank
+        whole = alone(*session.jobs[number[name]]["arguments"], code=2).stderr
+        assert said[0]["err"].endswith(whole.removeprefix("xent: "))
+
+
+def test_a_killed_rank_ends_the_others(done):
+    session, number, folder = done
+    left = session.of(number["killed"])
+    assert len(left) == 2
+    assert session.processes[2].returncode == -signal.SIGKILL
+    for rank, said in enumerate(left):
+        assert (said["code"], said["out"]) == (1, ""), said
+        assert said["err"] == (
+            f"xent: rank {rank}: another rank has ended, or has not answered for 300 s (--timeout); "
+            "nothing is half-written\n"
+        )
+    assert session.seconds < 20
+    assert not (folder / "bad").exists()
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Two ranks: Ctrl-C, SIGTERM, a row without probabilities, and one that dies while these are written."""
+    folder = tmp_path_factory.mktemp("ended")
+    files(folder)
+    session, number = Session(2, folder), {}
+    fit = ["fit", "small.parquet", "--label", "kind", "--tol", 0, "--max-iter", 10**6]
+    number["ctrl-c"] = session.add(*fit, "--l2", 1e-9, "--out", "m", touch="iterates")
+    number["terminated"] = session.add(*fit, "--l2", 1e-9, "--out", "t", touch="iterates too")
+    model = "m/model.safetensors"
+    number["large"] = session.add("predict", model, "large.parquet", "-o", "p.csv")
+    number["dies"] = session.add("predict", model, "a.parquet", "-o", "p.csv", "--timeout", 30, die=[1, 3])
+    x, y = rows(500, 4)
+    small = {f"x{j}": x[:, j] / 1000 for j in range(5)}
+    parquet.write_table(pa.table({**small, "kind": y}), folder / "small.parquet")
+    x[300] = 1e308  # over a deviation of a thousandth: infinite
+    parquet.write_table(pa.table({f"x{j}": x[:, j] for j in range(5)}), folder / "large.parquet")
+    session.start()
+    session.wait_for("iterates")
+    for process in session.processes:
+        process.send_signal(signal.SIGINT)
+    session.wait_for("iterates too")
+    session.processes[0].terminate()
+    session.end()
+    return session, number, folder
+
+
+def test_ctrl_c_saves_the_model_and_ends_all_ranks(ended):
+    session, number, folder = ended
+    first, other = session.of(number["ctrl-c"])
+    assert (first["code"], other["code"], other["out"], other["err"]) == (130, 130, "", "")
+    assert "xent: interrupted: saving the best model so far, of iteration" in first["err"]
+    about = json.loads((folder / "m" / "summary.json").read_text())
+    assert about["interrupted"]
+    assert about["training"]["loss"] < about["training"]["label_entropy"]
+
+
+def test_sigterm_on_one_rank_ends_all(ended):
+    session, number, folder = ended
+    first, other = session.of(number["terminated"])
+    assert (first["code"], other["code"]) == (143, 1), (first, other)
+    assert first["err"].startswith("xent: ended by SIGTERM")
+    assert other["err"].startswith("xent: rank 1: another rank has ended")
+    assert not (folder / "t").exists()
+
+
+def test_a_row_that_cannot_be_predicted_leaves_no_file(ended):
+    session, number, folder = ended
+    said = session.of(number["large"])
+    assert [rank["code"] for rank in said] == [2, 2], said
+    for rank in said:
+        assert rank["err"].startswith("xent: rank 1: large.parquet: row 301 has no probabilities")
+    assert not (folder / "p.csv").exists()
+
+
+def test_a_rank_that_dies_while_predictions_are_written_leaves_no_file(ended):
+    session, number, folder = ended
+    (left,) = session.of(number["dies"])
+    assert session.processes[1].returncode == -signal.SIGKILL
+    assert left["code"] == 1, left
+    assert "xent: rank 0: another rank has ended, or has not answered for 30 s (--timeout)" in left["err"]
+    assert not [name for name in os.listdir(folder) if name.startswith((".", "p."))]
+
+
+def test_a_rank_that_does_not_answer_is_given_up(tmp_path):
+    files(tmp_path)
+    session = Session(2, tmp_path)
+    endless = ["--l2", 1e-9, "--tol", 0, "--max-iter", 10**6, "--out", "m"]
+    session.add("fit", "a.parquet", "--label", "kind", *endless, "--timeout", 2, touch="iterates")
+    session.start()
+    session.wait_for("iterates")
+    session.processes[1].send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    (said,) = [json.loads(line) for line in session.processes[0].communicate(timeout=60)[0].splitlines()]
+    seconds = time.monotonic() - began
+    session.processes[1].kill()
+    session.end()
+    assert said["code"] == 1
+    assert "xent: rank 0: another rank has ended, or has not answered for 2 s (--timeout)" in said["err"]
+    assert 1 < seconds < 15
+    assert not (tmp_path / "m").exists()
+
+
+def test_torchrun_itself(tmp_path):
+    """The command as a person types it, through the launcher."""
+    files(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, "-m", "xent", "fit", "few.npz", "--label", "y", "--validation", "0", "--out", "m"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("few.npz: 2 classes, 5 features") == 1
+    assert {*os.listdir(tmp_path / "m")} == {"confusion.png", "loss.png", "model.safetensors", "summary.json"}
+
+
+def test_ranks_are_told_by_their_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert started() is None
+    with join() as ranks:
+        assert ranks is ALONE
+    with pytest.raises(BadInput, match="--class-parallel 2 does not divide the 1 process; start them with"):
+        join(slices=2).__enter__()
+    told = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    assert started() == (1, 2)
+    with pytest.raises(BadInput, match="--class-parallel 3 does not divide the 2 ranks"):
+        join(slices=3).__enter__()
+    monkeypatch.setenv("RANK", "2")
+    with pytest.raises(BadInput, match="RANK=2 is not below WORLD_SIZE=2"):
+        started()
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(BadInput, match="whole numbers, as torchrun sets them; got 'first', '2' and '1'"):
+        started()
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert started() is None
