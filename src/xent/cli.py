@@ -152,6 +152,15 @@ _timeout = click.option(
     show_default=True,
     help="Directory for the model, the validation predictions and the figures.",
 )
+@click.option(
+    "--class-parallel",
+    "slices",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Under torchrun: K ranks share the classes, and read the same rows.",
+)
 @_timeout
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -162,6 +171,7 @@ def fit(
     features: tuple[str, ...],
     exclude: tuple[str, ...],
     out: Path,
+    slices: int,
     timeout: float,
     as_json: bool,
     quiet: bool,
@@ -188,7 +198,7 @@ def fit(
     if not demo and label is None:
         raise click.UsageError("which column is to be learned? Name it with --label")
     asked = job.Settings(**settings)
-    with join(timeout) as ranks:
+    with join(timeout, slices) as ranks:
         quiet = quiet or not ranks.first
         with ranks.together():
             if ranks.first:

@@ -63,10 +63,10 @@ class Session:
             assert self.processes[0].poll() is None
             time.sleep(0.02)
 
-    def end(self) -> None:
+    def end(self, timeout: float = 60) -> None:
         """What each job said on each rank, ranks that were killed less; and how long it took from here."""
         began = time.monotonic()
-        said = [("", "") if p.stdout.closed else p.communicate(timeout=60) for p in self.processes]
+        said = [("", "") if p.stdout.closed else p.communicate(timeout=timeout) for p in self.processes]
         self.said = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
         self.seconds = time.monotonic() - began
 
@@ -152,8 +152,17 @@ FITS = {  # name: arguments, the tolerance of the objective
     "float32": (["X.npy", "--label", "y.npy", "--l2", 3], 1e-5),
     "fewer rows than ranks": (["few.npz", "--label", "y", "--validation", 0, "--tol", 1e-8], 1e-9),
     "a share without validation rows": (["dozen.parquet", "--label", "kind", "--seed", 7], 1e-9),
+    "classes spread": (["a.parquet", "--label", "kind", "--class-parallel", 3, "--tol", 1e-7], 1e-9),
     "raw": (["a.parquet", "--label", "kind", "--no-standardize", "--seed", 5, "--tol", 1e-7], 1e-9),
 }
+
+
+def in_one_piece(arguments: list) -> list:
+    """The same without the option that one process does not take."""
+    if "--class-parallel" not in arguments:
+        return arguments
+    at = arguments.index("--class-parallel")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +180,9 @@ def done(tmp_path_factory):
     number["blank"] = session.add("fit", "blank.csv", "--label", "kind", "--out", "bad")
     number["no such file"] = session.add("fit", "none.csv", "--label", "kind", "--out", "bad")
     number["one class"] = session.add("fit", "one.csv", "--label", "kind", "--out", "bad")
+    spread = ["--class-parallel", 3, "--out", "bad"]
+    number["few classes"] = session.add("fit", "few.npz", "--label", "y", "--validation", 0, *spread)
+    number["newton spread"] = session.add("fit", "a.csv", "--label", "kind", "--solver", "newton-cg", *spread)
     endless = ["fit", "a.parquet", "--label", "kind", "--l2", 1e-9, "--tol", 0, "--max-iter", 10**6]
     other = [str(a) for a in ["fit", "a.parquet", "--label", "kind", "--l2", 2]]
     number["mixed"] = session.add(*endless, "--out", "bad", other=[1, other])
@@ -195,7 +207,7 @@ def test_three_ranks_fit_what_one_process_does(done, name):
     first, *others = session.of(number[name])
     assert [rank["code"] for rank in (first, *others)] == [0, 0, 0], (first, *others)
     assert [rank["out"] + rank["err"] for rank in others] == ["", ""]  # rank 0 speaks
-    expected = json.loads(alone("fit", *arguments, "--json", "--out", f"1 {name}").stdout)
+    expected = json.loads(alone("fit", *in_one_piece(arguments), "--json", "--out", f"1 {name}").stdout)
     same_fit(folder, f"3 {name}", f"1 {name}", json.loads(first["out"]), expected, rtol)
     assert sorted(os.listdir(f"3 {name}")) == sorted(os.listdir(f"1 {name}"))
 
@@ -233,6 +245,8 @@ def test_three_ranks_predict_what_one_process_does(done):
         "blank": "rank 1: blank.csv: row 250 has no label in column 'kind'",
         "no such file": "none.csv: no such file",
         "one class": "one.csv: every label in 'kind' is 'a'; a classifier needs two classes",
+        "few classes": "--class-parallel 3 is more than the 2 classes; use fewer slices",
+        "newton spread": "--class-parallel does not go with --solver newton-cg; fit with --solver lbfgs",
         "mixed": "rank 1 has another command line than rank 0: start all ranks with one command",
     }.items(),
 )
@@ -244,7 +258,7 @@ def test_what_is_bad_on_one_rank_is_said_on_all(done, name, message):
     assert said[0]["err"].startswith(f"xent: {message}")
     assert said[0]["err"].count("\n") == 1
     assert not Path("bad").exists()
-    if name != "mixed":  # one process says the same, but for the rank
+    if name in ("nan", "blank", "no such file", "one class"):  # one process says the same, but for the rank
         whole = alone(*session.jobs[number[name]]["arguments"], code=2).stderr
         assert said[0]["err"].endswith(whole.removeprefix("xent: "))
 
@@ -265,12 +279,16 @@ def test_a_killed_rank_ends_the_others(done):
     assert not [name for name in os.listdir(folder) if name.startswith(".")]
 
 
+TWO = ["fit", "dozen.parquet", "--label", "kind", "--validation", 0, "--tol", 1e-8, "--json"]
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
     """Two ranks: Ctrl-C, SIGTERM, a row without probabilities, and one that dies while these are written."""
     folder = tmp_path_factory.mktemp("ended")
     files(folder)
     session, number = Session(2, folder), {}
+    number["spread"] = session.add(*TWO, "--class-parallel", 2, "--out", "two")
     fit = ["fit", "small.parquet", "--label", "kind", "--tol", 0, "--max-iter", 10**6]
     number["ctrl-c"] = session.add(*fit, "--l2", 1e-9, "--out", "m", touch="iterates")
     number["terminated"] = session.add(*fit, "--l2", 1e-9, "--out", "t", touch="iterates too")
@@ -290,6 +308,15 @@ def ended(tmp_path_factory):
     session.processes[0].terminate()
     session.end()
     return session, number, folder
+
+
+def test_two_classes_on_two_ranks(ended, monkeypatch):
+    session, number, folder = ended
+    monkeypatch.chdir(folder)
+    first, _ = session.of(number["spread"])
+    assert first["code"] == 0, first
+    expected = json.loads(alone(*TWO, "--out", "one").stdout)
+    same_fit(folder, "two", "one", json.loads(first["out"]), expected, 1e-9)
 
 
 def test_ctrl_c_saves_the_model_and_ends_all_ranks(ended):
@@ -388,3 +415,39 @@ def test_ranks_are_told_by_their_environment(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert started() is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_any_number_of_ranks_any_format_either_solver(tmp_path, monkeypatch, ranks):
+    files(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    x, y = rows(500, 4)
+    np.save("Y.npy", x)
+    np.savez("a.npz", X=x, y=y)
+    np.savez("two.npz", X=x, y=y > 1)
+    sources = [("a.parquet", "kind"), ("a.csv", "kind"), ("Y.npy", "y.npy"), ("a.npz", "y"), ("two.npz", "y")]
+    sources += [("few.npz", "y"), ("dozen.parquet", "kind")]
+    session, fits = Session(ranks, tmp_path), {}
+    for source, label in sources:
+        for solver in ("lbfgs", "newton-cg"):
+            for slices in (1, 2, 4):
+                if (
+                    ranks % slices
+                    or (slices > 1 and solver == "newton-cg")
+                    or slices > 4 - 2 * (label == "y" and source != "a.npz")
+                ):
+                    continue
+                if slices > 2 and source == "dozen.parquet":
+                    continue
+                arguments = [source, "--label", label, "--solver", solver, "--tol", 1e-7, "--json"]
+                arguments += ["--validation", 0] * (source == "few.npz") + ["--class-parallel", slices]
+                out = f"{ranks} {source} {solver} {slices}"
+                fits[session.add("fit", *arguments, "--out", out)] = (arguments, out)
+    session.start()
+    session.end(400)
+    for job, (arguments, out) in fits.items():
+        said = session.of(job)
+        assert [rank["code"] for rank in said] == [0] * ranks, (arguments, said)
+        expected = json.loads(alone("fit", *in_one_piece(arguments), "--out", "one" + out).stdout)
+        same_fit(tmp_path, out, "one" + out, json.loads(said[0]["out"]), expected, 1e-9)

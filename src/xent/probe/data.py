@@ -47,11 +47,12 @@ def read(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
     """
     path = Path(path)
     with ranks.together():
-        table = _read(path, wanted, ranks.share)
+        table = read_share(path, wanted, ranks.share)
     return united(table, ranks)
 
 
-def _read(path: Path, wanted: Wanted, share: Share) -> Table:
+def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
+    """A share of the rows, with the classes that occur in it."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise BadInput(f"{path}: files are told by their suffix, which is to be one of {', '.join(_READERS)}")

@@ -17,7 +17,7 @@ import numpy as np
 
 from xent.probe import model_file
 from xent.probe.data import Table
-from xent.probe.errors import needs
+from xent.probe.errors import BadInput, needs
 from xent.probe.evaluate import COLUMNS, Evaluation, check_names, evaluate, write_predictions
 from xent.probe.files import aside
 from xent.probe.lead import Lead
@@ -138,6 +138,12 @@ def fit(
     assert table.classes is not None
     codes, classes = table.codes, len(table.classes)
     ranks.alike("command line", settings)
+    if ranks.slices > classes:
+        raise BadInput(
+            f"--class-parallel {ranks.slices} is more than the {classes} classes; use fewer slices"
+        )
+    if ranks.slices > 1 and settings.solver == "newton-cg":
+        raise BadInput("--class-parallel does not go with --solver newton-cg; fit with --solver lbfgs")
     training, validation = split(table, settings.validation, settings.seed, ranks)
     check_names(table.classes, COLUMNS, table.source)
     check_range(table, ranks)

@@ -3,6 +3,7 @@
     min over W, b of   Σ_n s_n ℓ(W x_n + b, t_n) / Σ_n s_n a_n  +  λ/2 ‖W‖²         W = V/σ,  b = c − W μ
 
 N rows lie with one process or are shared by several: sums over them are asked for, of all ranks (``Lead``).
+So may the classes be: each rank then has the gradient of its own slice of W and b.
 The solver moves θ = (V | c). With centred features and, by the choice of σ, a Hessian whose diagonal is
 constant at W = 0, it needs tens of iterations where it would need thousands in (W, b).
 """
@@ -16,6 +17,7 @@ import torch
 
 from xent.functional import linear_cross_entropy
 from xent.probe.lead import Lead
+from xent.probe.ranks import Share
 
 
 class Objective:
@@ -109,12 +111,16 @@ class Objective:
         head = self._head(model).requires_grad_()
         loss = self._sum(head, self.x, self.target, self.weight)
         (gradient,) = torch.autograd.grad(loss, [head])
-        return np.concatenate([[loss.item()], gradient.numpy().ravel()])
+        return np.concatenate([[self._counted(loss)], gradient.numpy().ravel()])
 
     def loss(self, model: np.ndarray, x: np.ndarray, codes: np.ndarray) -> np.ndarray:
         """(W | b), flat -> the sum of other rows' losses, (1,)."""
         with torch.no_grad():
-            return np.array([self._sum(self._head(model), _tensor(x), _tensor(codes), None).item()])
+            return np.array([self._counted(self._sum(self._head(model), _tensor(x), _tensor(codes), None))])
+
+    def _counted(self, loss: torch.Tensor) -> float:
+        """Of ranks with the same rows each has their loss, and one says it."""
+        return loss.item() if self.lead.ranks.counts else 0.0
 
     def _head(self, model: np.ndarray) -> torch.Tensor:  # (K, D + 1)
         return torch.from_numpy(model.reshape(self.rows, -1).astype(self.dtype))
@@ -124,6 +130,8 @@ class Objective:
     ) -> torch.Tensor:
         if self.binary:  # logits (0, s)
             head = torch.cat([torch.zeros_like(head), head])
+        ranks = self.lead.ranks
+        head = head[Share(ranks.slice, ranks.slices).of(len(head))]
         return linear_cross_entropy(
             x,
             head[:, :-1].contiguous(),
@@ -131,6 +139,7 @@ class Objective:
             linear_bias=head[:, -1] if self.fit_intercept else None,
             sample_weight=weight,
             reduction="sum",
+            group=ranks.group,
         )
 
 

@@ -90,6 +90,10 @@ class Ranks:
         """What each share has, in their order, on every rank."""
         return [value]
 
+    def everyones(self, value: T) -> list[T]:
+        """What each rank has."""
+        return [value]
+
     def broadcast(self, value: T) -> T:
         """What rank 0 has."""
         return value
@@ -118,11 +122,11 @@ class Ranks:
 
     def alike(self, what: str, value: object) -> None:
         """Raise ``BadInput`` unless every rank has the same value of what the message calls ``what``."""
-        values = self.gather(value)
-        for index, other in enumerate(values):
+        values = self.everyones(value)
+        for rank, other in enumerate(values):
             if other != values[0]:
                 raise BadInput(
-                    f"rank {index * self.slices} has another {what} than rank 0: start all ranks with "
+                    f"rank {rank} has another {what} than rank 0: start all ranks with "
                     "one command, on the same files"
                 )
 

@@ -132,9 +132,9 @@ class Joined(Ranks):
     # ── anything ──
 
     def gather(self, value: T) -> list[T]:
-        return self._everyones(value)[:: self.slices]
+        return self.everyones(value)[:: self.slices]
 
-    def _everyones(self, value: T) -> list[T]:
+    def everyones(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size
         with self._waiting():
             dist.all_gather_object(values, value)
@@ -154,7 +154,7 @@ class Joined(Ranks):
             dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if not failed.item():
             return
-        said = self._everyones(None if error is None else _described(error))
+        said = self.everyones(None if error is None else _described(error))
         rank, (kind, text) = next((r, found) for r, found in enumerate(said) if found is not None)
         everywhere = all(found == said[0] for found in said)  # it is about the file, not about a rank
         if error is not None and (everywhere or (rank == self.rank and kind is None)):
