@@ -21,13 +21,14 @@ from pathlib import Path
 from click.testing import CliRunner
 
 import xent.cli
-from xent.probe import evaluate
+from xent.probe import evaluate, fit
 
 
 def run(job: dict) -> dict:
     rank = int(os.environ["RANK"])
     os.environ["MASTER_PORT"] = str(job["port"])
     with contextlib.ExitStack() as stack:
+        stack.enter_context(replaced(fit, "draw", lambda *_: []))  # a second each
         if "touch" in job:
             stack.enter_context(replaced(xent.cli, "_bar", touching(Path(job["touch"]))))
         if job.get("die", [-1])[0] == rank:

@@ -197,6 +197,7 @@ def done(tmp_path_factory):
 @pytest.fixture
 def in_folder(done, monkeypatch):
     monkeypatch.chdir(done[2])
+    monkeypatch.setattr("xent.probe.fit.draw", lambda *_: [])
 
 
 @pytest.mark.usefixtures("in_folder")

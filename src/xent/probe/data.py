@@ -48,6 +48,7 @@ def read(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
     path = Path(path)
     with ranks.together():
         table = read_share(path, wanted, ranks.share)
+    ranks.alike(f"copy of {path}", path.stat().st_size)
     return united(table, ranks)
 
 
