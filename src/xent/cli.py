@@ -97,7 +97,7 @@ class Finite(click.FloatRange):
 
 _timeout = click.option(
     "--timeout",
-    type=Finite(0, min_open=True),
+    type=Finite(0, 10**7, min_open=True),
     default=DEFAULT_TIMEOUT,
     show_default=True,
     envvar="XENT_TIMEOUT",

@@ -4,7 +4,8 @@ Started R times by ``test_ranks``, with RANK and WORLD_SIZE: importing torch onc
 the tests short. Reads jobs from the file named, a JSON object a line: arguments, port, and what is to happen:
 
     touch   a file to make at the first iteration
-    die     (rank, chunk): this rank kills itself before it computes that chunk of predictions
+    die     (rank, chunk, signal): what this rank sends itself before it computes that chunk of predictions
+    fail    (rank, evaluation): this rank has an error of ours in that evaluation of the objective
     other   (rank, arguments): what this rank is started with instead
 """
 
@@ -14,7 +15,6 @@ import contextlib
 import gc
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from click.testing import CliRunner
 
 import xent.cli
 from xent.probe import evaluate, fit
+from xent.probe.objective import Objective
 
 
 def run(job: dict) -> dict:
@@ -32,10 +33,13 @@ def run(job: dict) -> dict:
         if "touch" in job:
             stack.enter_context(replaced(xent.cli, "_bar", touching(Path(job["touch"]))))
         if job.get("die", [-1])[0] == rank:
+            die = before(job["die"][1], lambda: os.kill(os.getpid(), job["die"][2]), evaluate.log_proba)
+            stack.enter_context(replaced(evaluate, "log_proba", die))
+        if "die" in job:
             stack.enter_context(replaced(evaluate, "CHUNK", 40))
-            stack.enter_context(replaced(evaluate, "log_proba", dying(job["die"][1])))
-        elif "die" in job:
-            stack.enter_context(replaced(evaluate, "CHUNK", 40))
+        if job.get("fail", [-1])[0] == rank:
+            failing = before(job["fail"][1], lambda: 1 / 0, Objective._part)
+            stack.enter_context(replaced(Objective, "_part", failing))
         arguments = job["arguments"]
         if job.get("other", [-1])[0] == rank:
             arguments = job["other"][1]
@@ -46,10 +50,10 @@ def run(job: dict) -> dict:
 
 @contextlib.contextmanager
 def replaced(where: object, name: str, value: object):
-    before = getattr(where, name)
+    was = getattr(where, name)
     setattr(where, name, value)
     yield
-    setattr(where, name, before)
+    setattr(where, name, was)
 
 
 def touching(path: Path):
@@ -60,15 +64,16 @@ def touching(path: Path):
     return bar
 
 
-def dying(chunk: int):
-    seen, log_proba = 0, evaluate.log_proba
+def before(number: int, act, function):
+    """The function, which acts before it is called for that time, counted from 0."""
+    seen = 0
 
     def counted(*given):
         nonlocal seen
-        if seen == chunk:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if seen == number:
+            act()
         seen += 1
-        return log_proba(*given)
+        return function(*given)
 
     return counted
 

@@ -185,6 +185,7 @@ def done(tmp_path_factory):
     number["newton spread"] = session.add("fit", "a.csv", "--label", "kind", "--solver", "newton-cg", *spread)
     endless = ["fit", "a.parquet", "--label", "kind", "--l2", 1e-9, "--tol", 0, "--max-iter", 10**6]
     other = [str(a) for a in ["fit", "a.parquet", "--label", "kind", "--l2", 2]]
+    number["fails"] = session.add("fit", "a.parquet", "--label", "kind", "--out", "bad", fail=[1, 5])
     number["mixed"] = session.add(*endless, "--out", "bad", other=[1, other])
     number["killed"] = session.add(*endless, "--out", "bad", touch="iterates")
     session.start()
@@ -264,6 +265,15 @@ def test_what_is_bad_on_one_rank_is_said_on_all(done, name, message):
         assert said[0]["err"].endswith(whole.removeprefix("xent: "))
 
 
+def test_an_error_of_ours_on_one_rank_is_told_by_the_others(done):
+    session, number, folder = done
+    first, failed, last = session.of(number["fails"])
+    for rank in (first, last):
+        assert (rank["code"], rank["err"]) == (1, "xent: rank 1: ZeroDivisionError: division by zero\n"), rank
+    assert (failed["code"], failed["raised"]) == (1, "ZeroDivisionError('division by zero')")
+    assert not (folder / "bad").exists()
+
+
 def test_a_killed_rank_ends_the_others(done):
     session, number, folder = done
     left = session.of(number["killed"])
@@ -295,7 +305,9 @@ def ended(tmp_path_factory):
     number["terminated"] = session.add(*fit, "--l2", 1e-9, "--out", "t", touch="iterates too")
     model = "m/model.safetensors"
     number["large"] = session.add("predict", model, "large.parquet", "-o", "p.csv")
-    number["dies"] = session.add("predict", model, "a.parquet", "-o", "p.csv", "--timeout", 30, die=[1, 3])
+    number["dies"] = session.add(
+        "predict", model, "new.parquet", "-o", "p.csv", "--timeout", 30, die=[1, 3, signal.SIGKILL]
+    )
     x, y = rows(500, 4)
     small = {f"x{j}": x[:, j] / 1000 for j in range(5)}
     parquet.write_table(pa.table({**small, "kind": y}), folder / "small.parquet")
@@ -374,6 +386,33 @@ def test_a_rank_that_does_not_answer_is_given_up(tmp_path):
     assert "xent: rank 0: another rank has ended, or has not answered for 2 s (--timeout)" in said["err"]
     assert 1 < seconds < 15
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_while_waiting_leaves_no_file(tmp_path):
+    """Python runs no handler inside a collective; torchrun kills 30 seconds after SIGTERM."""
+    files(tmp_path)
+    alone("fit", tmp_path / "a.parquet", "--label", "kind", "--out", tmp_path / "m", "--quiet")
+    session = Session(2, tmp_path)
+    session.add("predict", "m/model.safetensors", "new.parquet", "-o", "p.csv", die=[1, 3, signal.SIGSTOP])
+    session.start()
+    deadline = time.monotonic() + 60
+    while not any(name.startswith(".p-") for name in os.listdir(tmp_path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    time.sleep(1)  # until it waits
+    session.processes[0].terminate()
+    session.processes[0].wait(timeout=15)
+    session.processes[1].kill()
+    session.end()
+    assert session.processes[0].returncode == 143
+    assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "p."))]
+
+
+def test_the_timeout_may_come_from_the_environment():
+    said = CliRunner().invoke(cli, ["fit", "a.csv"], env={"XENT_TIMEOUT": "soon"})
+    assert said.exit_code == 2
+    assert "Invalid value for '--timeout'" in said.stderr
 
 
 def test_torchrun_itself(tmp_path):
