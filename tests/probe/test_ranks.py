@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,99 +16,11 @@ import pytest
 from click.testing import CliRunner
 from pyarrow import csv, parquet
 
+from probe.sessions import Session, alone, files, rows
 from xent.cli import cli
 from xent.probe import model_file
 from xent.probe.errors import BadInput
 from xent.probe.ranks import ALONE, Share, join, started
-
-WORKER = Path(__file__).with_name("one_rank.py")
-
-
-def port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-class Session:
-    """R processes that run the same jobs, one after the other; jobs are added before ``start``."""
-
-    def __init__(self, ranks: int, folder: Path) -> None:
-        self.ranks, self.folder, self.jobs = ranks, folder, []
-
-    def add(self, *arguments: object, **happening: object) -> int:
-        self.jobs.append({"arguments": [str(a) for a in arguments], "port": port(), **happening})
-        return len(self.jobs) - 1
-
-    def start(self) -> None:
-        (self.folder / "jobs").write_text("\n".join(map(json.dumps, self.jobs)))
-        about = {"WORLD_SIZE": str(self.ranks), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(WORKER), str(self.folder / "jobs")],
-                cwd=self.folder,
-                env={**os.environ, **about, "RANK": str(rank)},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(self.ranks)
-        ]
-
-    def wait_for(self, name: str) -> None:
-        deadline = time.monotonic() + 120
-        while not (self.folder / name).exists():
-            assert time.monotonic() < deadline
-            assert self.processes[0].poll() is None
-            time.sleep(0.02)
-
-    def end(self, timeout: float = 60) -> None:
-        """What each job said on each rank, ranks that were killed less; and how long it took from here."""
-        began = time.monotonic()
-        said = [("", "") if p.stdout.closed else p.communicate(timeout=timeout) for p in self.processes]
-        self.said = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
-        self.seconds = time.monotonic() - began
-
-    def of(self, job: int) -> list[dict]:
-        return [said[job] for said in self.said if job < len(said)]
-
-
-def alone(*arguments: object, code: int = 0):
-    done = CliRunner().invoke(cli, [str(a) for a in arguments])
-    assert done.exit_code == code, (done.output, done.exception)
-    return done
-
-
-def rows(count: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Classes that overlap, in the order of the file: what one rank sees is not what another does."""
-    rng = np.random.default_rng(seed)
-    y = np.sort(rng.integers(classes, size=count))
-    return rng.normal(size=(count, 5)) + rng.normal(size=(classes, 5))[y], y
-
-
-def files(folder: Path) -> None:
-    x, y = rows(500, 4)
-    columns = {f"x{j}": x[:, j] for j in range(5)}
-    arrow = pa.table({**columns, "kind": [f"kind {c}" for c in y]})
-    with parquet.ParquetWriter(folder / "a.parquet", arrow.schema) as writer:
-        for first, last in ((0, 1), (1, 301), (301, 308), (308, 500)):  # row groups, uneven
-            writer.write_table(arrow.slice(first, last - first))
-    csv.write_csv(arrow, folder / "a.csv")
-    np.save(folder / "X.npy", x.astype(np.float32))
-    np.save(folder / "y.npy", y)
-    few, two = rows(2, 2)[0], np.array([False, True])
-    np.savez(folder / "few.npz", X=few, y=two)
-    parquet.write_table(pa.table({**columns, "kind": y}).slice(109, 12), folder / "dozen.parquet")
-    bad = x.copy()
-    bad[[480, 490], 3] = np.nan
-    parquet.write_table(
-        pa.table({f"x{j}": bad[:, j] for j in range(5)} | {"kind": y}), folder / "nan.parquet"
-    )
-    lines = (folder / "a.csv").read_text().splitlines()
-    lines[250] = lines[250].rpartition(",")[0] + ",\n"
-    (folder / "blank.csv").write_text("\n".join(line.strip() for line in lines) + "\n")
-    (folder / "one.csv").write_text("u,kind\n1,a\n2,a\n")
-    parquet.write_table(arrow.drop_columns("kind"), folder / "new.parquet")
 
 
 def same_fit(folder: Path, of_ranks: str, of_one: str, said: dict, expected: dict, rtol: float) -> None:
@@ -167,67 +78,69 @@ def in_one_piece(arguments: list) -> list:
     return arguments[:at] + arguments[at + 2 :]
 
 
-@pytest.fixture(scope="module")
-def done(tmp_path_factory):
-    """All jobs of three ranks: by name, what each rank said."""
-    folder = tmp_path_factory.mktemp("ranks")
+def three_ranks(folder: Path) -> Session:
+    """Fits, predictions, bad input, and a rank that is killed."""
     files(folder)
-    session, number = Session(3, folder), {}
+    session = Session(3, folder)
     for name, (arguments, _) in FITS.items():
-        number[name] = session.add("fit", *arguments, "--json", "--out", f"3 {name}")
+        session.add(name, "fit", *arguments, "--json", "--out", f"3 {name}")
     model = "3 lbfgs/model.safetensors"
-    number["predict"] = session.add("predict", model, "a.parquet", "-o", "3.parquet", "--json")
-    number["predict new"] = session.add("predict", model, "new.parquet", "-o", "3.csv")
-    number["nan"] = session.add("fit", "nan.parquet", "--label", "kind", "--out", "bad")
-    number["blank"] = session.add("fit", "blank.csv", "--label", "kind", "--out", "bad")
-    number["no such file"] = session.add("fit", "none.csv", "--label", "kind", "--out", "bad")
-    number["one class"] = session.add("fit", "one.csv", "--label", "kind", "--out", "bad")
+    session.add("predict", "predict", model, "a.parquet", "-o", "3.parquet", "--json")
+    session.add("predict new", "predict", model, "new.parquet", "-o", "3.csv")
+    session.add("nan", "fit", "nan.parquet", "--label", "kind", "--out", "bad")
+    session.add("blank", "fit", "blank.csv", "--label", "kind", "--out", "bad")
+    session.add("no such file", "fit", "none.csv", "--label", "kind", "--out", "bad")
+    session.add("one class", "fit", "one.csv", "--label", "kind", "--out", "bad")
     spread = ["--class-parallel", 3, "--out", "bad"]
-    number["few classes"] = session.add("fit", "few.npz", "--label", "y", "--validation", 0, *spread)
-    number["newton spread"] = session.add("fit", "a.csv", "--label", "kind", "--solver", "newton-cg", *spread)
+    session.add("few classes", "fit", "few.npz", "--label", "y", "--validation", 0, *spread)
+    session.add("newton spread", "fit", "a.csv", "--label", "kind", "--solver", "newton-cg", *spread)
     endless = ["fit", "a.parquet", "--label", "kind", "--l2", 1e-9, "--tol", 0, "--max-iter", 10**6]
     other = [str(a) for a in ["fit", "a.parquet", "--label", "kind", "--l2", 2]]
-    number["fails"] = session.add("fit", "a.parquet", "--label", "kind", "--out", "bad", fail=[1, 5])
-    number["mixed"] = session.add(*endless, "--out", "bad", other=[1, other])
-    number["killed"] = session.add(*endless, "--out", "bad", touch="iterates")
-    session.start()
-    session.wait_for("iterates")
-    session.processes[2].kill()
-    session.end()
-    return session, number, folder
+    session.add("fails", "fit", "a.parquet", "--label", "kind", "--out", "bad", fail=[1, 5])
+    session.add("mixed", *endless, "--out", "bad", other=[1, other])
+    session.add("killed", *endless, "--out", "bad", touch="iterates")
+    with session:
+        session.start()
+        session.wait_for("iterates")
+        session.processes[2].kill()
+        session.end()
+    return session
 
 
-@pytest.fixture
-def in_folder(done, monkeypatch):
-    monkeypatch.chdir(done[2])
+def test_three_ranks(tmp_path, monkeypatch):
+    """One test, whose session no two workers are to start."""
+    session = three_ranks(tmp_path)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("xent.probe.fit.draw", lambda *_: [])
+    for name in FITS:
+        they_fit_what_one_process_does(session, name)
+    shares_are_as_odd_as_they_are_meant()
+    they_predict_what_one_process_does(session)
+    for name, message in BAD.items():
+        what_is_bad_on_one_rank_is_said_on_all(session, name, message)
+    an_error_of_ours_on_one_rank_is_told_by_the_others(session)
+    a_killed_rank_ends_the_others(session)
 
 
-@pytest.mark.usefixtures("in_folder")
-@pytest.mark.parametrize("name", FITS)
-def test_three_ranks_fit_what_one_process_does(done, name):
-    session, number, folder = done
+def they_fit_what_one_process_does(session: Session, name: str) -> None:
     arguments, rtol = FITS[name]
-    first, *others = session.of(number[name])
+    first, *others = session.of(name)
     assert [rank["code"] for rank in (first, *others)] == [0, 0, 0], (first, *others)
     assert [rank["out"] + rank["err"] for rank in others] == ["", ""]  # rank 0 speaks
     expected = json.loads(alone("fit", *in_one_piece(arguments), "--json", "--out", f"1 {name}").stdout)
-    same_fit(folder, f"3 {name}", f"1 {name}", json.loads(first["out"]), expected, rtol)
+    same_fit(session.folder, f"3 {name}", f"1 {name}", json.loads(first["out"]), expected, rtol)
     assert sorted(os.listdir(f"3 {name}")) == sorted(os.listdir(f"1 {name}"))
 
 
-@pytest.mark.usefixtures("in_folder")
-def test_shares_are_as_odd_as_they_are_meant(done):
+def shares_are_as_odd_as_they_are_meant() -> None:
     """The two jobs above that are about odd shares are about these."""
     held = parquet.read_table("3 a share without validation rows/validation.parquet")
     assert set((held.column("row_number").to_numpy() - 1) // 4) == {1}
     assert [Share(i, 3).of(2) for i in range(3)] == [slice(0, 0), slice(0, 1), slice(1, 2)]
 
 
-@pytest.mark.usefixtures("in_folder")
-def test_three_ranks_predict_what_one_process_does(done):
-    session, number, _ = done
-    first, *others = session.of(number["predict"])
+def they_predict_what_one_process_does(session: Session) -> None:
+    first, *others = session.of("predict")
     assert [rank["out"] + rank["err"] for rank in others] == ["", ""]
     model = "3 lbfgs/model.safetensors"
     said = alone("predict", model, "a.parquet", "-o", "1.parquet", "--json").stdout
@@ -236,49 +149,44 @@ def test_three_ranks_predict_what_one_process_does(done):
     assert said["evaluation"].pop("loss") == pytest.approx(expected["evaluation"].pop("loss"), rel=1e-12)
     assert said == expected
     same_predictions(Path("3.parquet"), Path("1.parquet"), 1e-20)
-    assert session.of(number["predict new"])[0]["out"] == "500 rows, 4 classes: 3.csv\n"
+    assert session.of("predict new")[0]["out"] == "500 rows, 4 classes: 3.csv\n"
     alone("predict", model, "new.parquet", "-o", "1.csv")
     same_predictions(Path("3.csv"), Path("1.csv"), 1e-20)
 
 
-@pytest.mark.usefixtures("in_folder")
-@pytest.mark.parametrize(
-    ("name", "message"),
-    {
-        "nan": "rank 2: nan.parquet: row 481, column 'x3' holds nan where a finite number is needed",
-        "blank": "rank 1: blank.csv: row 250 has no label in column 'kind'",
-        "no such file": "none.csv: no such file",
-        "one class": "one.csv: every label in 'kind' is 'a'; a classifier needs two classes",
-        "few classes": "--class-parallel 3 is more than the 2 classes; use fewer slices",
-        "newton spread": "--class-parallel does not go with --solver newton-cg; fit with --solver lbfgs",
-        "mixed": "rank 1 has another command line than rank 0: start all ranks with one command",
-    }.items(),
-)
-def test_what_is_bad_on_one_rank_is_said_on_all(done, name, message):
-    session, number, _ = done
-    said = session.of(number[name])
+BAD = {  # job: how its one line begins
+    "nan": "rank 2: nan.parquet: row 481, column 'x3' holds nan where a finite number is needed",
+    "blank": "rank 1: blank.csv: row 250 has no label in column 'kind'",
+    "no such file": "none.csv: no such file",
+    "one class": "one.csv: every label in 'kind' is 'a'; a classifier needs two classes",
+    "few classes": "--class-parallel 3 is more than the 2 classes; use fewer slices",
+    "newton spread": "--class-parallel does not go with --solver newton-cg; fit with --solver lbfgs",
+    "mixed": "rank 1 has another command line than rank 0: start all ranks with one command",
+}
+
+
+def what_is_bad_on_one_rank_is_said_on_all(session: Session, name: str, message: str) -> None:
+    said = session.of(name)
     assert [rank["code"] for rank in said] == [2, 2, 2], said
     assert len({rank["err"] for rank in said}) == 1
     assert said[0]["err"].startswith(f"xent: {message}")
     assert said[0]["err"].count("\n") == 1
     assert not Path("bad").exists()
     if name in ("nan", "blank", "no such file", "one class"):  # one process says the same, but for the rank
-        whole = alone(*session.jobs[number[name]]["arguments"], code=2).stderr
+        whole = alone(*session.jobs[name]["arguments"], code=2).stderr
         assert said[0]["err"].endswith(whole.removeprefix("xent: "))
 
 
-def test_an_error_of_ours_on_one_rank_is_told_by_the_others(done):
-    session, number, folder = done
-    first, failed, last = session.of(number["fails"])
+def an_error_of_ours_on_one_rank_is_told_by_the_others(session: Session) -> None:
+    first, failed, last = session.of("fails")
     for rank in (first, last):
         assert (rank["code"], rank["err"]) == (1, "xent: rank 1: ZeroDivisionError: division by zero\n"), rank
     assert (failed["code"], failed["raised"]) == (1, "ZeroDivisionError('division by zero')")
-    assert not (folder / "bad").exists()
+    assert not (session.folder / "bad").exists()
 
 
-def test_a_killed_rank_ends_the_others(done):
-    session, number, folder = done
-    left = session.of(number["killed"])
+def a_killed_rank_ends_the_others(session: Session) -> None:
+    left = session.of("killed")
     assert len(left) == 2
     assert session.processes[2].returncode == -signal.SIGKILL
     for rank, said in enumerate(left):
@@ -288,102 +196,104 @@ def test_a_killed_rank_ends_the_others(done):
             "nothing is half-written\n"
         )
     assert session.seconds < 20
-    assert not (folder / "bad").exists()
-    assert not [name for name in os.listdir(folder) if name.startswith(".")]
+    assert not (session.folder / "bad").exists()
+    assert not [name for name in os.listdir(session.folder) if name.startswith(".")]
 
 
 TWO = ["fit", "dozen.parquet", "--label", "kind", "--validation", 0, "--tol", 1e-8, "--json"]
 
 
-@pytest.fixture(scope="module")
-def ended(tmp_path_factory):
-    """Two ranks: Ctrl-C, SIGTERM, a row without probabilities, and one that dies while these are written."""
-    folder = tmp_path_factory.mktemp("ended")
+def two_ranks(folder: Path) -> Session:
+    """Two classes, Ctrl-C, SIGTERM, a row without probabilities, one that dies while these are written."""
     files(folder)
-    session, number = Session(2, folder), {}
-    number["spread"] = session.add(*TWO, "--class-parallel", 2, "--out", "two")
+    session = Session(2, folder)
+    session.add("spread", *TWO, "--class-parallel", 2, "--out", "two")
     fit = ["fit", "small.parquet", "--label", "kind", "--tol", 0, "--max-iter", 10**6]
-    number["ctrl-c"] = session.add(*fit, "--l2", 1e-9, "--out", "m", touch="iterates")
-    number["terminated"] = session.add(*fit, "--l2", 1e-9, "--out", "t", touch="iterates too")
+    session.add("ctrl-c", *fit, "--l2", 1e-9, "--out", "m", touch="iterates")
+    session.add("terminated", *fit, "--l2", 1e-9, "--out", "t", touch="iterates too")
     model = "m/model.safetensors"
-    number["large"] = session.add("predict", model, "large.parquet", "-o", "p.csv")
-    number["dies"] = session.add(
-        "predict", model, "new.parquet", "-o", "p.csv", "--timeout", 30, die=[1, 3, signal.SIGKILL]
+    session.add("large", "predict", model, "large.parquet", "-o", "p.csv")
+    session.add(
+        "dies", "predict", model, "new.parquet", "-o", "p.csv", "--timeout", 30, die=[1, 3, signal.SIGKILL]
     )
     x, y = rows(500, 4)
     small = {f"x{j}": x[:, j] / 1000 for j in range(5)}
     parquet.write_table(pa.table({**small, "kind": y}), folder / "small.parquet")
     x[300] = 1e308  # over a deviation of a thousandth: infinite
     parquet.write_table(pa.table({f"x{j}": x[:, j] for j in range(5)}), folder / "large.parquet")
-    session.start()
-    session.wait_for("iterates")
-    for process in session.processes:
-        process.send_signal(signal.SIGINT)
-    session.wait_for("iterates too")
-    session.processes[0].terminate()
-    session.end()
-    return session, number, folder
+    with session:
+        session.start()
+        session.wait_for("iterates")
+        for process in session.processes:
+            process.send_signal(signal.SIGINT)
+        session.wait_for("iterates too")
+        session.processes[0].terminate()
+        session.end()
+    return session
 
 
-def test_two_classes_on_two_ranks(ended, monkeypatch):
-    session, number, folder = ended
-    monkeypatch.chdir(folder)
-    first, _ = session.of(number["spread"])
+def test_two_ranks(tmp_path, monkeypatch):
+    session = two_ranks(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    classes_on_ranks_of_their_own(session)
+    ctrl_c_saves_the_model_and_ends_all_ranks(session)
+    sigterm_on_one_rank_ends_all(session)
+    a_row_that_cannot_be_predicted_leaves_no_file(session)
+    a_rank_that_dies_while_predictions_are_written_leaves_no_file(session)
+
+
+def classes_on_ranks_of_their_own(session: Session) -> None:
+    first, _ = session.of("spread")
     assert first["code"] == 0, first
     expected = json.loads(alone(*TWO, "--out", "one").stdout)
-    same_fit(folder, "two", "one", json.loads(first["out"]), expected, 1e-9)
+    same_fit(session.folder, "two", "one", json.loads(first["out"]), expected, 1e-9)
 
 
-def test_ctrl_c_saves_the_model_and_ends_all_ranks(ended):
-    session, number, folder = ended
-    first, other = session.of(number["ctrl-c"])
+def ctrl_c_saves_the_model_and_ends_all_ranks(session: Session) -> None:
+    first, other = session.of("ctrl-c")
     assert (first["code"], other["code"], other["out"], other["err"]) == (130, 130, "", "")
     assert "xent: interrupted: saving the best model so far, of iteration" in first["err"]
-    about = json.loads((folder / "m" / "summary.json").read_text())
+    about = json.loads((session.folder / "m" / "summary.json").read_text())
     assert about["interrupted"]
     assert about["training"]["loss"] < about["training"]["label_entropy"]
 
 
-def test_sigterm_on_one_rank_ends_all(ended):
-    session, number, folder = ended
-    first, other = session.of(number["terminated"])
+def sigterm_on_one_rank_ends_all(session: Session) -> None:
+    first, other = session.of("terminated")
     assert (first["code"], other["code"]) == (143, 1), (first, other)
     assert first["err"].startswith("xent: ended by SIGTERM")
     assert other["err"].startswith("xent: rank 1: another rank has ended")
-    assert not (folder / "t").exists()
+    assert not (session.folder / "t").exists()
 
 
-def test_a_row_that_cannot_be_predicted_leaves_no_file(ended):
-    session, number, folder = ended
-    said = session.of(number["large"])
+def a_row_that_cannot_be_predicted_leaves_no_file(session: Session) -> None:
+    said = session.of("large")
     assert [rank["code"] for rank in said] == [2, 2], said
     for rank in said:
         assert rank["err"].startswith("xent: rank 1: large.parquet: row 301 has no probabilities")
-    assert not (folder / "p.csv").exists()
+    assert not (session.folder / "p.csv").exists()
 
 
-def test_a_rank_that_dies_while_predictions_are_written_leaves_no_file(ended):
-    session, number, folder = ended
-    (left,) = session.of(number["dies"])
+def a_rank_that_dies_while_predictions_are_written_leaves_no_file(session: Session) -> None:
+    (left,) = session.of("dies")
     assert session.processes[1].returncode == -signal.SIGKILL
     assert left["code"] == 1, left
     assert "xent: rank 0: another rank has ended, or has not answered for 30 s (--timeout)" in left["err"]
-    assert not [name for name in os.listdir(folder) if name.startswith((".", "p."))]
+    assert not [name for name in os.listdir(session.folder) if name.startswith((".", "p."))]
 
 
 def test_a_rank_that_does_not_answer_is_given_up(tmp_path):
     files(tmp_path)
     session = Session(2, tmp_path)
     endless = ["--l2", 1e-9, "--tol", 0, "--max-iter", 10**6, "--out", "m"]
-    session.add("fit", "a.parquet", "--label", "kind", *endless, "--timeout", 2, touch="iterates")
-    session.start()
-    session.wait_for("iterates")
-    session.processes[1].send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    (said,) = [json.loads(line) for line in session.processes[0].communicate(timeout=60)[0].splitlines()]
-    seconds = time.monotonic() - began
-    session.processes[1].kill()
-    session.end()
+    session.add("hangs", "fit", "a.parquet", "--label", "kind", *endless, "--timeout", 2, touch="iterates")
+    with session:
+        session.start()
+        session.wait_for("iterates")
+        session.processes[1].send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        (said,) = map(json.loads, session.processes[0].communicate(timeout=60)[0].splitlines())
+        seconds = time.monotonic() - began
     assert said["code"] == 1
     assert "xent: rank 0: another rank has ended, or has not answered for 2 s (--timeout)" in said["err"]
     assert 1 < seconds < 15
@@ -396,17 +306,18 @@ def test_sigterm_while_waiting_leaves_no_file(tmp_path):
     files(tmp_path)
     alone("fit", tmp_path / "a.parquet", "--label", "kind", "--out", tmp_path / "m", "--quiet")
     session = Session(2, tmp_path)
-    session.add("predict", "m/model.safetensors", "new.parquet", "-o", "p.csv", die=[1, 3, signal.SIGSTOP])
-    session.start()
-    deadline = time.monotonic() + 60
-    while not any(name.startswith(".p-") for name in os.listdir(tmp_path)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    time.sleep(1)  # until it waits
-    session.processes[0].terminate()
-    session.processes[0].wait(timeout=15)
-    session.processes[1].kill()
-    session.end()
+    session.add(
+        "hangs", "predict", "m/model.safetensors", "new.parquet", "-o", "p.csv", die=[1, 3, signal.SIGSTOP]
+    )
+    with session:
+        session.start()
+        deadline = time.monotonic() + 60
+        while not any(name.startswith(".p-") for name in os.listdir(tmp_path)):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(1)  # until it waits
+        session.processes[0].terminate()
+        session.processes[0].wait(timeout=15)
     assert session.processes[0].returncode == 143
     assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "p."))]
 
@@ -468,28 +379,29 @@ def test_any_number_of_ranks_any_format_either_solver(tmp_path, monkeypatch, ran
     np.save("Y.npy", x)
     np.savez("a.npz", X=x, y=y)
     np.savez("two.npz", X=x, y=y > 1)
-    sources = [("a.parquet", "kind"), ("a.csv", "kind"), ("Y.npy", "y.npy"), ("a.npz", "y"), ("two.npz", "y")]
-    sources += [("few.npz", "y"), ("dozen.parquet", "kind")]
+    sources = [  # file, label, classes
+        ("a.parquet", "kind", 4),
+        ("a.csv", "kind", 4),
+        ("Y.npy", "y.npy", 4),
+        ("a.npz", "y", 4),
+        ("two.npz", "y", 2),
+        ("few.npz", "y", 2),
+        ("dozen.parquet", "kind", 2),
+    ]
+    spread = [(solver, k) for solver in ("lbfgs", "newton-cg") for k in (1, 2, 4) if not ranks % k]
     session, fits = Session(ranks, tmp_path), {}
-    for source, label in sources:
-        for solver in ("lbfgs", "newton-cg"):
-            for slices in (1, 2, 4):
-                if (
-                    ranks % slices
-                    or (slices > 1 and solver == "newton-cg")
-                    or slices > 4 - 2 * (label == "y" and source != "a.npz")
-                ):
-                    continue
-                if slices > 2 and source == "dozen.parquet":
-                    continue
-                arguments = [source, "--label", label, "--solver", solver, "--tol", 1e-7, "--json"]
-                arguments += ["--validation", 0] * (source == "few.npz") + ["--class-parallel", slices]
-                out = f"{ranks} {source} {solver} {slices}"
-                fits[session.add("fit", *arguments, "--out", out)] = (arguments, out)
-    session.start()
-    session.end(400)
-    for job, (arguments, out) in fits.items():
-        said = session.of(job)
+    for source, label, classes in sources:
+        for solver, slices in spread:
+            if slices == 1 or (solver == "lbfgs" and slices <= classes):
+                out = f"{source} {solver} {slices}"
+                fits[out] = [source, "--label", label, "--solver", solver, "--tol", 1e-7, "--json"]
+                fits[out] += ["--validation", 0] * (source == "few.npz") + ["--class-parallel", slices]
+                session.add(out, "fit", *fits[out], "--out", out)
+    with session:
+        session.start()
+        session.end(400)
+    for out, arguments in fits.items():
+        said = session.of(out)
         assert [rank["code"] for rank in said] == [0] * ranks, (arguments, said)
         expected = json.loads(alone("fit", *in_one_piece(arguments), "--out", "one" + out).stdout)
         same_fit(tmp_path, out, "one" + out, json.loads(said[0]["out"]), expected, 1e-9)
