@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from pyarrow import csv, parquet
 
-from probe.sessions import Session, alone, files, rows
+from probe.runs import Runs, alone, files, rows
 from xent.cli import cli
 from xent.probe import model_file
 from xent.probe.errors import BadInput
@@ -78,57 +78,57 @@ def in_one_piece(arguments: list) -> list:
     return arguments[:at] + arguments[at + 2 :]
 
 
-def three_ranks(folder: Path) -> Session:
+def three_ranks(folder: Path) -> Runs:
     """Fits, predictions, bad input, and a rank that is killed."""
     files(folder)
-    session = Session(3, folder)
+    runs = Runs(3, folder)
     for name, (arguments, _) in FITS.items():
-        session.add(name, "fit", *arguments, "--json", "--out", f"3 {name}")
+        runs.add(name, "fit", *arguments, "--json", "--out", f"3 {name}")
     model = "3 lbfgs/model.safetensors"
-    session.add("predict", "predict", model, "a.parquet", "-o", "3.parquet", "--json")
-    session.add("predict new", "predict", model, "new.parquet", "-o", "3.csv")
-    session.add("nan", "fit", "nan.parquet", "--label", "kind", "--out", "bad")
-    session.add("blank", "fit", "blank.csv", "--label", "kind", "--out", "bad")
-    session.add("no such file", "fit", "none.csv", "--label", "kind", "--out", "bad")
-    session.add("one class", "fit", "one.csv", "--label", "kind", "--out", "bad")
+    runs.add("predict", "predict", model, "a.parquet", "-o", "3.parquet", "--json")
+    runs.add("predict new", "predict", model, "new.parquet", "-o", "3.csv")
+    runs.add("nan", "fit", "nan.parquet", "--label", "kind", "--out", "bad")
+    runs.add("blank", "fit", "blank.csv", "--label", "kind", "--out", "bad")
+    runs.add("no such file", "fit", "none.csv", "--label", "kind", "--out", "bad")
+    runs.add("one class", "fit", "one.csv", "--label", "kind", "--out", "bad")
     spread = ["--class-parallel", 3, "--out", "bad"]
-    session.add("few classes", "fit", "few.npz", "--label", "y", "--validation", 0, *spread)
-    session.add("newton spread", "fit", "a.csv", "--label", "kind", "--solver", "newton-cg", *spread)
+    runs.add("few classes", "fit", "few.npz", "--label", "y", "--validation", 0, *spread)
+    runs.add("newton spread", "fit", "a.csv", "--label", "kind", "--solver", "newton-cg", *spread)
     endless = ["fit", "a.parquet", "--label", "kind", "--l2", 1e-9, "--tol", 0, "--max-iter", 10**6]
     other = [str(a) for a in ["fit", "a.parquet", "--label", "kind", "--l2", 2]]
-    session.add("fails", "fit", "a.parquet", "--label", "kind", "--out", "bad", fail=[1, 5])
-    session.add("mixed", *endless, "--out", "bad", other=[1, other])
-    session.add("killed", *endless, "--out", "bad", touch="iterates")
-    with session:
-        session.start()
-        session.wait_for("iterates")
-        session.processes[2].kill()
-        session.end()
-    return session
+    runs.add("fails", "fit", "a.parquet", "--label", "kind", "--out", "bad", fail=[1, 5])
+    runs.add("mixed", *endless, "--out", "bad", other=[1, other])
+    runs.add("killed", *endless, "--out", "bad", touch="iterates")
+    with runs:
+        runs.start()
+        runs.wait_for("iterates")
+        runs.processes[2].kill()
+        runs.end()
+    return runs
 
 
 def test_three_ranks(tmp_path, monkeypatch):
-    """One test, whose session no two workers are to start."""
-    session = three_ranks(tmp_path)
+    """One test, so that no two workers start the runs."""
+    runs = three_ranks(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("xent.probe.fit.draw", lambda *_: [])
     for name in FITS:
-        they_fit_what_one_process_does(session, name)
+        they_fit_what_one_process_does(runs, name)
     shares_are_as_odd_as_they_are_meant()
-    they_predict_what_one_process_does(session)
+    they_predict_what_one_process_does(runs)
     for name, message in BAD.items():
-        what_is_bad_on_one_rank_is_said_on_all(session, name, message)
-    an_error_of_ours_on_one_rank_is_told_by_the_others(session)
-    a_killed_rank_ends_the_others(session)
+        what_is_bad_on_one_rank_is_said_on_all(runs, name, message)
+    an_error_of_ours_on_one_rank_is_told_by_the_others(runs)
+    a_killed_rank_ends_the_others(runs)
 
 
-def they_fit_what_one_process_does(session: Session, name: str) -> None:
+def they_fit_what_one_process_does(runs: Runs, name: str) -> None:
     arguments, rtol = FITS[name]
-    first, *others = session.of(name)
+    first, *others = runs.of(name)
     assert [rank["code"] for rank in (first, *others)] == [0, 0, 0], (first, *others)
     assert [rank["out"] + rank["err"] for rank in others] == ["", ""]  # rank 0 speaks
     expected = json.loads(alone("fit", *in_one_piece(arguments), "--json", "--out", f"1 {name}").stdout)
-    same_fit(session.folder, f"3 {name}", f"1 {name}", json.loads(first["out"]), expected, rtol)
+    same_fit(runs.folder, f"3 {name}", f"1 {name}", json.loads(first["out"]), expected, rtol)
     assert sorted(os.listdir(f"3 {name}")) == sorted(os.listdir(f"1 {name}"))
 
 
@@ -139,8 +139,8 @@ def shares_are_as_odd_as_they_are_meant() -> None:
     assert [Share(i, 3).of(2) for i in range(3)] == [slice(0, 0), slice(0, 1), slice(1, 2)]
 
 
-def they_predict_what_one_process_does(session: Session) -> None:
-    first, *others = session.of("predict")
+def they_predict_what_one_process_does(runs: Runs) -> None:
+    first, *others = runs.of("predict")
     assert [rank["out"] + rank["err"] for rank in others] == ["", ""]
     model = "3 lbfgs/model.safetensors"
     said = alone("predict", model, "a.parquet", "-o", "1.parquet", "--json").stdout
@@ -149,7 +149,7 @@ def they_predict_what_one_process_does(session: Session) -> None:
     assert said["evaluation"].pop("loss") == pytest.approx(expected["evaluation"].pop("loss"), rel=1e-12)
     assert said == expected
     same_predictions(Path("3.parquet"), Path("1.parquet"), 1e-20)
-    assert session.of("predict new")[0]["out"] == "500 rows, 4 classes: 3.csv\n"
+    assert runs.of("predict new")[0]["out"] == "500 rows, 4 classes: 3.csv\n"
     alone("predict", model, "new.parquet", "-o", "1.csv")
     same_predictions(Path("3.csv"), Path("1.csv"), 1e-20)
 
@@ -165,55 +165,55 @@ BAD = {  # job: how its one line begins
 }
 
 
-def what_is_bad_on_one_rank_is_said_on_all(session: Session, name: str, message: str) -> None:
-    said = session.of(name)
+def what_is_bad_on_one_rank_is_said_on_all(runs: Runs, name: str, message: str) -> None:
+    said = runs.of(name)
     assert [rank["code"] for rank in said] == [2, 2, 2], said
     assert len({rank["err"] for rank in said}) == 1
     assert said[0]["err"].startswith(f"xent: {message}")
     assert said[0]["err"].count("\n") == 1
     assert not Path("bad").exists()
     if name in ("nan", "blank", "no such file", "one class"):  # one process says the same, but for the rank
-        whole = alone(*session.jobs[name]["arguments"], code=2).stderr
+        whole = alone(*runs.jobs[name]["arguments"], code=2).stderr
         assert said[0]["err"].endswith(whole.removeprefix("xent: "))
 
 
-def an_error_of_ours_on_one_rank_is_told_by_the_others(session: Session) -> None:
-    first, failed, last = session.of("fails")
+def an_error_of_ours_on_one_rank_is_told_by_the_others(runs: Runs) -> None:
+    first, failed, last = runs.of("fails")
     for rank in (first, last):
         assert (rank["code"], rank["err"]) == (1, "xent: rank 1: ZeroDivisionError: division by zero\n"), rank
     assert (failed["code"], failed["raised"]) == (1, "ZeroDivisionError('division by zero')")
-    assert not (session.folder / "bad").exists()
+    assert not (runs.folder / "bad").exists()
 
 
-def a_killed_rank_ends_the_others(session: Session) -> None:
-    left = session.of("killed")
+def a_killed_rank_ends_the_others(runs: Runs) -> None:
+    left = runs.of("killed")
     assert len(left) == 2
-    assert session.processes[2].returncode == -signal.SIGKILL
+    assert runs.processes[2].returncode == -signal.SIGKILL
     for rank, said in enumerate(left):
         assert (said["code"], said["out"]) == (1, ""), said
         assert said["err"] == (
             f"xent: rank {rank}: another rank has ended, or has not answered for 300 s (--timeout); "
             "nothing is half-written\n"
         )
-    assert session.seconds < 20
-    assert not (session.folder / "bad").exists()
-    assert not [name for name in os.listdir(session.folder) if name.startswith(".")]
+    assert runs.seconds < 20
+    assert not (runs.folder / "bad").exists()
+    assert not [name for name in os.listdir(runs.folder) if name.startswith(".")]
 
 
 TWO = ["fit", "dozen.parquet", "--label", "kind", "--validation", 0, "--tol", 1e-8, "--json"]
 
 
-def two_ranks(folder: Path) -> Session:
+def two_ranks(folder: Path) -> Runs:
     """Two classes, Ctrl-C, SIGTERM, a row without probabilities, one that dies while these are written."""
     files(folder)
-    session = Session(2, folder)
-    session.add("spread", *TWO, "--class-parallel", 2, "--out", "two")
+    runs = Runs(2, folder)
+    runs.add("spread", *TWO, "--class-parallel", 2, "--out", "two")
     fit = ["fit", "small.parquet", "--label", "kind", "--tol", 0, "--max-iter", 10**6]
-    session.add("ctrl-c", *fit, "--l2", 1e-9, "--out", "m", touch="iterates")
-    session.add("terminated", *fit, "--l2", 1e-9, "--out", "t", touch="iterates too")
+    runs.add("ctrl-c", *fit, "--l2", 1e-9, "--out", "m", touch="iterates")
+    runs.add("terminated", *fit, "--l2", 1e-9, "--out", "t", touch="iterates too")
     model = "m/model.safetensors"
-    session.add("large", "predict", model, "large.parquet", "-o", "p.csv")
-    session.add(
+    runs.add("large", "predict", model, "large.parquet", "-o", "p.csv")
+    runs.add(
         "dies", "predict", model, "new.parquet", "-o", "p.csv", "--timeout", 30, die=[1, 3, signal.SIGKILL]
     )
     x, y = rows(500, 4)
@@ -221,78 +221,78 @@ def two_ranks(folder: Path) -> Session:
     parquet.write_table(pa.table({**small, "kind": y}), folder / "small.parquet")
     x[300] = 1e308  # over a deviation of a thousandth: infinite
     parquet.write_table(pa.table({f"x{j}": x[:, j] for j in range(5)}), folder / "large.parquet")
-    with session:
-        session.start()
-        session.wait_for("iterates")
-        for process in session.processes:
+    with runs:
+        runs.start()
+        runs.wait_for("iterates")
+        for process in runs.processes:
             process.send_signal(signal.SIGINT)
-        session.wait_for("iterates too")
-        session.processes[0].terminate()
-        session.end()
-    return session
+        runs.wait_for("iterates too")
+        runs.processes[0].terminate()
+        runs.end()
+    return runs
 
 
 def test_two_ranks(tmp_path, monkeypatch):
-    session = two_ranks(tmp_path)
+    runs = two_ranks(tmp_path)
     monkeypatch.chdir(tmp_path)
-    classes_on_ranks_of_their_own(session)
-    ctrl_c_saves_the_model_and_ends_all_ranks(session)
-    sigterm_on_one_rank_ends_all(session)
-    a_row_that_cannot_be_predicted_leaves_no_file(session)
-    a_rank_that_dies_while_predictions_are_written_leaves_no_file(session)
+    classes_on_ranks_of_their_own(runs)
+    ctrl_c_saves_the_model_and_ends_all_ranks(runs)
+    sigterm_on_one_rank_ends_all(runs)
+    a_row_that_cannot_be_predicted_leaves_no_file(runs)
+    a_rank_that_dies_while_predictions_are_written_leaves_no_file(runs)
 
 
-def classes_on_ranks_of_their_own(session: Session) -> None:
-    first, _ = session.of("spread")
+def classes_on_ranks_of_their_own(runs: Runs) -> None:
+    first, _ = runs.of("spread")
     assert first["code"] == 0, first
     expected = json.loads(alone(*TWO, "--out", "one").stdout)
-    same_fit(session.folder, "two", "one", json.loads(first["out"]), expected, 1e-9)
+    same_fit(runs.folder, "two", "one", json.loads(first["out"]), expected, 1e-9)
 
 
-def ctrl_c_saves_the_model_and_ends_all_ranks(session: Session) -> None:
-    first, other = session.of("ctrl-c")
+def ctrl_c_saves_the_model_and_ends_all_ranks(runs: Runs) -> None:
+    first, other = runs.of("ctrl-c")
     assert (first["code"], other["code"], other["out"], other["err"]) == (130, 130, "", "")
     assert "xent: interrupted: saving the best model so far, of iteration" in first["err"]
-    about = json.loads((session.folder / "m" / "summary.json").read_text())
+    about = json.loads((runs.folder / "m" / "summary.json").read_text())
     assert about["interrupted"]
     assert about["training"]["loss"] < about["training"]["label_entropy"]
 
 
-def sigterm_on_one_rank_ends_all(session: Session) -> None:
-    first, other = session.of("terminated")
+def sigterm_on_one_rank_ends_all(runs: Runs) -> None:
+    first, other = runs.of("terminated")
     assert (first["code"], other["code"]) == (143, 1), (first, other)
     assert first["err"].startswith("xent: ended by SIGTERM")
     assert other["err"].startswith("xent: rank 1: another rank has ended")
-    assert not (session.folder / "t").exists()
+    assert not (runs.folder / "t").exists()
 
 
-def a_row_that_cannot_be_predicted_leaves_no_file(session: Session) -> None:
-    said = session.of("large")
+def a_row_that_cannot_be_predicted_leaves_no_file(runs: Runs) -> None:
+    said = runs.of("large")
     assert [rank["code"] for rank in said] == [2, 2], said
     for rank in said:
         assert rank["err"].startswith("xent: rank 1: large.parquet: row 301 has no probabilities")
-    assert not (session.folder / "p.csv").exists()
+    assert not (runs.folder / "p.csv").exists()
 
 
-def a_rank_that_dies_while_predictions_are_written_leaves_no_file(session: Session) -> None:
-    (left,) = session.of("dies")
-    assert session.processes[1].returncode == -signal.SIGKILL
+def a_rank_that_dies_while_predictions_are_written_leaves_no_file(runs: Runs) -> None:
+    (left,) = runs.of("dies")
+    assert runs.processes[1].returncode == -signal.SIGKILL
     assert left["code"] == 1, left
     assert "xent: rank 0: another rank has ended, or has not answered for 30 s (--timeout)" in left["err"]
-    assert not [name for name in os.listdir(session.folder) if name.startswith((".", "p."))]
+    assert not [name for name in os.listdir(runs.folder) if name.startswith((".", "p."))]
 
 
 def test_a_rank_that_does_not_answer_is_given_up(tmp_path):
     files(tmp_path)
-    session = Session(2, tmp_path)
+    runs = Runs(2, tmp_path)
     endless = ["--l2", 1e-9, "--tol", 0, "--max-iter", 10**6, "--out", "m"]
-    session.add("hangs", "fit", "a.parquet", "--label", "kind", *endless, "--timeout", 2, touch="iterates")
-    with session:
-        session.start()
-        session.wait_for("iterates")
-        session.processes[1].send_signal(signal.SIGSTOP)
+    runs.add("hangs", "fit", "a.parquet", "--label", "kind", *endless, "--timeout", 2, touch="iterates")
+    with runs:
+        runs.start()
+        runs.wait_for("iterates")
+        runs.processes[1].send_signal(signal.SIGSTOP)
         began = time.monotonic()
-        (said,) = map(json.loads, session.processes[0].communicate(timeout=60)[0].splitlines())
+        (said,) = map(json.loads, runs.processes[0].communicate(timeout=60)[0].splitlines())
         seconds = time.monotonic() - began
     assert said["code"] == 1
     assert "xent: rank 0: another rank has ended, or has not answered for 2 s (--timeout)" in said["err"]
@@ -305,20 +305,20 @@ def test_sigterm_while_waiting_leaves_no_file(tmp_path):
     """Python runs no handler inside a collective; torchrun kills 30 seconds after SIGTERM."""
     files(tmp_path)
     alone("fit", tmp_path / "a.parquet", "--label", "kind", "--out", tmp_path / "m", "--quiet")
-    session = Session(2, tmp_path)
-    session.add(
+    runs = Runs(2, tmp_path)
+    runs.add(
         "hangs", "predict", "m/model.safetensors", "new.parquet", "-o", "p.csv", die=[1, 3, signal.SIGSTOP]
     )
-    with session:
-        session.start()
+    with runs:
+        runs.start()
         deadline = time.monotonic() + 60
         while not any(name.startswith(".p-") for name in os.listdir(tmp_path)):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         time.sleep(1)  # until it waits
-        session.processes[0].terminate()
-        session.processes[0].wait(timeout=15)
-    assert session.processes[0].returncode == 143
+        runs.processes[0].terminate()
+        runs.processes[0].wait(timeout=15)
+    assert runs.processes[0].returncode == 143
     assert not [name for name in os.listdir(tmp_path) if name.startswith((".", "p."))]
 
 
@@ -389,19 +389,19 @@ def test_any_number_of_ranks_any_format_either_solver(tmp_path, monkeypatch, ran
         ("dozen.parquet", "kind", 2),
     ]
     spread = [(solver, k) for solver in ("lbfgs", "newton-cg") for k in (1, 2, 4) if not ranks % k]
-    session, fits = Session(ranks, tmp_path), {}
+    runs, fits = Runs(ranks, tmp_path), {}
     for source, label, classes in sources:
         for solver, slices in spread:
             if slices == 1 or (solver == "lbfgs" and slices <= classes):
                 out = f"{source} {solver} {slices}"
                 fits[out] = [source, "--label", label, "--solver", solver, "--tol", 1e-7, "--json"]
                 fits[out] += ["--validation", 0] * (source == "few.npz") + ["--class-parallel", slices]
-                session.add(out, "fit", *fits[out], "--out", out)
-    with session:
-        session.start()
-        session.end(400)
+                runs.add(out, "fit", *fits[out], "--out", out)
+    with runs:
+        runs.start()
+        runs.end(400)
     for out, arguments in fits.items():
-        said = session.of(out)
+        said = runs.of(out)
         assert [rank["code"] for rank in said] == [0] * ranks, (arguments, said)
         expected = json.loads(alone("fit", *in_one_piece(arguments), "--out", "one" + out).stdout)
         same_fit(tmp_path, out, "one" + out, json.loads(said[0]["out"]), expected, 1e-9)

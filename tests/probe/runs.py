@@ -27,7 +27,7 @@ def port() -> int:
         return free.getsockname()[1]
 
 
-class Session:
+class Runs:
     """R processes that run the same jobs, one after the other; jobs are added before ``start``.
 
     None of them outlives a ``with`` of it.
@@ -54,7 +54,7 @@ class Session:
             for rank in range(self.ranks)
         ]
 
-    def __enter__(self) -> Session:
+    def __enter__(self) -> Runs:
         return self
 
     def __exit__(self, *_: object) -> None:
