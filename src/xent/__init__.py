@@ -8,10 +8,10 @@ from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, 
 from xent.core.margin import Margin
 from xent.divergence import kl_divergence, linear_kl_divergence
 from xent.functional import cross_entropy, linear_cross_entropy
-from xent.options import TopKTarget
 from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
 from xent.subset import sample_classes
 from xent.surrogate import surrogate_cross_entropy
+from xent.target import TopKTarget
 from xent.temperature import fit_temperature
 
 if TYPE_CHECKING:

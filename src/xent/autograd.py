@@ -22,11 +22,12 @@ from torch import Tensor
 from xent.core import hessian, sweep
 from xent.core.arithmetic import arithmetic_for
 from xent.core.margin import OwnMove
+from xent.core.ranks import Ranks
 from xent.core.reduction import Reduction, Scale
 from xent.core.scores import Scores, Sink
 from xent.core.statistics import Extras, Statistics
 from xent.core.sweep import Coefficients, Problem
-from xent.core.targets import Targets
+from xent.core.targets import Held, Targets
 from xent.modes import batched, gradients_of, is_one, plain, split, spread, transformed
 
 THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn.functional for it"
@@ -40,6 +41,9 @@ class RowOutputs(NamedTuple):
     entropy: Tensor | None = None
     log_prob: Tensor | None = None
     argmax: Tensor | None = None
+    # where processes share the classes, what targets are made of; no gradient
+    mass: Tensor | None = None  # t_y of the own class
+    of_target: Tensor | None = None  # a
 
 
 UPSTREAM = 4  # of ℓ, lse, H and log p_y, None where there is none
@@ -57,6 +61,8 @@ class _Recipe:
     own_known: bool
     budget: int
     extras: Extras
+    ranks: Ranks | None
+    held: Held | None
     leaves: int
     wants: tuple[
         bool, ...
@@ -80,6 +86,8 @@ class _Recipe:
             t.own_known,
             problem.budget,
             problem.extras,
+            problem.ranks,
+            t.held,
             len(leaves),
         )
         return recipe, leaves + rest
@@ -102,9 +110,10 @@ class _Recipe:
             class_weight=class_weight,
             smoothing=self.smoothing,
             spread=spread,
+            held=self.held,
         )
         arithmetic = arithmetic_for(*tensors, *others)
-        return Problem(self.make(*scores), targets, self.budget, arithmetic, self.extras)
+        return Problem(self.make(*scores), targets, self.budget, arithmetic, self.extras, self.ranks)
 
 
 def rows(problem: Problem) -> RowOutputs:
@@ -119,18 +128,20 @@ def rows(problem: Problem) -> RowOutputs:
 
 
 def _outputs(found: Statistics) -> tuple[Tensor, ...]:
-    """ℓ, lse, H and log p_y, then what derivatives start from, then k; without what was not asked for."""
+    """ℓ, lse, H, log p_y, then what derivatives start from, then k, t_y; without what was not asked for."""
     entropy = None if found.e is None else found.entropy
     log_prob = None if found.own is None else found.own_log_prob
     saved = (t if t is None else t.clone() for t in (found.m, found.r, found.a, found.e))
-    every = (found.loss, found.logsumexp, entropy, log_prob, *saved, found.k)
+    every = (found.loss, found.logsumexp, entropy, log_prob, *saved, found.k, found.mass)
     return tuple(t for t in every if t is not None)
 
 
 def _unpacked(outputs: tuple[Tensor, ...], extras: Extras) -> RowOutputs:
-    _, _, entropy, log_prob, _ = _arranged(outputs, extras)
-    argmax = outputs[-1] if extras.argmax else None
-    return RowOutputs(outputs[0], outputs[1], entropy, log_prob, argmax)
+    _, _, entropy, log_prob, saved = _arranged(outputs, extras)
+    rest = outputs[len(outputs) - extras.argmax - extras.mass :]
+    argmax, mass = spread(rest, (extras.argmax, extras.mass), 2)
+    of_target = saved[2] if extras.mass else None
+    return RowOutputs(outputs[0], outputs[1], entropy, log_prob, argmax, mass, of_target)
 
 
 def _arranged(outputs: tuple[Any, ...], extras: Extras) -> tuple[Any, ...]:
@@ -221,7 +232,7 @@ class _Rows(torch.autograd.Function):
         saved, tensors = split(ctx.saved_tensors, SAVED)
         along, extras = tangents[2 : 2 + ctx.recipe.leaves], ctx.recipe.extras
         found = _Tangent.apply(ctx.recipe, *saved, *along, *tensors)
-        return *found, *(None,) * (3 + extras.entropy + extras.argmax)
+        return *found, *(None,) * (3 + extras.entropy + extras.argmax + extras.mass)
 
 
 class _Gradient(torch.autograd.Function):
@@ -409,8 +420,8 @@ class _Reduced(torch.autograd.Function):
 
             def again(*tensors: Tensor | None) -> Tensor:
                 outputs = _Rows.apply(ctx.recipe, ctx.found, *tensors)
-                loss, logsumexp, _, log_prob, _ = _unpacked(outputs, ctx.recipe.extras)
-                return ctx.how.total(loss, logsumexp, log_prob)
+                found = _unpacked(outputs, ctx.recipe.extras)
+                return ctx.how.total(found.loss, found.logsumexp, found.log_prob)
 
             return *(None,) * 4, *gradients_of(again, tensors, wants, upstream), *rest
         every = slice(0, found.m.shape[0])

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xent import modes
+from xent.checks import FLOATING, autocasts, check_tensors
 from xent.core.scores import compute_dtype
-from xent.options import FLOATING, autocasts, check_tensors
 
 LOGITS = "logits go to binary_cross_entropy_with_logits"
 TARGETS = "targets of any sign go to binary_cross_entropy_with_logits"

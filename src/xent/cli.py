@@ -1,5 +1,7 @@
 """The command line, thin: parse, call, print. The work is in ``xent.probe`` and ``xent.verify``.
 
+Started several times by torchrun, ``fit`` and ``predict`` share the rows; rank 0 writes and prints results.
+
 Exit codes: 0 done, 1 the job could not be done or an identity does not hold, 2 bad input, 130 Ctrl-C.
 """
 
@@ -20,13 +22,14 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table as Grid
 from rich.text import Text
 
-from xent.probe.errors import BadInput, MissingExtra
+from xent.probe.errors import BadInput, MissingExtra, RankFailed, RankLost, Terminated
+from xent.probe.ranks import DEFAULT_TIMEOUT, join
 from xent.probe.text import class_text, json_text, printable, quoted
 
 if TYPE_CHECKING:
+    from xent.probe.descent import Progress as Now
     from xent.probe.fit import Fitted
     from xent.probe.predict import Scored
-    from xent.probe.softmax_regression import Progress as Now
 
 
 class Commands(click.Group):
@@ -47,6 +50,12 @@ class Commands(click.Group):
             complain(error)
             ctx.exit(2)
         except MissingExtra as error:
+            complain(error)
+            ctx.exit(1)
+        except Terminated:
+            complain("ended by SIGTERM, as torchrun ends the ranks that are left; nothing is half-written")
+            raise
+        except (RankLost, RankFailed) as error:
             complain(error)
             ctx.exit(1)
         except (OSError, MemoryError) as error:
@@ -84,6 +93,17 @@ class Finite(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number.", param, ctx)
         return number
+
+
+_timeout = click.option(
+    "--timeout",
+    type=Finite(0, 10**7, min_open=True),
+    default=DEFAULT_TIMEOUT,
+    show_default=True,
+    envvar="XENT_TIMEOUT",
+    metavar="SECONDS",
+    help="Under torchrun: how long a rank waits for another that does not answer.",
+)
 
 
 @cli.command()
@@ -132,6 +152,16 @@ class Finite(click.FloatRange):
     show_default=True,
     help="Directory for the model, the validation predictions and the figures.",
 )
+@click.option(
+    "--class-parallel",
+    "slices",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="K",
+    help="Under torchrun: K ranks share the classes, and read the same rows.",
+)
+@_timeout
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def fit(
@@ -141,6 +171,8 @@ def fit(
     features: tuple[str, ...],
     exclude: tuple[str, ...],
     out: Path,
+    slices: int,
+    timeout: float,
     as_json: bool,
     quiet: bool,
     **settings: Any,
@@ -151,6 +183,7 @@ def fit(
     xent fit --demo
     xent fit flowers.csv --label species
     xent fit embeddings.npy --label labels.npy --l2 0.1
+    torchrun --nproc-per-node 4 -m xent fit rows.parquet --label species
     """
     from xent.probe import fit as job
     from xent.probe import sources
@@ -162,24 +195,42 @@ def fit(
         raise click.UsageError("--demo knows its label and features: drop --label, --features and --exclude")
     if features and exclude:
         raise click.UsageError("--features and --exclude do not go together: the first already chooses")
-    check_writable(out)
-    if data is not None:
-        _keep_inputs(out / job.VALIDATION, data)
-    if data is None:
-        table = sources.digits()
-    elif label is None:
+    if not demo and label is None:
         raise click.UsageError("which column is to be learned? Name it with --label")
-    else:
-        table = sources.read_labelled(data, label, features, exclude)
     asked = job.Settings(**settings)
-    with _bar(asked.tol, asked.max_iter, quiet) as advance:
-        fitted = job.fit(table, asked, advance)
+    with join(timeout, slices) as ranks:
+        quiet = quiet or not ranks.first
+        with ranks.together():
+            if ranks.first:
+                check_writable(out)
+            if data is not None:
+                _keep_inputs(out / job.VALIDATION, data)
+        if data is None:
+            table = sources.digits(ranks)
+        else:
+            table = sources.read_labelled(data, str(label), features, exclude, ranks)
+        with _bar(asked.tol, asked.max_iter, quiet) as advance:
+            fitted = job.fit(table, asked, advance, ranks)
+        if fitted.interrupted and ranks.first:
+            complain(f"interrupted: saving the best model so far, of iteration {fitted.iterations}")
+        paths = job.write(fitted, table, out, ranks)
+        if demo:
+            with ranks.together():
+                if ranks.first:
+                    paths.append(sources.write_parquet(sources.digits(), out / "data.parquet"))
+        drawn = not ranks.first or _draw(fitted, out, paths, quiet)
+    if ranks.first:
+        _report(fitted, asked.tol, asked.max_iter, table.source, paths, out, as_json, quiet)
     if fitted.interrupted:
-        complain(f"interrupted: saving the best model so far, of iteration {fitted.iterations}")
-    paths = job.write(fitted, table, out)
-    if demo:
-        paths.append(sources.write_parquet(table, out / "data.parquet"))
-    drawn = True
+        sys.exit(130)
+    if not drawn:
+        sys.exit(1)
+
+
+def _draw(fitted: Fitted, out: Path, paths: list[Path], quiet: bool) -> bool:
+    """Draw the figures and add their paths; whether nothing went wrong."""
+    from xent.probe import fit as job
+
     try:
         paths += job.draw(fitted, out)
     except MissingExtra as error:
@@ -189,25 +240,34 @@ def fit(
         complain(f"interrupted while drawing figures; the model is saved in {out}/")
         sys.exit(130)
     except Exception as error:  # whatever a drawing library raises, the model is saved and to be reported
-        drawn = False
         complain(f"no figures, but the model is saved: {type(error).__name__}: {error}")
+        return False
+    return True
+
+
+def _report(
+    fitted: Fitted,
+    tol: float,
+    max_iter: int,
+    source: str,
+    paths: list[Path],
+    out: Path,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     if not fitted.converged and not fitted.interrupted and not quiet:
-        stopped_early = fitted.iterations < asked.max_iter
+        stopped_early = fitted.iterations < max_iter
         complain(
             f"not converged in {fitted.iterations} iterations: gradient {fitted.gradient_norm:.1e} is above "
-            f"--tol {asked.tol:g}"
+            f"--tol {tol:g}"
             + (", as far as the arithmetic resolves" if stopped_early else "")
             + f"; raise {'' if stopped_early else '--max-iter, '}--l2 or --tol"
         )
     if as_json:
         files = [str(path) for path in paths]
-        click.echo(json_text({"source": table.source, **fitted.summary(), "files": files}))
+        click.echo(json_text({"source": source, **fitted.summary(), "files": files}))
     elif not quiet:
-        _print_fit(fitted, table.source, paths, out)
-    if fitted.interrupted:
-        sys.exit(130)
-    if not drawn:
-        sys.exit(1)
+        _print_fit(fitted, source, paths, out)
 
 
 def _keep_inputs(output: Path, *inputs: Path) -> None:
@@ -224,9 +284,12 @@ def _keep_inputs(output: Path, *inputs: Path) -> None:
 @click.option(
     "--label", metavar="COLUMN", help="Where the labels are, if not under the name the model was fitted on."
 )
+@_timeout
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
-def predict(model: Path, data: Path, output: Path, label: str | None, as_json: bool, quiet: bool) -> None:
+def predict(
+    model: Path, data: Path, output: Path, label: str | None, timeout: float, as_json: bool, quiet: bool
+) -> None:
     """Write the probability of every class, and the most probable one, for each row of DATA.
 
     \b
@@ -236,27 +299,31 @@ def predict(model: Path, data: Path, output: Path, label: str | None, as_json: b
     from xent.probe import predict as job
     from xent.probe.files import check_writable
 
-    evaluate.check_suffix(output)
-    _keep_inputs(output, model, data, *([Path(label)] if label else []))
-    check_writable(output.parent)
-    fitted = model_file.load(model)
-    table = job.read_for(fitted, model, data, label)
-    scored = job.score(fitted, table)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    evaluate.write_predictions(fitted, table, output)
+    with join(timeout) as ranks:
+        with ranks.together():
+            evaluate.check_suffix(output)
+            _keep_inputs(output, model, data, *([Path(label)] if label else []))
+            if ranks.first:
+                check_writable(output.parent)
+            fitted = model_file.load(model)
+        ranks.alike(f"model in {model}", fitted.fingerprint)
+        table = job.read_for(fitted, model, data, label, ranks)
+        scored = job.score(fitted, table, ranks)
+        rows = int(ranks.sum(len(table.features)))
+        with ranks.together():
+            if ranks.first:
+                output.parent.mkdir(parents=True, exist_ok=True)
+        evaluate.write_predictions(fitted, table, output, ranks=ranks)
+    if not ranks.first:
+        return
     if as_json:
         found = None if scored is None or scored.evaluation is None else scored.evaluation.summary()
-        about = {
-            "source": table.source,
-            "rows": len(table.features),
-            "evaluation": found,
-            "file": str(output),
-        }
+        about = {"source": table.source, "rows": rows, "evaluation": found, "file": str(output)}
         if scored is not None:
             about |= {"unlabelled": scored.unlabelled, "unknown_labels": scored.unknown}
         click.echo(json_text(about))
     elif not quiet:
-        _print_predict(len(table.features), len(fitted.classes), scored, label or table.label_name, output)
+        _print_predict(rows, len(fitted.classes), scored, label or table.label_name, output)
 
 
 def _device(_: click.Context, __: click.Parameter, value: str) -> str:

@@ -16,20 +16,14 @@ import torch
 from torch import Tensor
 
 from xent import divergence_autograd, divergence_opaque, modes
+from xent.checks import check_devices, check_floating, check_tensors, loss_dtype
 from xent.core.divergence import NEAR, PIECE, Pair, phi
 from xent.core.reduction import Kind, Scale
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import no_targets
-from xent.options import (
-    Call,
-    Options,
-    TopKTarget,
-    _check_devices,
-    _check_floating,
-    _loss_dtype,
-    check_tensors,
-)
+from xent.options import Call, Options
+from xent.target import TopKTarget
 
 Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
@@ -87,7 +81,7 @@ def kl_divergence(
     else:
         flat = (v.reshape(-1, v.shape[-1]) for v in (t, z))
         kl = _ByChunks.apply(settings, *flat).reshape(z.shape[:-1])
-    return (kl / math.log(2) if bits else kl).to(_loss_dtype(input))
+    return (kl / math.log(2) if bits else kl).to(loss_dtype(input))
 
 
 def linear_kl_divergence(
@@ -201,7 +195,7 @@ def _lesson(
     fixed = None if learnt else weight  # a learnt weight of 0 still has a gradient
     kept, in_graph = None, modes.is_opaque(weight, *tensors)
     if in_graph:
-        _check_devices(weight, *tensors)
+        check_devices(weight, *tensors)
     if fixed is not None and (in_graph or modes.batched(weight, *tensors)):
         # data cannot choose rows here: those that do not count become harmless, and are taken out later
         kept, fixed = fixed != 0, None
@@ -273,8 +267,8 @@ def _check(target: Tensor, input: Tensor, temperature: float) -> int:
         raise ValueError("temperature takes no gradient: pass temperature.detach()")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    _check_floating(input=input)
-    _check_floating(target=target)
+    check_floating(input=input)
+    check_floating(target=target)
     return axis
 
 

@@ -6,13 +6,21 @@ in a graph), and what is done to them here is ordinary operations.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from xent import autograd, modes, opaque, small
+from xent import autograd, modes, opaque, parallel, small
 from xent.core.margin import Margin
-from xent.core.reduction import Reduction, Scale
-from xent.options import Call, Options, Part, TopKTarget
+from xent.core.reduction import Reduction
+from xent.core.targets import Targets
+from xent.options import Call, Options, Part
+from xent.target import TopKTarget
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def cross_entropy(
@@ -31,6 +39,8 @@ def cross_entropy(
     check_targets: bool | None = None,
     margin: Margin | float | None = None,
     log_q: Tensor | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
+    data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy of logits, ``a·lse(z) − ⟨t, z⟩`` a row, in nats.
 
@@ -58,6 +68,13 @@ def cross_entropy(
         log_q: (C,), where the columns are a sample of the classes: the logarithm of each one's chance to be
             there, subtracted from every logit but the target's own, last of all. The sum over all classes is
             then estimated without bias; its logarithm, the loss, is not. Class indices only. No gradient.
+        group: processes that share the classes (docs/scaling.md). Every rank passes all rows, and of
+            ``input``, of a probability target and of ``weight`` the columns of its own classes, a contiguous
+            slice in the order of ranks, of any size; class indices are those of the whole. Every rank gets
+            the same loss. A DTensor placed ``Shard(1)`` says its group.
+        data_group: processes that share the rows. ``"mean"`` then divides by the average over ranks of what
+            each one's rows weigh, so that the average of their losses, and of their gradients as DDP and FSDP
+            take it, is the mean over all rows.
 
     Returns:
         A scalar, or the shape of an index target for ``"none"``, of the type of ``input`` (float32 under
@@ -86,12 +103,14 @@ def cross_entropy(
         check_targets=check_targets,
         margin=margin,
         log_q=log_q,
+        group=group,
+        data_group=data_group,
     )
     if options.plain:
         value = small.loss(input, None, None, target, ignore_index, reduction, _by_the_sweep)
         if value is not None:
             return value
-    return _loss(options.of_logits(input, target))
+    return parallel.agreed(lambda: _loss(options.of_spread_logits(input, target)), group, input)
 
 
 def linear_cross_entropy(
@@ -117,6 +136,8 @@ def linear_cross_entropy(
     log_q: Tensor | None = None,
     sparse_grad: bool = False,
     normalize: bool = False,
+    group: ProcessGroup | DeviceMesh | None = None,
+    data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Softmax cross-entropy of a linear head, straight from features: the logits never exist.
 
@@ -138,8 +159,13 @@ def linear_cross_entropy(
         memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
             whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
         weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss, softcap, temperature,
-            denominator, check_targets, margin, log_q: as in :func:`cross_entropy`; ``log_q`` (S,) with
-            ``classes``.
+            denominator, check_targets, margin, log_q, data_group: as in :func:`cross_entropy`; ``log_q`` (S,)
+            with ``classes``.
+        group: processes that share the classes (docs/scaling.md). Every rank passes all rows, and of
+            ``linear_weight``, ``linear_bias``, a probability target and ``weight`` its own classes, a
+            contiguous slice in the order of ranks, of any size; class indices are those of the whole. Every
+            rank gets the same loss, the gradient of ``input`` over all classes, and that of its own
+            classifiers. A ``linear_weight`` that is a DTensor placed ``Shard(0)`` says its group.
         classes: (S,) different class indices: the softmax, and label smoothing, over these alone. Targets and
             ``weight`` stay global; every target must be among them (:func:`sample_classes` sees to it).
         sparse_grad: with ``classes``, the gradients of weight and bias as sparse tensors of S rows; else they
@@ -178,12 +204,16 @@ def linear_cross_entropy(
         log_q=log_q,
         sparse_grad=sparse_grad,
         normalize=normalize,
+        group=group,
+        data_group=data_group,
     )
     if options.plain:
         value = small.loss(input, linear_weight, linear_bias, target, ignore_index, reduction, _by_the_sweep)
         if value is not None:
             return value
-    return _loss(options.of_head(input, linear_weight, linear_bias, target))
+    return parallel.agreed(
+        lambda: _loss(options.of_spread_head(input, linear_weight, linear_bias, target)), group, linear_weight
+    )
 
 
 def _by_the_sweep(reduction: str, x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> Tensor:
@@ -197,44 +227,52 @@ def _loss(call: Call) -> Tensor:
     parts, reduction = call.parts, call.reduction
     if reduction.kind == "none":
         return call.stack([_unreduced(part, reduction) for part in parts])
-    scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts])
-    total: Tensor | None = None
-    for part in parts:
-        # one part only: the gradients of several, kept until backward, would be several times the memory
-        value = _early(part, reduction, scale) if len(parts) == 1 else None
-        if value is None:
-            value = reduction.total(_values(part, reduction), scale)
-        total = value if total is None else total + value
-    assert total is not None
-    return total.to(call.dtype)
+    # one part only: the gradients of several, kept until backward, would be several times the memory
+    if len(parts) == 1 and _forms_early(parts[0]):
+        (part,) = parts
+        scale = reduction.scale([(part.problem.targets, part.row_weight)])
+        return autograd.reduced(part.asking(), reduction, part.row_weight, scale, part.move).to(call.dtype)
+    rows = [_values(part, reduction) for part in parts]
+    scale = reduction.scale(
+        [(targets, part.row_weight) for (_, targets), part in zip(rows, parts, strict=True)]
+    )
+    first, *others = (reduction.total(values, scale) for values, _ in rows)
+    return sum(others, start=first).to(call.dtype)
 
 
-def _early(part: Part, reduction: Reduction, scale: Scale) -> Tensor | None:
-    """The loss whose gradient is formed in the forward sweep; None where that would not pay or not do."""
+def _forms_early(part: Part) -> bool:
+    """Whether the gradient is to be formed in the forward sweep: not where that would not pay or not do."""
     problem, s = part.problem, part.row_weight
     q = problem.targets.probabilities
     if part.opaque or not problem.scores.early or any(t is not None and t.requires_grad for t in (s, q)):
-        return None
-    if not autograd.needs_gradient(problem) or modes.transformed(*problem.scores.tensors, q, s):
-        return None
-    return autograd.reduced(part.asking(), reduction, s, scale, part.move)
+        return False
+    if problem.ranks is not None:  # whose statistics come when the last tile has been seen
+        return False
+    return autograd.needs_gradient(problem) and not modes.transformed(*problem.scores.tensors, q, s)
 
 
-def _values(part: Part, reduction: Reduction) -> Tensor:
-    """What each of the M rows adds to the loss, before the divisor."""
+def _values(part: Part, reduction: Reduction) -> tuple[Tensor, Targets]:
+    """What each of the M rows adds to the loss, before the divisor; and the targets, which say that."""
     problem = part.asking()
+    targets = problem.targets
     found = opaque.rows(problem, part.kept, part.check) if part.opaque else autograd.rows(problem)
     nll, logsumexp, log_prob = found.loss, found.logsumexp, found.log_prob
     if part.kept is not None:  # select before weighing: 0·nan is not 0
         nll, logsumexp = (v.masked_fill(~part.kept, 0.0) for v in (nll, logsumexp))
         log_prob = None if log_prob is None else log_prob.masked_fill(~part.kept, 0.0)
-    return reduction.values(nll, logsumexp, log_prob, part.row_weight, part.move)
+    move = part.move
+    if found.mass is not None:  # of all processes' classes
+        targets = targets.weighed(found.mass)
+        if move is not None and found.of_target is not None:
+            rest = found.of_target - found.mass if targets.dense else None
+            move = move._replace(mass=found.mass, rest=rest)
+    return reduction.values(nll, logsumexp, log_prob, part.row_weight, move), targets
 
 
 def _unreduced(part: Part, reduction: Reduction) -> Tensor:
     """Losses of all N rows of a part, zero where a row is left out."""
     targets = part.problem.targets
-    values = _values(part, reduction)
+    values, _ = _values(part, reduction)
     if targets.rows is None:
         return values
     return values.new_zeros(targets.total).index_copy(0, targets.rows, values)

@@ -62,10 +62,21 @@ class CrossEntropyLoss(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        group: Any = None,
+        data_group: Any = None,
     ) -> Tensor:
-        """input (C,), (N, C) or (N, C, d1, ...) and target as :func:`xent.cross_entropy` takes them."""
+        """input (C,), (N, C) or (N, C, d1, ...) and target as :func:`xent.cross_entropy` takes them.
+
+        With ``group``, the module's ``weight`` is of this process's classes.
+        """
         return functional.cross_entropy(
-            input, target, sample_weight=sample_weight, denominator=denominator, **_options(self)
+            input,
+            target,
+            sample_weight=sample_weight,
+            denominator=denominator,
+            group=group,
+            data_group=data_group,
+            **_options(self),
         )
 
 
@@ -143,8 +154,13 @@ class LinearCrossEntropyLoss(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        group: Any = None,
+        data_group: Any = None,
     ) -> Tensor:
-        """input (..., D) and target as :func:`xent.linear_cross_entropy` takes them."""
+        """input (..., D) and target as :func:`xent.linear_cross_entropy` takes them.
+
+        With ``group``, the module is of this process's classes: ``num_classes`` is how many these are.
+        """
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias
         return functional.linear_cross_entropy(
@@ -156,6 +172,8 @@ class LinearCrossEntropyLoss(nn.Module):
             denominator=denominator,
             product_dtype=self.product_dtype,
             memory_budget=self.memory_budget,
+            group=group,
+            data_group=data_group,
             **_options(self),
         )
 

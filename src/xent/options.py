@@ -9,16 +9,28 @@ A call becomes one `Part`, or one for each position of a head with several, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from xent import modes
+from xent import modes, parallel
+from xent.checks import (
+    check_budget,
+    check_devices,
+    check_floating,
+    loss_dtype,
+    lower,
+    product_dtype,
+    unit,
+)
+from xent.checks import (
+    check_tensors as check_tensors,
+)
 from xent.core.margin import Margin, OwnMove
 from xent.core.plan import DEFAULT_BUDGET
+from xent.core.ranks import Ranks
 from xent.core.reduction import Kind, Reduction
 from xent.core.scores import LinearHead, Logits, Scores, Transform, compute_dtype
 from xent.core.statistics import Extras, statistics_dtype
@@ -26,6 +38,7 @@ from xent.core.sweep import Problem
 from xent.core.targets import (
     UNCHECKED,
     Checked,
+    Held,
     Targets,
     check_index,
     check_top_k,
@@ -35,59 +48,10 @@ from xent.core.targets import (
     top_k_targets,
 )
 from xent.subset import Subset, log_q_of
+from xent.target import Target as Target
+from xent.target import TopKTarget, at_positions
 
 LARGEST_MOVE = 600.0  # exp of it is a float64
-
-
-@dataclass(frozen=True, eq=False)
-class TopKTarget:
-    """A sparse soft target: the probabilities of k classes a row, as stored from a large teacher.
-
-    Accepted wherever a target is, from logits and from features, without a tensor of all classes.
-
-    Args:
-        indices: (..., k) of any integer type: different classes of one row, in any order.
-        probabilities: (..., k) floating, of any mass. No gradient.
-        remainder: what becomes of the mass 1 − Σ probabilities that the teacher gave to the classes which are
-            not stored: ``"drop"`` (the target's mass is then below 1) or ``"spread"`` evenly over them.
-
-    Example:
-        >>> import torch, xent
-        >>> teacher = xent.TopKTarget(torch.tensor([[2, 0]]), torch.tensor([[0.7, 0.2]]), remainder="spread")
-        >>> round(xent.cross_entropy(torch.zeros(1, 4), teacher).item(), 6)  # log 4: equal logits
-        1.386294
-    """
-
-    indices: Tensor
-    probabilities: Tensor
-    remainder: str = "drop"
-
-    def __post_init__(self) -> None:
-        shapes = tuple(self.indices.shape), tuple(self.probabilities.shape)
-        if shapes[0] != shapes[1] or not shapes[0] or not shapes[0][-1]:
-            raise ValueError(
-                "indices and probabilities must both be (..., k), k at least 1; "
-                f"got {shapes[0]} and {shapes[1]}"
-            )
-        if self.indices.is_floating_point() or self.indices.is_complex() or self.indices.dtype == torch.bool:
-            raise TypeError(f"indices must be of an integer type, got {self.indices.dtype}")
-        if not self.probabilities.is_floating_point():
-            raise TypeError(f"probabilities must be floating, got {self.probabilities.dtype}")
-        if self.remainder not in ("drop", "spread"):
-            raise ValueError(f"remainder must be 'drop' or 'spread', got {self.remainder!r}")
-        if self.probabilities.requires_grad:
-            raise ValueError("a TopKTarget takes no gradient: pass probabilities.detach()")
-
-    def to_dense(self, classes: int) -> Tensor:
-        """The same target as a probability for every class: (..., classes)."""
-        q, others = self.probabilities, classes - self.indices.shape[-1]
-        rest = torch.zeros_like(q[..., :1])
-        if self.remainder == "spread" and others > 0:
-            rest = (1 - q.sum(-1, keepdim=True)) / others
-        return rest.expand(*q.shape[:-1], classes).scatter(-1, self.indices.to(torch.int64), q)
-
-
-Target: TypeAlias = Tensor | TopKTarget | None
 
 
 class Part(NamedTuple):
@@ -99,8 +63,13 @@ class Part(NamedTuple):
     move: OwnMove | None = None  # of the targets' own scores
 
     def asking(self) -> Problem:
-        """The problem, asking for what a move starts from."""
-        return self.problem if self.move is None else self.problem._replace(extras=Extras(log_prob=True))
+        """The problem, asking for what a move, and the divisor of a mean, start from."""
+        targets = self.problem.targets
+        one = targets.own is not None and targets.own.shape[1] == 1
+        uneven = targets.class_weight is not None or (self.move is not None and targets.smoothing > 0)
+        mass = one and targets.held is not None and uneven
+        extras = Extras(log_prob=self.move is not None, mass=mass)
+        return self.problem._replace(extras=extras) if any(extras) else self.problem
 
 
 class Call(NamedTuple):
@@ -137,6 +106,8 @@ class Options(NamedTuple):
     log_q: Tensor | None = None
     sparse_grad: bool = False
     normalize: bool = False
+    group: Any = None
+    data_group: Any = None
 
     @property
     def plain(self) -> bool:
@@ -154,6 +125,8 @@ class Options(NamedTuple):
             and self.log_q is None
             and not self.sparse_grad
             and not self.normalize
+            and self.group is None
+            and self.data_group is None
             and self.label_smoothing == 0.0
             and self.z_loss == 0.0
             and self.temperature == 1.0
@@ -169,12 +142,13 @@ class Options(NamedTuple):
         check_tensors(input=input)
         if input.dim() == 0:
             raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
-        _check_floating(input=input)
+        check_floating(input=input)
         axis = 0 if input.dim() == 1 else 1
         classes = input.shape[axis]
         rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
-        self._check(classes, rows_shape)
-        target, checked = self._resolve(target, classes, rows_shape, tuple(input.shape))
+        ranks = self._ranks(input, None, classes, rows_shape, target)
+        self._check(classes, rows_shape, ranks)
+        target, checked = self._resolve(target, classes, rows_shape, tuple(input.shape), ranks)
         n = math.prod(rows_shape)
         if isinstance(target, TopKTarget):
             k = target.indices.shape[-1]
@@ -188,8 +162,8 @@ class Options(NamedTuple):
         s = None if self.sample_weight is None else self.sample_weight.reshape(n)
         log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
         scores = Logits(input.movedim(axis, -1).reshape(n, classes), log_q, self._transform())
-        part = self._part(scores, target, checked, s, DEFAULT_BUDGET)
-        return Call([part], self._reduction(), rows_shape, _loss_dtype(input))
+        part = self._part(scores, target, checked, s, DEFAULT_BUDGET, ranks)
+        return Call([part], self._reduction(), rows_shape, loss_dtype(input))
 
     def of_head(
         self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
@@ -210,6 +184,7 @@ class Options(NamedTuple):
                 f"got {tuple(linear_bias.shape)}"
             )
         if self.classes is not None:
+            self._no_sample_of_a_slice()
             subset = Subset.of(self.classes, classes, self.check_targets)
             options, target = self._of_subset(subset, target)
             linear_weight = subset.rows(linear_weight, sparse=self.sparse_grad)
@@ -220,20 +195,21 @@ class Options(NamedTuple):
                 "sparse_grad is the form of the gradient of a subset of the classes: pass classes"
             )
         log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
-        dtype = _loss_dtype(input)
+        dtype = loss_dtype(input)
         if self.normalize:
-            _check_floating(input=input, linear_weight=linear_weight)
-            input, linear_weight = _unit(self._harmless(input, target)), _unit(linear_weight)
+            check_floating(input=input, linear_weight=linear_weight)
+            input, linear_weight = unit(self._harmless(input, target)), unit(linear_weight)
             linear_bias = None if linear_bias is None else linear_bias.to(compute_dtype(linear_bias.dtype))
-        input, linear_weight = _lower(input), _lower(linear_weight)
-        linear_bias = None if linear_bias is None else _lower(linear_bias)
-        _check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+        input, linear_weight = lower(input), lower(linear_weight)
+        linear_bias = None if linear_bias is None else lower(linear_bias)
+        check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
         batch = input.shape[:-1]
         rows_shape = torch.Size((*batch, *positions))
-        self._check(classes, rows_shape)
-        budget = _check_budget(self.memory_budget)
-        target, checked = self._resolve(target, classes, rows_shape, (*batch, classes, *positions))
-        transform, factor = self._transform(), _product_dtype(self.product_dtype, input)
+        ranks = self._ranks(input, features, classes, rows_shape, target)
+        self._check(classes, rows_shape, ranks)
+        budget = check_budget(self.memory_budget)
+        target, checked = self._resolve(target, classes, rows_shape, (*batch, classes, *positions), ranks)
+        transform, factor = self._transform(), product_dtype(self.product_dtype, input)
         places, n = math.prod(positions), math.prod(batch)
         x = input if input.dim() == 2 else input.reshape(n, features)
         if places > 1:  # so that the gradients of all positions add up before they are rounded
@@ -246,16 +222,81 @@ class Options(NamedTuple):
             if self.sample_weight is None
             else self.sample_weight.reshape(n, places).unbind(1)
         )
-        t = _at_positions(target, n, classes, places)
+        t = at_positions(target, n, classes, places)
         parts = [
-            self._part(LinearHead(x, w[k], b[k], log_q, transform, factor), t[k], checked, s[k], budget)
+            self._part(
+                LinearHead(x, w[k], b[k], log_q, transform, factor), t[k], checked, s[k], budget, ranks
+            )
             for k in range(places)
         ]
         return Call(parts, self._reduction(), rows_shape, dtype)
 
-    def _check(self, classes: int, rows_shape: torch.Size) -> None:
+    def of_spread_logits(self, input: Tensor, target: Target) -> Call:
+        """`of_logits` of what this process holds: of DTensors, the local one."""
+        check_tensors(spread=True, input=input)
+        axis = 0 if input.dim() == 1 else 1
+        (input, target, weight), group = parallel.localised(
+            self.group, input=(input, axis), target=(target, None), weight=(self.weight, 0)
+        )
+        return self._replace(group=group, weight=weight).of_logits(input, target)
+
+    def of_spread_head(
+        self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
+    ) -> Call:
+        """`of_head` of what this process holds: of DTensors, the local one."""
+        (input, linear_weight, linear_bias, target, weight), group = parallel.localised(
+            self.group,
+            input=(input, None),
+            linear_weight=(linear_weight, 0),
+            linear_bias=(linear_bias, 0),
+            target=(target, None),
+            weight=(self.weight, 0),
+        )
+        options = self._replace(group=group, weight=weight)
+        return options.of_head(input, linear_weight, linear_bias, target)
+
+    def _ranks(
+        self, input: Tensor, features: int | None, held: int, rows_shape: torch.Size, target: Target
+    ) -> Ranks | None:
+        """The processes that hold the other classes."""
+        if self.group is None:
+            return None
+        self._no_sample_of_a_slice()
+        if modes.is_opaque(input):
+            raise NotImplementedError(parallel.IN_GRAPH)
+        given = target.indices if isinstance(target, TopKTarget) else target
+        sums_up = isinstance(given, Tensor) and not given.is_floating_point() and not modes.batched(given)
+        about = {
+            "rows": tuple(rows_shape),
+            "features a row": features,
+            "dtype": str(input.dtype),
+            "input.requires_grad": input.requires_grad and torch.is_grad_enabled(),
+            "the kind of target": "none" if given is None else type(target).__name__,
+            "targets": parallel.checksum(given) if sums_up and given is not None else None,
+            "sample_weight": self.sample_weight is None,
+            "weight": self.weight is None,
+            "margin": str(self.margin),
+        }
+        for name in (
+            "ignored",
+            "reduction",
+            "label_smoothing",
+            "z_loss",
+            "softcap",
+            "temperature",
+            "normalize",
+        ):
+            about[name] = getattr(self, name)
+        return parallel.ranks_of(self.group, held, about)
+
+    def _no_sample_of_a_slice(self) -> None:
+        for name in ("classes", "log_q"):
+            if self.group is not None and getattr(self, name) is not None:
+                raise ValueError(f"{name} does not go with group: sample among the classes of one process")
+
+    def _check(self, classes: int, rows_shape: torch.Size, ranks: Ranks | None) -> None:
         check_tensors(weight=self.weight, sample_weight=self.sample_weight, log_q=self.log_q)
-        if classes == 0:
+        if (classes if ranks is None else ranks.classes) == 0:
             raise ValueError("there must be at least one class, got 0")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
@@ -273,9 +314,15 @@ class Options(NamedTuple):
             )
 
     def _resolve(
-        self, target: Target, classes: int, rows_shape: torch.Size, full_shape: tuple[int, ...]
+        self,
+        target: Target,
+        classes: int,
+        rows_shape: torch.Size,
+        full_shape: tuple[int, ...],
+        ranks: Ranks | None,
     ) -> tuple[Target, Checked]:
         """The target, indices as int64, and what a check of these has shown."""
+        classes = classes if ranks is None else ranks.classes
         if target is None:
             return None, UNCHECKED
         if not isinstance(target, Tensor | TopKTarget):
@@ -293,7 +340,7 @@ class Options(NamedTuple):
             target = TopKTarget(indices, target.probabilities, target.remainder)
             if modes.is_opaque(indices) or modes.batched(indices):
                 return target, UNCHECKED
-            return target, check_top_k(indices, classes, self.check_targets)
+            return target, _unless_doubted(ranks, lambda: check_top_k(indices, classes, self.check_targets))
         shape = tuple(target.shape)
         if target.is_floating_point() and shape == full_shape:
             self._no_ignoring("a target of probabilities")
@@ -305,7 +352,8 @@ class Options(NamedTuple):
             # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
             if modes.is_opaque(target) or modes.batched(target):
                 return target, UNCHECKED
-            return target, check_index(target, classes, self.ignored, self.check_targets)
+            ignored, check = self.ignored, self.check_targets
+            return target, _unless_doubted(ranks, lambda: check_index(target, classes, ignored, check))
         if shape == full_shape:
             raise TypeError(
                 f"a target of shape {shape} holds probabilities and must be floating, got {target.dtype}"
@@ -368,6 +416,7 @@ class Options(NamedTuple):
         checked: Checked,
         sample_weight: Tensor | None,  # (N,)
         budget: int,
+        ranks: Ranks | None,
     ) -> Part:
         """Scores with their targets, and the weights of the rows that take part."""
         learnt = sample_weight is not None and sample_weight.requires_grad and torch.is_grad_enabled()
@@ -377,7 +426,7 @@ class Options(NamedTuple):
         given = (target.indices, target.probabilities) if isinstance(target, TopKTarget) else (target,)
         in_graph = modes.is_opaque(*given, *scores.tensors)
         if in_graph:  # where no operation would notice, and the loss be anything
-            _check_devices(*scores.tensors, *given, sample_weight, self.weight)
+            check_devices(*scores.tensors, *given, sample_weight, self.weight)
         if in_graph or modes.batched(*given, sample_weight, self.weight, *scores.tensors):
             # data cannot choose rows here: those that do not count become harmless, and are taken out later
             if is_index:
@@ -395,8 +444,9 @@ class Options(NamedTuple):
                 scores = scores.select(kept)
             weight = kept.to(statistics_dtype(kept.device)) if sample_weight is None else sample_weight
             sample_weight, fixed, learnt = weight.masked_fill(~kept, 0.0), None, True
-        problem = Problem(scores, self._targets(scores, target, checked, fixed), budget)
-        targets = problem.targets
+        held = None if ranks is None else Held(ranks.first, ranks.classes)
+        targets = self._targets(scores, target, checked, fixed, held)
+        problem = Problem(scores, targets, budget, ranks=ranks)
         row_weight = targets.row_weight
         if learnt:
             assert sample_weight is not None
@@ -419,23 +469,32 @@ class Options(NamedTuple):
                 f"a margin over temperature of {size:.4g} is beyond what exponentials hold, {LARGEST_MOVE:g}"
             )
         assert targets.own is not None
-        y = targets.own[:, 0].clamp(0, targets.classes - 1)  # one outside has a cost of nan already
+        y = targets.own[:, 0]
+        whole = targets.held is None  # else these come with the statistics
+        mass = targets.own_mass[:, 0] if whole and targets.own_mass is not None else None
+        rest = targets.own_rest[:, 0] if whole and targets.own_rest is not None else None
         return OwnMove(
             margin,
             self.temperature,
             torch.finfo(scores.dtype).eps,
-            None if log_q is None else log_q[y],
-            None if targets.own_mass is None else targets.own_mass[:, 0],
-            None if targets.own_rest is None else targets.own_rest[:, 0],
+            # one outside has a cost of nan already
+            None if log_q is None else log_q[y.clamp(0, targets.classes - 1)],
+            mass,
+            rest,
             check=known and scores.device.type == "cpu",
         )
 
     def _targets(
-        self, scores: Scores, target: Target, checked: Checked, sample_weight: Tensor | None
+        self,
+        scores: Scores,
+        target: Target,
+        checked: Checked,
+        sample_weight: Tensor | None,
+        held: Held | None,
     ) -> Targets:
         rows, classes = scores.shape
         shared: dict[str, Any] = dict(
-            class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=sample_weight
+            class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=sample_weight, held=held
         )
         if target is None:
             return no_targets(rows, classes, scores.device, sample_weight)
@@ -466,7 +525,15 @@ class Options(NamedTuple):
             raise ValueError(f"denominator must be positive, got {denominator}")
         if kind not in ("none", "sum", "mean"):
             raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {kind!r}")
-        return Reduction(cast(Kind, kind), z_loss, denominator)
+        average = None
+        if self.data_group is not None:
+            if kind != "mean" or denominator is not None:
+                raise ValueError(
+                    "data_group is whose rows the divisor of reduction='mean' counts: "
+                    + ("drop denominator" if kind == "mean" else f"reduction is {kind!r}")
+                )
+            average = parallel.average_over(self.data_group)
+        return Reduction(cast(Kind, kind), z_loss, denominator, average)
 
     def _transform(self) -> Transform:
         softcap, temperature = self.softcap, self.temperature
@@ -477,85 +544,12 @@ class Options(NamedTuple):
         return Transform(softcap, float(temperature))
 
 
-def _at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[Target]:
-    """A target's share of each position of a head."""
-    if target is None:
-        return (None,) * places
-    if isinstance(target, TopKTarget):
-        k = target.indices.shape[-1]
-        both = (t.reshape(n, places, k).unbind(1) for t in (target.indices, target.probabilities))
-        return [TopKTarget(i, p, target.remainder) for i, p in zip(*both, strict=True)]
-    if target.is_floating_point():
-        # a view where there is one position, so that its gradient is no stack of one
-        return (target.reshape(n, classes),) if places == 1 else target.reshape(n, classes, places).unbind(2)
-    return (target.reshape(n),) if places == 1 else target.reshape(n, places).unbind(1)
-
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_tensors(**given: object) -> None:
-    """What is no tensor is named, None apart."""
-    for name, value in given.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-
-
-def _check_floating(**tensors: Tensor | None) -> None:
-    """All floating, and of one type."""
-    given = {name: t.dtype for name, t in tensors.items() if t is not None}
-    first, *_ = given
-    for name, dtype in given.items():
-        if dtype not in FLOATING:
-            raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {dtype}")
-        if dtype != given[first]:
-            raise TypeError(
-                f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"
-            )
-
-
-def _check_devices(*tensors: Tensor | None) -> None:
-    devices = {t.device for t in tensors if t is not None}
-    if len(devices) > 1:
-        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
-
-
-def _check_budget(memory_budget: int | None) -> int:
-    if memory_budget is None:
-        return DEFAULT_BUDGET
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget is a number of bytes and must be positive, got {memory_budget}")
-    return int(memory_budget)
-
-
-def _product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
-    full = compute_dtype(input.dtype)
-    if asked is None:
-        return full if input.device.type == "cpu" else input.dtype
-    allowed = (full, torch.bfloat16, input.dtype) if full == torch.float32 else (full,)
-    if asked not in allowed:
-        names = ", ".join(sorted({str(dtype) for dtype in allowed}))
-        raise ValueError(f"product_dtype of {input.dtype} features can be {names}; got {asked}")
-    return asked
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Rows (..., D) of length 1, in the type of the computation."""
-    return torch.nn.functional.normalize(rows.to(compute_dtype(rows.dtype)), dim=-1)
-
-
-def _lower(tensor: Tensor) -> Tensor:
-    """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
-    if not autocasts(tensor):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def _loss_dtype(tensor: Tensor) -> torch.dtype:
-    """The type of the loss: that of the scores, but never a half type under autocast."""
-    return torch.float32 if autocasts(tensor) else tensor.dtype
-
-
-def autocasts(tensor: Tensor) -> bool:
-    kind = tensor.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
+def _unless_doubted(ranks: Ranks | None, check: Callable[[], Checked]) -> Checked:
+    """What a check of targets shows; its error waits until ranks have agreed on the classes."""
+    try:
+        return check()
+    except (IndexError, ValueError) as error:
+        if ranks is None:
+            raise
+        ranks.doubts.append(error)
+        return UNCHECKED

@@ -9,18 +9,23 @@ them are read off the same running statistics, each differentiable where that ha
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xent import autograd, modes, opaque
+from xent import autograd, modes, opaque, parallel
 from xent.autograd import RowOutputs
 from xent.core import top_k as streaming
 from xent.core.arithmetic import Functional
 from xent.core.scores import compute_dtype
 from xent.core.statistics import Extras
-from xent.options import Call, Options, Part, Target, TopKTarget
+from xent.options import Call, Options, Part
+from xent.target import Target, TopKTarget
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 class RowStatistics(NamedTuple):
@@ -46,6 +51,7 @@ def row_statistics(
     softcap: float | None = None,
     temperature: float = 1.0,
     check_targets: bool | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
 ) -> RowStatistics:
     r"""Loss, log-probability, logsumexp, entropy and argmax of each row, from one sweep over logits.
 
@@ -55,7 +61,7 @@ def row_statistics(
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
         target: None, or as in :func:`xent.cross_entropy`.
-        weight, ignore_index, label_smoothing, softcap, temperature, check_targets: as in
+        weight, ignore_index, label_smoothing, softcap, temperature, check_targets, group: as in
             :func:`xent.cross_entropy`. The logits of logsumexp, entropy and log_prob are those that enter
             the softmax: after softcap and temperature.
 
@@ -79,8 +85,15 @@ def row_statistics(
         softcap=softcap,
         temperature=temperature,
         check_targets=check_targets,
+        group=group,
     )
-    return _row_statistics(options.of_logits(input, target), target, options.ignored)
+    return parallel.agreed(
+        lambda: _row_statistics(
+            options.of_spread_logits(input, target), parallel.here(target), options.ignored
+        ),
+        group,
+        input,
+    )
 
 
 def linear_row_statistics(
@@ -97,6 +110,7 @@ def linear_row_statistics(
     check_targets: bool | None = None,
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
 ) -> RowStatistics:
     r"""What each row of a linear head says, straight from features: the logits never exist.
 
@@ -104,7 +118,7 @@ def linear_row_statistics(
     more for the gradients of any of the fields together.
 
     Args:
-        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+        input, linear_weight, linear_bias, product_dtype, memory_budget, group: as in
             :func:`xent.linear_cross_entropy`.
         target, weight, ignore_index, label_smoothing, softcap, temperature, check_targets: as in
             :func:`row_statistics`.
@@ -133,9 +147,17 @@ def linear_row_statistics(
         check_targets=check_targets,
         product_dtype=product_dtype,
         memory_budget=memory_budget,
+        group=group,
     )
-    call = options.of_head(input, linear_weight, linear_bias, target)
-    return _row_statistics(call, target, options.ignored)
+    return parallel.agreed(
+        lambda: _row_statistics(
+            options.of_spread_head(input, linear_weight, linear_bias, target),
+            parallel.here(target),
+            options.ignored,
+        ),
+        group,
+        linear_weight,
+    )
 
 
 def entropy(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from xent.core.statistics import Extras
-from xent.options import Options, TopKTarget
+from xent.options import Options
 from xent.rows import row_outputs
+from xent.target import TopKTarget
 
 
 def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduction: str = "mean") -> Tensor:

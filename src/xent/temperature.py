@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from xent.core.targets import Targets
-from xent.options import Options, TopKTarget
+from xent.options import Options
+from xent.target import TopKTarget
 
 CHUNK = 1 << 18  # logits at a time: a few float64 copies of them stay near the cache
 EPS = sys.float_info.epsilon

@@ -48,11 +48,6 @@ def loss_of(p, options, reduction):
     return loss
 
 
-def parted(vector, shapes):
-    parts = vector.split([shape.numel() for shape in shapes])
-    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
-
-
 def agrees(operator, dense):
     """In every way of asking."""
     size = dense.abs().max().item() or 1.0
@@ -66,7 +61,7 @@ def agrees(operator, dense):
     assert operator.shape == dense.shape
     vector = torch.randn(len(dense), dtype=dense.dtype)
     near(operator @ vector, dense @ vector)
-    parts = parted(vector, operator.shapes)
+    parts = operator._cut(vector)
     near(flat(operator @ parts), dense @ vector)
     columns = torch.randn(len(dense), 3, dtype=dense.dtype)
     near(operator @ columns, dense @ columns)

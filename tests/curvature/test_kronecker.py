@@ -24,11 +24,6 @@ def draw(row):
     return p, {**options, "class_weight": weight}
 
 
-def parted(vector, shapes):
-    parts = vector.split([shape.numel() for shape in shapes])
-    return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
-
-
 def kept_weights(p, options):
     """s_n, 0 where ignored."""
     s = options.get("sample_weight", torch.ones(N, dtype=torch.float64))
@@ -77,7 +72,7 @@ def checked(K, dense, damping):
     near(K @ columns, dense @ columns)
     near(K.solve(columns, damping), torch.linalg.solve(damped, columns))
     near(K.solve(columns[:, 0], damping), torch.linalg.solve(damped, columns[:, 0]))
-    near(flat(K.solve(parted(columns[:, 0], K.shapes), damping)), torch.linalg.solve(damped, columns[:, 0]))
+    near(flat(K.solve(K._cut(columns[:, 0]), damping)), torch.linalg.solve(damped, columns[:, 0]))
     if K.wrt == ("weight",):
         shaped = columns.t().reshape(3, *K.shapes[0])
         near(K.solve(shaped, damping).reshape(3, -1), torch.linalg.solve(damped, columns).t())

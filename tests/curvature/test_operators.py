@@ -310,6 +310,15 @@ def test_errors_say_what_and_the_way_out(call, error, match):
         call()
 
 
+def test_a_head_spread_over_processes_is_refused():
+    from xent.core.curvature import Curvature, Form
+    from xent.options import Options
+
+    (part,) = Options().of_head(X, W, None, Y).parts
+    with pytest.raises(NotImplementedError, match="gather the weight and the bias"):
+        Curvature.of(part.problem._replace(ranks=object()), Form.HESSIAN)
+
+
 def test_lists_and_integers_of_torch_and_numpy_will_do():
     x, w, _, y = small()
     H = HeadHessian([[x, y]], w)

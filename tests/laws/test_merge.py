@@ -54,6 +54,18 @@ def test_merge_is_the_statistics_of_the_union(x, y):
     agree(of(x).merge(of(y)), of(x + y), x + y)
 
 
+@given(st.lists(tile, min_size=2, max_size=5))
+def test_any_number_of_sets_at_once_is_their_merge(tiles):
+    """One maximum and one sum, as processes have them."""
+    parts = [of(entries) for entries in tiles]
+    m = torch.stack([part.m for part in parts]).amax(0)
+    first, *others = (part.shares(m) for part in parts)
+    for share in others:
+        first = first + share
+    entries = [entry for tile in tiles for entry in tile]
+    agree(first.at(m, None), of(entries), entries)
+
+
 def test_the_larger_set_keeps_its_digits():
     """r of a confident row survives a merge in either order: 1 + r would lose it."""
     top = of([(0.0, 1.0)])

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
-from xent.probe import csv_files, data
+from xent.probe import csv_files, data, parquet_files
 from xent.probe.data import Wanted
 from xent.probe.errors import BadInput
+from xent.probe.ranks import Share
 
 
 def labels(table: data.Table) -> list:
@@ -292,3 +293,74 @@ def test_other_suffixes_and_directories(tmp_path):
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(BadInput, match="is a directory"):
         data.read(tmp_path / "a.csv", Wanted("y"))
+
+
+def in_every_format(folder, rows: int) -> dict[str, str]:
+    """The same rows in files of all kinds: each with its label."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(rows, 3)), np.sort(rng.integers(4, size=rows))
+    arrow = pa.table({f"x{j}": x[:, j] for j in range(3)} | {"y": [f"class {c}" for c in y]})
+    parquet.write_table(arrow, folder / "few_groups.parquet")
+    parquet.write_table(arrow, folder / "groups.parquet", row_group_size=3)
+    encoded = arrow.set_column(3, "y", arrow.column("y").dictionary_encode())
+    parquet.write_table(encoded, folder / "encoded.parquet", row_group_size=4)
+    csv.write_csv(arrow, folder / "a.csv")
+    np.save(folder / "X.npy", np.asfortranarray(x))
+    np.save(folder / "y.npy", y[:, None])
+    np.savez(folder / "a.npz", X=x, y=y)
+    names = ("few_groups.parquet", "groups.parquet", "encoded.parquet", "a.csv", "a.npz")
+    return dict.fromkeys(names, "y") | {"X.npy": str(folder / "y.npy")}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 23])
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_make_up_the_whole(tmp_path, monkeypatch, rows, count):
+    monkeypatch.setattr(csv_files, "BLOCK", 128)
+    monkeypatch.setattr(parquet_files, "BATCH", 5)
+    for name, label in in_every_format(tmp_path, rows).items():
+        whole = data.read(tmp_path / name, Wanted(label))
+        shares = [data.read_share(tmp_path / name, Wanted(label), Share(i, count)) for i in range(count)]
+        assert [len(share.features) for share in shares] == [
+            (i + 1) * rows // count - i * rows // count for i in range(count)
+        ]
+        start = 0
+        for share in shares:
+            assert share.start == start or not len(share.features)
+            start += len(share.features)
+            assert share.features.dtype == whole.features.dtype
+            assert share.features.base is None or share.features.base.nbytes == share.features.nbytes
+        np.testing.assert_array_equal(np.concatenate([share.features for share in shares]), whole.features)
+        assert [label for share in shares for label in labels(share)] == labels(whole)
+
+
+@pytest.mark.parametrize("share", [Share(), Share(1, 2), Share(2, 3)], ids=str)
+def test_rows_are_counted_from_the_files_first(tmp_path, monkeypatch, share):
+    monkeypatch.setattr(csv_files, "BLOCK", 64)
+    monkeypatch.setattr(parquet_files, "BATCH", 5)
+    x = np.arange(20.0)
+    x[17] = np.inf
+    np.save(tmp_path / "X.npy", x[:, None])
+    np.savez(tmp_path / "a.npz", X=x[:, None], y=np.array(["a"] * 18 + [" ", "a"]))
+    np.savez(tmp_path / "b.npz", X=np.ones((20, 1)), y=np.array(["a"] * 18 + [" ", "a"]))
+    parquet.write_table(pa.table({"x0": x, "y": ["a"] * 20}), tmp_path / "a.parquet")
+    nulls = pa.table({"x0": [None if i == 17 else 1.0 for i in range(20)], "y": ["a"] * 20})
+    parquet.write_table(nulls, tmp_path / "b.parquet", row_group_size=3)
+    unlabelled = pa.table({"x0": np.ones(20), "y": ["a"] * 18 + [None, "a"]})
+    parquet.write_table(unlabelled, tmp_path / "c.parquet", row_group_size=3)
+    text = "x0,y\n" + "1.5,a\n" * 17
+    for name, rest in (("a", "nan,a\n"), ("b", "oops,a\n"), ("c", "1.5,a\n1.5, \n")):
+        written(tmp_path / f"{name}.csv", text + rest + "1.5,a\n")
+    for name, message in (
+        ("X.npy", "row 18, column 'x0' holds inf"),
+        ("a.npz", "row 18, column 'x0' holds inf"),
+        ("b.npz", "row 19 has no label"),
+        ("a.parquet", "row 18, column 'x0' holds inf"),
+        ("b.parquet", "row 18, column 'x0' is missing"),
+        ("c.parquet", "row 19 has no label"),
+        ("a.csv", "row 18, column 'x0' holds nan"),
+        ("b.csv", "row 18, column 'x0' holds 'oops'"),
+        ("c.csv", "row 19 has no label"),
+    ):
+        label = None if name == "X.npy" else "y"
+        with pytest.raises(BadInput, match=rf"{name}.*: {message}"):
+            data.read_share(tmp_path / name, Wanted(label), share)

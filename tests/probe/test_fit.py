@@ -19,6 +19,7 @@ from xent.probe.data import Table
 from xent.probe.errors import BadInput
 from xent.probe.evaluate import Evaluation, evaluate, write_predictions
 from xent.probe.fit import Settings
+from xent.probe.split import split
 
 
 def table(counts=(30, 20, 10), features=3, seed=0, classes=("a", "b", "c"), dtype=np.float64) -> Table:
@@ -33,32 +34,32 @@ def table(counts=(30, 20, 10), features=3, seed=0, classes=("a", "b", "c"), dtyp
 
 def test_split_keeps_the_classes_shares_and_the_seed():
     t = table((300, 200, 100))
-    training, validation = job.split(t, Settings(validation=0.2, seed=1))
+    training, validation = split(t, 0.2, 1)
     assert sorted([*training, *validation]) == list(range(600))
     assert np.bincount(t.codes[validation]).tolist() == [60, 40, 20]
-    np.testing.assert_array_equal(validation, job.split(t, Settings(validation=0.2, seed=1))[1])
-    assert (validation != job.split(t, Settings(validation=0.2, seed=2))[1]).any()
-    assert len(job.split(t, Settings(validation=0))[1]) == 0
+    np.testing.assert_array_equal(validation, split(t, 0.2, 1)[1])
+    assert (validation != split(t, 0.2, 2)[1]).any()
+    assert len(split(t, 0.0, 0)[1]) == 0
 
 
 @pytest.mark.parametrize(
-    ("counts", "settings", "message"),
+    ("counts", "share", "message"),
     [
-        ((5,), {}, r"rows\.csv: every label in 'kind' is 'a'; a classifier needs two classes"),
-        ((5, 1, 5), {}, r"class 'b' has a single row \(row \d+\) and a validation split needs two"),
-        ((9, 9, 9), {"validation": 0.05}, r"leaves 2 on one side, fewer than the 3 classes"),
-        ((2, 2, 2), {"validation": 0.9}, r"leaves 0 on one side"),
+        ((5,), 0.2, r"rows\.csv: every label in 'kind' is 'a'; a classifier needs two classes"),
+        ((5, 1, 5), 0.2, r"class 'b' has a single row \(row \d+\) and a validation split needs two"),
+        ((9, 9, 9), 0.05, r"leaves 2 on one side, fewer than the 3 classes"),
+        ((2, 2, 2), 0.9, r"leaves 0 on one side"),
     ],
 )
-def test_what_cannot_be_split(counts, settings, message):
+def test_what_cannot_be_split(counts, share, message):
     with pytest.raises(BadInput, match=message):
-        job.split(table(counts, classes=("a", "b", "c")[: len(counts)]), Settings(**settings))
+        split(table(counts, classes=("a", "b", "c")[: len(counts)]), share, 0)
 
 
 @pytest.mark.parametrize("share", [0.03, 0.1, 0.5, 0.9, 0.97])
 def test_rare_classes_are_on_both_sides(share):
     t = table((100, 2, 2))
-    sides = job.split(t, Settings(validation=share))
+    sides = split(t, share, 0)
     assert sorted(np.concatenate(sides)) == list(range(104))
     assert all((np.diff(side) > 0).all() for side in sides)
     assert all(np.bincount(t.codes[side], minlength=3).min() >= 1 for side in sides)
@@ -135,7 +136,7 @@ def test_evaluation_counts_as_scikit_learn_does():
     t = table((60, 50, 40), seed=3)
     model = job.fit(t, Settings(validation=0)).model
     rows = np.arange(0, 150, 2)
-    done = evaluate(model, t.features, t.codes, rows)
+    done = evaluate(model, t, t.codes, rows)
     predicted = model.log_proba(t.features).argmax(axis=1)
     counts, shown = done.confusion(10)
     np.testing.assert_array_equal(counts, confusion_matrix(t.codes[rows], predicted[rows]))
@@ -146,9 +147,9 @@ def test_evaluation_counts_as_scikit_learn_does():
 def test_chunks_change_nothing(monkeypatch):
     t = table((60, 50, 40), seed=3)
     model = job.fit(t, Settings(validation=0)).model
-    whole = evaluate(model, t.features, t.codes, np.arange(150))
+    whole = evaluate(model, t, t.codes, np.arange(150))
     monkeypatch.setattr("xent.probe.evaluate.CHUNK", 21)
-    parts = evaluate(model, t.features, t.codes, np.arange(150))
+    parts = evaluate(model, t, t.codes, np.arange(150))
     assert parts.loss == pytest.approx(whole.loss, rel=1e-14)
     np.testing.assert_array_equal(parts.errors, whole.errors)
 

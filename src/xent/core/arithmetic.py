@@ -7,12 +7,15 @@ the same steps make new tensors. Every step that differs has its two forms here,
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from xent.core.matmul import multiply_
+
+BATCHED = "processes that share the classes send tensors, not batches of them: take group= out of vmap"
 
 At: TypeAlias = slice | Tensor | tuple[slice | Tensor, slice]
 
@@ -63,6 +66,12 @@ class Arithmetic(Protocol):
     ) -> Total: ...
 
 
+class Sent(Protocol):
+    """A sum over processes on its way."""
+
+    def wait(self) -> Any: ...
+
+
 class Total(Protocol):
     """A gradient in the making: a tensor to whose parts tiles are added."""
 
@@ -71,6 +80,8 @@ class Total(Protocol):
     def put(self, at: At, value: Tensor) -> None: ...
 
     def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None: ...
+
+    def send(self, at: slice | Tensor, add_up: Callable[[Tensor], Sent]) -> None: ...
 
     def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor: ...
 
@@ -137,6 +148,7 @@ class _Accumulator:
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
         self.value = torch.empty(shape, dtype=dtype, device=device)
         self.begun: dict[int, int] | None = {}  # slices that hold something, start → stop; None: all do
+        self.sent: list[tuple[slice | Tensor, Tensor, Sent]] = []  # that processes are adding up
 
     def add(self, at: slice, value: Tensor) -> None:
         if self._begin(at):
@@ -162,8 +174,19 @@ class _Accumulator:
             multiply_(part, a, b, accumulate=False)
             self.value.index_add_(0, at, part)
 
+    def send(self, at: slice | Tensor, add_up: Callable[[Tensor], Sent]) -> None:
+        """Parts to which nothing more is added here become the sum of all processes', in the background."""
+        if not self.begun:
+            self._fill()  # a process without a class has added nothing
+        part = take(self.value, at)
+        self.sent.append((at, part, add_up(part)))
+
     def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         self._fill()
+        for at, part, work in self.sent:
+            work.wait()
+            if isinstance(at, Tensor):
+                self.value[at] = part
         if scale is not None:
             self.value.mul_(scale)
         return self.value.to(dtype)
@@ -263,6 +286,9 @@ class _Parts:
     def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
         self._select(at)
         self.add(slice(0, None) if isinstance(at, Tensor) else at, (a @ b).to(self.dtype))
+
+    def send(self, at: slice | Tensor, add_up: Callable[[Tensor], Sent]) -> None:
+        raise NotImplementedError(BATCHED)
 
     def _select(self, rows: slice | Tensor) -> None:
         if isinstance(rows, Tensor):  # a functional sweep visits all of its rows at once

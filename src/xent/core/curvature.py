@@ -99,6 +99,11 @@ class Curvature:
         z_loss: float = 0.0,
     ) -> Curvature:
         """Of rows that count scale·row_weight each."""
+        if problem.ranks is not None:
+            raise NotImplementedError(
+                "curvature is of a head whose classes are all here, not spread over processes: gather the "
+                "weight and the bias, or the logits, first"
+            )
         found = statistics(problem._replace(extras=Extras(argmax=True)))
         weight = torch.ones_like(found.m) * scale
         return cls(problem, found, form, weight if row_weight is None else weight * row_weight, z_loss)

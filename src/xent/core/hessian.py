@@ -23,6 +23,7 @@ from torch import Tensor
 
 from xent.core.arithmetic import Total, cut
 from xent.core.plan import Plan
+from xent.core.ranks import Ranks
 from xent.core.scores import Rows, Sink, Tangents
 from xent.core.statistics import OwnColumns, Statistics
 from xent.core.sweep import (
@@ -44,6 +45,9 @@ class RowTangent(NamedTuple):
     log_prob: Tensor | None = None  # (M,)
     centred: Tensor | None = None  # (M,) ζ_y − ⟨p, ζ⟩ of targets that are one class a row
 
+    def rows(self, rows: slice) -> RowTangent:
+        return RowTangent(*(None if t is None else cut(t, rows) for t in self))  # type: ignore[arg-type]
+
     @property
     def outputs(self) -> tuple[Tensor | None, ...]:
         return self.loss, self.logsumexp, self.entropy, self.log_prob
@@ -59,6 +63,7 @@ class _Pushed(NamedTuple):
 
 def tangent(problem: Problem, found: Statistics, tangents: Tangents, dq: Tensor | None) -> RowTangent:
     """Directional derivatives of the rows' ℓ and lse."""
+    problem = problem.completed(found)
     plan = _plan(problem, resident=False)
     workspace = _workspace(problem, plan)
     with problem.products():
@@ -66,7 +71,8 @@ def tangent(problem: Problem, found: Statistics, tangents: Tangents, dq: Tensor 
             _chunk_tangent(problem, plan, workspace, chunk, found.rows(chunk), tangents, dq)[0]
             for chunk in plan.row_chunks(problem.targets.count)
         ]
-    return _concatenate(parts, found)
+    part = _concatenate(parts, found)
+    return part if problem.ranks is None else _of_all_classes(part, problem.ranks)
 
 
 def product(
@@ -80,41 +86,54 @@ def product(
     wants_target: bool,
 ) -> tuple[RowTangent, Sink, Total | None]:
     """Row tangents, and the derivative of ⟨gradient, tangents⟩ in the scores' tensors and in q."""
+    problem = problem.completed(found)
     scores, targets, o = problem.scores, problem.targets, problem.arithmetic
-    plan = _plan(problem, resident=True)
+    # where other processes hold classes too, a row's tangent is not known when its own tiles have been seen
+    whole = None if problem.ranks is None else tangent(problem, found, tangents, dq)
+    plan = _plan(problem, resident=whole is None)
     workspace = _workspace(problem, plan)
     sink = scores.sink(o, wants)
     q_part = target_total(problem) if wants_target else None
     wants_g = scores.transform.curved or sink.crosses(tangents)
     parts = []
-    with problem.products():
-        for chunk in plan.row_chunks(targets.count):
-            picked = targets.pick(chunk)
-            loaded = scores.load(picked)
-            rows = found.rows(chunk)
-            asked = coefficients.rows(chunk)
+
+    def visit(chunk: slice) -> None:
+        picked = targets.pick(chunk)
+        loaded = scores.load(picked)
+        rows = found.rows(chunk)
+        asked = coefficients.rows(chunk)
+        if whole is None:
             part, kept = _chunk_tangent(problem, plan, workspace, chunk, rows, tangents, dq)
-            parts.append(part)
-            for number, classes in enumerate(plan.class_tiles(targets.classes)):
-                if plan.resident:
-                    pushed = kept[number]
-                else:
-                    pushed = _push(problem, workspace, chunk, picked, loaded, classes, rows, tangents)
-                if q_part is not None:
-                    factor = targets.probability_factor(classes, pushed.zeta.dtype)
-                    centred = part.logsumexp.to(pushed.zeta.dtype)[:, None] - pushed.zeta
-                    q_part.put((picked, classes), centred * factor * asked.loss.to(centred.dtype)[:, None])
-                r = _hessian_tile(problem, picked, pushed, rows, asked, part, dq)
-                if wants_g:
-                    g = differentiate_logits(problem, chunk, pushed.tile, rows, asked)
-                    slope = pushed.tile.slope
-                    if slope is not None:
-                        assert pushed.bend is not None
-                        r = r * slope + g * pushed.bend * pushed.du
-                        g = g * slope
-                    sink.add_tangent(picked, tangents, classes, g)
-                sink.add(picked, loaded, classes, r)
-    return _concatenate(parts, found), sink, q_part
+        else:
+            part, kept = whole.rows(chunk), []
+        parts.append(part)
+        for number, classes in enumerate(plan.class_tiles(targets.classes)):
+            if kept:
+                pushed = kept[number]
+            else:
+                pushed = _push(problem, workspace, chunk, picked, loaded, classes, rows, tangents)
+            if q_part is not None:
+                factor = targets.probability_factor(classes, pushed.zeta.dtype)
+                centred = part.logsumexp.to(pushed.zeta.dtype)[:, None] - pushed.zeta
+                q_part.put((picked, classes), centred * factor * asked.loss.to(centred.dtype)[:, None])
+            r = _hessian_tile(problem, picked, pushed, rows, asked, part, dq)
+            if wants_g:
+                g = differentiate_logits(problem, chunk, pushed.tile, rows, asked)
+                slope = pushed.tile.slope
+                if slope is not None:
+                    assert pushed.bend is not None
+                    r = r * slope + g * pushed.bend * pushed.du
+                    g = g * slope
+                sink.add_tangent(picked, tangents, classes, g)
+            sink.add(picked, loaded, classes, r)
+
+    with problem.products():
+        for block in problem.blocks():
+            for chunk in plan.row_chunks(block.stop, block.start):
+                visit(chunk)
+            if problem.ranks is not None:
+                sink.share(targets.pick(block), problem.ranks)
+    return _concatenate(parts, found) if whole is None else whole, sink, q_part
 
 
 def _chunk_tangent(
@@ -253,6 +272,12 @@ def _plan(problem: Problem, *, resident: bool) -> Plan:
 
 def _workspace(problem: Problem, plan: Plan) -> Workspace:
     return Workspace(problem, plan, slopes=problem.scores.transform.curved, buffers=2, slope_at=2)
+
+
+def _of_all_classes(part: RowTangent, ranks: Ranks) -> RowTangent:
+    """Every number of a row's tangent is a sum over classes."""
+    summed = iter(ranks.sum(torch.stack([t for t in part if t is not None])).unbind(0))
+    return RowTangent(*(None if t is None else next(summed) for t in part))  # type: ignore[arg-type]
 
 
 def _concatenate(parts: list[RowTangent], found: Statistics) -> RowTangent:

@@ -69,20 +69,21 @@ class Plan:
         fits = budget // max(1, rows * (footprint.kept + footprint.scratch) + footprint.per_class)
         return Plan(max(rows, 1), _even(classes, max(1, min(fits, CLASS_TILE))), resident=False)
 
-    def row_chunks(self, rows: int) -> Iterator[slice]:
-        return _slices(rows, self.row_chunk)
+    def row_chunks(self, stop: int, start: int = 0) -> Iterator[slice]:
+        return _slices(start, stop, self.row_chunk)
 
     def class_tiles(self, classes: int) -> Iterator[slice]:
-        return _slices(classes, self.class_tile)
+        return _slices(0, classes, self.class_tile)
 
 
 def _even(total: int, largest: int) -> int:
     """The size that splits `total` into the fewest parts of at most `largest`, all nearly equal."""
+    total = max(1, total)
     largest = max(1, min(largest, total))
     parts = -(-total // largest)
     return -(-total // parts)
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    for at in range(start, stop, size):
+        yield slice(at, min(at + size, stop))

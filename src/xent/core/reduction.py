@@ -3,13 +3,15 @@
     ∂L/∂ℓ = s / divisor        ∂L/∂lse = 2λ·lse·s / divisor
 
 Where the own score moves (`margin`), ℓ and lse are what the move makes of them.
-z-loss shares the divisor of `mean`: Σ s·w[y] (index targets) or Σ s (probabilities), unless a
-denominator replaces it. The mean over no rows is 0.
+Where rows are spread over processes the divisor is the average of theirs, so that the average of their
+losses, and of their gradients, is the mean over all rows. z-loss shares the divisor of
+`mean`: Σ s·w[y] (index targets) or Σ s (probabilities), unless a denominator replaces it. The mean over no
+rows is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -30,6 +32,7 @@ class Reduction:
     kind: Kind = "mean"
     z_loss: float = 0.0
     denominator: float | Tensor | None = None
+    average: Callable[[Tensor], Tensor] | None = None  # of divisors, over the processes that hold other rows
 
     def values(
         self,
@@ -58,7 +61,7 @@ class Reduction:
             return 1.0
         if isinstance(self.denominator, float | int):
             return 1.0 / self.denominator
-        if self.denominator is None and not _weighted(parts):
+        if self.denominator is None and self.average is None and not _weighted(parts):
             return 1.0 / max(1, sum(targets.count for targets, _ in parts))
         like = parts[0][0].own if parts[0][0].own is not None else parts[0][0].probabilities
         assert like is not None
@@ -66,6 +69,8 @@ class Reduction:
         if self.denominator is not None:
             return one / self.denominator.detach().to(one)
         divisor = sum((_divisor(targets, weight, one) for targets, weight in parts), start=one * 0)
+        if self.average is not None:
+            divisor = self.average(divisor)
         nothing = divisor == 0
         return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xent.core.arithmetic import Arithmetic, Functional, cut, take
+from xent.core.ranks import Ranks
 
 Rows: TypeAlias = slice | Tensor  # consecutive rows, or (R,) int64
 Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
@@ -149,6 +150,8 @@ class Sink(Protocol):
 
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None: ...
 
+    def share(self, rows: Rows, ranks: Ranks) -> None: ...
+
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]: ...
 
 
@@ -266,6 +269,9 @@ class _LogitsSink:
 
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
         pass
+
+    def share(self, rows: Rows, ranks: Ranks) -> None:
+        pass  # each process has logits of its own
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         return self.du.finish(scale, self.dtype), *self.nothing
@@ -419,6 +425,14 @@ class _HeadSink:
             self.dx.add_product(rows, factor, cut(dw, classes).to(factor.dtype))
         if self.dw is not None and dx is not None:
             self.dw.add_product(classes, factor.t(), take(dx, rows).to(factor.dtype))
+
+    def share(self, rows: Rows, ranks: Ranks) -> None:
+        """The features' gradient of rows to which all classes here have been added is that of all classes.
+
+        It is sent in the background, so nothing may be added to these rows any more.
+        """
+        if self.dx is not None:
+            self.dx.send(rows, ranks.sum_later)
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         found = tuple(

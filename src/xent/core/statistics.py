@@ -10,8 +10,8 @@ and where they are asked for
 
 Everything is relative to the row's own maximum, so a common offset cancels before it can round, and r
 leaves one maximum's own term out, so a confident row keeps its digits where 1 + r would lose them.
-Two sets of classes are joined by moving both to the larger maximum and adding: the same `merge` joins
-class tiles, the target's own tile, and processes.
+Sets of classes are joined by moving each to the largest maximum and adding: `merge` joins two of them, class
+tiles and the target's own tile, and `ranks` as many as there are processes, by the same `shares`.
 """
 
 from __future__ import annotations
@@ -47,6 +47,12 @@ class Extras(NamedTuple):
     entropy: bool = False
     argmax: bool = False
     log_prob: bool = False  # of the own class, which is then one
+    mass: bool = False  # of the target there, where processes share the classes
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether a tile is asked for more than its part of a loss."""
+        return self.entropy or self.argmax or self.log_prob
 
 
 LOSS_ALONE = Extras()
@@ -62,7 +68,8 @@ class Statistics:
     a: Tensor  # (R,) Σ t
     e: Tensor | None = None  # (R,) Σ (z − m) exp(z − m), never positive
     k: Tensor | None = None  # (R,) int64, the lowest class of the largest logit
-    own: Tensor | None = None  # (R,) the own class's logit, once all classes are together
+    own: Tensor | None = None  # (R,) the own class's logit, where it is among them, else 0
+    mass: Tensor | None = None  # (R,) t there, else 0
 
     @classmethod
     def identity(cls, rows: int, device: torch.device, extras: Extras = LOSS_ALONE) -> Statistics:
@@ -76,28 +83,31 @@ class Statistics:
             e=zero if extras.entropy else None,
             k=zero.to(torch.int64) if extras.argmax else None,
             own=zero if extras.log_prob else None,
+            mass=zero if extras.mass else None,
         )
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of the union of two disjoint sets of classes."""
         m = torch.maximum(self.m, other.m)
-        mine = self.m >= other.m
+        return (self.shares(m) + other.shares(m)).at(m, _lowest(self, other))
+
+    def shares(self, m: Tensor) -> Shares:
+        """What these classes add to a union whose largest logit is m (R,), no lower than theirs."""
+        attained = self.m == m
         # −inf − (−inf) is no distance at all: two sets of masked classes lie at the same place
-        shift_self = torch.where(self.m == m, 0.0, self.m - m)
-        shift_other = torch.where(other.m == m, 0.0, other.m - m)
-        near = torch.where(mine, self.r, other.r)
-        far = torch.where(mine, other.r, self.r)
-        return Statistics(
-            m=m,
-            # exactly one maximum stays left out: the nearer set's own
-            r=near + (1 + far) * torch.exp(torch.minimum(shift_self, shift_other)),
-            d=self.d
-            + product_with_zero(self.a, shift_self)
-            + other.d
-            + product_with_zero(other.a, shift_other),
-            a=self.a + other.a,
-            e=_sum(_moved(self, shift_self), _moved(other, shift_other)),
-            k=_lowest(self, other),
+        shift = torch.where(attained, 0.0, self.m - m)
+        near, whole = torch.exp(shift), 1 + self.r
+        e = None
+        if self.e is not None:
+            e = torch.where(shift == NEG_INF, 0.0, near * (self.e + shift * whole))
+        return Shares(
+            attained.to(m.dtype),
+            torch.where(attained, self.r, near * whole),
+            self.d + product_with_zero(self.a, shift),
+            self.a,
+            e,
+            self.own,
+            self.mass,
         )
 
     @property
@@ -151,16 +161,25 @@ class Statistics:
         return Statistics(**{name: f(getattr(self, name)) for name in names})
 
 
-def _moved(part: Statistics, shift: Tensor) -> Tensor | None:
-    """e relative to a reference that lies −shift higher."""
-    if part.e is None:
-        return None
-    moved = torch.exp(shift) * (part.e + shift * (1 + part.r))
-    return torch.where(shift == NEG_INF, 0.0, moved)
+class Shares(NamedTuple):
+    """What disjoint sets of classes add to their union, relative to its largest logit m; each (R,)."""
 
+    top: Tensor  # how many of the sets attain m
+    rest: Tensor  # Σ exp(z − m), one term of m left out of each set that attains it
+    d: Tensor
+    a: Tensor
+    e: Tensor | None
+    own: Tensor | None
+    mass: Tensor | None
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return None if a is None or b is None else a + b
+    def __add__(self, other: Shares) -> Shares:  # type: ignore[override]
+        both = zip(self, other, strict=True)
+        return Shares(*(None if x is None or y is None else x + y for x, y in both))  # type: ignore[arg-type]
+
+    def at(self, m: Tensor, k: Tensor | None) -> Statistics:
+        """The union's statistics: of all the terms of m that were left out, one stays so."""
+        _, rest, d, a, e, own, mass = self
+        return Statistics(m, rest + (self.top - 1), d, a, e, k, own, mass)
 
 
 def _lowest(one: Statistics, other: Statistics) -> Tensor | None:
@@ -225,7 +244,7 @@ def summarise(
     first class.
     """
     dtype = statistics_dtype(z.device)
-    if t is None and own is not None and not any(extras):
+    if t is None and own is not None and not extras.of_scores:
         # the mass lies in the own tile, beside which 1 + r is all that is ever needed of this one
         m = z.amax(1)
         z = o.exp(o.sub(z, finite_base(m)[:, None]))
@@ -262,15 +281,16 @@ def summarise(
 
 
 def summarise_row(
-    o: Arithmetic, z: Tensor, own: OwnColumns, mass: Tensor | None
+    o: Arithmetic, z: Tensor, own: OwnColumns, mass: Tensor | None, absent: float | Tensor = torch.nan
 ) -> tuple[Tensor, Tensor, Statistics]:
     """`summarise` of a tile that holds every class, merged with the target's own tile (K = 1) in one go.
 
     exp(z − m) with m the row's maximum, zero at the own class; the own logit (R, 1); the row's statistics.
+    `absent` is the own logit (R, 1) where no column is the own class.
     With the own class apart, Σ exp(z − m) = 1 + r for r = Σ_{j≠y} exp(z_j − m) + expm1(z_y − m).
     """
     dtype = statistics_dtype(z.device)
-    own_z = own.take(z, torch.nan)
+    own_z = own.take(z, absent)
     z = own.put(o, z, NEG_INF)
     top = torch.maximum(z.amax(1, keepdim=True), own_z)
     z = o.exp(o.sub(z, finite_base(top)))

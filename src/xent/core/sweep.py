@@ -12,7 +12,7 @@ in the workspace: three in all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor
 from xent.core.arithmetic import Arithmetic, InPlace, Total, cut
 from xent.core.matmul import fast_products
 from xent.core.plan import Footprint, Plan
+from xent.core.ranks import Ranks
 from xent.core.scores import Room, Scores, Sink
 from xent.core.statistics import (
     LOSS_ALONE,
@@ -71,6 +72,23 @@ class Problem(NamedTuple):
     budget: int
     arithmetic: Arithmetic = InPlace()
     extras: Extras = LOSS_ALONE
+    ranks: Ranks | None = None  # the processes that hold the other classes
+
+    @property
+    def first(self) -> int:
+        """The first class here, of all."""
+        return 0 if self.ranks is None else self.ranks.first
+
+    def completed(self, found: Statistics) -> Problem:
+        """With what the targets lack until the statistics of all classes are known."""
+        return self if self.ranks is None else self._replace(targets=self.targets.completed(found.a))
+
+    def blocks(self) -> Iterator[slice]:
+        """Rows whose part of a gradient is finished before that of others is begun."""
+        rows, scores = self.targets.count, self.scores
+        if self.ranks is None:
+            return iter((slice(0, rows),))
+        return self.ranks.blocks(rows, scores.depth * scores.dtype.itemsize)
 
     def plan(self, *, resident: bool, buffers: int = 1, temporaries: int = 0, least_rows: int = 1) -> Plan:
         """Tiles within the budget; `buffers` tile-sized tensors are held at once and `temporaries` come and
@@ -112,13 +130,15 @@ def statistics(problem: Problem) -> Statistics:
             )[0]
             for chunk in plan.row_chunks(problem.targets.count)
         ]
-    return _concatenate(parts, problem)
+    found = _concatenate(parts, problem)
+    return found if problem.ranks is None else problem.ranks.join(found)
 
 
 def fused(
     problem: Problem, coefficients: Callable[[Statistics, slice], Coefficients], wants: tuple[bool, ...]
 ) -> tuple[Statistics, Sink]:
     """Statistics and gradient in one sweep; `coefficients` is asked as each chunk's statistics are known."""
+    assert problem.ranks is None  # whose statistics come after the last tile
     scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     plan = problem.plan(resident=True)
     if not plan.resident:
@@ -148,27 +168,31 @@ def gradient(
     wants_target: bool = False,
 ) -> tuple[Sink, Total | None]:
     """The gradient from saved statistics: the logits are computed once more, classes outermost."""
+    problem = problem.completed(found)
     scores, targets, o = problem.scores, problem.targets, problem.arithmetic
     plan = problem.plan(resident=False)
     workspace = Workspace(problem, plan, slopes=scores.transform.curved)
     sink = scores.sink(o, wants)
     dq = target_total(problem) if wants_target else None
     with problem.products():
-        for classes in plan.class_tiles(targets.classes):
-            for chunk in plan.row_chunks(targets.count):
-                picked = targets.pick(chunk)
-                loaded = scores.load(picked)
-                rows = found.rows(chunk)
-                asked = coefficients.rows(chunk)
-                tile, shifted = revisit(problem, workspace, chunk, loaded, classes, rows)
-                if dq is not None:
-                    # −log p, before exp overwrites the shifted logits
-                    surprise = rows.log_partition.to(shifted.dtype)[:, None] - shifted
-                    factor = targets.probability_factor(classes, shifted.dtype)
-                    dq.put((picked, classes), surprise * factor * asked.loss.to(shifted.dtype)[:, None])
-                tile = tile._replace(z=o.exp(shifted))
-                g = differentiate(problem, chunk, tile, rows, asked)
-                sink.add(picked, loaded, classes, g)
+        for block in problem.blocks():
+            for classes in plan.class_tiles(targets.classes):
+                for chunk in plan.row_chunks(block.stop, block.start):
+                    picked = targets.pick(chunk)
+                    loaded = scores.load(picked)
+                    rows = found.rows(chunk)
+                    asked = coefficients.rows(chunk)
+                    tile, shifted = revisit(problem, workspace, chunk, loaded, classes, rows)
+                    if dq is not None:
+                        # −log p, before exp overwrites the shifted logits
+                        surprise = rows.log_partition.to(shifted.dtype)[:, None] - shifted
+                        factor = targets.probability_factor(classes, shifted.dtype)
+                        dq.put((picked, classes), surprise * factor * asked.loss.to(shifted.dtype)[:, None])
+                    tile = tile._replace(z=o.exp(shifted))
+                    g = differentiate(problem, chunk, tile, rows, asked)
+                    sink.add(picked, loaded, classes, g)
+            if problem.ranks is not None:
+                sink.share(targets.pick(block), problem.ranks)
     return sink, dq
 
 
@@ -220,33 +244,46 @@ def chunk_statistics(
     union: RunningUnion[Statistics] = RunningUnion()
     own_z = None
     tiles = []
+    elsewhere = targets.elsewhere(chunk)
+    absent = (
+        torch.nan if elsewhere is None else torch.where(elsewhere, -torch.inf, torch.nan).to(scores.dtype)
+    )
     for classes in plan.class_tiles(targets.classes):
         z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
         own = _own_columns(targets, chunk, classes)
         whole_row = classes == slice(0, targets.classes)
-        simple = not targets.dense and not any(problem.extras)
+        simple = not targets.dense and not problem.extras.of_scores
         if own is not None and own.local.shape[1] == 1 and simple and whole_row:
             mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
-            z, row_own_z, whole = summarise_row(o, z, own, mass)
+            z, row_own_z, whole = summarise_row(o, z, own, mass, absent)
+            if problem.extras.mass:
+                whole = replace(whole, mass=whole.a)
             return whole, [Tile(classes, z, slope, whole.m, own, row_own_z)]
         here = None
         if own is not None:
-            here = own.take(z, torch.nan).to(statistics_dtype(z.device))
+            here = own.take(z, absent).to(statistics_dtype(z.device))
             own_z = here if own_z is None or own.inside is None else torch.where(own.inside, here, own_z)
             z = own.put(o, z, -torch.inf)
         t = targets.tile(chunk, classes, z.dtype)
-        z, part = summarise(o, z, t, own, problem.extras, classes.start)
+        z, part = summarise(o, z, t, own, problem.extras, problem.first + classes.start)
         union.add(part)
         if plan.resident:
             tiles.append(Tile(classes, z, slope, part.m, own, here))
+    if not union.parts:  # a process that holds no class
+        rows = chunk.stop - chunk.start
+        return Statistics.identity(rows, scores.device, problem.extras), tiles
     found = union.whole()
     if own_z is not None:
         mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
         assert targets.own is not None
-        part = _own_statistics(o, own_z, mass, cut(targets.own, chunk), problem.extras)
-        found = found.merge(part)
+        index = cut(targets.own, chunk) + problem.first
+        found = found.merge(_own_statistics(o, own_z, mass, index, problem.extras))
         if problem.extras.log_prob:
+            own_z = own_z if elsewhere is None else own_z.masked_fill(elsewhere, 0.0)
             found = replace(found, own=own_z[:, 0])
+        if problem.extras.mass:
+            assert mass is not None
+            found = replace(found, mass=mass[:, 0])
     return found, tiles
 
 

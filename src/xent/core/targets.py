@@ -8,6 +8,9 @@ ignored, or whose sample weight is 0, is not multiplied by zero but left out: `r
 
 t is held as a dense part, asked for tile by tile, and an *own* part of one class a row (the index), which
 `sweep` treats as a tile of its own, so that a row that is right beyond all doubt keeps its digits.
+
+Where processes share the classes, each one's `Targets` are those of its slice: ε/C is still of all C, and an
+own class that lies elsewhere is here a class without mass at −inf, which adds nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +25,13 @@ from xent.core.arithmetic import cut
 from xent.core.statistics import statistics_dtype
 
 
+class Held(NamedTuple):
+    """The slice of all classes that this process holds."""
+
+    start: int
+    total: int  # C
+
+
 @dataclass(frozen=True)
 class Targets:
     """Targets of N rows over C classes, M of which take part."""
@@ -33,7 +43,7 @@ class Targets:
     mean_weight: (
         Tensor | None
     )  # (M,) what a row adds to the divisor of `mean`, over its row_weight; None means 1
-    own: Tensor | None  # (M, K) int64: classes of the own tile
+    own: Tensor | None  # (M, K) int64: classes of the own tile, counted from the first one here
     own_mass: Tensor | None  # (M, K) all of t at these classes; None means 1
     own_rest: Tensor | None  # (M, 1) a − Σ own_mass, exactly; None means 0
     own_known: bool  # each of `own` has been seen to be a class
@@ -41,6 +51,30 @@ class Targets:
     class_weight: Tensor | None  # (C,) float64
     smoothing: float
     spread: Tensor | None = None  # (M, 1) what every class has, before smoothing and class weights
+    held: Held | None = None  # which of all classes these are; None means all
+
+    @property
+    def uniform(self) -> float:
+        """ε/C."""
+        return self.smoothing / (self.classes if self.held is None else self.held.total)
+
+    def elsewhere(self, chunk: slice) -> Tensor | None:
+        """(R, K) bool, which of a chunk's own classes another process holds; None where it is alone."""
+        if self.held is None or self.own is None:
+            return None
+        own = cut(self.own, chunk)
+        return _inside(own + self.held.start, self.held.total) & ~_inside(own, self.classes)
+
+    def completed(self, a: Tensor) -> Targets:
+        """The same, once the mass a (M,) of all classes is known."""
+        if self.held is None or self.own is None or (self.own.shape[1] == 1 and not self.dense):
+            return self
+        assert self.own_mass is not None
+        return replace(self, own_rest=a[:, None] - self.own_mass)
+
+    def weighed(self, mass: Tensor) -> Targets:
+        """The same, once t_y (M,) of all rows is known: what each adds to the divisor of a mean is w_y."""
+        return replace(self, mean_weight=mass / (1 - self.smoothing + self.uniform))
 
     @property
     def count(self) -> int:
@@ -62,7 +96,7 @@ class Targets:
             return None
         w = None if self.class_weight is None else self.class_weight[classes].to(dtype)
         if self.probabilities is None:
-            uniform = self.smoothing / self.classes
+            uniform = self.uniform
             assert self.own is not None
             if self.spread is not None:
                 t = (cut(self.spread, chunk) * (1 - self.smoothing) + uniform).to(dtype)
@@ -74,7 +108,7 @@ class Targets:
             return (w * uniform)[None]
         t = self.probabilities[self.pick(chunk), classes].to(dtype)
         if self.smoothing > 0:
-            t = t * (1 - self.smoothing) + self.smoothing / self.classes
+            t = t * (1 - self.smoothing) + self.uniform
         return t if w is None else t * w
 
     def probability_factor(self, classes: slice, dtype: torch.dtype) -> Tensor | float:
@@ -102,6 +136,7 @@ def index_targets(
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
     checked: Checked = UNCHECKED,
+    held: Held | None = None,
 ) -> Targets:
     """Targets given as class indices; one outside the classes costs nan (see `check_index`)."""
     wide = target.to(torch.int64)
@@ -113,16 +148,22 @@ def index_targets(
     own = wide if rows is None else wide[rows]
     dtype = statistics_dtype(target.device)
     w = None if class_weight is None else class_weight.detach().to(dtype)
-    # out-of-range rows are nan by their logit; here they need only be harmless
-    mean_weight = None if w is None else w[own.clamp(0, classes - 1)]
-    own_mass = None if mean_weight is None else mean_weight[:, None]
-    own_rest = None
-    if smoothing:
+    mean_weight = own_mass = own_rest = None
+    if held is not None:
+        own = own - held.start
+    if w is not None:
+        mean_weight = _at(w, own)
+        own_mass = mean_weight[:, None]
+    if smoothing or held is not None:
         mass = torch.ones_like(own, dtype=dtype)[:, None] if own_mass is None else own_mass
-        uniform = smoothing / classes
-        spread = uniform * (classes if w is None else w.sum())  # Σ of the smooth part
+        uniform = smoothing / (classes if held is None else held.total)
         own_mass = mass * (1 - smoothing) + mass * uniform
-        own_rest = spread - mass * uniform
+        if held is None:
+            spread = uniform * (classes if w is None else w.sum())  # Σ of the smooth part
+            own_rest = spread - mass * uniform
+        else:
+            own_mass = torch.where(_inside(own, classes)[:, None], own_mass, 0.0)
+            mean_weight = None  # of other processes' classes: it comes with the statistics
     return Targets(
         classes=classes,
         total=target.numel(),
@@ -132,11 +173,21 @@ def index_targets(
         own=own[:, None],
         own_mass=own_mass,
         own_rest=own_rest,
-        own_known=checked.classes,
+        own_known=checked.classes and held is None,
         probabilities=None,
         class_weight=w,
         smoothing=smoothing,
+        held=held,
     )
+
+
+def _inside(own: Tensor, classes: int) -> Tensor:
+    return (own >= 0) & (own < classes)
+
+
+def _at(w: Tensor, own: Tensor) -> Tensor:
+    """w (C,) of classes own, whatever it is of one that is none: that one's logit sees to it."""
+    return w[own.clamp(0, len(w) - 1)] if len(w) else w.new_zeros(own.shape)
 
 
 def probability_targets(
@@ -145,6 +196,7 @@ def probability_targets(
     class_weight: Tensor | None = None,  # (C,)
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
+    held: Held | None = None,
 ) -> Targets:
     """Targets given as one probability (of any sign and mass) for every class."""
     total, classes = target.shape
@@ -165,6 +217,7 @@ def probability_targets(
         probabilities=target,
         class_weight=None if class_weight is None else class_weight.detach().to(dtype),
         smoothing=smoothing,
+        held=held,
     )
 
 
@@ -178,6 +231,7 @@ def top_k_targets(
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
     checked: Checked = UNCHECKED,
+    held: Held | None = None,
 ) -> Targets:
     """Targets given by k classes a row: all of these are the own tile.
 
@@ -189,20 +243,28 @@ def top_k_targets(
         rows, weight = _taking_part(torch.ones((), dtype=torch.bool, device=indices.device), sample_weight)
     own = indices if rows is None else indices[rows]
     q = (probabilities if rows is None else probabilities[rows]).detach().to(dtype)
-    others = classes - own.shape[1]
+    everywhere = classes if held is None else held.total
+    others = everywhere - own.shape[1]
     each = None
     if spread and others > 0:
         each = (1 - q.sum(1, keepdim=True)) / others
-    uniform = smoothing / classes
+    uniform = smoothing / everywhere
     mass = q * (1 - smoothing) + uniform
     dense = uniform if each is None else each * (1 - smoothing) + uniform  # of every other class
+    rest = None
+    if held is not None:
+        own = own - held.start
     if class_weight is None:
         a = mass.sum(1, keepdim=True) + dense * others
     else:
         class_weight = class_weight.detach().to(dtype)
-        w = class_weight[own.clamp(0, classes - 1)]
+        w = _at(class_weight, own)
         mass = mass * w
         a = mass.sum(1, keepdim=True) + dense * (class_weight.sum() - w.sum(1, keepdim=True))
+    if held is None:
+        rest = a - mass
+    else:
+        mass = torch.where(_inside(own, classes), mass, 0.0)
     return Targets(
         classes=classes,
         total=indices.shape[0],
@@ -211,12 +273,13 @@ def top_k_targets(
         mean_weight=None,
         own=own,
         own_mass=mass,
-        own_rest=a - mass,
-        own_known=checked.classes,
+        own_rest=rest,
+        own_known=checked.classes and held is None,
         probabilities=None,
         class_weight=class_weight,
         smoothing=smoothing,
         spread=each,
+        held=held,
     )
 
 

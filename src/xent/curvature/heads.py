@@ -161,6 +161,10 @@ class HeadOperator:
 
         return Sides(self.shapes, self.dtype).through(v, plainly)
 
+    def _cut(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """(P,) as tensors of the parameters' shapes."""
+        return tuple(stack[0] for stack in Sides(self.shapes, self.dtype).cut(flat[None]))
+
     def _products(self, stacks: Stacks) -> Stacks:
         places = [PLACES[name] for name in self.wrt]
         wants = tuple(place in places for place in range(3))

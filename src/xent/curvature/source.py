@@ -15,7 +15,8 @@ from torch import Tensor
 from xent import modes
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.sweep import Problem
-from xent.options import Call, Options, Target, TopKTarget, check_tensors
+from xent.options import Call, Options, check_tensors
+from xent.target import Target, TopKTarget
 
 Batch: TypeAlias = tuple[Tensor, Target] | tuple[Tensor, Target, Tensor]
 

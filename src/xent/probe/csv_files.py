@@ -3,6 +3,9 @@
 Arrow infers a column's type from the first block of the file and fails, late, where a later block differs.
 Here that block only says which columns are numeric; these are then read as float64 throughout, so integers
 may turn into decimals, and the label column is always text, so ``7`` may turn into ``cat``.
+
+How many rows there are shows only when all are read. For a share of them the file is gone through twice,
+block by block: once for the count, then up to the share's last row.
 """
 
 from __future__ import annotations
@@ -11,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from xent.probe.errors import BadInput, needs
-from xent.probe.parquet_files import from_arrow, is_number
+from xent.probe.parquet_files import from_arrow, is_number, within
+from xent.probe.ranks import Share
 from xent.probe.table import Table, Wanted, bad_number, choose, skipped
 
 BLOCK = 8 << 20
@@ -24,7 +28,7 @@ SAMPLE = 1000
 """Cells that say whether a column of text is one of numbers with something else in between."""
 
 
-def read_csv(path: Path, wanted: Wanted) -> Table:
+def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import csv
@@ -55,17 +59,22 @@ def read_csv(path: Path, wanted: Wanted) -> Table:
         column_types = {name: pa.float64() for name in features}
         if label is not None:
             column_types[label] = pa.string()
-        arrow = csv.read_csv(
-            path,
-            parse_options=parse,
-            read_options=blocks,
-            convert_options=types(column_types, list(column_types)),
-        )
+        given = {"parse_options": parse, "read_options": blocks}
+        wanted_types = types(column_types, list(column_types))
+        start = 0
+        if share.whole:
+            arrow = csv.read_csv(path, convert_options=wanted_types, **given)
+        else:
+            with csv.open_csv(path, convert_options=types({}, schema.names[:1]), **given) as file:
+                rows = share.of(sum(len(block) for block in file))
+            start = rows.start
+            with csv.open_csv(path, convert_options=wanted_types, **given) as file:
+                arrow = pa.Table.from_batches(list(within(file, rows)), file.schema)
     except BadInput:
         raise
     except (pa.ArrowInvalid, OSError) as error:
         raise _diagnose_csv(path, wanted, parse, error) from error
-    return from_arrow(path, wanted, arrow, features, label, skipped(wanted, schema.names, features))
+    return from_arrow(path, wanted, arrow, features, label, skipped(wanted, schema.names, features), start)
 
 
 def _no_number_spoiled(path: Path, wanted: Wanted, head: Any) -> None:

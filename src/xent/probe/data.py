@@ -1,22 +1,27 @@
 """Files to a ``Table``: a dense matrix of features, and class numbers with the classes that they stand for.
 
 CSV (``.csv``, ``.tsv``) and Parquet go through Arrow, ``.npz`` and ``.npy`` through NumPy without pickle.
+Each of several ranks reads its own share of the rows; the classes are those of all.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+
+import numpy as np
 
 from xent.probe.array_files import read_npy, read_npz
 from xent.probe.csv_files import read_csv
 from xent.probe.errors import BadInput
 from xent.probe.parquet_files import read_parquet
+from xent.probe.ranks import ALONE, Ranks, Share
 from xent.probe.table import Table, Wanted
 
 __all__ = ["Table", "Wanted", "read"]
 
-_READERS: dict[str, Callable[[Path, Wanted], Table]] = {
+_READERS: dict[str, Callable[[Path, Wanted, Share], Table]] = {
     ".csv": read_csv,
     ".tsv": read_csv,
     ".parquet": read_parquet,
@@ -25,8 +30,8 @@ _READERS: dict[str, Callable[[Path, Wanted], Table]] = {
 }
 
 
-def read(path: str | Path, wanted: Wanted) -> Table:
-    """Read a ``.csv``, ``.tsv``, ``.parquet``, ``.npz`` or ``.npy`` file.
+def read(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
+    """Read a ``.csv``, ``.tsv``, ``.parquet``, ``.npz`` or ``.npy`` file, of several ranks each its share.
 
     For ``.npy`` the label is the name of a second ``.npy`` file; for ``.npz`` that of an array inside, beside
     the features: the array ``X`` or the only two-dimensional one. Columns of arrays are named x0, x1, ...
@@ -41,6 +46,14 @@ def read(path: str | Path, wanted: Wanted) -> Table:
     (('petal',), [[0.5], [1.5]], ['rose', 'iris'])
     """
     path = Path(path)
+    with ranks.together():
+        table = read_share(path, wanted, ranks.share)
+    ranks.alike(f"copy of {path}", path.stat().st_size)
+    return united(table, ranks)
+
+
+def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
+    """A share of the rows, with the classes that occur in it."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise BadInput(f"{path}: files are told by their suffix, which is to be one of {', '.join(_READERS)}")
@@ -50,7 +63,20 @@ def read(path: str | Path, wanted: Wanted) -> Table:
         raise BadInput(f"{path}: is a directory, not a file")
     if path.stat().st_size == 0:
         raise BadInput(f"{path}: the file is empty")
-    table = reader(path, wanted)
-    if not len(table.features):
-        raise BadInput(f"{path}: the file has columns but no rows")
-    return table
+    return reader(path, wanted, share)
+
+
+def united(table: Table, ranks: Ranks) -> Table:
+    """The share's table with the classes of all shares, and these alike in everything else."""
+    ranks.alike(f"view of {table.source}", (table.feature_names, table.label_name, table.features.dtype.str))
+    if not ranks.sum(len(table.features)):
+        raise BadInput(f"{table.source}: the file has columns but no rows")
+    if table.classes is None or table.codes is None:
+        return table
+    own = table.classes
+    found = [classes for classes in ranks.gather(own) if len(classes)]
+    if not found:  # an optional label, which no row has
+        return dataclasses.replace(table, label_name=None, codes=None, classes=None)
+    classes = np.unique(np.concatenate(found))
+    place = np.append(np.searchsorted(classes, own.astype(classes.dtype)), -1)  # the last is where −1 points
+    return dataclasses.replace(table, codes=place[table.codes], classes=classes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Iterator
 
 EXTRAS = {
@@ -21,6 +22,21 @@ class BadInput(ValueError):
 
 class MissingExtra(ImportError):
     """A package of an optional extra is not installed; the message names the extra."""
+
+
+class RankLost(ConnectionError):
+    """Another of the processes that share a job has ended, or does not answer."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM came, which torchrun sends to the other ranks when one has ended."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+class RankFailed(RuntimeError):
+    """Another of the processes that share a job met an error that is no bad input; it says which there."""
 
 
 @contextlib.contextmanager

@@ -1,12 +1,15 @@
 """A model over the rows of a table, a chunk at a time: its loss, its errors, its predictions in a file.
 
 loss = mean −log p_y            baseline = mean −log f_y, f the class frequencies of the training rows
+
+Of several ranks each sees the rows of its share; sums and counts are merged, and rank 0 writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from xent.probe.data import Table
 from xent.probe.errors import BadInput, needs
 from xent.probe.files import aside
 from xent.probe.model_file import Model
+from xent.probe.ranks import ALONE, Ranks
 from xent.probe.text import class_text
 
 CHUNK = 1 << 22
@@ -81,91 +85,134 @@ class Evaluation:
         return counts, shown
 
 
-def chunks(model: Model, rows: np.ndarray) -> Iterator[np.ndarray]:
-    """Parts of ``rows`` whose logits fit the chunk."""
+def chunks(model: Model, rows: int) -> Iterator[slice]:
+    """Parts of some rows whose logits fit the chunk."""
     step = max(1, CHUNK // len(model.classes))
-    for i in range(0, len(rows), step):
-        yield rows[i : i + step]
+    for i in range(0, rows, step):
+        yield slice(i, min(i + step, rows))
 
 
-def log_proba(model: Model, features: np.ndarray, part: np.ndarray, source: str) -> np.ndarray:  # (n, C)
+def log_proba(model: Model, table: Table, part: np.ndarray) -> np.ndarray:  # (n, C)
     """The model's log-probabilities of some rows; ``BadInput`` for one whose numbers are too large for it."""
     with np.errstate(over="ignore", invalid="ignore"):
-        log_p = model.log_proba(features[part])
+        log_p = model.log_proba(table.features[part])
     finite = np.isfinite(log_p).all(axis=1)
     if not finite.all():
         row = int(part[np.flatnonzero(~finite)[0]])
         raise BadInput(
-            f"{source}: row {row + 1} has no probabilities: its numbers, up to "
-            f"{np.abs(features[row]).max():.3g}, are too large for the model; correct or drop the row"
+            f"{table.source}: row {table.start + row + 1} has no probabilities: its numbers, up to "
+            f"{np.abs(table.features[row]).max():.3g}, are too large for the model; correct or drop the row"
         )
     return log_p
 
 
 def evaluate(
     model: Model,
-    features: np.ndarray,  # (N, D)
+    table: Table,
     codes: np.ndarray,  # (N,) positions in model.classes
-    rows: np.ndarray,  # positions of the rows that count, at least one
+    rows: np.ndarray,  # positions in the table of those that count; over all ranks, at least one
     frequencies: np.ndarray | None = None,  # (C,) of the training rows
-    source: str = "the table",  # where the rows are from
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Loss, accuracy and errors of the model on the given rows."""
     classes = len(model.classes)
-    total = 0.0
-    wrong: list[np.ndarray] = []
-    for part in chunks(model, rows):
-        y = codes[part]
-        log_p = log_proba(model, features, part, source)
-        total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
-        predicted = log_p.argmax(axis=1)
-        wrong.append(y[predicted != y] * classes + predicted[predicted != y])
-    pairs, counts = np.unique(np.concatenate(wrong), return_counts=True)
+    with ranks.together():
+        total = 0.0
+        wrong = [np.empty(0, dtype=np.int64)]
+        for each in chunks(model, len(rows) if ranks.counts else 0):
+            y = codes[rows[each]]
+            log_p = log_proba(model, table, rows[each])
+            total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
+            predicted = log_p.argmax(axis=1)
+            wrong.append(y[predicted != y] * classes + predicted[predicted != y])
+        own = (total, *np.unique(np.concatenate(wrong), return_counts=True))
+    totals, found, times = zip(*ranks.gather(own), strict=True)
+    pairs, place = np.unique(np.concatenate(found), return_inverse=True)
+    counts = np.zeros(len(pairs), dtype=np.int64)
+    np.add.at(counts, place, np.concatenate(times))
     order = np.argsort(-counts, kind="stable")
     errors = np.stack([pairs // classes, pairs % classes, counts], axis=1)[order]
-    per_class = np.bincount(codes[rows], minlength=classes)
+    per_class = ranks.sum(np.bincount(codes[rows], minlength=classes)).astype(np.int64)
+    count = int(per_class.sum())
     baseline = None
     if frequencies is not None:
         there = per_class > 0
-        baseline = float(-(per_class[there] @ np.log(frequencies[there])) / len(rows))
-    return Evaluation(
-        len(rows), total / len(rows), baseline, 1 - int(counts.sum()) / len(rows), errors, per_class
-    )
+        baseline = float(-(per_class[there] @ np.log(frequencies[there])) / count)
+    return Evaluation(count, sum(totals) / count, baseline, 1 - int(counts.sum()) / count, errors, per_class)
 
 
-def write_predictions(model: Model, table: Table, path: Path, rows: np.ndarray | None = None) -> None:
+def write_predictions(
+    model: Model, table: Table, path: Path, rows: np.ndarray | None = None, ranks: Ranks = ALONE
+) -> None:
     """One column of probabilities a class, and ``prediction``; ``.parquet`` or ``.csv`` by the suffix.
 
     With ``rows`` (positions in the table) only these are written, led by ``row_number``, counted from 1, and
-    ``true_label``.
+    ``true_label``. Shares follow each other in the file: while rank 0 writes a chunk, the next is computed.
     """
+    chosen = np.arange(len(table.features)) if rows is None else rows
+    classes, dtype = len(model.classes), model.weight.dtype
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            check_suffix(path)
+            check_names(model.classes, COLUMNS[:1] if rows is None else COLUMNS, table.source)
+            write: _Write = (
+                stack.enter_context(_opened(model, path, rows is not None)) if ranks.first else _no
+            )
+        ready = np.empty((0, classes), dtype), np.empty((0, 2), np.int64)
+        for share, count in enumerate(ranks.gather(len(chosen))):
+            for each in chunks(model, count):
+                p = about = None
+                with ranks.together():
+                    write(*ready)
+                    if ranks.counts and share == ranks.share.index:
+                        part = chosen[each]
+                        p = np.exp(log_proba(model, table, part))
+                        true = np.zeros(len(part), np.int64) if table.codes is None else table.codes[part]
+                        about = np.stack([table.start + part, true], axis=1)
+                size = each.stop - each.start
+                ready = (
+                    ranks.send(p, share, (size, classes), dtype),
+                    ranks.send(about, share, (size, 2), np.int64),
+                )
+        with ranks.together():
+            write(*ready)
+            stack.close()
+
+
+_Write = Callable[[np.ndarray, np.ndarray], None]  # of probabilities (n, C); of rows and true classes (n, 2)
+
+
+def _no(p: np.ndarray, about: np.ndarray) -> None:
+    """What a rank writes that is not the first."""
+
+
+@contextlib.contextmanager
+def _opened(model: Model, path: Path, numbered: bool) -> Iterator[_Write]:
+    """A file of predictions, whole when the block ends."""
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import csv, parquet
-    check_suffix(path)
-    check_names(model.classes, COLUMNS[:1] if rows is None else COLUMNS, table.source)
-    names = [class_text(value) for value in model.classes]
-    chosen = np.arange(len(table.features)) if rows is None else rows
     kind = {"U": pa.string(), "b": pa.bool_()}.get(model.classes.dtype.kind, pa.int64())
     number = pa.float32() if model.weight.dtype == np.float32 else pa.float64()
-    fields = [pa.field(name, number) for name in names] + [pa.field("prediction", kind)]
-    if rows is not None:
+    fields = [pa.field(class_text(value), number) for value in model.classes]
+    fields.append(pa.field("prediction", kind))
+    if numbered:
         fields = [pa.field("row_number", pa.int64()), pa.field("true_label", kind), *fields]
     schema = pa.schema(fields)
-    with aside(path) as temporary:
-        writer = (csv.CSVWriter if path.suffix.lower() == ".csv" else parquet.ParquetWriter)(
-            temporary, schema
-        )
-        with writer:
-            for part in chunks(model, chosen):
-                p = np.exp(log_proba(model, table.features, part, table.source))
-                columns = [pa.array(p[:, c], number) for c in range(len(names))]
-                columns.append(pa.array(model.classes[p.argmax(axis=1)].tolist(), kind))
-                if rows is not None:
-                    assert table.codes is not None
-                    true = pa.array(model.classes[table.codes[part]].tolist(), kind)
-                    columns = [pa.array(part + 1, pa.int64()), true, *columns]
+    make = csv.CSVWriter if path.suffix.lower() == ".csv" else parquet.ParquetWriter
+
+    with aside(path) as temporary, make(temporary, schema) as writer:
+
+        def write(p: np.ndarray, about: np.ndarray) -> None:
+            columns = [pa.array(p[:, c], number) for c in range(p.shape[1])]
+            columns.append(pa.array(model.classes[p.argmax(axis=1)].tolist(), kind))
+            if numbered:
+                true = pa.array(model.classes[about[:, 1]].tolist(), kind)
+                columns = [pa.array(about[:, 0] + 1, pa.int64()), true, *columns]
+            if len(p):
                 writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+        yield write
 
 
 def check_suffix(path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from xent.probe.errors import BadInput
 
+_unfinished: set[Path] = set()
+
 
 @contextlib.contextmanager
 def aside(path: Path) -> Iterator[Path]:
@@ -25,6 +27,7 @@ def aside(path: Path) -> Iterator[Path]:
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
+    _unfinished.add(temporary)
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -34,6 +37,13 @@ def aside(path: Path) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp's 0600 is for secrets
         os.replace(temporary, path)
     finally:
+        temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)
+
+
+def discard_unfinished() -> None:
+    """Remove what is being written aside, before the process ends without unwinding."""
+    for temporary in list(_unfinished):
         temporary.unlink(missing_ok=True)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +20,15 @@ from xent.probe.data import Table
 from xent.probe.errors import BadInput, needs
 from xent.probe.evaluate import COLUMNS, Evaluation, check_names, evaluate, write_predictions
 from xent.probe.files import aside
+from xent.probe.lead import Lead
 from xent.probe.model_file import Model
-from xent.probe.text import class_text, json_text, printable, quoted
+from xent.probe.ranks import ALONE, Ranks
+from xent.probe.scaling import check_range, standardisation
+from xent.probe.split import split
+from xent.probe.text import class_text, json_text, printable
 
 if TYPE_CHECKING:
-    from xent.probe.softmax_regression import Progress, SoftmaxRegression
+    from xent.probe.descent import Progress
 
 VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png")
 """Files that not every fit writes."""
@@ -54,7 +57,7 @@ class Fitted:
     model: Model
     training: Evaluation
     validation: Evaluation | None
-    validation_rows: np.ndarray  # (n,) positions in the table, ascending
+    validation_rows: np.ndarray  # (n,) positions in the file, ascending
     training_curve: np.ndarray  # (iterations + 1,) nats, without the penalty
     validation_curve: np.ndarray  # the same on the validation rows; empty without them
     iterations: int
@@ -91,56 +94,30 @@ class Fitted:
         }
 
 
-def split(table: Table, settings: Settings) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the training and of the validation rows, ascending; every class in both, by the seed."""
-    assert table.codes is not None
-    assert table.classes is not None
-    rows, classes = len(table.codes), len(table.classes)
-    if classes < 2:
-        only = quoted(class_text(table.classes[0]))
-        where = f" in {table.label_name!r}" if table.label_name else ""
-        raise BadInput(f"{table.source}: every label{where} is {only}; a classifier needs two classes")
-    if settings.validation == 0:
-        return np.arange(rows), np.arange(0)
-    counts = np.bincount(table.codes, minlength=classes)
-    if counts.min() < 2:
-        lone = int(counts.argmin())
-        row = int(np.flatnonzero(table.codes == lone)[0])
-        raise BadInput(
-            f"{table.source}: class {quoted(class_text(table.classes[lone]))} has a single row "
-            f"(row {row + 1}) and a validation split needs two; drop it, or fit with --validation 0"
-        )
-    held = math.ceil(settings.validation * rows)
-    if held < classes or rows - held < classes:
-        raise BadInput(
-            f"{table.source}: --validation {settings.validation:g} of {rows} rows leaves "
-            f"{min(held, rows - held)} on one side, fewer than the {classes} classes; "
-            "choose another share, or --validation 0"
-        )
-    with needs("probe"):
-        from sklearn.model_selection import train_test_split
-    training, validation = train_test_split(
-        np.arange(rows), test_size=held, stratify=table.codes, random_state=settings.seed
-    )
-    training, validation = _with_every_class(training, validation, table.codes)
-    validation, training = _with_every_class(validation, training, table.codes)
-    return np.sort(training), np.sort(validation)
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What the solver came to, on rank 0."""
+
+    coef: np.ndarray
+    intercept: np.ndarray
+    training_curve: list[float]
+    validation_curve: list[float]
+    seconds: float
+    gradient_norm: float
+    converged: bool
+    interrupted: bool
 
 
-def _with_every_class(
-    rows: np.ndarray, others: np.ndarray, codes: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Move a row of each class that ``rows`` lacks there; a class of few rows may fall on one side alone."""
-    found, first = np.unique(codes[others], return_index=True)
-    moved = first[~np.isin(found, codes[rows])]
-    return np.concatenate([rows, others[moved]]), np.delete(others, moved)
+def fit(
+    table: Table,
+    settings: Settings,
+    on_iteration: Callable[[Progress], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> Fitted:
+    """Fit a softmax regression to a table with labels, of several ranks each with its share of the rows.
 
-
-def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], None] | None = None) -> Fitted:
-    """Fit a softmax regression to a table with labels.
-
-    ``on_iteration`` sees every iteration. Ctrl-C during the iterations ends them: the result is then the
-    model of the last one, with ``interrupted`` set; before the first, ``KeyboardInterrupt`` goes on.
+    ``on_iteration`` sees every iteration, on rank 0. Ctrl-C during the iterations ends them: the result is
+    then the model of the last one, with ``interrupted`` set; before the first, ``KeyboardInterrupt`` goes on.
 
     >>> from xent.probe.sources import digits
     >>> fitted = fit(digits(), Settings(seed=1))
@@ -153,87 +130,116 @@ def fit(table: Table, settings: Settings, on_iteration: Callable[[Progress], Non
     with needs("probe"):
         import pyarrow  # noqa: F401  (needed to write; a missing one is to be known before the work)
         import safetensors  # noqa: F401
-        from sklearn.exceptions import ConvergenceWarning
+        import sklearn  # noqa: F401
 
-        from xent.probe.softmax_regression import SoftmaxRegression
-    training, validation = split(table, settings)
+        from xent.probe.descent import Descent, threads
+        from xent.probe.objective import Objective
     assert table.codes is not None
     assert table.classes is not None
-    codes = table.codes
+    codes, classes = table.codes, len(table.classes)
+    ranks.alike("command line", settings)
+    if ranks.slices > classes:
+        raise BadInput(
+            f"--class-parallel {ranks.slices} is more than the {classes} classes; use fewer slices"
+        )
+    if ranks.slices > 1 and settings.solver == "newton-cg":
+        raise BadInput("--class-parallel does not go with --solver newton-cg; fit with --solver lbfgs")
+    training, validation = split(table, settings.validation, settings.seed, ranks)
     check_names(table.classes, COLUMNS, table.source)
-    _check_range(table)
-    mean, scale = _standardisation(table.features[training], settings.standardize)
+    check_range(table, ranks)
+    own, held = table.own(training), table.own(validation)
+    mean, scale = standardisation(table.features[own], settings.standardize, ranks)
+    x, x_held = ((table.features[rows] - mean) / scale for rows in (own, held))
 
-    def prepared(rows: np.ndarray) -> np.ndarray:
-        x: np.ndarray = (table.features[rows] - mean) / scale
-        return x
-
-    x_training, x_validation = prepared(training), prepared(validation)
-    training_curve, validation_curve = [], []
+    lead = Lead(ranks)
+    objective = Objective(
+        x, codes[own], None, classes, 1 / settings.l2 if settings.l2 else np.inf, True, lead
+    )
+    lead.teach("validation", lambda model: objective.loss(model, x_held, codes[held]))
+    descent = Descent(objective, settings.solver, settings.tol, settings.max_iter)
+    training_curve: list[float] = []
+    validation_curve: list[float] = []
 
     def watch(now: Progress) -> None:
+        if len(validation):
+            model = np.concatenate([now.coef, now.intercept[:, None]], axis=1)
+            # not to be interrupted, so that both curves have a point
+            validation_curve.append(lead.ask("validation", model, interruptible=False)[0] / len(validation))
         penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / len(training)
         training_curve.append(now.objective - penalty)
-        if len(validation):
-            validation_curve.append(_mean_loss(x_validation, codes[validation], now.coef, now.intercept))
         if on_iteration is not None:
             on_iteration(now)
 
-    estimator = SoftmaxRegression(
-        C=1.0 / settings.l2 if settings.l2 else np.inf,
-        tol=settings.tol,
-        max_iter=settings.max_iter,
-        solver=settings.solver,
-    )
-    started = time.perf_counter()
-    interrupted = False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` says it
-            estimator.fit(x_training, codes[training], callback=watch)
-    except KeyboardInterrupt:
-        if not training_curve:
-            raise
-        interrupted = True
-    seconds = time.perf_counter() - started
+    def solve() -> _Outcome:
+        started, interrupted = time.perf_counter(), False
+        try:
+            descent.run(callback=watch)
+        except KeyboardInterrupt:
+            if not training_curve:
+                raise
+            interrupted = True
+        return _Outcome(
+            descent.coef,
+            descent.intercept,
+            training_curve,
+            validation_curve,
+            time.perf_counter() - started,
+            descent.gradient_norm,
+            descent.converged,
+            interrupted,
+        )
 
-    model = _model(table, settings, estimator, mean, scale)
-    at_start = math.log(len(table.classes))  # W = 0: every class alike
-    frequencies = np.bincount(codes[training], minlength=len(table.classes)) / len(training)
+    with threads(len(x), x.shape[1], classes):
+        done = lead.run(solve)
+
+    model = Model(
+        weight=done.coef,
+        bias=done.intercept,
+        mean=mean,
+        scale=scale,
+        classes=table.classes,
+        feature_names=table.feature_names,
+        label_name=table.label_name,
+        settings=dataclasses.asdict(settings),
+    )
+    at_start = math.log(classes)  # W = 0: every class alike
+    frequencies = ranks.sum(np.bincount(codes[own], minlength=classes)) / len(training)
     return Fitted(
         model=model,
-        training=evaluate(model, table.features, codes, training, frequencies, table.source),
-        validation=evaluate(model, table.features, codes, validation, frequencies, table.source)
-        if len(validation)
-        else None,
+        training=evaluate(model, table, codes, own, frequencies, ranks),
+        validation=evaluate(model, table, codes, held, frequencies, ranks) if len(validation) else None,
         validation_rows=validation,
-        training_curve=np.array([at_start, *training_curve]),
-        validation_curve=np.array([at_start, *validation_curve] if len(validation) else []),
-        iterations=len(training_curve),
-        seconds=seconds,
-        gradient_norm=estimator.gradient_norm_,
-        converged=estimator.converged_,
-        interrupted=interrupted,
+        training_curve=np.array([at_start, *done.training_curve]),
+        validation_curve=np.array([at_start, *done.validation_curve] if len(validation) else []),
+        iterations=len(done.training_curve),
+        seconds=done.seconds,
+        gradient_norm=done.gradient_norm,
+        converged=done.converged,
+        interrupted=done.interrupted,
         skipped=table.skipped,
     )
 
 
-def write(fitted: Fitted, table: Table, out: Path) -> list[Path]:
+def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list[Path]:
     """Write the model, the validation predictions and the summary into ``out``; the paths, model first.
 
     What an earlier fit left there and this one does not write goes: it would be taken for this model's.
     """
-    out.mkdir(parents=True, exist_ok=True)
     paths = [out / "model.safetensors"]
-    model_file.save(fitted.model, paths[0])
-    for name in (VALIDATION, *FIGURES):
-        (out / name).unlink(missing_ok=True)
+    with ranks.together():
+        if ranks.first:
+            out.mkdir(parents=True, exist_ok=True)
+            model_file.save(fitted.model, paths[0])
+            for name in (VALIDATION, *FIGURES):
+                (out / name).unlink(missing_ok=True)
     if len(fitted.validation_rows):
         paths.append(out / VALIDATION)
-        write_predictions(fitted.model, table, paths[-1], fitted.validation_rows)
+        write_predictions(fitted.model, table, paths[-1], table.own(fitted.validation_rows), ranks)
     paths.append(out / "summary.json")
-    with aside(paths[-1]) as temporary:
-        temporary.write_text(json_text(fitted.summary(), indent=2) + "\n", encoding="utf-8")
+    with ranks.together():
+        if ranks.first:
+            with aside(paths[-1]) as temporary:
+                temporary.write_text(json_text(fitted.summary(), indent=2) + "\n", encoding="utf-8")
     return paths
 
 
@@ -256,59 +262,3 @@ def draw(fitted: Fitted, out: Path) -> list[Path]:
             temporary, counts, fitted.judged.per_class[shown], names, of, classes=len(fitted.model.classes)
         )
     return paths
-
-
-def _check_range(table: Table) -> None:
-    """Squares of features, and their sums over rows, are to be numbers neither infinite nor 0."""
-    x = table.features
-    limit = 1e150 if x.dtype == np.float64 else 1e30
-    peaks = np.maximum(x.max(axis=0), -x.min(axis=0))
-    beyond = np.flatnonzero((peaks > limit) | ((peaks > 0) & (peaks < 1 / limit)))
-    if len(beyond):
-        raise BadInput(
-            f"{table.source}: the numbers in column {table.feature_names[beyond[0]]!r} reach "
-            f"{peaks[beyond[0]]:.3g}, outside {1 / limit:g} to {limit:g}; rescale or exclude the column"
-        )
-
-
-def _standardisation(x: np.ndarray, wanted: bool) -> tuple[np.ndarray, np.ndarray]:  # (N, D) -> (D,), (D,)
-    if not wanted:
-        return np.zeros(x.shape[1], x.dtype), np.ones(x.shape[1], x.dtype)
-    mean = x.mean(axis=0, dtype=np.float64)
-    scale = x.std(axis=0, dtype=np.float64)
-    # a constant feature's deviation is rounding; dividing by it would make noise of size 1
-    constant = scale <= 10 * np.finfo(x.dtype).eps * np.abs(mean)
-    return mean.astype(x.dtype), np.where(constant, 1.0, scale).astype(x.dtype)
-
-
-def _mean_loss(x: np.ndarray, codes: np.ndarray, coef: np.ndarray, intercept: np.ndarray) -> float:
-    import torch
-
-    from xent.functional import linear_cross_entropy
-
-    if len(coef) == 1:  # logits (0, s)
-        coef, intercept = np.concatenate([0 * coef, coef]), np.concatenate([0 * intercept, intercept])
-    with torch.no_grad():
-        loss = linear_cross_entropy(
-            torch.from_numpy(x),
-            torch.from_numpy(np.ascontiguousarray(coef)),
-            torch.from_numpy(codes),
-            linear_bias=torch.from_numpy(np.ascontiguousarray(intercept)),
-        )
-    return float(loss)
-
-
-def _model(
-    table: Table, settings: Settings, estimator: SoftmaxRegression, mean: np.ndarray, scale: np.ndarray
-) -> Model:
-    assert table.classes is not None
-    return Model(
-        weight=estimator.coef_,
-        bias=estimator.intercept_,
-        mean=mean,
-        scale=scale,
-        classes=table.classes,
-        feature_names=table.feature_names,
-        label_name=table.label_name,
-        settings=dataclasses.asdict(settings),
-    )

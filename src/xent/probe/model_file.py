@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -44,6 +45,14 @@ class Model:
     feature_names: tuple[str, ...]  # D
     label_name: str | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same numbers, classes and features."""
+        found = hashlib.sha256()
+        for array in (self.weight, self.bias, self.mean, self.scale, self.classes):
+            found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
+        return found.hexdigest() + repr(self.feature_names)
 
     def logits(self, x: np.ndarray) -> np.ndarray:  # (N, D) -> (N, C)
         z = ((x - self.mean) / self.scale) @ self.weight.T + self.bias

@@ -17,14 +17,12 @@ Kronecker factors precondition: they see which features go together, in all clas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-from xent.curvature.heads import HeadHessian
-from xent.curvature.kronecker import HeadKronecker
 from xent.curvature.newton import NewtonSystem, Preconditioner
+from xent.probe.hessian import Curvature
 from xent.probe.objective import Objective
 
 FACTOR = 1 << 12  # rows of a Kronecker factor up to which these precondition
@@ -35,13 +33,13 @@ SUFFICIENT = 1e-4  # of the decrease that the slope promises
 
 
 def newton_cg(
-    objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: Callable[[np.ndarray], None]
+    curvature: Curvature, theta: np.ndarray, max_iter: int, after_iteration: Callable[[np.ndarray], None]
 ) -> bool:
-    """Minimise from theta (K·(D + 1),); whether it ended for want of digits.
+    """Minimise its objective from theta (K·(D + 1),); whether it ended for want of digits.
 
     ``after_iteration`` sees the point after each; raising ``StopIteration`` ends the fit.
     """
-    features = torch.from_numpy(objective.standardised())  # (N, D)
+    objective = curvature.objective
     value, gradient = objective(theta)
     start, slow, damping = float(np.linalg.norm(gradient)), 0, 0.0
     if not np.isfinite(start):
@@ -50,7 +48,7 @@ def newton_cg(
         norm = objective.gradient_norm
         forcing = min(0.5, np.sqrt(np.linalg.norm(gradient) / start))
         while True:
-            step = _step(objective, features, theta, gradient, float(forcing), damping)
+            step = _step(curvature, theta, gradient, float(forcing), damping)
             resolved = -float(gradient @ step) > 64 * np.finfo(objective.dtype).eps * abs(value)
             found, length = _line_search(objective, theta, step, value, gradient)
             if found is not None or (not resolved and step.any()) or damping > MOST_DAMPING:
@@ -77,41 +75,21 @@ def newton_cg(
 
 
 def _step(
-    objective: Objective,
-    features: torch.Tensor,
-    theta: np.ndarray,
-    gradient: np.ndarray,
-    forcing: float,
-    damping: float,
+    curvature: Curvature, theta: np.ndarray, gradient: np.ndarray, forcing: float, damping: float
 ) -> np.ndarray:
     """Newton's step at theta, of its shape."""
-    columns = features.shape[1] + objective.fit_intercept  # the intercept last, if there is one
-    at, slope = (
-        torch.from_numpy(t.reshape(objective.rows, -1)).to(features.dtype) for t in (theta, gradient)
-    )
-    if objective.binary:  # logits (0, s)
-        at = torch.cat([torch.zeros_like(at), at])
-    weight, bias = at[:, :-1].contiguous(), at[:, -1].contiguous()
-    given: dict[str, Any] = {
-        "bias": bias if objective.fit_intercept else None,
-        "wrt": ("weight", "bias") if objective.fit_intercept else ("weight",),
-        "sample_weight": objective.weight,
-        "denominator": objective.total,
-    }
-    ridge = torch.zeros(columns, dtype=features.dtype)
-    ridge[: features.shape[1]] = torch.from_numpy(objective.penalty / objective.scale**2)
+    objective, hessian = curvature.objective, curvature.at(theta)
+    dtype, columns = hessian.dtype, objective.columns + objective.fit_intercept  # the intercept last
+    slope = torch.from_numpy(gradient.reshape(objective.rows, -1)).to(dtype)
+    ridge = torch.zeros(columns, dtype=dtype)
+    ridge[: objective.columns] = torch.from_numpy(objective.penalty / objective.scale**2)
     ridge += damping
-    system = NewtonSystem(
-        HeadHessian(features, weight, objective.target, **given),
-        ridge,
-        kronecker=lambda: HeadKronecker(features, weight, objective.target, weighting="curvature", **given),
-        pinned=objective.binary,
-    )
+    system = NewtonSystem(hessian, ridge, kronecker=hessian.kronecker, pinned=objective.binary)
     with torch.no_grad():
         size = slope.abs().max()  # squares of a small gradient leave the range of float32
         right = -slope[:, :columns] / size
         found = system.solve(right, _preconditioner(objective.rows, columns), forcing, MOST_PRODUCTS)
-    step = np.zeros((objective.rows, features.shape[1] + 1))
+    step = np.zeros((objective.rows, objective.columns + 1))
     step[:, :columns] = (found.solution * size).numpy()
     return step.ravel()
 

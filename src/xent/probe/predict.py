@@ -11,6 +11,7 @@ from xent.probe import data
 from xent.probe.data import Table
 from xent.probe.evaluate import Evaluation, evaluate
 from xent.probe.model_file import Model
+from xent.probe.ranks import ALONE, Ranks
 from xent.probe.text import class_text
 
 
@@ -23,7 +24,7 @@ class Scored:
     unknown: dict[str, int]  # label -> rows
 
 
-def read_for(model: Model, model_path: Path, path: Path, label: str | None) -> Table:
+def read_for(model: Model, model_path: Path, path: Path, label: str | None, ranks: Ranks = ALONE) -> Table:
     """Read the columns that the model needs, in its order, and the label's where it is there.
 
     ``label`` names another label column than the model's; it must then be there.
@@ -36,10 +37,11 @@ def read_for(model: Model, model_path: Path, path: Path, label: str | None) -> T
             label_optional=label is None,
             origin=f"a feature of {model_path}",
         ),
+        ranks,
     )
 
 
-def score(model: Model, table: Table) -> Scored | None:
+def score(model: Model, table: Table, ranks: Ranks = ALONE) -> Scored | None:
     """How good the predictions are; None for a table without labels.
 
     Labels are compared as text: a model fitted on CSV knows the 7 of a Parquet file.
@@ -52,10 +54,10 @@ def score(model: Model, table: Table) -> Scored | None:
         [known.get(text, -1) for text in texts] + [-1], dtype=np.int64
     )  # the last is where −1 points
     codes = place[table.codes]
-    counts = np.bincount(table.codes[table.codes >= 0], minlength=len(texts))
+    counts = ranks.sum(np.bincount(table.codes[table.codes >= 0], minlength=len(texts)))
     rows = np.flatnonzero(codes >= 0)
     return Scored(
-        evaluate(model, table.features, codes, rows, source=table.source) if len(rows) else None,
-        int((table.codes < 0).sum()),
+        evaluate(model, table, codes, rows, ranks=ranks) if ranks.sum(len(rows)) else None,
+        int(ranks.sum((table.codes < 0).sum())),
         {text: int(n) for text, n in zip(texts, counts, strict=True) if text not in known},
     )

@@ -17,7 +17,6 @@ Newton's method goes on where L-BFGS stalls, which sees a decrease only as a dif
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable
 from numbers import Integral, Real
@@ -25,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from scipy.sparse import issparse
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
@@ -39,30 +37,9 @@ from sklearn.utils.validation import (
     column_or_1d,
     validate_data,
 )
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from xent.probe.newton_cg import newton_cg
+from xent.probe.descent import SOLVERS, Descent, Progress, threads
 from xent.probe.objective import Objective
-
-SOLVERS = ("lbfgs", "newton-cg")
-
-SMALL = 1 << 25
-"""Multiplications in one product of an evaluation, N·D·C, below which one thread computes everything.
-
-Some 10 ms of work. Below it, threads that wait for each other cost more than they save: on a machine whose
-two cores are also wanted by others the digits (to tol 1e-8) take 0.3 s on one thread and 13 s on two.
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """Where the solver stands after an iteration; what ``SoftmaxRegression.fit`` hands to its callback."""
-
-    iteration: int
-    objective: float  # mean loss in nats + λ/2 ‖W‖²
-    gradient_norm: float  # its gradient's largest component; the solver stops at tol
-    coef: np.ndarray  # (K, D), K = C or, for two classes, 1
-    intercept: np.ndarray  # (K,)
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):
@@ -223,59 +200,35 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 )
             start = objective.to_solver(self.coef_, self.intercept_)
         self.classes_ = classes
-        small = X.shape[0] * X.shape[1] * len(classes) < SMALL
-        with threadpool_limits(1 if small else None):
-            self._solve(objective, start, callback)
 
-    def _solve(
-        self, objective: Objective, start: np.ndarray, callback: Callable[[Progress], None] | None
-    ) -> None:
-        theta = start.ravel()
-        value, _ = objective(theta)
-        curve = [value]
-        gradient_norm = objective.gradient_norm
-        asked_to_stop = False
-
-        def after_iteration(now: np.ndarray) -> None:
-            nonlocal theta, gradient_norm, asked_to_stop
-            theta = np.array(now)
-            value, _ = objective(theta)
-            gradient_norm = objective.gradient_norm
-            curve.append(value)
+        def watch(now: Progress) -> None:
             if self.verbose > 0:
-                print(f"iteration {len(curve) - 1}: objective {value:.9g}, gradient {gradient_norm:.3g}")
+                print(
+                    f"iteration {now.iteration}: objective {now.objective:.9g}, "
+                    f"gradient {now.gradient_norm:.3g}"
+                )
             if callback is not None:
-                try:
-                    callback(Progress(len(curve) - 1, value, gradient_norm, *objective.to_model(theta)))
-                except StopIteration:
-                    asked_to_stop = True
-                    raise
-            if gradient_norm <= self.tol:
-                raise StopIteration
+                callback(now)
 
-        solve = newton_cg if self.solver == "newton-cg" else _lbfgs
-        why = "max_iter is reached"
+        found = Descent(objective, self.solver, self.tol, self.max_iter)
         try:
-            if (
-                gradient_norm > self.tol
-                and self.max_iter > 0
-                and solve(objective, theta, self.max_iter, after_iteration)
-            ):
-                why = "the arithmetic resolves no further decrease"
+            with threads(X.shape[0], X.shape[1], len(classes)):
+                found.run(start, watch)
         finally:  # also on Ctrl-C: what has been reached is kept
-            self.coef_, self.intercept_ = objective.to_model(theta)
-            self.n_iter_ = len(curve) - 1
-            self.loss_curve_ = np.array(curve)
-            self.gradient_norm_ = gradient_norm
-            self.converged_ = bool(gradient_norm <= self.tol)
-        if not self.converged_ and not asked_to_stop:
+            self.coef_, self.intercept_ = found.coef, found.intercept
+            self.n_iter_ = max(0, len(found.curve) - 1)
+            self.loss_curve_ = np.array(found.curve)
+            self.gradient_norm_ = found.gradient_norm
+            self.converged_ = found.converged
+        if not self.converged_ and not found.asked_to_stop:
             precision = " or pass float64 features" if objective.dtype == np.float32 else ""
+            why = "the arithmetic resolves no further decrease" if found.stalled else "max_iter is reached"
             warnings.warn(
-                f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient {gradient_norm:.3g} "
-                f"above tol {self.tol:.3g} ({why}); raise max_iter or tol, "
+                f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient "
+                f"{self.gradient_norm_:.3g} above tol {self.tol:.3g} ({why}); raise max_iter or tol, "
                 f"standardise the features{precision}",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -316,31 +269,6 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             hit = np.take_along_axis(y, self.predict(X)[:, None], axis=1)[:, 0]
             return float(mass @ hit / (mass @ y.sum(axis=1)))
         return float(super().score(X, y, sample_weight))
-
-
-def _lbfgs(
-    objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: Callable[[np.ndarray], None]
-) -> bool:
-    """Minimise from theta; whether it ended for want of digits."""
-    result = minimize(
-        objective,
-        theta,
-        jac=True,
-        method="L-BFGS-B",
-        callback=lambda intermediate_result: after_iteration(intermediate_result.x),
-        # gtol 0: the gradient that tol is about is the one in (W, b), tested after each iteration; ftol is
-        # scikit-learn's, for float32 too: the sum over rows resolves more than one number does,
-        # and a float32 epsilon here ended fits a few percent above the minimum
-        options={
-            "maxiter": max_iter,
-            "maxfun": 50 * max_iter,
-            "maxls": 50,
-            "gtol": 0.0,
-            "ftol": 64 * np.finfo(np.float64).eps,
-        },
-    )
-    ended_early: bool = result.nit < max_iter
-    return ended_early
 
 
 def _soft_labels(y: np.ndarray, dtype: np.dtype) -> np.ndarray:  # (N, C) -> (N, C)

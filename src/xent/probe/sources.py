@@ -11,27 +11,34 @@ from xent.probe import data
 from xent.probe.data import Table
 from xent.probe.errors import needs
 from xent.probe.files import aside
+from xent.probe.ranks import ALONE, Ranks
 
 
 def read_labelled(
-    path: str | Path, label: str, features: Sequence[str] = (), exclude: Sequence[str] = ()
+    path: str | Path,
+    label: str,
+    features: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    ranks: Ranks = ALONE,
 ) -> Table:
     """A table of which every row has a label; see ``xent.probe.data.read``."""
-    return data.read(path, data.Wanted(label=label, features=features or None, exclude=exclude))
+    return data.read(path, data.Wanted(label=label, features=features or None, exclude=exclude), ranks)
 
 
-def digits() -> Table:
+def digits(ranks: Ranks = ALONE) -> Table:
     """1,797 handwritten digits, 8 × 8 pixels of 0 to 16, in the package itself: no network."""
     with needs("probe"):
         from sklearn.datasets import load_digits
     found = load_digits()
+    rows = ranks.share.of(len(found.data))
     return Table(
         source="scikit-learn's digits",
-        features=found.data,
+        features=found.data[rows],
         feature_names=tuple(found.feature_names),
         label_name="digit",
-        codes=found.target.astype(np.int64),
+        codes=found.target[rows].astype(np.int64),
         classes=np.arange(10),
+        start=rows.start,
     )
 
 

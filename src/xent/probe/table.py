@@ -22,7 +22,7 @@ from xent.probe.text import quoted
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The rows of a file.
+    """The rows of a file, or those of one share of it.
 
     ``codes`` and ``classes`` are None where no label was asked for or, if it was optional, found; a code is
     −1 where an optional label is missing.
@@ -35,6 +35,12 @@ class Table:
     codes: np.ndarray | None = None  # (N,) int64, positions in classes
     classes: np.ndarray | None = None  # (C,) str, int or bool, sorted
     skipped: tuple[str, ...] = ()  # columns that are neither, for not being numeric
+    start: int = 0  # the first row's position in the file
+
+    def own(self, rows: np.ndarray) -> np.ndarray:
+        """Positions in this share of those of some rows, ascending positions in the file, that are in it."""
+        low, high = np.searchsorted(rows, [self.start, self.start + len(self.features)])
+        return rows[low:high] - self.start
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,13 +127,13 @@ def _as_option(name: str) -> str:
     return shlex.quote(row.getvalue())
 
 
-def check_finite(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
+def check_finite(path: Path, matrix: np.ndarray, names: Sequence[str], start: int) -> None:
     step = max(1, 2**22 // max(1, matrix.shape[1]))  # a flag a number, for a few million at a time
     for i in range(0, len(matrix), step):
         finite = np.isfinite(matrix[i : i + step])
         if not finite.all():
             row, j = np.argwhere(~finite)[0]
-            raise bad_number(path, names[j], i + int(row), float(matrix[i + row, j]))
+            raise bad_number(path, names[j], start + i + int(row), float(matrix[i + row, j]))
 
 
 def numbered(where: str, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -191,7 +191,9 @@ def merging(s: Setting) -> Iterator[Deviation]:
             a, b, c = (
                 _statistics(batch.z[:, k], batch.q[:, k]) for k in (slice(i), slice(i, j), slice(j, None))
             )
+            m = torch.stack([a.m, b.m, c.m]).amax(0)
             sets = {
+                "at once": (a.shares(m) + b.shares(m) + c.shares(m)).at(m, None),  # as processes do it
                 "(A ∪ B) ∪ C": a.merge(b).merge(c),
                 "A ∪ (B ∪ C)": a.merge(b.merge(c)),
                 "(C ∪ A) ∪ B": c.merge(a).merge(b),

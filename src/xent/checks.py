@@ -1,0 +1,81 @@
+"""What the tensors of a call may be, each error naming the argument; and what autocast makes of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xent import parallel
+from xent.core.plan import DEFAULT_BUDGET
+from xent.core.scores import compute_dtype
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensors(*, spread: bool = False, **given: object) -> None:
+    """What is no tensor is named, None apart; so is a DTensor, but where classes may be ``spread``."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not spread and parallel.is_dtensor(value):
+            raise TypeError(f"{name} is a DTensor, which is not taken here: pass {name}.full_tensor()")
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """All floating, and of one type."""
+    given = {name: t.dtype for name, t in tensors.items() if t is not None}
+    first, *_ = given
+    for name, dtype in given.items():
+        if dtype not in FLOATING:
+            raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {dtype}")
+        if dtype != given[first]:
+            raise TypeError(
+                f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"
+            )
+
+
+def check_devices(*tensors: Tensor | None) -> None:
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def check_budget(memory_budget: int | None) -> int:
+    if memory_budget is None:
+        return DEFAULT_BUDGET
+    if memory_budget <= 0:
+        raise ValueError(f"memory_budget is a number of bytes and must be positive, got {memory_budget}")
+    return int(memory_budget)
+
+
+def product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
+    full = compute_dtype(input.dtype)
+    if asked is None:
+        return full if input.device.type == "cpu" else input.dtype
+    allowed = (full, torch.bfloat16, input.dtype) if full == torch.float32 else (full,)
+    if asked not in allowed:
+        names = ", ".join(sorted({str(dtype) for dtype in allowed}))
+        raise ValueError(f"product_dtype of {input.dtype} features can be {names}; got {asked}")
+    return asked
+
+
+def unit(rows: Tensor) -> Tensor:
+    """Rows (..., D) of length 1, in the type of the computation."""
+    return torch.nn.functional.normalize(rows.to(compute_dtype(rows.dtype)), dim=-1)
+
+
+def lower(tensor: Tensor) -> Tensor:
+    """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
+    if not autocasts(tensor):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def loss_dtype(tensor: Tensor) -> torch.dtype:
+    """The type of the loss: that of the scores, but never a half type under autocast."""
+    return torch.float32 if autocasts(tensor) else tensor.dtype
+
+
+def autocasts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64

@@ -1,0 +1,127 @@
+"""A head whose classes are spread over real processes is the head in one piece."""
+
+from __future__ import annotations
+
+import pytest
+
+from crew import Crew
+from table import OTHERS, ROWS, dtypes
+
+SAMPLED = "the classes of a sample are those of one process"
+SPREAD = [
+    row for row in ROWS + OTHERS if row.loss in ("cross_entropy", "entropy", "log_prob") and not row.sampled
+]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=lambda size: f"{size}-ranks")
+def crews(request):
+    made = []
+
+    def crew() -> Crew:
+        if not made or not made[-1].serves:  # after a failure the next test has another
+            made.append(Crew(request.param))
+        return made[-1]
+
+    yield crew
+    for one in made:
+        one.close()
+
+
+@pytest.mark.parametrize("row", [pytest.param(row.name, id=row.name) for row in SPREAD])
+@dtypes()
+def test_every_option_is_that_of_the_whole_head(crews, row, dtype):
+    crews().run("law", row, dtype)
+
+
+@dtypes()
+def test_rows_say_the_same(crews, dtype):
+    crews().run("rows", dtype)
+
+
+CASES = [
+    "uneven_shards",
+    "tied_maxima",
+    "extremes",
+    "which_tensors",
+    "other_slices",
+    "beside_a_graph",
+    "learnt",
+    "shapes",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_case(crews, case):
+    crews().run(case)
+
+
+def test_what_is_sent_does_not_grow_with_the_classes(crews):
+    crews().run("traffic", 50, 16)
+
+
+def test_blocks_of_rows_go_out_one_after_the_other(crews):
+    crews().run("blocks", 300, 16)
+
+
+def test_ranks_that_disagree_say_so_on_every_rank(crews):
+    every = crews().run("disagreements")
+    for said in every:
+        assert said == every[0]
+        for name in (
+            "rows",
+            "dtype",
+            "features",
+            "targets",
+            "targets later",
+            "smoothing later",
+            "weights later",
+        ):
+            assert said[name].startswith("ValueError: the ranks of the group disagree about"), (
+                name,
+                said[name],
+            )
+            assert "its own slice of the classes" in said[name]
+        assert "rows: (4,) on rank 0, (5,) on rank" in said["rows"]
+        assert "label_smoothing: 0.0 on rank 0" in said["smoothing later"]
+        assert said["agreement"] == said["agreement again"] == "nothing"
+
+
+def test_what_is_not_taken_is_named(crews):
+    for said in crews().run("refusals"):
+        assert said["label"].startswith("IndexError: target")
+        assert "classes does not go with group" in said["classes"]
+        assert "log_q does not go with group" in said["log_q"]
+        assert said["group"].startswith("TypeError: group must be a torch.distributed process group")
+        assert "take group= out of vmap" in said["vmap"]
+        assert "reduction is 'sum'" in said["sum over data"]
+        assert "drop denominator" in said["denominator"]
+        assert "have nothing to say of tensors without data" in said["meta"]
+        assert said["graph"] != "nothing"
+
+
+def test_a_classifier_placed_by_classes_is_used_as_it_is(crews):
+    for said in crews().run("dtensors"):
+        for name in ("columns", "replicated", "rows"):
+            assert said[name].startswith("ValueError"), (name, said[name])
+            assert "redistribute(mesh['name'], [" in said[name]
+        for name in ("elsewhere", "curvature"):
+            assert "is a DTensor, which is not taken here" in said[name]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_the_mean_over_all_ranks_rows(crews, kind):
+    crews().run("rows_spread", kind)
+
+
+def test_rows_and_classes_on_a_mesh_of_two_dimensions(crews):
+    crew = crews()
+    for shape in ((1, crew.size), (crew.size, 1)):
+        crew.run("both", shape)
+
+
+@pytest.mark.slow
+def test_rows_and_classes_each_over_two_ranks():
+    crew = Crew(4)
+    crew.run("both", (2, 2))
+    crew.run("sharded_both_ways")
+    crew.close()
