@@ -195,42 +195,36 @@ class Curvature:
         """Σ_c of the diagonal of H_u, (M,) float64."""
         if self.form is Form.OUTER:
             return self.weight * self.gradient_norms().square()
-        sums = []
-        plan = self.plan(resident=False)
-        visit = Visit(self, plan, crosses=False)
-        with self.problem.products():
-            for chunk in plan.row_chunks(self.problem.targets.count):
-                rows = visit.enter(chunk)
-                total = torch.zeros_like(rows.alpha)
-                for classes in visit.classes:
-                    total = total + self.tile_diagonal(visit.tile(classes), rows).sum(1).to(total.dtype)
-                sums.append(total)
-        return torch.cat(sums) if sums else torch.zeros_like(self.weight)
+        found = torch.zeros_like(self.weight)
+        for chunk, rows, tile in self._tiles():
+            found[chunk] += self.tile_diagonal(tile, rows).sum(1).to(found.dtype)
+        return found
 
     def gradients(self) -> Tensor:
         """∂ℓ/∂u, (M, C), where outer products are taken of it."""
+        assert self.form is Form.OUTER
         scores, targets = self.problem.scores, self.problem.targets
         whole = torch.empty(targets.count, targets.classes, dtype=scores.dtype, device=scores.device)
-        for chunk, tile in self._tiles():
+        for chunk, _, tile in self._tiles():
             whole[chunk, tile.classes] = tile.p
         return whole
 
     def gradient_norms(self) -> Tensor:
         """‖∂ℓ/∂u‖, (M,) float64, without the squares of small numbers."""
+        assert self.form is Form.OUTER
         found = torch.zeros_like(self.weight)
-        for chunk, tile in self._tiles():
+        for chunk, _, tile in self._tiles():
             found[chunk] = torch.hypot(found[chunk], norms(tile.p))
         return found
 
-    def _tiles(self) -> Iterator[tuple[slice, Tile]]:
-        assert self.form is Form.OUTER
+    def _tiles(self) -> Iterator[tuple[slice, Rows, Tile]]:
         plan = self.plan(resident=False)
         visit = Visit(self, plan, crosses=False)
         with self.problem.products():
             for chunk in plan.row_chunks(self.problem.targets.count):
-                visit.enter(chunk)
+                rows = visit.enter(chunk)
                 for classes in visit.classes:
-                    yield chunk, visit.tile(classes)
+                    yield chunk, rows, visit.tile(classes)
 
     def class_diagonal(self, c: int) -> Tensor:
         """∂²L/∂u_c², (M,), of one class."""
