@@ -42,10 +42,11 @@ def of_factors(g: Tensor, a: Tensor, ridge: Tensor) -> Map:
     t = whitening(a + ridge.diag() / average)
     a, q = torch.linalg.eigh(t.mT @ a @ t)
     basis = t @ q
-    values = torch.outer(g, a.clamp(min=0.0)) + (basis.square() * ridge[:, None]).sum(0)
-    # of less than this the rounding of a residual, as often blown up, would decide
-    seen = values > torch.finfo(g.dtype).eps ** (1 / 3) * float(values.max())
-    values = torch.where(seen, values, average)
+    curved, fixed = torch.outer(g, a.clamp(min=0.0)), (basis.square() * ridge[:, None]).sum(0)
+    # with a curvature of less than this a residual's rounding would decide; a ridge is known
+    seen = (curved > torch.finfo(g.dtype).eps ** (1 / 3) * curved.max()) | (fixed > curved)
+    values = curved + fixed
+    values = torch.where(seen & (values > _rounding(g) * values.max()), values, average)
     return lambda r: u @ ((u.t() @ r @ basis) / values) @ basis.t()
 
 
