@@ -20,13 +20,11 @@ from xent.checks import (
     check_budget,
     check_devices,
     check_floating,
+    check_tensors,
     loss_dtype,
     lower,
     product_dtype,
     unit,
-)
-from xent.checks import (
-    check_tensors as check_tensors,
 )
 from xent.core.margin import Margin, OwnMove
 from xent.core.plan import DEFAULT_BUDGET
@@ -48,8 +46,7 @@ from xent.core.targets import (
     top_k_targets,
 )
 from xent.subset import Subset, log_q_of
-from xent.target import Target as Target
-from xent.target import TopKTarget, at_positions
+from xent.target import Target, TopKTarget, at_positions
 
 LARGEST_MOVE = 600.0  # exp of it is a float64
 

@@ -22,7 +22,8 @@ from xent.curvature.heads import HeadGGN
 from xent.curvature.sides import Sides, Stacks
 from xent.curvature.source import OPTIONS, check_options, refuse_derivatives, tensors_of
 from xent.modes import plain
-from xent.options import Options, Target
+from xent.options import Options
+from xent.target import Target
 
 Model: TypeAlias = nn.Module | Callable[[Any, Any], Tensor]
 Head: TypeAlias = tuple[Tensor] | tuple[Tensor, Tensor | None]

@@ -20,7 +20,7 @@ from xent.core.scores import LinearHead
 from xent.core.targets import of_one_class
 from xent.curvature.heads import HeadOperator
 from xent.curvature.source import Batch
-from xent.options import Target
+from xent.target import Target
 
 
 class HeadFisher(HeadOperator):

@@ -26,7 +26,8 @@ from xent.core.statistics import statistics_dtype
 from xent.curvature.sides import AT_ONCE, Sides, Stacks
 from xent.curvature.source import Batch, Source
 from xent.modes import plain
-from xent.options import Options, Target
+from xent.options import Options
+from xent.target import Target
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

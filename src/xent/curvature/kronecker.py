@@ -33,7 +33,7 @@ from xent.curvature.heads import HeadOperator, closed
 from xent.curvature.sides import Stacks
 from xent.curvature.source import Batch
 from xent.modes import plain
-from xent.options import Target
+from xent.target import Target
 
 
 class KroneckerEigen(NamedTuple):

@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from xent.checks import check_tensors
 from xent.core import sweep
 from xent.curvature import conjugate
 from xent.curvature.conjugate import Found, Map, Refined
@@ -27,7 +28,7 @@ from xent.curvature.kronecker import HeadKronecker
 from xent.curvature.preconditioners import of_blocks, of_diagonal, of_factors
 from xent.curvature.source import OPTIONS, Batch, check_options
 from xent.modes import plain
-from xent.options import Target, check_tensors
+from xent.target import Target
 
 Preconditioner: TypeAlias = Literal["class-blocks", "kronecker", "diagonal"]
 

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xent.checks import check_tensors
 from xent.core.curvature import Curvature, Form, norms
 from xent.core.scores import LinearHead
 from xent.curvature.source import OPTIONS, check_options, refuse_derivatives, tensors_of
 from xent.modes import plain
-from xent.options import Call, Options, Part, Target, check_tensors
+from xent.options import Call, Options, Part
+from xent.target import Target
 
 OF_ROWS = [name for name in OPTIONS if name not in ("reduction", "denominator")]
 

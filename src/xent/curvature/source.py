@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from xent import modes
+from xent.checks import check_tensors
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.sweep import Problem
-from xent.options import Call, Options, check_tensors
+from xent.options import Call, Options
 from xent.target import Target, TopKTarget
 
 Batch: TypeAlias = tuple[Tensor, Target] | tuple[Tensor, Target, Tensor]
