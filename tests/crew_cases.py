@@ -339,7 +339,18 @@ def disagreements() -> dict[str, str]:
     attempt("targets later", group, x, w, (y + last) % 4)
     attempt("smoothing later", group, x, w, y, label_smoothing=0.1 * last)
     attempt("weights later", group, x, w, y, weight=torch.ones(4) if last else None)
-    attempt("agreement again", group, x, w, y)
+    attempt("denominator later", group, x, w, y, denominator=1.0 + last)
+    attempt("agreement again", group, x, w, y, label_smoothing=0)
+    attempt("another type of number", group, x, w, y, label_smoothing=0 if last else 0.0)
+    attempt(
+        "weights of rows", dist.new_group(), x, w, y, sample_weight=torch.ones(5) - last * torch.eye(5)[2]
+    )
+    wide = 4 + 2 * last
+    attempt("class weights", dist.new_group(), x, w, y, weight=torch.ones(wide))
+    attempt("bias", dist.new_group(), x, w, y, linear_bias=torch.ones(wide))
+    attempt("probabilities", dist.new_group(), x, w, torch.rand(5, wide))
+    attempt("shape", dist.new_group(), x[:, : 3 - last], w, y)
+    attempt("type", dist.new_group(), x, w.double() if last else w, y)
     return said
 
 
@@ -365,6 +376,8 @@ def refusals() -> dict[str, str]:
     attempt("log_q", lambda: loss(log_q=torch.zeros(4)))
     attempt("group", lambda: loss(group="world"))
     attempt("vmap", lambda: torch.vmap(lambda u: loss(u[None], w, y[:1]))(x))
+    empty = w if dist.get_rank() == 0 else w[:0]  # others than the first hold no class
+    attempt("hessian", lambda: torch.func.hessian(lambda u: loss(u, empty, y % 4))(x))
     attempt("sum over data", lambda: loss(group=None, data_group=group, reduction="sum"))
     attempt("denominator", lambda: loss(group=None, data_group=group, denominator=3.0))
     attempt("graph", lambda: torch.compile(loss, backend="eager", fullgraph=True)())
@@ -422,7 +435,9 @@ def dtensors() -> dict[str, str]:
     step = torch.optim.SGD(placed, lr=0.1)  # what comes back is what an optimiser takes
     step.step()
     said = {}
+    grid = init_device_mesh("cpu", (1, size), mesh_dim_names=("rows", "classes"))
     wrong = {
+        "two": lambda: xent.linear_cross_entropy(x, distribute_tensor(w, grid, [Replicate(), Shard(0)]), y),
         "columns": lambda: xent.linear_cross_entropy(x, distribute_tensor(w, mesh, [Shard(1)]), y),
         "replicated": lambda: xent.linear_cross_entropy(x, distribute_tensor(w, mesh, [Replicate()]), y),
         "rows": lambda: xent.linear_cross_entropy(distribute_tensor(x, mesh, [Shard(0)]), placed[1], y),
@@ -484,6 +499,22 @@ def rows_spread(kind: str) -> None:
             for p, e in zip(model.parameters(), whole.parameters(), strict=True):
                 g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
                 close(g, e.grad)
+    theta = torch.randn(4, requires_grad=True)
+
+    def learnt(rows: slice, group: Any) -> Tensor:
+        s = torch.sigmoid(x[rows] @ theta)
+        z = x[rows] @ torch.ones(4, c)
+        return xent.cross_entropy(z, y[rows], sample_weight=s, data_group=group)
+
+    (one_theta,) = grad(learnt(slice(None), None), [theta])
+    (g,) = grad(learnt(mine, dist.group.WORLD), [theta])
+    dist.all_reduce(g)
+    close(g / size, one_theta)
+    compiled = torch.compile(
+        lambda z: 2 * xent.cross_entropy(z, y, data_group=dist.group.WORLD), backend="eager"
+    )
+    z = torch.randn(17, c)
+    close(compiled(z), 2 * xent.cross_entropy(z, y))
     nothing = xent.cross_entropy(torch.zeros(0, 3, requires_grad=True), y[:0], data_group=dist.group.WORLD)
     assert nothing.item() == 0.0
 
@@ -547,6 +578,25 @@ def learnt() -> None:
     again = grad((dz * vz).sum() + (dq * vq).sum(), whole[:2])
     part = (found[0] * vz[:, classes]).sum() + (found[1] * vq[:, classes]).sum()
     all_close(grad(part, mine[:2]), [t[:, classes] for t in again])
+
+
+def sparse_and_sure() -> None:
+    """Class weights enter no divisor of a sparse target; a sure row's gradient keeps its digits."""
+    classes, group = here(CASE[dist.get_world_size()]), dist.group.WORLD
+    z, cw = torch.randn(6, 101, dtype=torch.float64), torch.rand(101, dtype=torch.float64) + 0.5
+    for k in (1, 3):
+        indices = torch.rand(6, 101).argsort(1)[:, :k]
+        target = xent.TopKTarget(indices, torch.rand(6, k, dtype=torch.float64))
+        one = xent.cross_entropy(z, target, cw)
+        close(xent.cross_entropy(z[:, classes], target, cw[classes], group=group), one)
+    z = torch.full((2, 101), -90.0, dtype=torch.float64)
+    z[0, 0] = z[1, 100] = 0.0
+    y = torch.tensor([0, 100])
+    for smoothing in (1e-3, 1e-10):
+        whole, mine = z.clone().requires_grad_(), z[:, classes].clone().requires_grad_()
+        (g,) = grad(xent.cross_entropy(whole, y, label_smoothing=smoothing), [whole])
+        (found,) = grad(xent.cross_entropy(mine, y, label_smoothing=smoothing, group=group), [mine])
+        torch.testing.assert_close(found, g[:, classes], rtol=1e-14, atol=0.0)
 
 
 def shapes() -> None:

@@ -356,3 +356,14 @@ BAD = [
 def test_errors_say_what_and_the_way_out(call, error, match):
     with pytest.raises(error, match=match):
         call(torch.tensor([[3.0, 1.0], [0.0, 2.0]]), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_second_derivatives_where_no_row_counts(rows):
+    x, w = torch.randn(rows, D, requires_grad=True), torch.randn(C, D, requires_grad=True)
+    target = torch.full((rows,), -100)
+    loss = xent.linear_cross_entropy(x, w, target, margin=xent.Margin(cosine=0.3), label_smoothing=0.1)
+    (g,) = torch.autograd.grad(loss, w, create_graph=True)
+    again = torch.autograd.grad((g * torch.randn_like(g)).sum(), (x, w))
+    assert not g.any()
+    assert not any(t.any() for t in again)

@@ -164,6 +164,11 @@ def test_confident_row_without_a_target():
     assert g[0, 2].item() == 0
 
 
+def test_argmax_is_the_lowest_of_equal_classes_that_a_sparse_target_names():
+    target = xent.TopKTarget(torch.tensor([[2, 1]]), torch.tensor([[0.5, 0.5]]))
+    assert xent.row_statistics(torch.tensor([[0.0, 1.0, 1.0, 0.0]]), target).argmax.tolist() == [1]
+
+
 def test_argmax_is_the_lowest_class_of_equal_ones():
     z = torch.zeros(2, 50)
     z[1, [7, 31]] = 1.0

@@ -110,7 +110,7 @@ def cross_entropy(
         value = small.loss(input, None, None, target, ignore_index, reduction, _by_the_sweep)
         if value is not None:
             return value
-    return parallel.agreed(lambda: _loss(options.of_spread_logits(input, target)), group, input)
+    return parallel.agreed(lambda: _loss(options.of_spread_logits(input, target)), (group, data_group), input)
 
 
 def linear_cross_entropy(
@@ -212,7 +212,9 @@ def linear_cross_entropy(
         if value is not None:
             return value
     return parallel.agreed(
-        lambda: _loss(options.of_spread_head(input, linear_weight, linear_bias, target)), group, linear_weight
+        lambda: _loss(options.of_spread_head(input, linear_weight, linear_bias, target)),
+        (group, data_group),
+        linear_weight,
     )
 
 
@@ -262,7 +264,7 @@ def _values(part: Part, reduction: Reduction) -> tuple[Tensor, Targets]:
         log_prob = None if log_prob is None else log_prob.masked_fill(~part.kept, 0.0)
     move = part.move
     if found.mass is not None:  # of all processes' classes
-        targets = targets.weighed(found.mass)
+        targets = targets.weighed(found.mass) if part.weighs else targets
         if move is not None and found.of_target is not None:
             rest = found.of_target - found.mass if targets.dense else None
             move = move._replace(mass=found.mass, rest=rest)

@@ -9,7 +9,7 @@ A call becomes one `Part`, or one for each position of a head with several, whic
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,6 +26,7 @@ from xent.checks import (
     product_dtype,
     unit,
 )
+from xent.core.arithmetic import BATCHED
 from xent.core.margin import Margin, OwnMove
 from xent.core.plan import DEFAULT_BUDGET
 from xent.core.ranks import Ranks
@@ -46,7 +47,7 @@ from xent.core.targets import (
     top_k_targets,
 )
 from xent.subset import Subset, log_q_of
-from xent.target import Target, TopKTarget, at_positions
+from xent.target import Target, TopKTarget, at_positions, tensors_of
 
 LARGEST_MOVE = 600.0  # exp of it is a float64
 
@@ -58,14 +59,13 @@ class Part(NamedTuple):
     opaque: bool  # whether the sweep is to be one operator
     check: bool | None  # of targets, by that operator
     move: OwnMove | None = None  # of the targets' own scores
+    weighs: bool = False  # whether other processes know what some rows add to the divisor of a mean
 
     def asking(self) -> Problem:
         """The problem, asking for what a move, and the divisor of a mean, start from."""
-        targets = self.problem.targets
-        one = targets.own is not None and targets.own.shape[1] == 1
-        uneven = targets.class_weight is not None or (self.move is not None and targets.smoothing > 0)
-        mass = one and targets.held is not None and uneven
-        extras = Extras(log_prob=self.move is not None, mass=mass)
+        targets, moves = self.problem.targets, self.move is not None
+        mass = self.weighs or (moves and targets.held is not None and targets.smoothing > 0)
+        extras = Extras(log_prob=moves, mass=mass)
         return self.problem._replace(extras=extras) if any(extras) else self.problem
 
 
@@ -143,9 +143,11 @@ class Options(NamedTuple):
         axis = 0 if input.dim() == 1 else 1
         classes = input.shape[axis]
         rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
+        self._check(classes, rows_shape)
+        target = self._resolve(target, rows_shape, tuple(input.shape))
+        reduction, transform = self._reduction(), self._transform()
         ranks = self._ranks(input, None, classes, rows_shape, target)
-        self._check(classes, rows_shape, ranks)
-        target, checked = self._resolve(target, classes, rows_shape, tuple(input.shape), ranks)
+        checked = self._check_classes(target, classes, ranks)
         n = math.prod(rows_shape)
         if isinstance(target, TopKTarget):
             k = target.indices.shape[-1]
@@ -158,9 +160,9 @@ class Options(NamedTuple):
             target = target.reshape(n)
         s = None if self.sample_weight is None else self.sample_weight.reshape(n)
         log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
-        scores = Logits(input.movedim(axis, -1).reshape(n, classes), log_q, self._transform())
+        scores = Logits(input.movedim(axis, -1).reshape(n, classes), log_q, transform)
         part = self._part(scores, target, checked, s, DEFAULT_BUDGET, ranks)
-        return Call([part], self._reduction(), rows_shape, loss_dtype(input))
+        return Call([part], reduction, rows_shape, loss_dtype(input))
 
     def of_head(
         self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
@@ -202,11 +204,13 @@ class Options(NamedTuple):
         check_floating(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
         batch = input.shape[:-1]
         rows_shape = torch.Size((*batch, *positions))
-        ranks = self._ranks(input, features, classes, rows_shape, target)
-        self._check(classes, rows_shape, ranks)
+        self._check(classes, rows_shape)
         budget = check_budget(self.memory_budget)
-        target, checked = self._resolve(target, classes, rows_shape, (*batch, classes, *positions), ranks)
-        transform, factor = self._transform(), product_dtype(self.product_dtype, input)
+        target = self._resolve(target, rows_shape, (*batch, classes, *positions))
+        reduction, transform = self._reduction(), self._transform()
+        factor = product_dtype(self.product_dtype, input)
+        ranks = self._ranks(input, features, classes, rows_shape, target)
+        checked = self._check_classes(target, classes, ranks)
         places, n = math.prod(positions), math.prod(batch)
         x = input if input.dim() == 2 else input.reshape(n, features)
         if places > 1:  # so that the gradients of all positions add up before they are rounded
@@ -226,7 +230,7 @@ class Options(NamedTuple):
             )
             for k in range(places)
         ]
-        return Call(parts, self._reduction(), rows_shape, dtype)
+        return Call(parts, reduction, rows_shape, dtype)
 
     def of_spread_logits(self, input: Tensor, target: Target) -> Call:
         """`of_logits` of what this process holds: of DTensors, the local one."""
@@ -261,29 +265,32 @@ class Options(NamedTuple):
         self._no_sample_of_a_slice()
         if modes.is_opaque(input):
             raise NotImplementedError(parallel.IN_GRAPH)
-        given = target.indices if isinstance(target, TopKTarget) else target
-        sums_up = isinstance(given, Tensor) and not given.is_floating_point() and not modes.batched(given)
-        about = {
+        s = self.sample_weight
+        if modes.batched(input, s, *tensors_of(target)):
+            raise NotImplementedError(BATCHED)
+        indices = [t for t in tensors_of(target) if not t.is_floating_point()]
+        kind = "class indices" if indices else "probabilities"
+        about: dict[str, Any] = {
             "rows": tuple(rows_shape),
             "features a row": features,
             "dtype": str(input.dtype),
             "input.requires_grad": input.requires_grad and torch.is_grad_enabled(),
-            "the kind of target": "none" if given is None else type(target).__name__,
-            "targets": parallel.checksum(given) if sums_up and given is not None else None,
-            "sample_weight": self.sample_weight is None,
-            "weight": self.weight is None,
+            "the kind of target": type(target).__name__ if not isinstance(target, Tensor) else kind,
+            "targets, of which this is a checksum": parallel.checksum(*indices),
+            "weights, of which this says whether there are any": self.weight is not None,
+            "sample_weight, of which this says whether there is one": s is not None,
+            "rows of sample_weight 0, of which this is a checksum": parallel.checksum(
+                *() if s is None else (s.detach() == 0,)
+            ),
             "margin": str(self.margin),
+            "reduction": self.reduction,
+            "check_targets": self.check_targets,
+            "normalize": self.normalize,
         }
-        for name in (
-            "ignored",
-            "reduction",
-            "label_smoothing",
-            "z_loss",
-            "softcap",
-            "temperature",
-            "normalize",
-        ):
-            about[name] = getattr(self, name)
+        numbers = ("ignored", "label_smoothing", "z_loss", "softcap", "temperature", "denominator")
+        for name in numbers:
+            value = getattr(self, name)  # whose type is no difference
+            about[name] = None if value is None else f"{float(value):.6g}"
         return parallel.ranks_of(self.group, held, about)
 
     def _no_sample_of_a_slice(self) -> None:
@@ -291,10 +298,8 @@ class Options(NamedTuple):
             if self.group is not None and getattr(self, name) is not None:
                 raise ValueError(f"{name} does not go with group: sample among the classes of one process")
 
-    def _check(self, classes: int, rows_shape: torch.Size, ranks: Ranks | None) -> None:
+    def _check(self, classes: int, rows_shape: torch.Size) -> None:
         check_tensors(weight=self.weight, sample_weight=self.sample_weight, log_q=self.log_q)
-        if (classes if ranks is None else ranks.classes) == 0:
-            raise ValueError("there must be at least one class, got 0")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
         weight, s = self.weight, self.sample_weight
@@ -310,18 +315,31 @@ class Options(NamedTuple):
                 f"got {tuple(s.shape)}"
             )
 
-    def _resolve(
-        self,
-        target: Target,
-        classes: int,
-        rows_shape: torch.Size,
-        full_shape: tuple[int, ...],
-        ranks: Ranks | None,
-    ) -> tuple[Target, Checked]:
-        """The target, indices as int64, and what a check of these has shown."""
+    def _check_classes(self, target: Target, classes: int, ranks: Ranks | None) -> Checked:
+        """What is known of class indices; where ranks have yet to agree on the classes, an error waits."""
         classes = classes if ranks is None else ranks.classes
+        indices = target.indices if isinstance(target, TopKTarget) else target
+        try:
+            if classes == 0:
+                raise ValueError("there must be at least one class, got 0")
+            if indices is None or indices.is_floating_point():
+                return UNCHECKED
+            # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
+            if modes.is_opaque(indices) or modes.batched(indices):
+                return UNCHECKED
+            if isinstance(target, TopKTarget):
+                return check_top_k(indices, classes, self.check_targets)
+            return check_index(indices, classes, self.ignored, self.check_targets)
+        except (IndexError, ValueError) as error:
+            if ranks is None:
+                raise
+            ranks.doubts.append(error)
+            return UNCHECKED
+
+    def _resolve(self, target: Target, rows_shape: torch.Size, full_shape: tuple[int, ...]) -> Target:
+        """The target, indices as int64."""
         if target is None:
-            return None, UNCHECKED
+            return None
         if not isinstance(target, Tensor | TopKTarget):
             raise TypeError(f"target must be a tensor or a TopKTarget, got {type(target).__name__}")
         if isinstance(target, TopKTarget) or target.is_floating_point():
@@ -333,24 +351,15 @@ class Options(NamedTuple):
                     f"got {tuple(target.indices.shape)}"
                 )
             self._no_ignoring("a target of probabilities")
-            indices = target.indices.to(torch.int64)
-            target = TopKTarget(indices, target.probabilities, target.remainder)
-            if modes.is_opaque(indices) or modes.batched(indices):
-                return target, UNCHECKED
-            return target, _unless_doubted(ranks, lambda: check_top_k(indices, classes, self.check_targets))
+            return TopKTarget(target.indices.to(torch.int64), target.probabilities, target.remainder)
         shape = tuple(target.shape)
         if target.is_floating_point() and shape == full_shape:
             self._no_ignoring("a target of probabilities")
-            return target, UNCHECKED
+            return target
         if shape == rows_shape and not target.is_floating_point():
             if target.is_complex() or target.dtype == torch.bool:
                 raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
-            target = target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
-            # in a graph the operator checks; under vmap nothing can, and a bad target costs nan
-            if modes.is_opaque(target) or modes.batched(target):
-                return target, UNCHECKED
-            ignored, check = self.ignored, self.check_targets
-            return target, _unless_doubted(ranks, lambda: check_index(target, classes, ignored, check))
+            return target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
         if shape == full_shape:
             raise TypeError(
                 f"a target of shape {shape} holds probabilities and must be floating, got {target.dtype}"
@@ -450,7 +459,8 @@ class Options(NamedTuple):
             row_weight = sample_weight.to(statistics_dtype(sample_weight.device))
             row_weight = row_weight if targets.rows is None else row_weight[targets.rows]
         move = self._move(scores, targets, known=not in_graph and kept is None)
-        return Part(problem, row_weight, kept, in_graph, self.check_targets, move)
+        weighs = is_index and held is not None and self.weight is not None
+        return Part(problem, row_weight, kept, in_graph, self.check_targets, move, weighs)
 
     def _move(self, scores: Scores, targets: Targets, *, known: bool) -> OwnMove | None:
         """How the targets' own scores move, which are those of single classes."""
@@ -539,14 +549,3 @@ class Options(NamedTuple):
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         return Transform(softcap, float(temperature))
-
-
-def _unless_doubted(ranks: Ranks | None, check: Callable[[], Checked]) -> Checked:
-    """What a check of targets shows; its error waits until ranks have agreed on the classes."""
-    try:
-        return check()
-    except (IndexError, ValueError) as error:
-        if ranks is None:
-            raise
-        ranks.doubts.append(error)
-        return UNCHECKED

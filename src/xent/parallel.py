@@ -10,6 +10,7 @@ first all-reduce of every later call (`core.ranks`), so that no rank goes on whe
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import zlib
 from collections.abc import Callable
@@ -34,25 +35,44 @@ IN_GRAPH = (
 HOW = "every rank passes the same rows, targets and options, and its own slice of the classes"
 
 
-def agreed(run: Callable[[], T], group: Any, *tensors: object) -> T:
+class RanksDisagree(ValueError):
+    """The ranks of a group do not pass what belongs together; raised on all of them."""
+
+
+def agreed(run: Callable[[], T], groups: tuple[Any, Any], *tensors: object) -> T:
     """run(), once more where the ranks turn out to hold other slices than this one expected.
 
-    A graph that is being made ends before it, and goes on behind.
+    groups: those of the classes and of the rows. A graph that is being made ends before it, and goes on
+    behind.
     """
-    if torch.compiler.is_compiling() and (group is not None or any(map(is_dtensor, tensors))):
-        return _outside_of_graphs(run)
-    return _agreed(run)
+    if torch.compiler.is_compiling() and (groups != (None, None) or any(map(is_dtensor, tensors))):
+        return _outside_of_graphs(run, groups[0])
+    return _agreed(run, groups[0])
 
 
-def _agreed(run: Callable[[], T]) -> T:
+def _agreed(run: Callable[[], T], group: Any) -> T:
     try:
         return run()
     except Disagreement as found:
         if not found.same:
             _compare(found.ranks.group, found.ranks.about)
-            raise ValueError(f"the ranks of the group disagree about the call: {HOW}") from None
+            raise RanksDisagree(f"the ranks of the group disagree about the call: {HOW}") from None
         _expected[found.ranks.group][found.ranks.held] = found.sizes
+    except RanksDisagree:
+        raise
+    except Exception as error:
+        if group is not None:
+            _tell(group, error)
+        raise
     return run()
+
+
+def _tell(group: Any, error: Exception) -> None:
+    """Where the ranks are about to compare what they have, they wait for this one, too."""
+    group = process_group(group, "group")
+    if group not in _expected and dist.get_world_size(group) > 1:
+        with contextlib.suppress(RanksDisagree):
+            _compare(group, {"error": f"{type(error).__name__}: {error}"})
 
 
 _outside_of_graphs = torch._disable_dynamo(_agreed)  # type: ignore[attr-defined]
@@ -69,8 +89,8 @@ def ranks_of(group: Any, held: int, about: dict[str, Any]) -> Ranks | None:
         return None
     known = _expected.get(group)
     if known is None:
-        sizes = _compare(group, {**about, "classes": held})
-        known = _expected[group] = {held: sizes}
+        known = {held: _compare(group, {**about, "classes": held})}
+        _expected[group] = known
     call = zlib.crc32(repr(about).encode())
     sizes = known.get(held) or (max(held, 1),) * size  # a guess, of a slice that is new
     return Ranks(group, rank, sizes, held, call, about)
@@ -81,11 +101,33 @@ def average_over(group: Any) -> Callable[[Tensor], Tensor]:
     group = process_group(group, "data_group")
 
     def average(value: Tensor) -> Tensor:
+        averaged: Tensor = _Average.apply(group, value)
+        return averaged
+
+    return average
+
+
+class _Average(torch.autograd.Function):
+    """The mean over ranks, which is its own transpose: learnt weights of rows reach every rank's loss."""
+
+    @staticmethod
+    def forward(group: Any, value: Tensor) -> Tensor:
         value = value.clone()
         dist.all_reduce(value, group=group)
         return value / dist.get_world_size(group)
 
-    return average
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, Tensor], output: Tensor) -> None:
+        ctx.group, _ = inputs
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        return None, _Average.apply(ctx.group, upstream)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, tangent: Tensor) -> Tensor:
+        averaged: Tensor = _Average.apply(ctx.group, tangent)
+        return averaged
 
 
 def process_group(group: Any, name: str) -> Any:
@@ -108,21 +150,27 @@ def _compare(group: Any, about: dict[str, Any]) -> tuple[int, ...]:
     """How many classes each rank holds; ValueError names the first thing that is not the same everywhere."""
     said: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(said, about, group=group)
+    for rank, other in enumerate(said):
+        if "error" in other:
+            raise RanksDisagree(f"rank {rank} of the group has an error: {other['error']}")
     for name, mine in said[0].items():
         for rank, other in enumerate(said):
             if name != "classes" and other[name] != mine:
-                raise ValueError(
+                raise RanksDisagree(
                     f"the ranks of the group disagree about {name}: {mine} on rank 0, {other[name]} on rank "
                     f"{rank}; {HOW}"
                 )
     return tuple(other.get("classes", 0) for other in said)
 
 
-def checksum(target: Tensor) -> int:
+def checksum(*tensors: Tensor) -> int:
     """A number that differs where integer tensors do."""
-    flat = target.reshape(-1).to(torch.int64)
-    places = torch.arange(1, 2 * len(flat) + 1, 2, device=flat.device)
-    return int((flat * places).sum())
+    total = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1).to(torch.int64)
+        places = torch.arange(1, 2 * len(flat) + 1, 2, device=flat.device)
+        total += int((flat * places).sum())
+    return total
 
 
 def is_dtensor(tensor: object) -> bool:
@@ -150,10 +198,13 @@ def localised(group: Any, **given: tuple[Any, int | None]) -> tuple[tuple[Any, .
         first, *others = placements
         if others or not (first.is_replicate() if axis is None else first.is_shard(axis)):
             wanted = "Replicate()" if axis is None else f"Shard({axis})"
+            if others:
+                way = f"DTensor.from_local({name}.to_local(), mesh['classes'], [{wanted}])"
+            else:
+                way = f"{name}.redistribute(placements=[{wanted}])"
             raise ValueError(
                 f"{name} is a DTensor placed {tuple(placements)}, where a head whose classes are spread over "
-                f"one mesh dimension has it ({wanted},): {name}.redistribute(mesh['name'], [{wanted}]); "
-                f"or pass {name}.full_tensor() to a head that is whole"
+                f"one mesh dimension has it ({wanted},): {way}; or pass {name}.full_tensor() to a whole head"
             )
         own = mesh.get_group()
         if group is not None and process_group(group, "group") != own:

@@ -91,7 +91,7 @@ def row_statistics(
         lambda: _row_statistics(
             options.of_spread_logits(input, target), parallel.here(target), options.ignored
         ),
-        group,
+        (group, None),
         input,
     )
 
@@ -155,7 +155,7 @@ def linear_row_statistics(
             parallel.here(target),
             options.ignored,
         ),
-        group,
+        (group, None),
         linear_weight,
     )
 

@@ -73,3 +73,10 @@ def at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[
         # a view where there is one position, so that its gradient is no stack of one
         return (target.reshape(n, classes),) if places == 1 else target.reshape(n, classes, places).unbind(2)
     return (target.reshape(n),) if places == 1 else target.reshape(n, places).unbind(1)
+
+
+def tensors_of(target: Target) -> tuple[Tensor, ...]:
+    """What a target is made of."""
+    if isinstance(target, TopKTarget):
+        return target.indices, target.probabilities
+    return () if target is None else (target,)

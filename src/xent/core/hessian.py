@@ -25,7 +25,7 @@ from xent.core.arithmetic import Total, cut
 from xent.core.plan import Plan
 from xent.core.ranks import Ranks
 from xent.core.scores import Rows, Sink, Tangents
-from xent.core.statistics import OwnColumns, Statistics
+from xent.core.statistics import Extras, OwnColumns, Statistics
 from xent.core.sweep import (
     Coefficients,
     Problem,
@@ -71,7 +71,7 @@ def tangent(problem: Problem, found: Statistics, tangents: Tangents, dq: Tensor 
             _chunk_tangent(problem, plan, workspace, chunk, found.rows(chunk), tangents, dq)[0]
             for chunk in plan.row_chunks(problem.targets.count)
         ]
-    part = _concatenate(parts, found)
+    part = _concatenate(parts, found, problem.extras)
     return part if problem.ranks is None else _of_all_classes(part, problem.ranks)
 
 
@@ -133,7 +133,7 @@ def product(
                 visit(chunk)
             if problem.ranks is not None:
                 sink.share(targets.pick(block), problem.ranks)
-    return _concatenate(parts, found) if whole is None else whole, sink, q_part
+    return _concatenate(parts, found, problem.extras) if whole is None else whole, sink, q_part
 
 
 def _chunk_tangent(
@@ -280,12 +280,12 @@ def _of_all_classes(part: RowTangent, ranks: Ranks) -> RowTangent:
     return RowTangent(*(None if t is None else next(summed) for t in part))  # type: ignore[arg-type]
 
 
-def _concatenate(parts: list[RowTangent], found: Statistics) -> RowTangent:
+def _concatenate(parts: list[RowTangent], found: Statistics, extras: Extras) -> RowTangent:
     if not parts:
-        e, own = (None if t is None else t.clone() for t in (found.e, found.own))
-        return RowTangent(found.a.clone(), found.a.clone(), found.a.clone(), e, own)
+        loss, logsumexp, mass, entropy, log_prob = (found.a.clone() for _ in range(5))
+        wanted = entropy if extras.entropy else None, log_prob if extras.log_prob else None
+        return RowTangent(loss, logsumexp, mass, *wanted)
     if len(parts) == 1:
         return parts[0]
-    loss, logsumexp, mass, *others = zip(*parts, strict=True)
-    joined = (None if column[0] is None else torch.cat(column) for column in others)
-    return RowTangent(torch.cat(loss), torch.cat(logsumexp), torch.cat(mass), *joined)
+    columns = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))
+    return RowTangent(*columns)  # type: ignore[arg-type]  # None where each of them is

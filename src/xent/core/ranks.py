@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xent.core.arithmetic import BATCHED, Sent, is_batched
+from xent.core.arithmetic import Sent
 from xent.core.statistics import Shares, Statistics
 
 BLOCK = 4 << 20  # bytes of features whose gradient is summed at a time, while the next is computed
@@ -60,8 +60,6 @@ class Ranks:
     def join(self, found: Statistics) -> Statistics:
         """The statistics of all ranks' classes, of rows (M,) whose classes here have been seen."""
         # some transports drop nan from a maximum; +inf has no softmax either, and `rest` stays nan
-        if is_batched(found.m):
-            raise NotImplementedError(BATCHED)
         found = replace(found, m=found.m.nan_to_num(torch.inf, torch.inf, -torch.inf))
         m = self._max(found.m)
         shares = found.shares(m)
@@ -77,8 +75,6 @@ class Ranks:
 
     def sum(self, value: Tensor) -> Tensor:
         """The ranks' values added up, in the place of this one's."""
-        if is_batched(value):
-            raise NotImplementedError(BATCHED)
         dist.all_reduce(value, group=self.group)
         return value
 

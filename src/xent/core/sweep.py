@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent.core.arithmetic import Arithmetic, InPlace, Total, cut
+from xent.core.arithmetic import BATCHED, Arithmetic, InPlace, Total, cut
 from xent.core.matmul import fast_products
 from xent.core.plan import Footprint, Plan
 from xent.core.ranks import Ranks
@@ -81,7 +81,13 @@ class Problem(NamedTuple):
 
     def completed(self, found: Statistics) -> Problem:
         """With what the targets lack until the statistics of all classes are known."""
+        self.check_sent()
         return self if self.ranks is None else self._replace(targets=self.targets.completed(found.a))
+
+    def check_sent(self) -> None:
+        """Processes send tensors, not what `vmap` makes of them."""
+        if self.ranks is not None and not self.arithmetic.buffered:
+            raise NotImplementedError(BATCHED)
 
     def blocks(self) -> Iterator[slice]:
         """Rows whose part of a gradient is finished before that of others is begun."""
@@ -121,6 +127,7 @@ class Problem(NamedTuple):
 
 def statistics(problem: Problem) -> Statistics:
     """Row statistics of the M rows that take part, each (M,)."""
+    problem.check_sent()
     plan = problem.plan(resident=False)
     workspace = Workspace(problem, plan, slopes=False)
     with problem.products():
@@ -377,7 +384,10 @@ def _own_statistics(
     if z.shape[1] > 1:
         assert mass is not None
         part = summarise(o, z.clone(), mass, None, extras)[1]
-        return part if part.k is None else replace(part, k=index.gather(1, part.k[:, None])[:, 0])
+        if part.k is None:
+            return part
+        top = torch.where(z == part.m[:, None], index, torch.iinfo(index.dtype).max)
+        return replace(part, k=torch.minimum(top.amin(1), index.gather(1, part.k[:, None])[:, 0]))
     z = z[:, 0]
     zero = torch.zeros_like(z)
     return Statistics(

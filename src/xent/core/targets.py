@@ -67,7 +67,9 @@ class Targets:
 
     def completed(self, a: Tensor) -> Targets:
         """The same, once the mass a (M,) of all classes is known."""
-        if self.held is None or self.own is None or (self.own.shape[1] == 1 and not self.dense):
+        if self.held is None or self.own is None or self.own_rest is not None:
+            return self
+        if self.own.shape[1] == 1 and not self.dense:
             return self
         assert self.own_mass is not None
         return replace(self, own_rest=a[:, None] - self.own_mass)
@@ -164,6 +166,8 @@ def index_targets(
         else:
             own_mass = torch.where(_inside(own, classes)[:, None], own_mass, 0.0)
             mean_weight = None  # of other processes' classes: it comes with the statistics
+            if w is None and smoothing:
+                own_rest = torch.full_like(own_mass, uniform * (held.total - 1))
     return Targets(
         classes=classes,
         total=target.numel(),

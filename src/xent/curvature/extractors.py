@@ -20,10 +20,10 @@ from xent import functional
 from xent.core.curvature import Curvature, Form
 from xent.curvature.heads import HeadGGN
 from xent.curvature.sides import Sides, Stacks
-from xent.curvature.source import OPTIONS, check_options, refuse_derivatives, tensors_of
+from xent.curvature.source import OPTIONS, check_options, refuse_derivatives
 from xent.modes import plain
 from xent.options import Options
-from xent.target import Target
+from xent.target import Target, tensors_of
 
 Model: TypeAlias = nn.Module | Callable[[Any, Any], Tensor]
 Head: TypeAlias = tuple[Tensor] | tuple[Tensor, Tensor | None]

@@ -13,10 +13,10 @@ from torch import Tensor
 from xent.checks import check_tensors
 from xent.core.curvature import Curvature, Form, norms
 from xent.core.scores import LinearHead
-from xent.curvature.source import OPTIONS, check_options, refuse_derivatives, tensors_of
+from xent.curvature.source import OPTIONS, check_options, refuse_derivatives
 from xent.modes import plain
 from xent.options import Call, Options, Part
-from xent.target import Target
+from xent.target import Target, tensors_of
 
 OF_ROWS = [name for name in OPTIONS if name not in ("reduction", "denominator")]
 

@@ -17,7 +17,7 @@ from xent.checks import check_tensors
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.sweep import Problem
 from xent.options import Call, Options
-from xent.target import Target, TopKTarget
+from xent.target import Target, tensors_of
 
 Batch: TypeAlias = tuple[Tensor, Target] | tuple[Tensor, Target, Tensor]
 
@@ -188,12 +188,6 @@ def _check_batches(features: object, target: Target, options: Options) -> None:
             "features must be a tensor, or something that can be gone through again and again (a "
             "list of batches, a DataLoader); an iterator is empty after one pass"
         )
-
-
-def tensors_of(target: Target) -> tuple[Tensor, ...]:
-    if isinstance(target, TopKTarget):
-        return target.indices, target.probabilities
-    return () if target is None else (target,)
 
 
 def _version(tensor: Tensor) -> int:
