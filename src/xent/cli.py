@@ -159,7 +159,7 @@ _timeout = click.option(
     default=1,
     show_default=True,
     metavar="K",
-    help="Under torchrun: K ranks share the classes, and read the same rows.",
+    help="Under torchrun: K ranks share the classes, and read the same rows; --solver lbfgs only.",
 )
 @_timeout
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
