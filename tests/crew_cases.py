@@ -597,6 +597,16 @@ def sparse_and_sure() -> None:
         (g,) = grad(xent.cross_entropy(whole, y, label_smoothing=smoothing), [whole])
         (found,) = grad(xent.cross_entropy(mine, y, label_smoothing=smoothing, group=group), [mine])
         torch.testing.assert_close(found, g[:, classes], rtol=1e-14, atol=0.0)
+    # second derivatives of rows that are sure of another class, which lies on one of the ranks
+    v = torch.randn_like(z)
+    for wrong in (torch.tensor([100, 0]), torch.full((2, 101), 0.01, dtype=torch.float64)):
+        whole, mine = z.clone().requires_grad_(), z[:, classes].clone().requires_grad_()
+        part = wrong if wrong.dim() == 1 else wrong[:, classes]
+        (g,) = grad(xent.cross_entropy(whole, wrong), [whole], create_graph=True)
+        (found,) = grad(xent.cross_entropy(mine, part, group=group), [mine], create_graph=True)
+        (again,) = grad((g * v).sum(), [whole])
+        (spread,) = grad((found * v[:, classes]).sum(), [mine])
+        torch.testing.assert_close(spread, again[:, classes], rtol=1e-12, atol=0.0)
 
 
 def shapes() -> None:

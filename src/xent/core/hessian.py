@@ -12,6 +12,11 @@ Along tangents (ẋ, Ẇ, ḃ) of the scores' tensors and q̇ of the probabiliti
 
 with G = ∂L/∂u. `tangent` gives the first line (a Jacobian product); `product` gives both: the derivative of
 ⟨gradient, tangents⟩ in everything that the gradient depends on, which is the Hessian product.
+
+A row that is sure of its class k has p_k = 1 to the last digit, and none left of ζ_k − ⟨p, ζ⟩. So the
+target's own class, and another one with more than half of a row's probability, are apart; with p̂ of all but k,
+
+    ⟨p, ζ⟩ − ζ_k = ⟨p̂, ζ⟩ − ζ_k·Σ p̂
 """
 
 from __future__ import annotations
@@ -44,9 +49,22 @@ class RowTangent(NamedTuple):
     entropy: Tensor | None = None  # (M,) Ḣ
     log_prob: Tensor | None = None  # (M,)
     centred: Tensor | None = None  # (M,) ζ_y − ⟨p, ζ⟩ of targets that are one class a row
+    # where a class k that is no target is sure
+    apart: Tensor | None = None  # (M,) ⟨p̂, ζ⟩
+    left: Tensor | None = None  # (M,) Σ p̂
+    at_sure: Tensor | None = None  # (M,) ζ_k
+    sure: Tensor | None = None  # (M,) int64 k, −1 where it is not here
 
     def rows(self, rows: slice) -> RowTangent:
         return RowTangent(*(None if t is None else cut(t, rows) for t in self))  # type: ignore[arg-type]
+
+    @property
+    def away(self) -> Tensor:
+        """⟨p, ζ⟩ − ζ_k, (M,)."""
+        assert self.apart is not None
+        assert self.left is not None
+        assert self.at_sure is not None
+        return self.apart - self.left * self.at_sure
 
     @property
     def outputs(self) -> tuple[Tensor | None, ...]:
@@ -150,13 +168,18 @@ def _chunk_tangent(
     picked = targets.pick(chunk)
     loaded = scores.load(picked)
     p_zeta = slope = surprise = mass = p_zeta_z = centred = torch.zeros_like(found.m)
+    apart = left = at_sure = p_zeta
+    sure = torch.full_like(found.m, -1, dtype=torch.int64)
     kept = []
     for classes in plan.class_tiles(targets.classes):
         pushed = _push(problem, workspace, chunk, picked, loaded, classes, found, tangents)
         zeta, own, shifted = pushed.zeta, pushed.tile.own, pushed.shifted
         # the own class apart, as in the gradient: p_y − 1 of a row that is sure is smaller than p_y rounds
-        others = _others(problem, own, pushed.tile.z * zeta).to(found.m.dtype) / (1 + found.r)
+        pushed, part = _part_of_tile(problem, pushed, found)
+        others = part.rest + part.of_sure * part.at_sure
         p_zeta, slope, centred = p_zeta + others, slope + found.a * others, centred - others
+        apart, left, at_sure = apart + part.rest, left + part.left, at_sure + part.at_sure
+        sure = torch.where(part.sure >= 0, part.sure, sure)
         t = targets.tile(chunk, classes, zeta.dtype)
         if t is not None:
             slope = slope - _others(problem, own, t * zeta).to(found.m.dtype)
@@ -168,7 +191,9 @@ def _chunk_tangent(
                 excess = excess + cut(targets.own_rest, chunk)
             here = own.take(zeta, 0.0).to(found.m.dtype)
             slope = slope + own.here(excess * here).sum(1)
-            p_zeta = p_zeta + own.here(torch.exp(log_p) * here).sum(1)
+            of_own = own.here(torch.exp(log_p) * here).sum(1)
+            p_zeta, apart = p_zeta + of_own, apart + of_own
+            left = left + own.here(torch.exp(log_p)).sum(1)
             # (1 − p_y)·ζ_y − Σ_{j≠y} p_j·ζ_j: of a row that is sure, all that is left of ζ_y − ⟨p, ζ⟩
             centred = centred - own.here(torch.expm1(log_p) * here).sum(1)
         if problem.extras.entropy:
@@ -185,7 +210,36 @@ def _chunk_tangent(
     entropy = None if found.e is None else found.e / (1 + found.r) * p_zeta - p_zeta_z
     log_prob = centred if problem.extras.log_prob else None
     one = targets.own is not None and targets.own.shape[1] == 1
-    return RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob, centred if one else None), kept
+    out = RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob, centred if one else None)
+    return out._replace(apart=apart, left=left, at_sure=at_sure, sure=sure), kept
+
+
+class _Part(NamedTuple):
+    """What a tile adds to a row's sums beside the target's own class, each (R,)."""
+
+    rest: Tensor  # ⟨p̂, ζ⟩, p̂ without the class that is sure
+    left: Tensor  # Σ p̂
+    of_sure: Tensor  # p of the class with more than half of a row's probability, 0 where it is not here
+    at_sure: Tensor  # ζ there
+    sure: Tensor  # int64 this class, −1 where it is not here
+
+
+def _part_of_tile(problem: Problem, pushed: _Pushed, found: Statistics) -> tuple[_Pushed, _Part]:
+    """The tile, as it was, and its part."""
+    o, tile, zeta = problem.arithmetic, pushed.tile, pushed.zeta
+    own, dtype, whole = tile.own, found.m.dtype, 1 + found.r
+    of_own = None if own is None else own.take(tile.z, 0.0)
+    e = tile.z if own is None else own.put(o, tile.z, 0.0)
+    most, top = e.max(1, keepdim=True)
+    is_sure = most > 0.5 * whole[:, None]
+    e = o.scatter(e, top, torch.where(is_sure, 0.0, most))
+    rest, left = (e * zeta).sum(1).to(dtype) / whole, e.sum(1).to(dtype) / whole
+    e = o.scatter(e, top, most)
+    e = e if own is None or of_own is None else own.put(o, e, of_own)
+    of_sure = torch.where(is_sure, most, 0.0)[:, 0].to(dtype) / whole
+    at_sure = torch.where(is_sure, zeta.gather(1, top), 0.0)[:, 0].to(dtype)
+    sure = torch.where(is_sure, tile.classes.start + top, -1)[:, 0]
+    return pushed._replace(tile=tile._replace(z=e)), _Part(rest, left, of_sure, at_sure, sure)
 
 
 def _others(problem: Problem, own: OwnColumns | None, values: Tensor) -> Tensor:
@@ -240,6 +294,10 @@ def _hessian_tile(
     r = o.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
     if part.centred is not None and pushed.tile.own is not None:
         r = pushed.tile.own.put(o, r, part.centred.to(dtype)[:, None])
+    if part.sure is not None and part.away is not None:
+        r = OwnColumns.locate(part.sure[:, None], pushed.tile.classes).put(
+            o, r, -part.away.to(dtype)[:, None]
+        )
     of_entropy = None
     if asked.entropy is not None:
         assert found.e is not None
@@ -275,9 +333,11 @@ def _workspace(problem: Problem, plan: Plan) -> Workspace:
 
 
 def _of_all_classes(part: RowTangent, ranks: Ranks) -> RowTangent:
-    """Every number of a row's tangent is a sum over classes."""
-    summed = iter(ranks.sum(torch.stack([t for t in part if t is not None])).unbind(0))
-    return RowTangent(*(None if t is None else next(summed) for t in part))  # type: ignore[arg-type]
+    """Every number of a row's tangent is a sum over classes; the rank that holds a sure one knows it."""
+    numbers = part._replace(sure=None)
+    summed = iter(ranks.sum(torch.stack([t for t in numbers if t is not None])).unbind(0))
+    whole = RowTangent(*(None if t is None else next(summed) for t in numbers))  # type: ignore[arg-type]
+    return whole._replace(sure=part.sure)
 
 
 def _concatenate(parts: list[RowTangent], found: Statistics, extras: Extras) -> RowTangent:
