@@ -13,8 +13,8 @@ Along tangents (ẋ, Ẇ, ḃ) of the scores' tensors and q̇ of the probabiliti
 with G = ∂L/∂u. `tangent` gives the first line (a Jacobian product); `product` gives both: the derivative of
 ⟨gradient, tangents⟩ in everything that the gradient depends on, which is the Hessian product.
 
-A row that is sure of its class k has p_k = 1 to the last digit, and none left of ζ_k − ⟨p, ζ⟩. So the
-target's own class, and another one with more than half of a row's probability, are apart; with p̂ of all but k,
+A row that is sure of a class k has p_k = 1 to the last digit, and none left of ζ_k − ⟨p, ζ⟩. So the target's
+own class, and another with more than half of a row's probability, are apart; with p̂ of all but k,
 
     ⟨p, ζ⟩ − ζ_k = ⟨p̂, ζ⟩ − ζ_k·Σ p̂
 """
