@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -290,3 +291,41 @@ BAD = [
 def test_errors_say_what_and_the_way_out(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+SURE_AND_WRONG = torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize("preconditioner", ["kronecker", "class-blocks", "diagonal", None])
+@pytest.mark.parametrize("scale", [60.0, 90.0])
+def test_a_step_from_rows_that_are_sure_and_wrong_is_finite(preconditioner, scale):
+    """Of biases that next to nothing fixes: what is returned is a step, or none, and says which."""
+    x, y = SURE_AND_WRONG
+    w = torch.tensor([[-1.0], [0.0], [1.0]]) * scale
+    step = newton_step(x, w, y, bias=torch.zeros(3), l2=1.0, preconditioner=preconditioner)
+    assert step.weight.isfinite().all()
+    assert step.bias.isfinite().all()
+    assert 0 <= step.decrease < math.inf
+    assert step.converged == (step.residual <= 1e-6)
+
+
+def test_a_step_that_would_leave_the_range_of_the_type_is_none():
+    x = torch.tensor([[1000.2941284179688, 999.621826171875], [999.5814819335938, 1001.2180786132812]])
+    x = torch.cat([x, torch.tensor([[1000.1009521484375, 1000.7918090820312]])])
+    w = torch.tensor(
+        [
+            [0.20451515, 0.28323931],
+            [-0.12317971, -0.06458157],
+            [-0.11831664, -0.20663860],
+            [0.20467086, 0.08124553],
+            [0.15703592, 0.23496750],
+        ]
+    )
+    bias = torch.tensor([-0.130148426, -0.079422362, 0.093177691, -0.138448596, -0.009695293])
+    for preconditioner in ("class-blocks", "kronecker", "diagonal", None):
+        step = newton_step(
+            x, w, torch.tensor([4, 4, 0]), bias=bias, l2=1.0, z_loss=0.01, preconditioner=preconditioner
+        )
+        assert step.weight.isfinite().all()
+        assert step.bias.isfinite().all()
+        assert 0 <= step.decrease < math.inf

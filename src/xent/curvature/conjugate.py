@@ -86,6 +86,8 @@ def refined(apply: Map, right: Tensor, inverse: Map, tolerance: float, most: int
         before, after = norm, float(left.norm())
         if not max(model, 0.0) <= lower * (1 + 1e-6) < torch.inf or not after < torch.inf:
             break
+        if not bool((there * size).isfinite().all()) or not lower * size * size < torch.inf:
+            break  # where next to nothing fixes a class, the solution leaves the range of the type
         x, r, model, norm = there, left, lower, after
         if not norm < before / 2:
             break

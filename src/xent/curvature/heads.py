@@ -175,7 +175,7 @@ class HeadOperator:
             for side in zip(*stacks, strict=True):
                 along: list[Tensor | None] = [None, None, None]
                 for place, v in zip(places, side, strict=True):
-                    along[place] = v.reshape(-1, v.shape[-1]) if place == 0 else v
+                    along[place] = v.reshape(v.shape[:-1].numel(), v.shape[-1]) if place == 0 else v
                 tangents.append(tuple(along))
             products = curvature.products(tangents, wants)
             parts = [_stack([_present(product[place]) for product in products]) for place in places]
@@ -276,7 +276,7 @@ class HeadOperator:
         def product(v: Any) -> Any:
             if np.iscomplexobj(v):
                 return product(v.real) + 1j * product(v.imag)
-            right = torch.as_tensor(np.ascontiguousarray(v)).to(self.device, self.dtype)
+            right = torch.from_numpy(np.array(v)).to(self.device, self.dtype)  # SciPy's may be read-only
             return (self @ right).to(answered).cpu().numpy()
 
         return LinearOperator(

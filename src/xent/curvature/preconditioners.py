@@ -22,14 +22,16 @@ def of_diagonal(diagonal: Tensor) -> Map:
     """diagonal (K, D̃)."""
     _check_finite(diagonal)
     size = diagonal.abs()
-    seen = size >= torch.finfo(size.dtype).tiny
-    values = torch.where(seen, size, _mean(size))
+    values = torch.where(_seen(size), size, _mean(size))
     return lambda r: r / values
 
 
 def of_blocks(blocks: Tensor) -> Map:
     """blocks (K, D̃, D̃)."""
-    t = whitening(blocks)
+    size = blocks.diagonal(dim1=-2, dim2=-1).abs()
+    _check_finite(size)
+    # beside the other classes' curvature in the same column this one's is none
+    t = whitening(blocks + torch.where(_seen(size), 0.0, _mean(size)).diag_embed())
     return lambda r: (t @ (t.mT @ r[..., None]))[..., 0]
 
 
@@ -37,16 +39,15 @@ def of_factors(g: Tensor, a: Tensor, ridge: Tensor) -> Map:
     """g ⊗ a + I ⊗ diag(ρ), g (K, K), a (D̃, D̃), ρ (D̃,)."""
     g, u = torch.linalg.eigh(g)
     g = g.clamp(min=0.0)
-    # as large beside a as the ridge is beside the curvature of an average direction
-    average = float(_mean(g))
-    t = whitening(a + ridge.diag() / average)
+    average = float(_mean(g))  # so that an average direction's curvature is 1
+    t = whitening(a * average + ridge.diag())
     a, q = torch.linalg.eigh(t.mT @ a @ t)
     basis = t @ q
     curved, fixed = torch.outer(g, a.clamp(min=0.0)), (basis.square() * ridge[:, None]).sum(0)
     # with a curvature of less than this a residual's rounding would decide; a ridge is known
     seen = (curved > torch.finfo(g.dtype).eps ** (1 / 3) * curved.max()) | (fixed > curved)
     values = curved + fixed
-    values = torch.where(seen & (values > _rounding(g) * values.max()), values, average)
+    values = torch.where(seen & (values > _rounding(g) * values.max()), values, 1.0)
     return lambda r: u @ ((u.t() @ r @ basis) / values) @ basis.t()
 
 
@@ -68,6 +69,12 @@ def whitening(blocks: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(unit[singular])
         t[singular] = vectors * torch.where(values > rounding, values, 1.0).rsqrt()[..., None, :]
     return t / scale[..., None]
+
+
+def _seen(size: Tensor) -> Tensor:
+    """Which of (K, D̃) are more than the rounding of the largest in their column, whose unit is theirs."""
+    limits = torch.finfo(size.dtype)
+    return size >= (limits.eps * size.amax(0, keepdim=True)).clamp_min(limits.tiny)
 
 
 def _check_finite(diagonal: Tensor) -> None:

@@ -95,6 +95,11 @@ class _Symmetric(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if any(torch._C._functorch.is_legacy_batchedtensor(t) for t in upstream):
+            raise NotImplementedError(
+                "is_grads_batched (and vectorize=True) batches tensors in a way that an operator does not "
+                "see: use torch.func.vmap, or pass the batch as a stack of right-hand sides"
+            )
         return None, *_Symmetric.apply(ctx.f, *upstream)
 
     @staticmethod

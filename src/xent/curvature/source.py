@@ -95,8 +95,8 @@ class Source:
         for name, tensor, version in self._known:
             if _version(tensor) != version:
                 raise RuntimeError(
-                    f"{name} was changed in place since this operator was made, which knows the rows as they "
-                    "were: make a new operator, or make it of a copy"
+                    f"{name}, or what it is a view of, was changed in place since this operator was made, "
+                    "which knows the rows as they were: make a new operator, or make it of a copy"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
