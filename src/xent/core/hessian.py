@@ -294,10 +294,9 @@ def _hessian_tile(
     r = o.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
     if part.centred is not None and pushed.tile.own is not None:
         r = pushed.tile.own.put(o, r, part.centred.to(dtype)[:, None])
-    if part.sure is not None and part.away is not None:
-        r = OwnColumns.locate(part.sure[:, None], pushed.tile.classes).put(
-            o, r, -part.away.to(dtype)[:, None]
-        )
+    if part.sure is not None:
+        sure = OwnColumns.locate(part.sure[:, None], pushed.tile.classes)
+        r = sure.put(o, r, -part.away.to(dtype)[:, None])
     of_entropy = None
     if asked.entropy is not None:
         assert found.e is not None
