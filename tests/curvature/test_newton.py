@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import xent
 from table import ROWS, problem
-from xent.curvature import HeadGGN, HeadHessian, newton_step
+from xent.curvature import HeadGGN, HeadHessian, conjugate, newton_step
 from xent.curvature.newton import loss_gradient
 
 TABLE = [r for r in ROWS if "margin" not in r.options and not r.sampled]
@@ -329,3 +329,11 @@ def test_a_step_that_would_leave_the_range_of_the_type_is_none():
         assert step.weight.isfinite().all()
         assert step.bias.isfinite().all()
         assert 0 <= step.decrease < math.inf
+
+
+def test_a_solution_beyond_the_range_of_the_type_is_taken_back():
+    right = torch.full((2, 3), 1e20)
+    found = conjugate.refined(lambda v: v * 1e-30, right, lambda r: r, 1e-6, 10)
+    assert not found.found.converged
+    assert not found.found.solution.any()
+    assert found.decrease == 0.0
