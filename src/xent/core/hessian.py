@@ -37,6 +37,7 @@ from xent.core.sweep import (
     Tile,
     Workspace,
     differentiate_logits,
+    own_residual,
     revisit,
     target_total,
 )
@@ -186,9 +187,7 @@ def _chunk_tangent(
         if own is not None:
             assert pushed.tile.own_z is not None
             log_p = found.log_prob(pushed.tile.own_z)
-            excess = found.a[:, None] * torch.expm1(log_p)
-            if targets.own_rest is not None:
-                excess = excess + cut(targets.own_rest, chunk)
+            excess = own_residual(targets, chunk, found.a, log_p)
             here = own.take(zeta, 0.0).to(found.m.dtype)
             slope = slope + own.here(excess * here).sum(1)
             of_own = own.here(torch.exp(log_p) * here).sum(1)

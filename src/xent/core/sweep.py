@@ -4,10 +4,13 @@ With row coefficients from what came after the row's outputs (γ = ∂L/∂ℓ, 
 
     ∂L/∂z = p∘(α − η·(z − m − ē)) − γ·t + λ·e_y        α = a·γ + ∂L/∂lse − λ        ∂L/∂q = γ·(∂t/∂q)·(−log p)
 
-with p = exp(z − m) / (1 + r) and ē = e/(1 + r); at the target's own class the α- and γ-terms and λ are
-α·expm1(log p_y) + γ·(a − t_y) + ∂L/∂lse, the same number without the cancellation. `statistics` is one
-product a tile, `gradient` up to three more, and `fused` forms the gradient while the probabilities are still
-in the workspace: three in all.
+with p = exp(z − m) / (1 + r) and ē = e/(1 + r). At the target's own class, where α·p, γ·t and λ may cancel,
+each upstream gradient has a factor of its own, none of which does (`own_residual`):
+
+    γ·(a·p_y − t_y) + ∂L/∂lse·p_y − λ·expm1(log p_y) − η·p_y·(z_y − m − ē)
+
+`statistics` is one product a tile, `gradient` up to three more, and `fused` forms the gradient while the
+probabilities are still in the workspace: three in all.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ from xent.core.statistics import (
     summarise_row,
 )
 from xent.core.targets import Targets
+
+LOG_HALF = -0.69
 
 
 class Coefficients(NamedTuple):
@@ -344,17 +349,30 @@ def differentiate_logits(
     if tile.own is not None:
         assert tile.own_z is not None
         log_p = found.log_prob(tile.own_z)
-        at_own = alpha[:, None] * torch.expm1(log_p)
-        if targets.own_rest is not None:
-            at_own = at_own + gamma[:, None] * cut(targets.own_rest, chunk)
+        at_own = gamma[:, None] * own_residual(targets, chunk, found.a, log_p)
         if asked.logsumexp is not None:
-            at_own = at_own + asked.logsumexp[:, None]
+            at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
+        if asked.log_prob is not None:
+            at_own = at_own - asked.log_prob[:, None] * torch.expm1(log_p)
         if asked.entropy is not None:
             distance = _mean_shift(found)[:, None] - (tile.own_z - found.m[:, None])
             of_entropy = asked.entropy[:, None] * torch.exp(log_p) * distance
             at_own = at_own + torch.where(tile.own_z == -torch.inf, 0.0, of_entropy)
         g = tile.own.put(o, g, at_own.to(dtype))
     return g
+
+
+def own_residual(targets: Targets, chunk: slice, a: Tensor, log_p: Tensor) -> Tensor:
+    """Return a·p_y − t_y at the own classes of a chunk, (R, K), from a (R,) and log p_y (R, K).
+
+    Where p_y is near 1 the difference is a·expm1(log p_y) + (a − t_y), elsewhere what it says.
+    """
+    near = a[:, None] * torch.expm1(log_p)
+    if targets.own_rest is None:  # t_y = a
+        return near
+    mass = 1.0 if targets.own_mass is None else cut(targets.own_mass, chunk)
+    far = a[:, None] * torch.exp(log_p) - mass
+    return torch.where(log_p < LOG_HALF, far, near + cut(targets.own_rest, chunk))
 
 
 def _mean_shift(found: Statistics) -> Tensor:
