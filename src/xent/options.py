@@ -41,13 +41,20 @@ from xent.core.targets import (
     Targets,
     check_index,
     check_top_k,
+    holds_integers,
     index_targets,
     no_targets,
     probability_targets,
     top_k_targets,
 )
 from xent.subset import Subset, log_q_of
-from xent.target import Target, TopKTarget, at_positions, tensors_of
+from xent.target import (
+    Target,
+    TopKTarget,
+    at_positions,
+    tensors_of,
+    with_wide_indices,
+)
 
 LARGEST_MOVE = 600.0  # exp of it is a float64
 
@@ -76,6 +83,7 @@ class Call(NamedTuple):
     reduction: Reduction
     rows_shape: torch.Size  # of the unreduced loss
     dtype: torch.dtype  # of the loss
+    target: Target = None  # as given, its class indices int64
 
     def stack(self, columns: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """One tensor (N,) from each part -> the shape of the unreduced loss."""
@@ -144,7 +152,7 @@ class Options(NamedTuple):
         classes = input.shape[axis]
         rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
         self._check(classes, rows_shape)
-        target = self._resolve(target, rows_shape, tuple(input.shape))
+        given = target = self._resolve(with_wide_indices(target), rows_shape, tuple(input.shape))
         reduction, transform = self._reduction(), self._transform()
         ranks = self._ranks(input, None, classes, rows_shape, target)
         checked = self._check_classes(target, classes, ranks)
@@ -162,13 +170,14 @@ class Options(NamedTuple):
         log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
         scores = Logits(input.movedim(axis, -1).reshape(n, classes), log_q, transform)
         part = self._part(scores, target, checked, s, DEFAULT_BUDGET, ranks)
-        return Call([part], reduction, rows_shape, loss_dtype(input))
+        return Call([part], reduction, rows_shape, loss_dtype(input), given)
 
     def of_head(
         self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
     ) -> Call:
         """input (..., D); linear_weight (C, D) or (C, d1, ..., D)."""
         check_tensors(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+        target = with_wide_indices(target)
         if input.dim() < 1 or linear_weight.dim() < 2:
             raise ValueError(
                 f"input must be (..., D) and linear_weight (C, D) or (C, d1, ..., D); "
@@ -230,7 +239,7 @@ class Options(NamedTuple):
             )
             for k in range(places)
         ]
-        return Call(parts, reduction, rows_shape, dtype)
+        return Call(parts, reduction, rows_shape, dtype, target)
 
     def of_spread_logits(self, input: Tensor, target: Target) -> Call:
         """`of_logits` of what this process holds: of DTensors, the local one."""
@@ -337,7 +346,7 @@ class Options(NamedTuple):
             return UNCHECKED
 
     def _resolve(self, target: Target, rows_shape: torch.Size, full_shape: tuple[int, ...]) -> Target:
-        """The target, indices as int64."""
+        """Return the target, seen to fit the logits."""
         if target is None:
             return None
         if not isinstance(target, Tensor | TopKTarget):
@@ -351,15 +360,15 @@ class Options(NamedTuple):
                     f"got {tuple(target.indices.shape)}"
                 )
             self._no_ignoring("a target of probabilities")
-            return TopKTarget(target.indices.to(torch.int64), target.probabilities, target.remainder)
+            return target
         shape = tuple(target.shape)
         if target.is_floating_point() and shape == full_shape:
             self._no_ignoring("a target of probabilities")
             return target
         if shape == rows_shape and not target.is_floating_point():
-            if target.is_complex() or target.dtype == torch.bool:
+            if not holds_integers(target):
                 raise TypeError(f"a target of class indices must be of an integer type, got {target.dtype}")
-            return target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
+            return target
         if shape == full_shape:
             raise TypeError(
                 f"a target of shape {shape} holds probabilities and must be floating, got {target.dtype}"
@@ -386,7 +395,7 @@ class Options(NamedTuple):
             weight=None if weight is None else subset.rows(weight),
             ignore_index=-100,
         )
-        return options, subset.local(target.to(torch.int64), ignored, self.check_targets)
+        return options, subset.local(target, ignored, self.check_targets)
 
     def _harmless(self, input: Tensor, target: Target) -> Tensor:
         """Features (..., D) with zeros in the rows that are left out: scaling would spread what they hold."""

@@ -21,7 +21,7 @@ from xent.core.arithmetic import Functional
 from xent.core.scores import compute_dtype
 from xent.core.statistics import Extras
 from xent.options import Call, Options, Part
-from xent.target import Target, TopKTarget
+from xent.target import TopKTarget
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -88,9 +88,7 @@ def row_statistics(
         group=group,
     )
     return parallel.agreed(
-        lambda: _row_statistics(
-            options.of_spread_logits(input, target), parallel.here(target), options.ignored
-        ),
+        lambda: _row_statistics(options.of_spread_logits(input, target), options.ignored),
         (group, None),
         input,
     )
@@ -151,9 +149,7 @@ def linear_row_statistics(
     )
     return parallel.agreed(
         lambda: _row_statistics(
-            options.of_spread_head(input, linear_weight, linear_bias, target),
-            parallel.here(target),
-            options.ignored,
+            options.of_spread_head(input, linear_weight, linear_bias, target), options.ignored
         ),
         (group, None),
         linear_weight,
@@ -246,7 +242,8 @@ def linear_top_k(
     return _top_k(options.of_head(input, linear_weight, linear_bias, None), k)
 
 
-def _row_statistics(call: Call, target: Target, ignored: int) -> RowStatistics:
+def _row_statistics(call: Call, ignored: int) -> RowStatistics:
+    target = call.target
     is_index = isinstance(target, Tensor) and not target.is_floating_point()
     extras = Extras(entropy=True, argmax=True, log_prob=is_index)
     found = [row_outputs(part, extras) for part in call.parts]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xent import modes
 from xent.core.statistics import statistics_dtype
+from xent.core.targets import holds_integers, widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,9 +36,9 @@ class Subset:
         if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.shape[0] == 0:
             shape = tuple(classes.shape) if isinstance(classes, Tensor) else type(classes).__name__
             raise ValueError(f"classes must be a tensor (S,) of at least one class, got {shape}")
-        if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+        if not holds_integers(classes):
             raise TypeError(f"classes must be of an integer type, got {classes.dtype}")
-        classes = classes.to(torch.int64)
+        classes = widened(classes)
         ordered, order = classes.sort()
         if _asks(classes, check):
             outside = (ordered[0] < 0) | (ordered[-1] >= count)
@@ -134,10 +135,10 @@ def sample_classes(
         >>> w.grad.is_sparse, w.grad._nnz()
         (True, 1000)
     """
-    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+    if not holds_integers(target):
         raise TypeError(f"target must hold class indices, of an integer type, got {target.dtype}")
     ignored = -100 if ignore_index is None else ignore_index
-    target = target.to(torch.int64)  # a narrow type cannot even hold what it is compared with
+    target = widened(target)
     present = torch.unique(target[target != ignored])
     if len(present) and (present[0] < 0 or present[-1] >= num_classes):
         wrong = present[0] if present[0] < 0 else present[-1]

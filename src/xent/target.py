@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from xent.core.targets import holds_integers, widened
+
 
 @dataclass(frozen=True, eq=False)
 class TopKTarget:
@@ -40,7 +42,7 @@ class TopKTarget:
                 "indices and probabilities must both be (..., k), k at least 1; "
                 f"got {shapes[0]} and {shapes[1]}"
             )
-        if self.indices.is_floating_point() or self.indices.is_complex() or self.indices.dtype == torch.bool:
+        if not holds_integers(self.indices):
             raise TypeError(f"indices must be of an integer type, got {self.indices.dtype}")
         if not self.probabilities.is_floating_point():
             raise TypeError(f"probabilities must be floating, got {self.probabilities.dtype}")
@@ -55,10 +57,17 @@ class TopKTarget:
         rest = torch.zeros_like(q[..., :1])
         if self.remainder == "spread" and others > 0:
             rest = (1 - q.sum(-1, keepdim=True)) / others
-        return rest.expand(*q.shape[:-1], classes).scatter(-1, self.indices.to(torch.int64), q)
+        return rest.expand(*q.shape[:-1], classes).scatter(-1, widened(self.indices), q)
 
 
 Target: TypeAlias = Tensor | TopKTarget | None
+
+
+def with_wide_indices(target: Target) -> Target:
+    """Return the target with its class indices, if it has any, as int64; what is no target passes."""
+    if isinstance(target, TopKTarget):
+        return TopKTarget(widened(target.indices), target.probabilities, target.remainder)
+    return widened(target) if isinstance(target, Tensor) and holds_integers(target) else target
 
 
 def at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[Target]:

@@ -100,6 +100,7 @@ def cross_entropy(
 ) -> Tensor:
     """`xent.cross_entropy` over (N, C), written to be read."""
     z = transform(z.double(), softcap=softcap)
+    target = target if target.is_floating_point() else target.to(torch.int64)
     y = None if target.is_floating_point() else target.clamp(0, z.shape[1] - 1)[:, None]
     if margin is not None and y is not None:
         z = z.scatter(1, y, held_back(z.gather(1, y), margin))

@@ -129,8 +129,24 @@ class Checked(NamedTuple):
 UNCHECKED = Checked(classes=False, none_ignored=False)
 
 
+def holds_integers(tensor: Tensor) -> bool:
+    """Return whether a tensor is of an integer type; booleans are none, and would be classes 0 and 1."""
+    return not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+
+
+def widened(indices: Tensor) -> Tensor:
+    """Return class indices as int64: a narrow type cannot hold what they are compared with.
+
+    uint64 beyond int64 becomes the largest int64, which is no class and no ignore index.
+    """
+    wide = indices.to(torch.int64)
+    if indices.dtype == torch.uint64:
+        return wide.masked_fill(wide < 0, torch.iinfo(torch.int64).max)
+    return wide
+
+
 def index_targets(
-    target: Tensor,  # (N,) any integer type
+    target: Tensor,  # (N,) int64
     classes: int,
     *,
     class_weight: Tensor | None = None,  # (C,)
@@ -141,13 +157,12 @@ def index_targets(
     held: Held | None = None,
 ) -> Targets:
     """Targets given as class indices; one outside the classes costs nan (see `check_index`)."""
-    wide = target.to(torch.int64)
     rows, weight = None, sample_weight
     if not checked.none_ignored or sample_weight is not None:
         all_of_them = torch.ones((), dtype=torch.bool, device=target.device)
-        keep = all_of_them if checked.none_ignored else wide != ignore_index
+        keep = all_of_them if checked.none_ignored else target != ignore_index
         rows, weight = _taking_part(keep, sample_weight)
-    own = wide if rows is None else wide[rows]
+    own = target if rows is None else target[rows]
     dtype = statistics_dtype(target.device)
     w = None if class_weight is None else class_weight.detach().to(dtype)
     mean_weight = own_mass = own_rest = None
@@ -363,14 +378,15 @@ def _taking_part(keep: Tensor, sample_weight: Tensor | None) -> tuple[Tensor | N
 
 
 def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | None) -> Checked:
-    """A target outside the classes is never scored as something else.
+    """Raise an error unless each target, int64, is a class or the ignore index.
+
+    A target outside the classes is never scored as something else.
 
     On a CPU, and with ``check=True``, IndexError names the first one; elsewhere an asynchronous assertion
     fails; with ``check=False`` it is not looked for, and costs nan.
     """
     if check is False:
         return UNCHECKED
-    target = target.to(torch.int64)
     if target.device.type == "cpu" and target.numel():
         low, high = (int(bound) for bound in target.aminmax())
         if low >= 0 and high < classes and not low <= ignore_index <= high:

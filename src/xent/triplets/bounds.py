@@ -43,7 +43,7 @@ def margins(
     """
     one_class(target)
     options = Options(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
-    return _margins(options.of_logits(input, target), target, options.ignored)
+    return _margins(options.of_logits(input, target), options.ignored)
 
 
 def linear_margins(
@@ -78,13 +78,14 @@ def linear_margins(
     one_class(target)
     options = Options(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
     call = options.of_head(input, linear_weight, linear_bias, target)
-    return _margins(call, target, options.ignored)
+    return _margins(call, options.ignored)
 
 
-def _margins(call: Call, target: Tensor, ignored: int) -> Tensor:
+def _margins(call: Call, ignored: int) -> Tensor:
+    assert isinstance(call.target, Tensor)
     o, found = Functional(), []
     n = call.rows_shape.numel() // len(call.parts)
-    columns = target.to(torch.int64).reshape(n, len(call.parts)).unbind(1)
+    columns = call.target.reshape(n, len(call.parts)).unbind(1)
     for part, y in zip(call.parts, columns, strict=True):
         scores = part.problem.scores
         assert isinstance(scores, Logits | LinearHead)

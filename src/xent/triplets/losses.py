@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from xent import modes
 from xent.core.scores import LinearHead, Logits
+from xent.core.targets import holds_integers, widened
 from xent.options import Call, Options, Part
 from xent.triplets import tiles
 from xent.triplets.door import at_all_rows, no_autocast, one_class
@@ -280,15 +281,15 @@ def _chosen(negatives: Negatives, call: Call, classes: int, check: bool | None) 
     """For each part how many of the hardest negatives, or which ones (N, k)."""
     parts, rows_shape = len(call.parts), tuple(call.rows_shape)
     if isinstance(negatives, Tensor):
-        if negatives.is_floating_point() or negatives.is_complex() or negatives.dtype == torch.bool:
+        if not holds_integers(negatives):
             raise TypeError(f"sampled negatives must be of an integer type, got {negatives.dtype}")
         if negatives.dim() == 0 or tuple(negatives.shape[:-1]) != rows_shape:
             raise ValueError(
                 f"sampled negatives must have shape {(*rows_shape, 'k')}, got {tuple(negatives.shape)}"
             )
         k = negatives.shape[-1]
-        index = negatives.to(torch.int64).reshape(call.rows_shape.numel() // parts, parts, k)
-        return list(_checked(index, negatives, classes, call.parts[0], check).unbind(1))
+        index = _checked(widened(negatives), classes, call.parts[0], check)
+        return list(index.reshape(call.rows_shape.numel() // parts, parts, k).unbind(1))
     if negatives == "all":
         return [classes] * parts
     if isinstance(negatives, bool) or not isinstance(negatives, int):
@@ -300,10 +301,10 @@ def _chosen(negatives: Negatives, call: Call, classes: int, check: bool | None) 
     return [negatives] * parts
 
 
-def _checked(index: Tensor, negatives: Tensor, classes: int, part: Part, check: bool | None) -> Tensor:
-    """The indices of sampled negatives, each of which is a class; IndexError names the first that is not."""
+def _checked(negatives: Tensor, classes: int, part: Part, check: bool | None) -> Tensor:
+    """Return sampled negatives (..., k), int64; raise an IndexError that names the first that is no class."""
     if part.opaque or part.kept is not None:  # where nothing can be asked: a bad one meets torch's own check
-        return index
+        return negatives
     good = (negatives >= 0) & (negatives < classes)
     if check is None and negatives.device.type != "cpu":
         torch._assert_async(
@@ -312,4 +313,4 @@ def _checked(index: Tensor, negatives: Tensor, classes: int, part: Part, check: 
     elif check is not False and not good.all():
         at = tuple(good.logical_not().nonzero()[0].tolist())
         raise IndexError(f"negatives{list(at)} is {int(negatives[at])}, outside 0..{classes - 1}")
-    return index
+    return negatives
