@@ -59,11 +59,6 @@ def product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
     return asked
 
 
-def unit(rows: Tensor) -> Tensor:
-    """Rows (..., D) of length 1, in the type of the computation."""
-    return torch.nn.functional.normalize(rows.to(compute_dtype(rows.dtype)), dim=-1)
-
-
 def lower(tensor: Tensor) -> Tensor:
     """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
     if not autocasts(tensor):

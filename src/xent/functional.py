@@ -171,7 +171,8 @@ def linear_cross_entropy(
         sparse_grad: with ``classes``, the gradients of weight and bias as sparse tensors of S rows; else they
             are dense, with zeros in the others.
         normalize: scale each row of ``input`` and of ``linear_weight`` to length 1 first, in float32 or
-            float64, so that their products are cosines (of which 1/``temperature`` is the scale).
+            float64, so that their products are cosines (of which 1/``temperature`` is the scale). Rows may be
+            of any finite length; a row of zeros has cosines of 0 and no gradient.
 
     Returns:
         A scalar, or the shape of an index target for ``"none"``, of the type of ``input`` (float32 under

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from xent import binary, functional, triplets
+from xent.core.directions import cosines
 from xent.core.margin import Margin
 from xent.prototypes import PrototypeHead as PrototypeHead
 
@@ -249,9 +250,11 @@ class MarginLoss(nn.Module):
         return f"{size}, {changed}" if changed else size
 
     def cosines(self, input: Tensor) -> Tensor:
-        """cos θ of features (..., D) with every class, (..., C): what to rank the classes by."""
-        unit = nn.functional.normalize
-        return unit(input, dim=-1) @ unit(self.class_weight, dim=-1).mT
+        """Return cos θ of features (..., D) with every class, (..., C): what to rank the classes by.
+
+        A row of zeros has no direction, and cosines of 0.
+        """
+        return cosines(input, self.class_weight)
 
     def forward(
         self,

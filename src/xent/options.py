@@ -24,9 +24,9 @@ from xent.checks import (
     loss_dtype,
     lower,
     product_dtype,
-    unit,
 )
 from xent.core.arithmetic import BATCHED
+from xent.core.directions import unit
 from xent.core.margin import Margin, OwnMove
 from xent.core.plan import DEFAULT_BUDGET
 from xent.core.ranks import Ranks

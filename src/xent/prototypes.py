@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from xent import sinkhorn
+from xent.core.directions import cosines
 from xent.functional import linear_cross_entropy
 
 
@@ -80,9 +81,8 @@ class PrototypeHead(nn.Module):
         )
 
     def cosines(self, input: Tensor) -> Tensor:
-        """Of features (..., D) with each prototype: (..., K)."""
-        unit = nn.functional.normalize
-        return unit(input, dim=-1) @ unit(self.prototypes, dim=-1).mT
+        """Return the cosines of features (..., D) with each prototype, (..., K); 0 of a row of zeros."""
+        return cosines(input, self.prototypes)
 
     def predict(self, input: Tensor) -> Tensor:
         """The nearest prototype of features (..., D): (...) int64."""

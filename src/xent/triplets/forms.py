@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xent.core.directions import unit
 from xent.core.statistics import NEG_INF, statistics_dtype
 
 EXACT = 40.0  # from here on log(1 + exp v) is v to every digit of float64
@@ -75,7 +76,7 @@ def in_geometry(
     if geometry == "inner":
         return x, w, b
     if geometry == "cosine":
-        return F.normalize(x, dim=1), F.normalize(w, dim=1), b
+        return unit(x), unit(w), b
     if geometry == "squared_l2":  # −‖x‖² is the same for every class
         norm = w.square().sum(1)
         return 2 * x, w, -norm if b is None else b - norm
