@@ -643,6 +643,49 @@ def shapes() -> None:
     close(xent.nn.CrossEntropyLoss()(z[:, classes], y, group=group), xent.cross_entropy(z, y))
 
 
+def sharded_layers() -> str:
+    """FSDP2 over the layer of a head: gathered where something around it is sharded too, else an error."""
+    from torch.distributed.fsdp import fully_shard
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.body = torch.nn.Linear(4, 4)
+            self.head = xent.nn.LinearCrossEntropyLoss(4, 7, bias=True)
+
+        def forward(self, x: Tensor, y: Tensor, **options: Any) -> Tensor:
+            return self.head(self.body(x), y, **options)
+
+    x, y = torch.randn(12, 4), torch.randint(7, (12,))
+    mine = slice(dist.get_rank(), None, dist.get_world_size())
+    for way in ("layer", "group", "head"):
+        whole, model = Model(), Model()
+        for module in {
+            "layer": [model.head.linear],
+            "group": [[model.body, model.head.linear]],
+            "head": [model.head],
+        }[way]:
+            fully_shard(module)
+        fully_shard(model)
+        steps = [torch.optim.SGD(m.parameters(), lr=0.5) for m in (whole, model)]
+        for _ in range(3):
+            whole(x, y).backward()
+            model(x[mine], y[mine], data_group=dist.group.WORLD).backward()
+            for p, e in zip(model.parameters(), whole.parameters(), strict=True):
+                close(p.grad.full_tensor(), e.grad)
+            for step in steps:
+                step.step()
+                step.zero_grad()
+    alone = Model()
+    fully_shard(alone.head.linear)
+    try:
+        alone(x, y)
+    except RuntimeError as error:
+        return str(error)
+    return "nothing"
+
+
 def sharded_both_ways() -> None:
     """FSDP2 over the rows of a head that is placed by its classes: what a model in two dimensions has."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -116,6 +116,11 @@ def test_the_mean_over_all_ranks_rows(crews, kind):
     crews().run("rows_spread", kind)
 
 
+def test_a_layer_that_fsdp2_shards_by_itself(crews):
+    for said in crews().run("sharded_layers"):
+        assert "apply fully_shard to the loss module too" in said
+
+
 def test_rows_and_classes_on_a_mesh_of_two_dimensions(crews):
     crew = crews()
     for shape in ((1, crew.size), (crew.size, 1)):

@@ -21,6 +21,20 @@ def check_tensors(*, spread: bool = False, **given: object) -> None:
             raise TypeError(f"{name} is a DTensor, which is not taken here: pass {name}.full_tensor()")
 
 
+def is_ordinary(tensor: Tensor) -> bool:
+    """Return whether a tensor's operations are those of torch.Tensor, or of what torch wraps around it.
+
+    A quantised weight of another library is a subclass whose operations differ.
+    """
+    kind = type(tensor)
+    if kind in (Tensor, torch.nn.Parameter):
+        return True
+    if kind.__module__.startswith(("torch._subclasses", "torch.distributed.")):
+        return True  # tensors of shapes alone, and those of many processes
+    plain = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
+    return kind.__torch_function__ in plain and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def check_floating(**tensors: Tensor | None) -> None:
     """All floating, and of one type."""
     given = {name: t.dtype for name, t in tensors.items() if t is not None}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xent import binary, functional, triplets
 from xent.core.directions import cosines
 from xent.core.margin import Margin
+from xent.layers import weight_and_bias
 from xent.prototypes import PrototypeHead as PrototypeHead
 
 
@@ -163,10 +164,15 @@ class LinearCrossEntropyLoss(nn.Module):
         With ``group``, the module is of this process's classes: ``num_classes`` is how many these are.
         """
         shape = (self.num_classes, *self.out_features)
-        bias = self.linear.bias
+        weight, bias = weight_and_bias(self.linear, "linear")
+        if weight.dim() != 2 or weight.shape[0] != math.prod(shape):
+            raise ValueError(
+                f"linear.weight is {tuple(weight.shape)} where num_classes and out_features, {shape}, ask "
+                f"for {math.prod(shape)} rows: set num_classes to the new number of classes too"
+            )
         return functional.linear_cross_entropy(
             input,
-            self.linear.weight.reshape(*shape, self.linear.in_features),
+            weight.reshape(*shape, weight.shape[-1]) if self.out_features else weight,
             target,
             linear_bias=None if bias is None else bias.reshape(shape),
             sample_weight=sample_weight,
@@ -483,11 +489,12 @@ class LinearSoftTripletLoss(nn.Module):
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """input (..., D) and target (...); ``negatives`` (..., k) are sampled ones."""
+        weight, bias = weight_and_bias(self.linear, "linear")
         return triplets.linear_smooth_triplet_loss(
             input,
-            self.linear.weight,
+            weight,
             target,
-            linear_bias=self.linear.bias,
+            linear_bias=bias,
             geometry=self.geometry,
             sample_weight=sample_weight,
             memory_budget=self.memory_budget,
