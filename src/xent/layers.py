@@ -69,8 +69,8 @@ def _gather(layer: nn.Linear, name: str) -> None:
     if getattr(state, "_is_root", None) is not False:
         raise RuntimeError(
             f"{name} is sharded by fully_shard, and nothing around it is: its gradients would never be "
-            "reduced, as the loss reads the weight and does not call the layer; apply fully_shard to the loss "
-            "module too, or to the whole model"
+            "reduced, as the loss reads the weight and does not call the layer; apply fully_shard to the "
+            "loss module too, or to the whole model"
         )
     layer.unshard()  # type: ignore[operator]
 

@@ -88,6 +88,10 @@ class LinearCrossEntropyLoss(nn.Module):
     Takes the place of ``nn.Linear`` followed by ``nn.CrossEntropyLoss``, and loads the state dict of
     :class:`torch.nn.LinearCrossEntropyLoss`.
 
+    The layer ``linear`` is read and not called. It may be parametrised or replaced by another
+    ``torch.nn.Linear``; one whose call computes more than its product (an adapter, a quantised layer, a layer
+    with hooks) is a TypeError.
+
     Args:
         in_features: D.
         num_classes: C.
