@@ -25,6 +25,10 @@ def problem():
     return x, w, target, negatives
 
 
+def quarter(n):
+    return torch.full(n.shape, 0.25, dtype=torch.float64, device="cpu")
+
+
 def of_logits(function, **options):
     return lambda x, w, y, _, ignored: function(x @ w.T, y, ignore_index=ignored, **options)
 
@@ -34,7 +38,7 @@ def of_head(function, **options):
 
 
 def sampled(x, w, y, _, ignored):
-    classes = torch.arange(C).flip(0).to(y.dtype)
+    classes = torch.arange(C, device="cpu").flip(0).to(y.dtype)
     return xent.linear_cross_entropy(x, w, y, classes=classes, ignore_index=ignored)
 
 
@@ -88,13 +92,11 @@ FUNCTIONS = {
     "HeadFisher": operator(lambda *a, **k: curvature.HeadFisher(*a, kind="empirical", **k)),
     "row_gradient_norms": of_head(curvature.row_gradient_norms),
     "sparse": lambda x, w, _, n, ignored: xent.cross_entropy(
-        x @ w.T, xent.TopKTarget(n, torch.full(n.shape, 0.25, dtype=torch.float64), "spread")
+        x @ w.T, xent.TopKTarget(n, quarter(n), "spread")
     ),
-    "sparse, dense": lambda x, w, _, n, ignored: xent.TopKTarget(
-        n, torch.full(n.shape, 0.25, dtype=torch.float64)
-    ).to_dense(C),
+    "sparse, dense": lambda x, w, _, n, ignored: xent.TopKTarget(n, quarter(n)).to_dense(C),
     "sparse, divergence": lambda x, w, _, n, ignored: xent.kl_divergence(
-        target=xent.TopKTarget(n, torch.full(n.shape, 0.25, dtype=torch.float64)), input=x @ w.T
+        target=xent.TopKTarget(n, quarter(n)), input=x @ w.T
     ),
     "surrogate": lambda x, w, y, _, ignored: xent.surrogate_cross_entropy(x @ w.T, y),
 }

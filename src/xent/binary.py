@@ -78,6 +78,7 @@ def binary_cross_entropy(
         tensor([inf, 0.])
     """
     dtype = _check(input, target, weight, reduction)
+    input, target, weight = modes.thawed(input), modes.thawed(target), modes.thawed(weight)
     p, y = _leave_out(weight, (input, 0.5), (target, 0.5), dtype=dtype)
     p = _within("input", p, 0.0, 1.0, LOGITS)
     y = _within("target", y, 0.0, 1.0, TARGETS)
@@ -123,6 +124,8 @@ def binary_cross_entropy_with_logits(
         [4.248354255291589e-18, 0.0]
     """
     dtype = _check(input, target, weight, reduction, pos_weight)
+    input, target = modes.thawed(input), modes.thawed(target)
+    weight, pos_weight = modes.thawed(weight), modes.thawed(pos_weight)
     s, y = _leave_out(weight, (input, 0.0), (target, 0.0), dtype=dtype)
     positive = None if pos_weight is None else pos_weight.to(s.dtype)
     return _reduce(_of_logits(s, y, positive), weight, reduction, dtype)
@@ -165,7 +168,7 @@ def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target
     check_tensors(input=input, target=target)
     dtype = _loss_dtype(input, target)
     at = compute_dtype(dtype)
-    x, t = input.to(at), target.to(at)
+    x, t = modes.thawed(input).to(at), modes.thawed(target).to(at)
     if log_target:
         t = _within("target", t, -math.inf, math.inf, LOGARITHMS)
     else:
@@ -288,7 +291,7 @@ def _check(
         if factor is None:
             continue
         sizes = zip(reversed(factor.shape), reversed(input.shape), strict=False)
-        if factor.dim() > input.dim() or any(a not in (1, b) for a, b in sizes):
+        if factor.dim() > input.dim() or any(a != 1 and a != b for a, b in sizes):
             raise ValueError(
                 f"{name} must broadcast to the shape of input, {tuple(input.shape)}; "
                 f"got {tuple(factor.shape)}"

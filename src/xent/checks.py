@@ -6,19 +6,23 @@ import torch
 from torch import Tensor
 
 from xent import parallel
-from xent.core.plan import DEFAULT_BUDGET
 from xent.core.scores import compute_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensors(*, spread: bool = False, **given: object) -> None:
-    """What is no tensor is named, None apart; so is a DTensor, but where classes may be ``spread``."""
+    """Raise a TypeError that names what is no dense tensor, None apart; DTensors pass where ``spread``."""
     for name, value in given.items():
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if not spread and parallel.is_dtensor(value):
             raise TypeError(f"{name} is a DTensor, which is not taken here: pass {name}.full_tensor()")
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            kind = str(value.layout).removeprefix("torch.")
+            raise TypeError(
+                f"{name} must be a dense tensor, got one of layout {kind}: pass {name}.to_dense()"
+            )
 
 
 def is_ordinary(tensor: Tensor) -> bool:
@@ -52,14 +56,6 @@ def check_devices(*tensors: Tensor | None) -> None:
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
-
-
-def check_budget(memory_budget: int | None) -> int:
-    if memory_budget is None:
-        return DEFAULT_BUDGET
-    if memory_budget <= 0:
-        raise ValueError(f"memory_budget is a number of bytes and must be positive, got {memory_budget}")
-    return int(memory_budget)
 
 
 def product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:

@@ -23,7 +23,7 @@ from xent.core.scores import LinearHead, compute_dtype
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import no_targets
 from xent.options import Call, Options
-from xent.target import TopKTarget
+from xent.target import TopKTarget, thawed_target
 
 Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
@@ -68,6 +68,7 @@ def kl_divergence(
         0.020136
     """
     check_tensors(input=input, target=None if isinstance(target, TopKTarget) else target)
+    input, target = modes.thawed(input), thawed_target(target)
     if isinstance(target, TopKTarget):
         target = _spelt_out(target, input, target_is_logits)
     axis = _check(target, input, temperature)
@@ -128,7 +129,9 @@ def linear_kl_divergence(
         >>> round(xent.linear_kl_divergence(student=(one, even), teacher=(one, odds)).item(), 6)
         0.020136
     """
-    options = Options(reduction=reduction, temperature=temperature, memory_budget=memory_budget)
+    check_tensors(sample_weight=sample_weight)
+    sample_weight = modes.thawed(sample_weight)
+    options = Options.of(reduction=reduction, temperature=temperature, memory_budget=memory_budget)
     lesson = _lesson(_head("student", student, options), _head("teacher", teacher, options), sample_weight)
     call, pair, weight, kept, in_graph = lesson
     kind, targets = call.reduction.kind, pair.targets

@@ -110,7 +110,9 @@ def cross_entropy(
         value = small.loss(input, None, None, target, ignore_index, reduction, _by_the_sweep)
         if value is not None:
             return value
-    return parallel.agreed(lambda: _loss(options.of_spread_logits(input, target)), (group, data_group), input)
+    return parallel.agreed(
+        lambda: _loss(options.checked().of_spread_logits(input, target)), (group, data_group), input
+    )
 
 
 def linear_cross_entropy(
@@ -213,7 +215,7 @@ def linear_cross_entropy(
         if value is not None:
             return value
     return parallel.agreed(
-        lambda: _loss(options.of_spread_head(input, linear_weight, linear_bias, target)),
+        lambda: _loss(options.checked().of_spread_head(input, linear_weight, linear_bias, target)),
         (group, data_group),
         linear_weight,
     )

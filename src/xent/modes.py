@@ -8,13 +8,15 @@ A Function asks here before it takes a shortcut, so that no mode is ever answere
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from xent.core.arithmetic import is_batched
+
+T = TypeVar("T")
 
 DERIVED = (
     "in a graph, and on tensors without data, xent's losses have a plain backward and no forward mode, "
@@ -90,6 +92,27 @@ def batched(*tensors: Tensor | None) -> bool:
         if t is not None and is_batched(t):
             return True
     return False
+
+
+def is_frozen(*tensors: object) -> bool:
+    """Return whether any of the tensors was made under inference mode, and a graph may be recorded here.
+
+    Autograd cannot save such a tensor. One that requires grad is left to torch's own error.
+    """
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    return any(isinstance(t, Tensor) and t.is_inference() and not t.requires_grad for t in tensors)
+
+
+def thawed(tensor: T) -> T:
+    """Return an ordinary tensor on the numbers of one that `is_frozen`; anything else as it is."""
+    if not isinstance(tensor, Tensor) or not is_frozen(tensor):
+        return tensor
+    if type(tensor) is not Tensor or tensor.layout != torch.strided:
+        return cast(T, tensor.clone())
+    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return cast(T, view)
 
 
 def gradients_of(

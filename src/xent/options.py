@@ -17,7 +17,6 @@ from torch import Tensor
 
 from xent import modes, parallel
 from xent.checks import (
-    check_budget,
     check_devices,
     check_floating,
     check_tensors,
@@ -53,9 +52,24 @@ from xent.target import (
     TopKTarget,
     at_positions,
     tensors_of,
+    thawed_target,
     with_wide_indices,
 )
+from xent.validators import valid
 
+VALIDATED = (
+    "ignore_index",
+    "reduction",
+    "label_smoothing",
+    "z_loss",
+    "softcap",
+    "temperature",
+    "check_targets",
+    "product_dtype",
+    "memory_budget",
+    "sparse_grad",
+    "normalize",
+)
 LARGEST_MOVE = 600.0  # exp of it is a float64
 
 
@@ -114,6 +128,17 @@ class Options(NamedTuple):
     group: Any = None
     data_group: Any = None
 
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """Return the options that are given, each seen to be of its kind."""
+        return cls(**given).checked()
+
+    def checked(self) -> Options:
+        """Return the same options as plain Python values; raise an error that names one of the wrong kind."""
+        check_tensors(spread=True, weight=self.weight, sample_weight=self.sample_weight, log_q=self.log_q)
+        values = {name: valid(name, getattr(self, name)) for name in VALIDATED}
+        return self._replace(**values, denominator=_denominator(self.denominator))
+
     @property
     def plain(self) -> bool:
         """Whether the loss is a plain one, for which there is a shorter way."""
@@ -128,8 +153,9 @@ class Options(NamedTuple):
             and self.margin is None
             and self.classes is None
             and self.log_q is None
-            and not self.sparse_grad
-            and not self.normalize
+            and self.sparse_grad is False
+            and self.normalize is False
+            and (type(self.ignore_index) is int or self.ignore_index is None)
             and self.group is None
             and self.data_group is None
             and self.label_smoothing == 0.0
@@ -145,6 +171,8 @@ class Options(NamedTuple):
     def of_logits(self, input: Tensor, target: Target) -> Call:
         """input (C,), (N, C) or (N, C, d1, ...)."""
         check_tensors(input=input)
+        if self._frozen(input, *tensors_of(target)):
+            return self._thawed().of_logits(modes.thawed(input), thawed_target(target))
         if input.dim() == 0:
             raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
         check_floating(input=input)
@@ -153,7 +181,7 @@ class Options(NamedTuple):
         rows_shape = input.shape[:axis] + input.shape[axis + 1 :]
         self._check(classes, rows_shape)
         given = target = self._resolve(with_wide_indices(target), rows_shape, tuple(input.shape))
-        reduction, transform = self._reduction(), self._transform()
+        reduction, transform = self._reduction(input, target), self._transform()
         ranks = self._ranks(input, None, classes, rows_shape, target)
         checked = self._check_classes(target, classes, ranks)
         n = math.prod(rows_shape)
@@ -177,6 +205,13 @@ class Options(NamedTuple):
     ) -> Call:
         """input (..., D); linear_weight (C, D) or (C, d1, ..., D)."""
         check_tensors(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+        if self._frozen(input, linear_weight, linear_bias, *tensors_of(target)):
+            return self._thawed().of_head(
+                modes.thawed(input),
+                modes.thawed(linear_weight),
+                modes.thawed(linear_bias),
+                thawed_target(target),
+            )
         target = with_wide_indices(target)
         if input.dim() < 1 or linear_weight.dim() < 2:
             raise ValueError(
@@ -214,9 +249,9 @@ class Options(NamedTuple):
         batch = input.shape[:-1]
         rows_shape = torch.Size((*batch, *positions))
         self._check(classes, rows_shape)
-        budget = check_budget(self.memory_budget)
+        budget = DEFAULT_BUDGET if self.memory_budget is None else self.memory_budget
         target = self._resolve(target, rows_shape, (*batch, classes, *positions))
-        reduction, transform = self._reduction(), self._transform()
+        reduction, transform = self._reduction(input, target), self._transform()
         factor = product_dtype(self.product_dtype, input)
         ranks = self._ranks(input, features, classes, rows_shape, target)
         checked = self._check_classes(target, classes, ranks)
@@ -240,6 +275,15 @@ class Options(NamedTuple):
             for k in range(places)
         ]
         return Call(parts, reduction, rows_shape, dtype, target)
+
+    def _frozen(self, *tensors: Tensor | None) -> bool:
+        """Return whether any tensor of the call was made under inference mode."""
+        return modes.is_frozen(*tensors, self.weight, self.sample_weight, self.classes, self.log_q)
+
+    def _thawed(self) -> Options:
+        """Return the options with ordinary tensors for those made under inference mode."""
+        names = ("weight", "sample_weight", "classes", "log_q")
+        return self._replace(**{name: modes.thawed(getattr(self, name)) for name in names})
 
     def of_spread_logits(self, input: Tensor, target: Target) -> Call:
         """`of_logits` of what this process holds: of DTensors, the local one."""
@@ -309,12 +353,10 @@ class Options(NamedTuple):
 
     def _check(self, classes: int, rows_shape: torch.Size) -> None:
         check_tensors(weight=self.weight, sample_weight=self.sample_weight, log_q=self.log_q)
-        if not 0.0 <= self.label_smoothing <= 1.0:
-            raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
         weight, s = self.weight, self.sample_weight
         if weight is not None and weight.shape != (classes,):
             raise ValueError(f"weight must have shape ({classes},), one a class; got {tuple(weight.shape)}")
-        for name in ("weight", "denominator", "label_smoothing", "z_loss", "softcap", "temperature", "log_q"):
+        for name in ("weight", "log_q"):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.requires_grad:
                 raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
@@ -527,20 +569,10 @@ class Options(NamedTuple):
             return probability_targets(target, **shared)
         return index_targets(target, classes, ignore_index=self.ignored, checked=checked, **shared)
 
-    def _reduction(self) -> Reduction:
-        kind, z_loss, denominator = self.reduction, self.z_loss, self.denominator
-        if not -math.inf < z_loss < math.inf:  # a compiler can follow comparisons of symbols
-            raise ValueError(f"z_loss must be finite, got {z_loss}")
+    def _reduction(self, input: Tensor, target: Target) -> Reduction:
+        kind, denominator = self.reduction, self.denominator
         if denominator is not None and kind != "mean":
             raise ValueError(f"denominator replaces the divisor of reduction='mean'; reduction is {kind!r}")
-        if isinstance(denominator, Tensor):
-            if denominator.numel() != 1:
-                raise ValueError(f"denominator must be one number, got shape {tuple(denominator.shape)}")
-            denominator = denominator.detach().reshape(())
-        elif denominator is not None and not denominator > 0:
-            raise ValueError(f"denominator must be positive, got {denominator}")
-        if kind not in ("none", "sum", "mean"):
-            raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {kind!r}")
         average = None
         if self.data_group is not None:
             if kind != "mean" or denominator is not None:
@@ -549,12 +581,25 @@ class Options(NamedTuple):
                     + ("drop denominator" if kind == "mean" else f"reduction is {kind!r}")
                 )
             average = parallel.average_over(self.data_group)
-        return Reduction(cast(Kind, kind), z_loss, denominator, average)
+        asks = _readable(input, self.sample_weight, *tensors_of(target))
+        return Reduction(cast(Kind, kind), self.z_loss, denominator, average, asks)
 
     def _transform(self) -> Transform:
-        softcap, temperature = self.softcap, self.temperature
-        if softcap is not None and not 0 < softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite, or None; got {softcap}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
-        return Transform(softcap, float(temperature))
+        return Transform(self.softcap, self.temperature)
+
+
+def _denominator(value: Any) -> float | Tensor | None:
+    """Return the divisor that replaces that of a mean: a number where it can be read, else a tensor ()."""
+    if isinstance(value, Tensor) and not value.requires_grad and value.numel() == 1 and not _readable(value):
+        return value.detach().reshape(())
+    number: float | None = valid("denominator", value)
+    return number
+
+
+def _readable(*tensors: Tensor | None) -> bool:
+    """Return whether data may be read here: on a CPU, outside of graphs and vmap."""
+    return not (
+        modes.is_opaque(*tensors)
+        or any(t is not None and t.device.type != "cpu" for t in tensors)
+        or modes.batched(*tensors)
+    )

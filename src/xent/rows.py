@@ -88,7 +88,7 @@ def row_statistics(
         group=group,
     )
     return parallel.agreed(
-        lambda: _row_statistics(options.of_spread_logits(input, target), options.ignored),
+        lambda: _row_statistics(options.checked().of_spread_logits(input, target), options.ignored),
         (group, None),
         input,
     )
@@ -149,7 +149,7 @@ def linear_row_statistics(
     )
     return parallel.agreed(
         lambda: _row_statistics(
-            options.of_spread_head(input, linear_weight, linear_bias, target), options.ignored
+            options.checked().of_spread_head(input, linear_weight, linear_bias, target), options.ignored
         ),
         (group, None),
         linear_weight,
@@ -174,7 +174,7 @@ def entropy(
         >>> xent.entropy(torch.tensor([1e8, 1e8]), bits=True).item()
         1.0
     """
-    call = Options(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
+    call = Options.of(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
     (found,) = (row_outputs(part, Extras(entropy=True)) for part in call.parts)
     assert found.entropy is not None
     return call.stack([found.entropy / math.log(2.0) if bits else found.entropy])
@@ -202,7 +202,7 @@ def top_k(
         >>> indices.tolist()
         [2, 1]
     """
-    call = Options(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
+    call = Options.of(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
     return _top_k(call, k)
 
 
@@ -232,7 +232,7 @@ def linear_top_k(
         >>> probabilities, indices = xent.linear_top_k(torch.randn(3, 8), torch.randn(1000, 8), 5)
         >>> teacher = xent.TopKTarget(indices, probabilities)
     """
-    options = Options(
+    options = Options.of(
         reduction="none",
         softcap=softcap,
         temperature=temperature,

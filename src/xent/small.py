@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from xent.core.statistics import finite_base
-from xent.modes import batched, gradients_of, transformed
+from xent.modes import batched, gradients_of, is_frozen, transformed
 
 LARGEST = 1 << 17  # logits: beyond, the sweep's tiles are no slower
 
@@ -51,6 +51,8 @@ def loss(
     if low < 0 or high >= classes or low <= (-100 if ignore_index is None else ignore_index) <= high:
         return None
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b)):
+        if is_frozen(x, w, b, y):
+            return None
         return _Small.apply(general, reduction, x, w, b, y)
     with torch.no_grad():
         _, log_p, _ = _exponentials(x, w, b, y)

@@ -92,7 +92,10 @@ class _SparseRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (classes,) = ctx.saved_tensors
-        return torch.sparse_coo_tensor(classes[None], upstream, ctx.shape, check_invariants=False), None
+        made = torch.sparse_coo_tensor(
+            classes[None], upstream, ctx.shape, device=upstream.device, check_invariants=False
+        )
+        return made, None
 
 
 def sample_classes(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from xent.core.targets import holds_integers, widened
+from xent.modes import thawed
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +69,17 @@ def with_wide_indices(target: Target) -> Target:
     if isinstance(target, TopKTarget):
         return TopKTarget(widened(target.indices), target.probabilities, target.remainder)
     return widened(target) if isinstance(target, Tensor) and holds_integers(target) else target
+
+
+T = TypeVar("T")
+
+
+def thawed_target(target: T) -> T:
+    """Return the target with ordinary tensors for those made under inference mode."""
+    if isinstance(target, TopKTarget):
+        made = TopKTarget(thawed(target.indices), thawed(target.probabilities), target.remainder)
+        return cast(T, made)
+    return thawed(target)
 
 
 def at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[Target]:

@@ -83,7 +83,7 @@ def fit_temperature(
         (1.098612, 0.75)
     """
     with torch.no_grad():
-        call = Options(ignore_index=ignore_index, sample_weight=sample_weight).of_logits(logits, target)
+        call = Options.of(ignore_index=ignore_index, sample_weight=sample_weight).of_logits(logits, target)
         problem = call.parts[0].problem
         return _solve(_read(problem.scores.tensors[0], problem.targets))
 
@@ -125,7 +125,13 @@ def _read(logits: Tensor | None, targets: Targets) -> Rows:
     """One look at logits and targets: what is wrong with them, and all that the targets have to say."""
     assert logits is not None
     classes = targets.classes
-    weights, pulls, sizes, scale, masked = [torch.zeros(0, dtype=torch.float64)], [], [], 0.0, False
+    weights, pulls, sizes, scale, masked = (
+        [torch.zeros(0, dtype=torch.float64, device="cpu")],
+        [],
+        [],
+        0.0,
+        False,
+    )
     for chunk in _chunks(targets.count, classes):
         z = _load(logits, targets, chunk)
         u = z - z.amax(1, keepdim=True)

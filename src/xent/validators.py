@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -99,6 +99,16 @@ class Flag:
         raise TypeError(f"{name} must be True or False{also}, got {_shown(value)}")
 
 
+@dataclass(frozen=True)
+class DType:
+    """A type of numbers, or None."""
+
+    def __call__(self, name: str, value: Any) -> torch.dtype | None:
+        if value is None or isinstance(value, torch.dtype):
+            return value
+        raise TypeError(f"{name} must be a torch.dtype or None, got {_shown(value)}")
+
+
 def _one_number(name: str, value: Any, kind: str) -> float | int:
     """Convert a number of any library to Python's; raise a TypeError for everything else."""
     if isinstance(value, Tensor):
@@ -109,6 +119,8 @@ def _one_number(name: str, value: Any, kind: str) -> float | int:
         return value.item()
     if isinstance(value, int | float) and not isinstance(value, bool):
         return value
+    if isinstance(value, torch.SymInt | torch.SymFloat):  # a size in a graph that is being made
+        return cast(float, value)
     # NumPy's scalars and whatever else has the methods of a number, without a look at their classes
     if hasattr(value, "dtype") and getattr(value, "ndim", 1) == 0 and value.dtype.kind in "iuf":
         number: float | int = value.item()
@@ -138,6 +150,16 @@ OPTIONS: dict[str, Validator] = {
     "memory_budget": Whole("a positive number of bytes, or None", 1, optional=True),
     "reduction": OneOf(("none", "sum", "mean")),
     "check_targets": Flag(optional=True),
+    "denominator": Number("positive, or 0 where no row counts", 0.0, ends="low", optional=True),
+    "product_dtype": DType(),
+    "sparse_grad": Flag(),
+    "normalize": Flag(),
+    # triplets
+    "margin": FINITE,
+    "p": Number("positive", 0.0, ends="high"),
+    "eps": NONNEGATIVE,
+    "swap": Flag(),
+    "smooth": Flag(),
 }
 
 

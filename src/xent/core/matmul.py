@@ -102,18 +102,19 @@ def _has_amx() -> bool:
 
 def _probe() -> bool:
     """Do products in the three layouts of a sweep come out in full float32 under the setting?"""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     previous = _setting().fp32_precision
     _setting().fp32_precision = "bf16"
     try:
         for m, k, n in ((96, 200, 112), (256, 64, 512)):
-            a = torch.randn(m, k, generator=generator)
-            b = torch.randn(k, n, generator=generator)
+            kind: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+            a = torch.randn(m, k, generator=generator, **kind)
+            b = torch.randn(k, n, generator=generator, **kind)
             bound = a.abs().double() @ b.abs().double() * torch.finfo(torch.float32).eps
             exact = a.double() @ b.double()
             for left, right in ((a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b)):
                 for accumulate in (False, True):
-                    out = torch.zeros(m, n)
+                    out = torch.zeros(m, n, **kind)
                     multiply_(out, left, right, accumulate=accumulate)
                     if not ((out.double() - exact).abs() <= 8 * bound).all():
                         return False

@@ -33,6 +33,7 @@ class Reduction:
     z_loss: float = 0.0
     denominator: float | Tensor | None = None
     average: Callable[[Tensor], Tensor] | None = None  # of divisors, over the processes that hold other rows
+    asks: bool = True  # whether it may be asked here how many rows count
 
     def values(
         self,
@@ -59,20 +60,30 @@ class Reduction:
         scalar where data decides."""
         if self.kind != "mean":
             return 1.0
-        if isinstance(self.denominator, float | int):
-            return 1.0 / self.denominator
-        if self.denominator is None and self.average is None and not _weighted(parts):
-            return 1.0 / max(1, sum(targets.count for targets, _ in parts))
-        like = parts[0][0].own if parts[0][0].own is not None else parts[0][0].probabilities
-        assert like is not None
-        one = like.new_ones((), dtype=statistics_dtype(like.device))
         if self.denominator is not None:
-            return one / self.denominator.detach().to(one)
+            return self._over(self.denominator, parts)
+        if self.average is None and not _weighted(parts):
+            return 1.0 / max(1, sum(targets.count for targets, _ in parts))
+        one = _one(parts)
         divisor = sum((_divisor(targets, weight, one) for targets, weight in parts), start=one * 0)
         if self.average is not None:
             divisor = self.average(divisor)
         nothing = divisor == 0
         return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+
+    def _over(self, denominator: float | Tensor, parts: Sequence[tuple[Targets, Tensor | None]]) -> Scale:
+        """Return 1/denominator; of a denominator of 0, 0 if no row counts."""
+        if not isinstance(denominator, Tensor) and denominator > 0:
+            return 1.0 / denominator
+        one = _one(parts)
+        count = sum((_count(targets, weight) * one for targets, weight in parts), start=one * 0)
+        if not isinstance(denominator, Tensor) and self.asks and count > 0:
+            raise ValueError(
+                f"denominator must be positive where rows count, got {denominator} for {int(count)} of them"
+            )
+        d = one * denominator
+        of_nothing = torch.where(count == 0, 0.0, torch.inf)
+        return torch.where(d > 0, 1.0 / d, torch.where(d == 0, of_nothing, torch.nan))
 
     def coefficients(
         self,
@@ -110,6 +121,21 @@ class Reduction:
 def _weighted(parts: Sequence[tuple[Targets, Tensor | None]]) -> bool:
     """Whether anything but the number of rows decides the divisor."""
     return any(weight is not None or targets.mean_weight is not None for targets, weight in parts)
+
+
+def _one(parts: Sequence[tuple[Targets, Tensor | None]]) -> Tensor:
+    """Return 1, (), in the type and on the device of the rows' statistics."""
+    if not parts:
+        return torch.ones((), dtype=torch.float64, device="cpu")
+    (targets, _), *_ = parts
+    like = targets.own if targets.own is not None else targets.probabilities
+    assert like is not None
+    return like.new_ones((), dtype=statistics_dtype(like.device))
+
+
+def _count(targets: Targets, row_weight: Tensor | None) -> int | Tensor:
+    """Return how many rows count; in a graph, those that do not have a weight of 0."""
+    return targets.count if row_weight is None else (row_weight != 0).sum()
 
 
 def _divisor(targets: Targets, row_weight: Tensor | None, one: Tensor) -> Tensor:

@@ -185,7 +185,7 @@ def _of_outputs(
     reduction = options.get("reduction", "mean")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-    settings = Options(**_named(options))
+    settings = Options.of(**_named(options))
     with plain(out.device):
         call = settings.of_logits(out, target)
         (part,) = call.parts

@@ -84,7 +84,7 @@ class HeadOperator:
     ) -> None:
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
-        self.options = Options(
+        self.options = Options.of(
             weight=class_weight,
             ignore_index=ignore_index,
             reduction=reduction,
@@ -285,7 +285,7 @@ class HeadOperator:
             rmatvec=lambda v: product(v.reshape(-1)),
             matmat=product,
             rmatmat=product,
-            dtype=torch.empty(0, dtype=answered).numpy().dtype,
+            dtype=torch.empty(0, dtype=answered, device="cpu").numpy().dtype,
         )
 
     # ── where it comes from ──

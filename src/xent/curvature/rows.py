@@ -98,7 +98,7 @@ def _of_rows(
     if target is None:
         raise ValueError("a target is needed: it says what each row is compared with")
     refuse_derivatives(features, weight, bias, *tensors_of(target), options.get("sample_weight"))
-    settings = Options(
+    settings = Options.of(
         reduction="sum",
         **{"weight" if name == "class_weight" else name: value for name, value in options.items()},
     )

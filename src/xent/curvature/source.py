@@ -136,8 +136,9 @@ class Source:
     def _total_scale(self) -> float:
         """One over the divisor of all batches together."""
         if self.options.reduction == "sum" or self.options.denominator is not None:
-            (scale, *_) = [float(call.reduction.scale(())) for call in self._calls()] or [1.0]
-            return scale
+            calls = list(self._calls())
+            rows = [(part.problem.targets, part.row_weight) for call in calls for part in call.parts]
+            return float(calls[0].reduction.scale(rows)) if calls else 1.0
         divisor = 0.0
         for call in self._calls():
             (part,) = call.parts

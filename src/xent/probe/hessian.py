@@ -69,7 +69,11 @@ class Curvature:
         found = self.here.own_factors()
         self.here.factors = found
         curved = found.G * found.total
-        sums = (found.A * curved.trace(), curved, torch.tensor(found.total))
+        sums = (
+            found.A * curved.trace(),
+            curved,
+            torch.tensor(found.total, dtype=torch.float64, device="cpu"),
+        )
         return np.concatenate([t.double().numpy().ravel() for t in sums])
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -81,7 +81,7 @@ def _step(
     objective, hessian = curvature.objective, curvature.at(theta)
     dtype, columns = hessian.dtype, objective.columns + objective.fit_intercept  # the intercept last
     slope = torch.from_numpy(gradient.reshape(objective.rows, -1)).to(dtype)
-    ridge = torch.zeros(columns, dtype=dtype)
+    ridge = torch.zeros(columns, dtype=dtype, device=slope.device)
     ridge[: objective.columns] = torch.from_numpy(objective.penalty / objective.scale**2)
     ridge += damping
     system = NewtonSystem(hessian, ridge, kronecker=hessian.kronecker, pinned=objective.binary)

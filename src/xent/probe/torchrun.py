@@ -96,7 +96,7 @@ class Joined(Ranks):
 
     def concatenate(self, codes: np.ndarray) -> np.ndarray:
         counts = self.gather(len(codes))
-        whole = torch.empty(sum(counts), dtype=torch.int64)
+        whole = torch.empty(sum(counts), dtype=torch.int64, device="cpu")
         start = 0
         for share, count in enumerate(counts):
             part = whole[start : start + count]
@@ -149,7 +149,7 @@ class Joined(Ranks):
     # ── errors ──
 
     def agree(self, error: BaseException | None) -> None:
-        failed = torch.tensor([error is not None], dtype=torch.int32)
+        failed = torch.tensor([error is not None], dtype=torch.int32, device="cpu")
         with self._waiting():
             dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if not failed.item():

@@ -67,7 +67,7 @@ def attribution(
         True
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction="none",
         softcap=softcap,
@@ -112,7 +112,7 @@ def linear_attribution(
         (torch.Size([8, 3]), torch.Size([8]))
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction="none",
         softcap=softcap,

@@ -42,7 +42,7 @@ def margins(
         tensor([[2., 6.]])
     """
     one_class(target)
-    options = Options(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
+    options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
     return _margins(options.of_logits(input, target), options.ignored)
 
 
@@ -76,7 +76,7 @@ def linear_margins(
         tensor([[1.]])
     """
     one_class(target)
-    options = Options(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
+    options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
     call = options.of_head(input, linear_weight, linear_bias, target)
     return _margins(call, options.ignored)
 
@@ -144,7 +144,7 @@ def bounds(
         (2.158106, 2.302585)
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction=reduction,
         sample_weight=sample_weight,
@@ -195,7 +195,7 @@ def linear_bounds(
         True
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction=reduction,
         sample_weight=sample_weight,

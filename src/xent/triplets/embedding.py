@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xent.checks import check_tensors
+from xent.modes import thawed
 from xent.triplets.forms import softplus
+from xent.validators import valid
 
 
 def triplet_margin_loss(
@@ -33,7 +36,7 @@ def triplet_margin_loss(
         p: of the norm.
         eps: added to every coordinate of a difference.
         swap: measure the negative's distance from the anchor or from the positive, whichever is nearer.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``.
+        reduction: ``"mean"`` (0 over no rows), ``"sum"`` or ``"none"``.
         smooth: softplus in place of the hinge: no triplet is ever quite done.
 
     Returns:
@@ -48,12 +51,26 @@ def triplet_margin_loss(
         >>> round(xent.triplets.triplet_margin_loss(a, p, n).item(), 4)  # 1 − 1.5 + 1
         0.5
     """
-    if not smooth:
-        return F.triplet_margin_loss(
-            anchor, positive, negative, margin=margin, p=p, eps=eps, swap=swap, reduction=reduction
+    check_tensors(anchor=anchor, positive=positive, negative=negative)
+    anchor, positive, negative = thawed(anchor), thawed(positive), thawed(negative)
+    options = {"margin": margin, "p": p, "eps": eps, "swap": swap}
+    margin, p, eps, swap = (valid(name, value) for name, value in options.items())
+    reduction, smooth = valid("reduction", reduction), valid("smooth", smooth)
+    if smooth:
+        loss = _smooth(anchor, positive, negative, margin, p, eps, swap)
+    else:
+        loss = F.triplet_margin_loss(
+            anchor, positive, negative, margin=margin, p=p, eps=eps, swap=swap, reduction="none"
         )
-    if reduction not in ("none", "sum", "mean"):
-        raise ValueError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / max(1, loss.numel())
+
+
+def _smooth(
+    anchor: Tensor, positive: Tensor, negative: Tensor, margin: float, p: float, eps: float, swap: bool
+) -> Tensor:
+    """Return softplus of the margin violations, (N,) or ()."""
     if anchor.dim() != positive.dim() or anchor.dim() != negative.dim():
         raise ValueError(
             "anchor, positive and negative must have as many dimensions as one another; got "
@@ -63,5 +80,4 @@ def triplet_margin_loss(
     far = F.pairwise_distance(anchor, negative, p, eps)
     if swap:
         far = torch.minimum(far, F.pairwise_distance(positive, negative, p, eps))
-    loss = softplus(near - far + margin)
-    return loss if reduction == "none" else loss.sum() if reduction == "sum" else loss.mean()
+    return softplus(near - far + margin)

@@ -45,7 +45,9 @@ class Form:
         """The margin of K negatives, a number or (M,)."""
         if self.margin is not None:
             return self.margin
-        return torch.log1p(negatives) if isinstance(negatives, Tensor) else math.log1p(negatives)
+        if isinstance(negatives, Tensor):
+            return torch.log1p(negatives.to(statistics_dtype(negatives.device)))
+        return math.log1p(negatives)
 
     def sum(self, m: Tensor, shift: float | Tensor) -> Tensor:
         """Σ φ(m + margin) of m (R, T), −inf where there is no negative, and a margin, one or (R,)."""

@@ -68,7 +68,7 @@ def triplet_loss(
         0.1666666716337204
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction=reduction,
         sample_weight=sample_weight,
@@ -113,7 +113,7 @@ def smooth_triplet_loss(
         2.158106
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction=reduction,
         sample_weight=sample_weight,
@@ -171,7 +171,7 @@ def linear_triplet_loss(
         >>> loss.backward()
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction=reduction,
         sample_weight=sample_weight,
@@ -219,7 +219,7 @@ def linear_smooth_triplet_loss(
         True
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction=reduction,
         sample_weight=sample_weight,
@@ -231,7 +231,7 @@ def linear_smooth_triplet_loss(
 
 
 def _loss(call: Call, form: Form, negatives: Negatives, options: Options, geometry: str = "inner") -> Tensor:
-    parts, reduction = call.parts, call.reduction
+    parts, reduction, negatives = call.parts, call.reduction, modes.thawed(negatives)
     classes = parts[0].problem.targets.classes
     chosen = _chosen(negatives, call, classes, options.check_targets)
     with no_autocast(parts[0].problem.scores.device):

@@ -135,7 +135,7 @@ def pair_matrix(
         (True, 100)
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction="none",
         softcap=softcap,
@@ -180,7 +180,7 @@ def linear_pair_matrix(
         (True, 3)
     """
     one_class(target)
-    options = Options(
+    options = Options.of(
         ignore_index=ignore_index,
         reduction="none",
         softcap=softcap,
@@ -224,7 +224,9 @@ def _sparse(found: rivals.Shares, own: Tensor | None, classes: int) -> PairMatri
     there = found.classes >= 0
     places = torch.stack([own.expand_as(found.classes)[there], found.classes[there]])
     losses = carried(found.shares, found.loss[:, None])[there]
-    matrix = torch.sparse_coo_tensor(places, losses, (classes, classes), check_invariants=True)
+    matrix = torch.sparse_coo_tensor(
+        places, losses, (classes, classes), device=losses.device, check_invariants=True
+    )
     y = own[:, 0]
     remainder = torch.zeros(classes, dtype=statistics_dtype(own.device), device=own.device)
     remainder.index_add_(0, y, carried(found.remainder, found.loss))
