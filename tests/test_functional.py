@@ -315,7 +315,7 @@ def test_errors_say_what_and_the_way_out(error, match, changed):
         (ValueError, r"linear_bias must have shape \(4,\)", dict(linear_bias=torch.zeros(3))),
         (ValueError, r"\(C, D\)", dict(linear_weight=torch.zeros(3))),
         (TypeError, "linear_weight is torch.float64", dict(linear_weight=torch.zeros(4, 3).double())),
-        (ValueError, "memory_budget is a number of bytes", dict(memory_budget=0)),
+        (ValueError, "memory_budget must be a positive number of bytes", dict(memory_budget=0)),
         (ValueError, "holds not even one row", dict(memory_budget=3)),
         (IndexError, r"4 at position \(0, 1\)", dict(input=Z[None, :2, :3], target=T[None, [0, 1]] * 4)),
     ],

@@ -25,9 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from xent import modes
-from xent.checks import FLOATING, autocasts, check_tensors
+from xent.checks import FLOATING, autocasts, check_tensors, require_tensors
 from xent.core.scores import compute_dtype
+from xent.validators import OneOf, valid
 
+KL_REDUCTIONS = OneOf(("none", "batchmean", "mean", "sum"))
 LOGITS = "logits go to binary_cross_entropy_with_logits"
 TARGETS = "targets of any sign go to binary_cross_entropy_with_logits"
 NEGATIVE = "pass log_target=True if the target holds logarithms of probabilities"
@@ -77,6 +79,7 @@ def binary_cross_entropy(
         >>> xent.binary_cross_entropy(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), reduction="none")
         tensor([inf, 0.])
     """
+    clamp = valid("clamp", clamp)
     dtype = _check(input, target, weight, reduction)
     input, target, weight = modes.thawed(input), modes.thawed(target), modes.thawed(weight)
     p, y = _leave_out(weight, (input, 0.5), (target, 0.5), dtype=dtype)
@@ -164,8 +167,9 @@ def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target
         >>> xent.kl_div(torch.tensor([0.0, -torch.inf]), torch.tensor([1.0, 0.0]), reduction="sum")
         tensor(0.)
     """
-    _one_of(reduction, "none", "batchmean", "mean", "sum")
-    check_tensors(input=input, target=target)
+    KL_REDUCTIONS("reduction", reduction)
+    log_target = valid("log_target", log_target)
+    require_tensors(input=input, target=target)
     dtype = _loss_dtype(input, target)
     at = compute_dtype(dtype)
     x, t = modes.thawed(input).to(at), modes.thawed(target).to(at)
@@ -280,8 +284,9 @@ def _check(
     pos_weight: Tensor | None = None,
 ) -> torch.dtype:
     """The type of the loss, of arguments that fit together."""
-    _one_of(reduction, "none", "mean", "sum")
-    check_tensors(input=input, target=target, weight=weight, pos_weight=pos_weight)
+    valid("reduction", reduction)
+    require_tensors(input=input, target=target)
+    check_tensors(weight=weight, pos_weight=pos_weight)
     dtype = _loss_dtype(input, target)
     if target.shape != input.shape:
         raise ValueError(
@@ -299,12 +304,6 @@ def _check(
         if factor.requires_grad or modes.has_tangent(factor):
             raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
     return dtype
-
-
-def _one_of(reduction: str, *kinds: str) -> None:
-    if reduction not in kinds:
-        names = ", ".join(map(repr, kinds[:-1]))
-        raise ValueError(f"reduction must be {names} or {kinds[-1]!r}, got {reduction!r}")
 
 
 def _loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:

@@ -25,6 +25,14 @@ def check_tensors(*, spread: bool = False, **given: object) -> None:
             )
 
 
+def require_tensors(*, spread: bool = False, **given: object) -> None:
+    """Raise a TypeError that names what is no dense tensor, None too."""
+    for name, value in given.items():
+        if value is None:
+            raise TypeError(f"{name} must be a tensor, got None")
+    check_tensors(spread=spread, **given)
+
+
 def is_ordinary(tensor: Tensor) -> bool:
     """Return whether a tensor's operations are those of torch.Tensor, or of what torch wraps around it.
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from xent import divergence_autograd, divergence_opaque, modes
-from xent.checks import check_devices, check_floating, check_tensors, loss_dtype
+from xent.checks import check_devices, check_floating, check_tensors, loss_dtype, require_tensors
 from xent.core.divergence import NEAR, PIECE, Pair, phi
 from xent.core.reduction import Kind, Scale
 from xent.core.scores import LinearHead, compute_dtype
@@ -24,6 +24,7 @@ from xent.core.statistics import statistics_dtype
 from xent.core.targets import no_targets
 from xent.options import Call, Options
 from xent.target import TopKTarget, thawed_target
+from xent.validators import valid
 
 Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
@@ -67,11 +68,15 @@ def kl_divergence(
         >>> round(xent.kl_divergence(target=odds, input=even).item(), 6)
         0.020136
     """
-    check_tensors(input=input, target=None if isinstance(target, TopKTarget) else target)
+    require_tensors(input=input)
+    if not isinstance(target, TopKTarget):
+        require_tensors(target=target)
+    temperature, bits = valid("temperature", temperature), valid("bits", bits)
+    target_is_logits = valid("target_is_logits", target_is_logits)
     input, target = modes.thawed(input), thawed_target(target)
     if isinstance(target, TopKTarget):
         target = _spelt_out(target, input, target_is_logits)
-    axis = _check(target, input, temperature)
+    axis = _check(target, input)
     dtype = compute_dtype(torch.promote_types(input.dtype, target.dtype))
     if not target_is_logits:
         _check_probabilities(target)
@@ -229,8 +234,7 @@ def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")
     features, weight, bias = (*given, None)[:3]
-    check_tensors(**{f"the {role}'s features": features, f"the {role}'s weight": weight})
-    assert features is not None
+    require_tensors(**{f"the {role}'s features": features, f"the {role}'s weight": weight})
     assert weight is not None
     if weight.dim() != 2:
         raise ValueError(f"the {role}'s weight must be (C, D), got {tuple(weight.shape)}")
@@ -255,7 +259,7 @@ def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Ten
     return t if input.dim() == 1 else t.movedim(-1, 1)
 
 
-def _check(target: Tensor, input: Tensor, temperature: float) -> int:
+def _check(target: Tensor, input: Tensor) -> int:
     """The axis of the classes."""
     if input.dim() == 0:
         raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
@@ -266,10 +270,6 @@ def _check(target: Tensor, input: Tensor, temperature: float) -> int:
     axis = 0 if input.dim() == 1 else 1
     if input.shape[axis] == 0:
         raise ValueError("there must be at least one class, got 0")
-    if isinstance(temperature, Tensor) and temperature.requires_grad:
-        raise ValueError("temperature takes no gradient: pass temperature.detach()")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
     check_floating(input=input)
     check_floating(target=target)
     return axis

@@ -210,7 +210,7 @@ def linear_cross_entropy(
         group=group,
         data_group=data_group,
     )
-    if options.plain:
+    if options.plain and linear_weight is not None:
         value = small.loss(input, linear_weight, linear_bias, target, ignore_index, reduction, _by_the_sweep)
         if value is not None:
             return value
@@ -229,7 +229,7 @@ def _by_the_sweep(reduction: str, x: Tensor, w: Tensor | None, b: Tensor | None,
 
 def _loss(call: Call) -> Tensor:
     """One loss from parts that share its divisor."""
-    parts, reduction = call.parts, call.reduction
+    parts, reduction = call.with_target().parts, call.reduction
     if reduction.kind == "none":
         return call.stack([_unreduced(part, reduction) for part in parts])
     # one part only: the gradients of several, kept until backward, would be several times the memory

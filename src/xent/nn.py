@@ -9,10 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from xent import binary, functional, triplets
+from xent.checks import check_tensors
 from xent.core.directions import cosines
 from xent.core.margin import Margin
 from xent.layers import weight_and_bias
+from xent.options import as_margin
 from xent.prototypes import PrototypeHead as PrototypeHead
+from xent.triplets.losses import count_of_negatives
+from xent.validators import Whole, valid
 
 
 class CrossEntropyLoss(nn.Module):
@@ -45,14 +49,18 @@ class CrossEntropyLoss(nn.Module):
         check_targets: bool | None = None,
     ) -> None:
         super().__init__()
+        check_tensors(weight=weight)
         self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.temperature = temperature
-        self.check_targets = check_targets
+        _keep(
+            self,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            temperature=temperature,
+            check_targets=check_targets,
+        )
 
     def extra_repr(self) -> str:
         return _changed(self, **_DEFAULTS)
@@ -112,6 +120,8 @@ class LinearCrossEntropyLoss(nn.Module):
     """
 
     weight: Tensor | None
+    product_dtype: torch.dtype | None
+    memory_budget: int | None
 
     def __init__(
         self,
@@ -134,21 +144,26 @@ class LinearCrossEntropyLoss(nn.Module):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.out_features = tuple(out_features)
+        in_features, bias = valid("in_features", in_features), valid("bias", bias)
+        self.num_classes = num_classes = valid("num_classes", num_classes)
+        self.out_features = _sizes(out_features)
         self.linear = nn.Linear(
             in_features, num_classes * math.prod(self.out_features), bias=bias, device=device, dtype=dtype
         )
+        check_tensors(weight=weight)
         self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.temperature = temperature
-        self.check_targets = check_targets
-        self.product_dtype = product_dtype
-        self.memory_budget = memory_budget
+        _keep(
+            self,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            temperature=temperature,
+            check_targets=check_targets,
+            product_dtype=product_dtype,
+            memory_budget=memory_budget,
+        )
 
     def extra_repr(self) -> str:
         return _changed(self, out_features=(), product_dtype=None, memory_budget=None, **_DEFAULTS)
@@ -217,6 +232,7 @@ class MarginLoss(nn.Module):
     """
 
     weight: Tensor | None
+    scale: float
 
     def __init__(
         self,
@@ -236,18 +252,22 @@ class MarginLoss(nn.Module):
         sparse_grad: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 < scale < math.inf:
-            raise ValueError(f"scale must be positive and finite, got {scale}")
+        num_classes, in_features = valid("num_classes", num_classes), valid("in_features", in_features)
+        as_margin(margin)
         self.class_weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
+        check_tensors(weight=weight)
         self.register_buffer("weight", weight)
         self.margin = margin
-        self.scale = scale
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.check_targets = check_targets
-        self.memory_budget = memory_budget
-        self.sparse_grad = sparse_grad
+        _keep(
+            self,
+            scale=scale,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            check_targets=check_targets,
+            memory_budget=memory_budget,
+            sparse_grad=sparse_grad,
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -308,12 +328,14 @@ class BCELoss(nn.Module):
     """
 
     weight: Tensor | None
+    reduction: str
+    clamp: bool
 
     def __init__(self, weight: Tensor | None = None, *, reduction: str = "mean", clamp: bool = False) -> None:
         super().__init__()
+        check_tensors(weight=weight)
         self.register_buffer("weight", weight)
-        self.reduction = reduction
-        self.clamp = clamp
+        _keep(self, reduction=reduction, clamp=clamp)
 
     def extra_repr(self) -> str:
         return _changed(self, reduction="mean", clamp=False)
@@ -344,14 +366,17 @@ class BCEWithLogitsLoss(nn.Module):
 
     weight: Tensor | None
     pos_weight: Tensor | None
+    reduction: str
 
     def __init__(
         self, weight: Tensor | None = None, *, reduction: str = "mean", pos_weight: Tensor | None = None
     ) -> None:
         super().__init__()
+        check_tensors(weight=weight)
         self.register_buffer("weight", weight)
+        check_tensors(pos_weight=pos_weight)
         self.register_buffer("pos_weight", pos_weight)
-        self.reduction = reduction
+        _keep(self, reduction=reduction)
 
     def extra_repr(self) -> str:
         return _changed(self, reduction="mean")
@@ -376,10 +401,13 @@ class KLDivLoss(nn.Module):
         0.020136
     """
 
+    reduction: str
+    log_target: bool
+
     def __init__(self, *, reduction: str = "mean", log_target: bool = False) -> None:
         super().__init__()
-        self.reduction = reduction
-        self.log_target = log_target
+        self.reduction = str(binary.KL_REDUCTIONS("reduction", reduction))
+        _keep(self, log_target=log_target)
 
     def extra_repr(self) -> str:
         return _changed(self, reduction="mean", log_target=False)
@@ -403,6 +431,9 @@ class SoftTripletLoss(nn.Module):
         2.158106
     """
 
+    margin: float | None
+    negatives: str | int
+
     def __init__(
         self,
         *,
@@ -413,11 +444,8 @@ class SoftTripletLoss(nn.Module):
         check_targets: bool | None = None,
     ) -> None:
         super().__init__()
-        self.margin = margin
-        self.negatives = negatives
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.check_targets = check_targets
+        _keep_triplets(self, margin, negatives)
+        _keep(self, ignore_index=ignore_index, reduction=reduction, check_targets=check_targets)
 
     def extra_repr(self) -> str:
         return _changed(self, **_TRIPLET_DEFAULTS)
@@ -455,6 +483,11 @@ class LinearSoftTripletLoss(nn.Module):
         torch.Size([1000, 16])
     """
 
+    geometry: str
+    memory_budget: int | None
+    margin: float | None
+    negatives: str | int
+
     def __init__(
         self,
         in_features: int,
@@ -472,14 +505,18 @@ class LinearSoftTripletLoss(nn.Module):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
+        in_features, num_classes = valid("in_features", in_features), valid("num_classes", num_classes)
+        bias = valid("bias", bias)
         self.linear = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
-        self.geometry = geometry
-        self.margin = margin
-        self.negatives = negatives
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.check_targets = check_targets
-        self.memory_budget = memory_budget
+        _keep_triplets(self, margin, negatives)
+        _keep(
+            self,
+            geometry=geometry,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            check_targets=check_targets,
+            memory_budget=memory_budget,
+        )
 
     def extra_repr(self) -> str:
         return _changed(self, geometry="inner", memory_budget=None, **_TRIPLET_DEFAULTS)
@@ -504,6 +541,28 @@ class LinearSoftTripletLoss(nn.Module):
             memory_budget=self.memory_budget,
             **_triplet_options(self, negatives),
         )
+
+
+def _keep(module: nn.Module, **options: Any) -> None:
+    """Make the options attributes of the module, each seen to be of its kind."""
+    for name, value in options.items():
+        setattr(module, name, valid(name, value))
+
+
+def _keep_triplets(
+    module: SoftTripletLoss | LinearSoftTripletLoss, margin: float | None, negatives: str | int
+) -> None:
+    module.margin = None if margin is None else valid("margin", margin)
+    count = count_of_negatives(negatives)
+    module.negatives = "all" if count is None else count
+
+
+def _sizes(out_features: object) -> tuple[int, ...]:
+    """Return the numbers of positions of a loss in K dimensions."""
+    if not isinstance(out_features, tuple | list):
+        raise TypeError(f"out_features must be a tuple of sizes, got {type(out_features).__name__}")
+    sizes = [Whole("sizes of at least 1", 1)("out_features", size) for size in out_features]
+    return tuple(size for size in sizes if size is not None)
 
 
 _TRIPLET_DEFAULTS: dict[str, Any] = {

@@ -23,6 +23,7 @@ from xent.checks import (
     loss_dtype,
     lower,
     product_dtype,
+    require_tensors,
 )
 from xent.core.arithmetic import BATCHED
 from xent.core.directions import unit
@@ -70,6 +71,7 @@ VALIDATED = (
     "sparse_grad",
     "normalize",
 )
+_NUMBERS = (float, int)
 LARGEST_MOVE = 600.0  # exp of it is a float64
 
 
@@ -98,6 +100,12 @@ class Call(NamedTuple):
     rows_shape: torch.Size  # of the unreduced loss
     dtype: torch.dtype  # of the loss
     target: Target = None  # as given, its class indices int64
+
+    def with_target(self) -> Call:
+        """Return the call, seen to have a target."""
+        if self.target is None:
+            raise TypeError("target must be a tensor or a TopKTarget, got None")
+        return self
 
     def stack(self, columns: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """One tensor (N,) from each part -> the shape of the unreduced loss."""
@@ -158,10 +166,12 @@ class Options(NamedTuple):
             and (type(self.ignore_index) is int or self.ignore_index is None)
             and self.group is None
             and self.data_group is None
+            and type(self.label_smoothing) in _NUMBERS
             and self.label_smoothing == 0.0
+            and type(self.z_loss) in _NUMBERS
             and self.z_loss == 0.0
+            and type(self.temperature) in _NUMBERS
             and self.temperature == 1.0
-            and not any(isinstance(t, Tensor) for t in (self.label_smoothing, self.z_loss, self.temperature))
         )
 
     @property
@@ -170,7 +180,7 @@ class Options(NamedTuple):
 
     def of_logits(self, input: Tensor, target: Target) -> Call:
         """input (C,), (N, C) or (N, C, d1, ...)."""
-        check_tensors(input=input)
+        require_tensors(input=input)
         if self._frozen(input, *tensors_of(target)):
             return self._thawed().of_logits(modes.thawed(input), thawed_target(target))
         if input.dim() == 0:
@@ -204,7 +214,8 @@ class Options(NamedTuple):
         self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
     ) -> Call:
         """input (..., D); linear_weight (C, D) or (C, d1, ..., D)."""
-        check_tensors(input=input, linear_weight=linear_weight, linear_bias=linear_bias)
+        require_tensors(input=input, linear_weight=linear_weight)
+        check_tensors(linear_bias=linear_bias)
         if self._frozen(input, linear_weight, linear_bias, *tensors_of(target)):
             return self._thawed().of_head(
                 modes.thawed(input),
@@ -287,7 +298,7 @@ class Options(NamedTuple):
 
     def of_spread_logits(self, input: Tensor, target: Target) -> Call:
         """`of_logits` of what this process holds: of DTensors, the local one."""
-        check_tensors(spread=True, input=input)
+        require_tensors(spread=True, input=input)
         axis = 0 if input.dim() == 1 else 1
         (input, target, weight), group = parallel.localised(
             self.group, input=(input, axis), target=(target, None), weight=(self.weight, 0)
@@ -515,12 +526,10 @@ class Options(NamedTuple):
 
     def _move(self, scores: Scores, targets: Targets, *, known: bool) -> OwnMove | None:
         """How the targets' own scores move, which are those of single classes."""
-        margin = Margin(self.margin) if isinstance(self.margin, float | int) else self.margin
+        margin = as_margin(self.margin)
         log_q = scores.log_q
         if margin is None and log_q is None:
             return None
-        if margin is not None and not isinstance(margin, Margin):
-            raise TypeError(f"margin must be a number or a xent.Margin, got {type(margin).__name__}")
         size = 0.0 if margin is None else (abs(margin.cosine) + 2 * (margin.angle > 0)) / self.temperature
         if size > LARGEST_MOVE:
             raise ValueError(
@@ -586,6 +595,13 @@ class Options(NamedTuple):
 
     def _transform(self) -> Transform:
         return Transform(self.softcap, self.temperature)
+
+
+def as_margin(value: object) -> Margin | None:
+    """Return a margin, of which a number is the cosine's."""
+    if value is None or isinstance(value, Margin):
+        return value
+    return Margin(valid("margin", value))
 
 
 def _denominator(value: Any) -> float | Tensor | None:

@@ -13,14 +13,13 @@ contrasting cluster assignments", 2020.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from xent import sinkhorn
 from xent.core.directions import cosines
 from xent.functional import linear_cross_entropy
+from xent.validators import valid
 
 
 class PrototypeHead(nn.Module):
@@ -58,15 +57,12 @@ class PrototypeHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("temperature", temperature), ("epsilon", epsilon)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
-        if iterations < 1:
-            raise ValueError(f"iterations must be at least 1, got {iterations}")
+        num_prototypes = valid("num_prototypes", num_prototypes)
+        in_features = valid("in_features", in_features)
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, in_features, device=device, dtype=dtype))
-        self.temperature = temperature
-        self.epsilon = epsilon
-        self.iterations = iterations
+        self.temperature = valid("temperature", temperature)
+        self.epsilon = valid("epsilon", epsilon)
+        self.iterations = valid("iterations", iterations)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -22,6 +22,7 @@ from xent.core.scores import compute_dtype
 from xent.core.statistics import Extras
 from xent.options import Call, Options, Part
 from xent.target import TopKTarget
+from xent.validators import valid
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -174,6 +175,7 @@ def entropy(
         >>> xent.entropy(torch.tensor([1e8, 1e8]), bits=True).item()
         1.0
     """
+    bits = valid("bits", bits)
     call = Options.of(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
     (found,) = (row_outputs(part, Extras(entropy=True)) for part in call.parts)
     assert found.entropy is not None
@@ -293,8 +295,8 @@ def _present(value: Tensor | None) -> Tensor:
 
 
 def _top_k(call: Call, k: int) -> tuple[Tensor, Tensor]:
-    classes = call.parts[0].problem.targets.classes
-    if not 1 <= k <= classes:
+    classes, k = call.parts[0].problem.targets.classes, valid("k", k)
+    if k > classes:
         raise ValueError(f"k must be between 1 and the number of classes, {classes}; got {k}")
     with torch.no_grad():
         found = [_top_k_of(part, k) for part in call.parts]

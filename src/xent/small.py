@@ -40,7 +40,8 @@ def loss(
     """Mean or sum of the rows' losses; None where this is not the way. ``general`` is the way."""
     # nobody looking on first: a graph would be guarded by the size
     if (
-        not isinstance(y, Tensor)
+        not isinstance(x, Tensor)
+        or not isinstance(y, Tensor)
         or reduction not in ("mean", "sum")
         or not _plain(x, w, b, y)
         or not _fits(x, w, b, y)
@@ -77,7 +78,9 @@ def _plain(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> bool:
     given = [t for t in (x, w, b) if t is not None]
     return (
         not torch.compiler.is_compiling()
-        and all(type(t) in _ORDINARY and t.device.type == "cpu" for t in (*given, y))
+        and all(
+            type(t) in _ORDINARY and t.device.type == "cpu" and t.layout is torch.strided for t in (*given, y)
+        )
         and y.dtype == torch.int64
         and x.dtype in (torch.float32, torch.float64)
         and all(t.dtype == x.dtype for t in given)

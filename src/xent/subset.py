@@ -20,6 +20,7 @@ from torch import Tensor
 from xent import modes
 from xent.core.statistics import statistics_dtype
 from xent.core.targets import holds_integers, widened
+from xent.validators import valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,8 +139,11 @@ def sample_classes(
         >>> w.grad.is_sparse, w.grad._nnz()
         (True, 1000)
     """
-    if not holds_integers(target):
-        raise TypeError(f"target must hold class indices, of an integer type, got {target.dtype}")
+    if not isinstance(target, Tensor) or not holds_integers(target):
+        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+        raise TypeError(f"target must hold class indices, of an integer type, got {kind}")
+    num_classes, num_samples = valid("num_classes", num_classes), valid("num_samples", num_samples)
+    ignore_index, generator = valid("ignore_index", ignore_index), valid("generator", generator)
     ignored = -100 if ignore_index is None else ignore_index
     target = widened(target)
     present = torch.unique(target[target != ignored])
@@ -147,8 +151,6 @@ def sample_classes(
         wrong = present[0] if present[0] < 0 else present[-1]
         raise IndexError(f"target {int(wrong)} is outside 0..{num_classes - 1}")
     own, rest = len(present), num_classes - len(present)
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
     drawn = min(max(num_samples - own, 0), rest)
     # the d-th of the classes that the batch does not hold, without a tensor of all classes: each of the
     # batch's own that lies at or below it moves it up by one

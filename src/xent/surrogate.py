@@ -47,6 +47,7 @@ def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduc
     if isinstance(target, Tensor) and target.requires_grad:
         raise ValueError("the surrogate's target is held constant: pass target.detach()")
     call = Options.of(reduction=reduction).of_logits(input, target)
+    call.with_target()
     (part,) = call.parts
     found = row_outputs(part, Extras(entropy=True))
     assert found.entropy is not None

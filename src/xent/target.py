@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xent.core.targets import holds_integers, widened
 from xent.modes import thawed
+from xent.validators import valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +38,11 @@ class TopKTarget:
     remainder: str = "drop"
 
     def __post_init__(self) -> None:
+        for name in ("indices", "probabilities"):
+            tensor = getattr(self, name)
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+                kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name} must be a dense tensor, got {kind}")
         shapes = tuple(self.indices.shape), tuple(self.probabilities.shape)
         if shapes[0] != shapes[1] or not shapes[0] or not shapes[0][-1]:
             raise ValueError(
@@ -47,8 +53,7 @@ class TopKTarget:
             raise TypeError(f"indices must be of an integer type, got {self.indices.dtype}")
         if not self.probabilities.is_floating_point():
             raise TypeError(f"probabilities must be floating, got {self.probabilities.dtype}")
-        if self.remainder not in ("drop", "spread"):
-            raise ValueError(f"remainder must be 'drop' or 'spread', got {self.remainder!r}")
+        valid("remainder", self.remainder)
         if self.probabilities.requires_grad:
             raise ValueError("a TopKTarget takes no gradient: pass probabilities.detach()")
 

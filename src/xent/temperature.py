@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xent.checks import require_tensors
 from xent.core.targets import Targets
 from xent.options import Options
 from xent.target import TopKTarget
@@ -82,8 +83,10 @@ def fit_temperature(
         >>> round(10 / temperature, 6), round((logits / temperature).softmax(1)[0, 0].item(), 6)
         (1.098612, 0.75)
     """
+    require_tensors(logits=logits)
     with torch.no_grad():
         call = Options.of(ignore_index=ignore_index, sample_weight=sample_weight).of_logits(logits, target)
+        call.with_target()
         problem = call.parts[0].problem
         return _solve(_read(problem.scores.tensors[0], problem.targets))
 

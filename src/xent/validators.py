@@ -78,7 +78,7 @@ class OneOf:
     def __call__(self, name: str, value: Any) -> str | None:
         if (value is None and self.optional) or (isinstance(value, str) and value in self.names):
             return value
-        *most, last = (repr(known) for known in self.names)
+        *most, last = (*map(repr, self.names), *(["None"] if self.optional else []))
         error = ValueError if isinstance(value, str) else TypeError
         raise error(f"{name} must be {', '.join(most)} or {last}, got {_shown(value)}")
 
@@ -100,13 +100,16 @@ class Flag:
 
 
 @dataclass(frozen=True)
-class DType:
-    """A type of numbers, or None."""
+class Instance:
+    """An object of a class, or None."""
 
-    def __call__(self, name: str, value: Any) -> torch.dtype | None:
-        if value is None or isinstance(value, torch.dtype):
+    kind: type
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if value is None or isinstance(value, self.kind):
             return value
-        raise TypeError(f"{name} must be a torch.dtype or None, got {_shown(value)}")
+        known = f"torch.{self.kind.__name__}"
+        raise TypeError(f"{name} must be a {known} or None, got {_shown(value)}")
 
 
 def _one_number(name: str, value: Any, kind: str) -> float | int:
@@ -114,7 +117,9 @@ def _one_number(name: str, value: Any, kind: str) -> float | int:
     if isinstance(value, Tensor):
         if value.requires_grad:
             raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
-        if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be one number, got {_shown(value)}")
+        if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be {kind}, got {_shown(value)}")
         return value.item()
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -151,15 +156,48 @@ OPTIONS: dict[str, Validator] = {
     "reduction": OneOf(("none", "sum", "mean")),
     "check_targets": Flag(optional=True),
     "denominator": Number("positive, or 0 where no row counts", 0.0, ends="low", optional=True),
-    "product_dtype": DType(),
+    "product_dtype": Instance(torch.dtype),
     "sparse_grad": Flag(),
     "normalize": Flag(),
+    "bits": Flag(),
+    "target_is_logits": Flag(),
+    "log_target": Flag(),
+    "clamp": Flag(),
+    "remainder": OneOf(("drop", "spread")),
+    "k": Whole("at least 1", 1),
+    # classes
+    "num_classes": Whole("at least 1", 1),
+    "num_samples": Whole("at least 1", 1),
+    "generator": Instance(torch.Generator),
+    # margins
+    "cosine": FINITE,
+    "angle": Number("in radians, from 0 to π/2", 0.0, math.pi / 2, ends="both"),
+    "scale": POSITIVE,
     # triplets
+    "geometry": OneOf(("inner", "cosine", "squared_l2")),
+    "top_k": Whole("at least 1", 1),
     "margin": FINITE,
     "p": Number("positive", 0.0, ends="high"),
     "eps": NONNEGATIVE,
     "swap": Flag(),
     "smooth": Flag(),
+    # curvature
+    "kind": OneOf(("type-2", "monte-carlo", "empirical")),
+    "samples": Whole("at least 1", 1),
+    "weighting": OneOf(("rows", "curvature")),
+    "corrected": Flag(),
+    "curvature": OneOf(("gauss-newton", "hessian")),
+    "preconditioner": OneOf(("class-blocks", "kronecker", "diagonal"), optional=True),
+    "l2": NONNEGATIVE,
+    "damping": NONNEGATIVE,
+    "tolerance": POSITIVE,
+    "max_iterations": Whole("at least 1, or None", 1, optional=True),
+    # modules
+    "in_features": Whole("at least 0", 0),
+    "num_prototypes": Whole("at least 1", 1),
+    "iterations": Whole("at least 1", 1),
+    "epsilon": POSITIVE,
+    "bias": Flag(),
 }
 
 

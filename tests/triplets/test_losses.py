@@ -435,7 +435,7 @@ def test_bad_heads(loss):
     x, w, y = torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match="geometry must be 'inner', 'cosine' or 'squared_l2', got 'l2'"):
         loss(x, w, y, geometry="l2")
-    with pytest.raises(ValueError, match="memory_budget is a number of bytes"):
+    with pytest.raises(ValueError, match="memory_budget must be a positive number of bytes"):
         loss(x, w, y, memory_budget=0)
     with pytest.raises(IndexError, match="target 9 at row 0"):
         loss(x, w, torch.tensor([9, 0]))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from xent.core.arithmetic import cut
+from xent.validators import valid
 
 OUTSIDE = 0.05  # how far rounding, of half types too, may carry a cosine out of −1..1
 
@@ -52,10 +53,8 @@ class Margin:
     angle: float = 0.0
 
     def __post_init__(self) -> None:
-        if not -math.inf < self.cosine < math.inf:
-            raise ValueError(f"a cosine margin must be finite, got {self.cosine}")
-        if not 0 <= self.angle <= math.pi / 2:
-            raise ValueError(f"an angular margin is in radians, from 0 to π/2; got {self.angle}")
+        for name in ("cosine", "angle"):
+            object.__setattr__(self, name, valid(name, getattr(self, name)))
 
     def move(self, c: Tensor, eps: float) -> Tensor:
         """M(c) − c, (M,), of scores that are known to about eps."""

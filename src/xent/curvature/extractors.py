@@ -17,13 +17,15 @@ from torch.func import functional_call, grad, jvp, vjp
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from xent import functional
+from xent.checks import check_tensors, require_tensors
 from xent.core.curvature import Curvature, Form
 from xent.curvature.heads import HeadGGN
 from xent.curvature.sides import Sides, Stacks
-from xent.curvature.source import OPTIONS, check_options, refuse_derivatives
+from xent.curvature.source import OPTIONS, check_options, check_target, refuse_derivatives
 from xent.modes import plain
 from xent.options import Options
 from xent.target import Target, tensors_of
+from xent.validators import OneOf
 
 Model: TypeAlias = nn.Module | Callable[[Any, Any], Tensor]
 Head: TypeAlias = tuple[Tensor] | tuple[Tensor, Tensor | None]
@@ -75,6 +77,7 @@ def ggn_vector_product(
     """
     known = OPTIONS if head is not None else [name for name in OPTIONS if name != "memory_budget"]
     check_options("ggn_vector_product", options, known)
+    _check(target, head, options)
     refuse_derivatives(*(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), *tensors_of(target))
     run, params, along, given = _prepared(model, params, inputs, vector)
     out, moved = jvp(run, (params,), (along,))[:2]
@@ -116,6 +119,7 @@ def hessian_vector_product(
         >>> torch.allclose(H["weight"], G["weight"], atol=1e-6)  # equal, as logits are linear in both
         True
     """
+    _check(target, head, options)
     run, params, along, given = _prepared(model, params, inputs, vector)
     settings = _named(options)
     if settings.get("reduction") == "none":
@@ -174,6 +178,14 @@ def _prepared(
     return run, params, along, given
 
 
+def _check(target: object, head: Head | None, options: dict[str, Any]) -> None:
+    """Raise an error that names the target, the head or the class weights where they are none."""
+    check_target(target)
+    check_tensors(class_weight=options.get("class_weight"))
+    if head is not None:
+        _of_head(head)
+
+
 def _of_outputs(
     out: Tensor, moved: Tensor, target: Target, head: Head | None, options: dict[str, Any]
 ) -> Tensor:
@@ -183,8 +195,7 @@ def _of_outputs(
         features = HeadGGN(out.to(weight.dtype), weight, target, bias=bias, wrt="features", **options)
         return (features @ moved.to(weight.dtype)).to(moved.dtype)
     reduction = options.get("reduction", "mean")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    OneOf(("mean", "sum"))("reduction", reduction)
     settings = Options.of(**_named(options))
     with plain(out.device):
         call = settings.of_logits(out, target)
@@ -211,6 +222,8 @@ def _of_head(head: Head) -> tuple[Tensor, Tensor | None]:
         size = f" of {len(head)}" if isinstance(head, tuple | list) else ""
         raise ValueError(f"head must be (weight,) or (weight, bias), got a {type(head).__name__}{size}")
     weight, bias = (*head, None)[:2]
+    require_tensors(**{"the head's weight": weight})
+    check_tensors(**{"the head's bias": bias})
     assert weight is not None
     return weight, bias
 

@@ -21,6 +21,7 @@ from xent.core.targets import of_one_class
 from xent.curvature.heads import HeadOperator
 from xent.curvature.source import Batch
 from xent.target import Target
+from xent.validators import valid
 
 
 class HeadFisher(HeadOperator):
@@ -57,12 +58,10 @@ class HeadFisher(HeadOperator):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> None:
-        if kind not in ("type-2", "monte-carlo", "empirical"):
-            raise ValueError(f"kind must be 'type-2', 'monte-carlo' or 'empirical', got {kind!r}")
-        if options.get("z_loss"):
+        kind, samples = valid("kind", kind), valid("samples", samples)
+        generator = valid("generator", generator)
+        if valid("z_loss", options.get("z_loss", 0.0)):
             raise ValueError("the Fisher information is that of a likelihood: z_loss must be 0")
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
         if kind != "monte-carlo" and (samples != 1 or generator is not None):
             raise ValueError(f"samples and generator are of kind='monte-carlo'; kind is {kind!r}")
         self.kind, self.samples, self.seed = kind, samples, 0

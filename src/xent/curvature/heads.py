@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xent.checks import check_tensors
 from xent.core.curvature import Curvature, Form
 from xent.core.kronecker import input_sum
 from xent.core.scores import LinearHead, Tangents, compute_dtype
@@ -28,6 +29,7 @@ from xent.curvature.source import Batch, Source
 from xent.modes import plain
 from xent.options import Options
 from xent.target import Target
+from xent.validators import OneOf
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -82,8 +84,8 @@ class HeadOperator:
         denominator: float | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+        OneOf(("mean", "sum"))("reduction", reduction)
+        check_tensors(class_weight=class_weight)  # which the loss calls weight
         self.options = Options.of(
             weight=class_weight,
             ignore_index=ignore_index,
@@ -96,6 +98,8 @@ class HeadOperator:
             denominator=denominator,
             memory_budget=memory_budget,
         )
+        if not isinstance(wrt, str | tuple | list):
+            raise TypeError(f"wrt must be a name or several, got {type(wrt).__name__}")
         self.wrt: tuple[Wrt, ...] = (wrt,) if isinstance(wrt, str) else tuple(wrt)
         self._check_wrt(features, bias)
         with plain(weight.device if isinstance(weight, Tensor) else torch.device("cpu")):

@@ -34,6 +34,7 @@ from xent.curvature.sides import Stacks
 from xent.curvature.source import Batch
 from xent.modes import plain
 from xent.target import Target
+from xent.validators import FINITE, valid
 
 
 class KroneckerEigen(NamedTuple):
@@ -101,8 +102,7 @@ class HeadKronecker(HeadOperator):
         corrected: bool = False,
         **options: Any,
     ) -> None:
-        if weighting not in ("rows", "curvature"):
-            raise ValueError(f"weighting must be 'rows' or 'curvature', got {weighting!r}")
+        weighting, corrected = valid("weighting", weighting), valid("corrected", corrected)
         super().__init__(features, weight, target, wrt=wrt, **options)
         self.weighting = weighting
         self._eigen: KroneckerEigen | None = None
@@ -291,8 +291,7 @@ class HeadKronecker(HeadOperator):
     @closed
     def _damped(self, damping: float, factored: bool) -> Tensor:
         """Eigenvalues of what is inverted, (C, D̃), all above 0."""
-        if not -torch.inf < damping < torch.inf:
-            raise ValueError(f"damping must be finite, got {damping}")
+        FINITE("damping", damping)
         values = self.eigh().values
         assert self._factors is not None
         if factored and self.is_corrected:

@@ -14,12 +14,12 @@ Curvature that is negative along a search direction ends the iterations with wha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from xent.checks import check_tensors
+from xent.checks import check_tensors, require_tensors
 from xent.core import sweep
 from xent.curvature import conjugate
 from xent.curvature.conjugate import Found, Map, Refined
@@ -29,6 +29,7 @@ from xent.curvature.preconditioners import of_blocks, of_diagonal, of_factors
 from xent.curvature.source import OPTIONS, Batch, check_options
 from xent.modes import plain
 from xent.target import Target
+from xent.validators import valid
 
 Preconditioner: TypeAlias = Literal["class-blocks", "kronecker", "diagonal"]
 
@@ -93,19 +94,15 @@ def newton_step(
         >>> xent.curvature.newton_step(x, w, y, l2=0.01).decrease < 1e-20
         True
     """
-    check_tensors(weight=weight, bias=bias)
-    for name, value in (("l2", l2), ("damping", damping)):
-        if not 0 <= value < torch.inf:
-            raise ValueError(f"{name} must be at least 0 and finite, got {value}")
-    if not tolerance > 0:
-        raise ValueError(f"tolerance must be positive, got {tolerance}")
+    require_tensors(weight=weight)
+    check_tensors(bias=bias)
+    l2, damping, tolerance = valid("l2", l2), valid("damping", damping), valid("tolerance", tolerance)
+    max_iterations = valid("max_iterations", max_iterations)
     if weight.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"newton_step needs float32 or float64, got {weight.dtype}: convert features and head"
         )
-    if curvature not in ("gauss-newton", "hessian"):
-        raise ValueError(f"curvature must be 'gauss-newton' or 'hessian', got {curvature!r}")
-    check_preconditioner(preconditioner)
+    curvature, preconditioner = valid("curvature", curvature), valid("preconditioner", preconditioner)
     check_options("newton_step", options, OPTIONS)
     given: dict[str, Any] = {"bias": bias, "wrt": "weight" if bias is None else ("weight", "bias"), **options}
     of = HeadHessian if curvature == "hessian" else HeadGGN
@@ -137,13 +134,6 @@ def newton_step(
         found.converged,
         found.negative_curvature,
     )
-
-
-def check_preconditioner(name: object) -> None:
-    if name is not None and name not in get_args(Preconditioner):
-        raise ValueError(
-            f"preconditioner must be 'class-blocks', 'kronecker', 'diagonal' or None; got {name!r}"
-        )
 
 
 def loss_gradient(operator: HeadOperator) -> Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xent.checks import check_tensors
+from xent.checks import check_tensors, require_tensors
 from xent.core.curvature import Curvature, Form, norms
 from xent.core.scores import LinearHead
-from xent.curvature.source import OPTIONS, check_options, refuse_derivatives
+from xent.curvature.source import OPTIONS, check_options, check_target, refuse_derivatives
 from xent.modes import plain
 from xent.options import Call, Options, Part
 from xent.target import Target, tensors_of
@@ -41,7 +41,8 @@ def row_gradient_norms(
         >>> xent.curvature.row_gradient_norms(x, w, torch.tensor([0]))  # ‖(−½, ½)‖·5
         tensor([3.5355])
     """
-    with plain(weight.device):
+    require_tensors(features=features)
+    with plain(features.device):
         call, part, curvature = _of_rows("row_gradient_norms", features, weight, target, bias, options)
         found = curvature.gradient_norms()
         if part.row_weight is not None:
@@ -70,10 +71,10 @@ def row_gradients(
         tensor([[[-1.5000, -2.0000],
                  [ 1.5000,  2.0000]]])
     """
-    check_tensors(features=features)
+    require_tensors(features=features)
     if features.dim() != 2:
         raise ValueError(f"features must be (N, D), got {tuple(features.shape)}")
-    with plain(weight.device):
+    with plain(features.device):
         call, part, curvature = _of_rows("row_gradients", features, weight, target, bias, options)
         g = curvature.gradients()
         if part.row_weight is not None:
@@ -92,12 +93,14 @@ def _of_rows(
     options: dict[str, Any],
 ) -> tuple[Call, Part, Curvature]:
     check_options(of, options, OF_ROWS)
-    check_tensors(features=features, weight=weight, bias=bias)
+    require_tensors(weight=weight)
+    check_tensors(bias=bias, class_weight=options.get("class_weight"))
+    check_target(target)
     if weight.dim() != 2:
         raise ValueError(f"weight must be (C, D), got {tuple(weight.shape)}")
-    if target is None:
-        raise ValueError("a target is needed: it says what each row is compared with")
-    refuse_derivatives(features, weight, bias, *tensors_of(target), options.get("sample_weight"))
+    s = options.get("sample_weight")
+    check_tensors(sample_weight=s)
+    refuse_derivatives(features, weight, bias, *tensors_of(target), s)
     settings = Options.of(
         reduction="sum",
         **{"weight" if name == "class_weight" else name: value for name, value in options.items()},

@@ -14,9 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from xent.checks import FLOATING, require_tensors
 from xent.core.scores import compute_dtype
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class Rowwise(ABC):
@@ -80,8 +79,8 @@ class Rowwise(ABC):
 
 
 def check_floating(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    require_tensors(spread=False, **{name: value})
+    assert isinstance(value, Tensor)
     if value.dtype not in FLOATING:
         raise TypeError(
             f"{name} must be of a floating type of 16, 32 or 64 bits, got {value.dtype}: convert it with "

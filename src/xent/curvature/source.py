@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from xent import modes
-from xent.checks import check_tensors
+from xent.checks import check_tensors, require_tensors
 from xent.core.scores import LinearHead, compute_dtype
 from xent.core.sweep import Problem
 from xent.options import Call, Options
-from xent.target import Target, tensors_of
+from xent.target import Target, TopKTarget, tensors_of
 
 Batch: TypeAlias = tuple[Tensor, Target] | tuple[Tensor, Target, Tensor]
 
@@ -59,13 +59,13 @@ class Source:
         target: Target,
         options: Options,
     ) -> None:
-        check_tensors(weight=weight, bias=bias)
+        require_tensors(weight=weight)
+        check_tensors(bias=bias)
         if weight.dim() != 2:
             raise ValueError(f"weight must be (C, D), got {tuple(weight.shape)}")
         self.in_memory = isinstance(features, Tensor)
         if isinstance(features, Tensor):
-            if target is None:
-                raise ValueError("a target is needed: it says how much each row counts")
+            check_target(target)
             self.batches: Iterable[Any] = [(features, target)]
         else:
             _check_batches(features, target, options)
@@ -156,6 +156,14 @@ class Source:
             row = at if rows is None else int(rows[at])
             where = f"row {row}" if self.in_memory else f"row {row} of batch {batch}"
             raise ValueError(f"the features of {where} are not finite; leave it out with ignore_index")
+
+
+def check_target(target: object) -> None:
+    """Raise an error unless there is a target, which says how much each row counts."""
+    if target is None:
+        raise ValueError("a target is needed: it says how much each row counts")
+    if not isinstance(target, Tensor | TopKTarget):
+        raise TypeError(f"target must be a tensor or a TopKTarget, got {type(target).__name__}")
 
 
 def check_options(of: str, given: Iterable[str], known: Iterable[str]) -> None:

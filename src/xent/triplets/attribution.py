@@ -16,6 +16,7 @@ from xent.core import rivals
 from xent.core.scores import compute_dtype
 from xent.options import Call, Options
 from xent.triplets.door import described, one_class
+from xent.validators import valid
 
 
 class Attribution(NamedTuple):
@@ -125,8 +126,7 @@ def linear_attribution(
 
 
 def _attribution(call: Call, top_k: int) -> Attribution:
-    if not top_k >= 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    top_k = valid("top_k", top_k)
     dtype = compute_dtype(call.dtype)
     k = min(top_k, call.parts[0].problem.targets.classes - 1)
     found = described(call, lambda problem: rivals.attribution(problem, k))

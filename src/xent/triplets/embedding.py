@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent.checks import check_tensors
+from xent.checks import require_tensors
 from xent.modes import thawed
 from xent.triplets.forms import softplus
 from xent.validators import valid
@@ -51,7 +51,7 @@ def triplet_margin_loss(
         >>> round(xent.triplets.triplet_margin_loss(a, p, n).item(), 4)  # 1 − 1.5 + 1
         0.5
     """
-    check_tensors(anchor=anchor, positive=positive, negative=negative)
+    require_tensors(anchor=anchor, positive=positive, negative=negative)
     anchor, positive, negative = thawed(anchor), thawed(positive), thawed(negative)
     options = {"margin": margin, "p": p, "eps": eps, "swap": swap}
     margin, p, eps, swap = (valid(name, value) for name, value in options.items())

@@ -37,10 +37,6 @@ class Form:
     phi: Callable[[Tensor], Tensor]
     margin: float | None  # None: log(K + 1)
 
-    def __post_init__(self) -> None:
-        if self.margin is not None and not -math.inf < self.margin < math.inf:
-            raise ValueError(f"margin must be finite, got {self.margin}")
-
     def shift(self, negatives: int | Tensor) -> float | Tensor:
         """The margin of K negatives, a number or (M,)."""
         if self.margin is not None:
@@ -79,7 +75,6 @@ def in_geometry(
         return x, w, b
     if geometry == "cosine":
         return unit(x), unit(w), b
-    if geometry == "squared_l2":  # −‖x‖² is the same for every class
-        norm = w.square().sum(1)
-        return 2 * x, w, -norm if b is None else b - norm
-    raise ValueError(f"geometry must be 'inner', 'cosine' or 'squared_l2', got {geometry!r}")
+    assert geometry == "squared_l2"
+    norm = w.square().sum(1)  # −‖x‖² is the same for every class
+    return 2 * x, w, -norm if b is None else b - norm

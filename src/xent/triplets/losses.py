@@ -21,6 +21,7 @@ from xent.options import Call, Options, Part
 from xent.triplets import tiles
 from xent.triplets.door import at_all_rows, no_autocast, one_class
 from xent.triplets.forms import Form, in_geometry, of_negatives, softplus
+from xent.validators import Whole, valid
 
 Negatives: TypeAlias = str | int | Tensor
 
@@ -74,7 +75,7 @@ def triplet_loss(
         sample_weight=sample_weight,
         check_targets=check_targets,
     )
-    return _loss(options.of_logits(input, target), Form(F.relu, margin), negatives, options)
+    return _loss(options.of_logits(input, target), Form(F.relu, valid("margin", margin)), negatives, options)
 
 
 def smooth_triplet_loss(
@@ -119,7 +120,12 @@ def smooth_triplet_loss(
         sample_weight=sample_weight,
         check_targets=check_targets,
     )
-    return _loss(options.of_logits(input, target), Form(softplus, margin), negatives, options)
+    return _loss(
+        options.of_logits(input, target),
+        Form(softplus, None if margin is None else valid("margin", margin)),
+        negatives,
+        options,
+    )
 
 
 def linear_triplet_loss(
@@ -178,8 +184,9 @@ def linear_triplet_loss(
         check_targets=check_targets,
         memory_budget=memory_budget,
     )
+    geometry = valid("geometry", geometry)
     call = options.of_head(input, linear_weight, linear_bias, target)
-    return _loss(call, Form(F.relu, margin), negatives, options, geometry)
+    return _loss(call, Form(F.relu, valid("margin", margin)), negatives, options, geometry)
 
 
 def linear_smooth_triplet_loss(
@@ -226,8 +233,15 @@ def linear_smooth_triplet_loss(
         check_targets=check_targets,
         memory_budget=memory_budget,
     )
+    geometry = valid("geometry", geometry)
     call = options.of_head(input, linear_weight, linear_bias, target)
-    return _loss(call, Form(softplus, margin), negatives, options, geometry)
+    return _loss(
+        call,
+        Form(softplus, None if margin is None else valid("margin", margin)),
+        negatives,
+        options,
+        geometry,
+    )
 
 
 def _loss(call: Call, form: Form, negatives: Negatives, options: Options, geometry: str = "inner") -> Tensor:
@@ -290,15 +304,21 @@ def _chosen(negatives: Negatives, call: Call, classes: int, check: bool | None) 
         k = negatives.shape[-1]
         index = _checked(widened(negatives), classes, call.parts[0], check)
         return list(index.reshape(call.rows_shape.numel() // parts, parts, k).unbind(1))
-    if negatives == "all":
-        return [classes] * parts
-    if isinstance(negatives, bool) or not isinstance(negatives, int):
-        raise ValueError(
-            f"negatives must be 'all', how many of the hardest, or class indices; got {negatives!r}"
-        )
-    if negatives < 1:
-        raise ValueError(f"negatives must be at least 1, got {negatives}")
-    return [negatives] * parts
+    hardest = count_of_negatives(negatives)
+    return [classes if hardest is None else hardest] * parts
+
+
+def count_of_negatives(negatives: object) -> int | None:
+    """Return how many of the hardest negatives are meant, None for all."""
+    if isinstance(negatives, str) and negatives == "all":
+        return None
+    takes = "'all', how many of the hardest (at least 1), or a tensor of class indices"
+    try:
+        count = Whole(takes, 1)("negatives", negatives)
+    except TypeError:
+        raise TypeError(f"negatives must be {takes}; got {type(negatives).__name__}") from None
+    assert count is not None
+    return count
 
 
 def _checked(negatives: Tensor, classes: int, part: Part, check: bool | None) -> Tensor:

@@ -18,6 +18,7 @@ from xent.core.statistics import statistics_dtype
 from xent.options import Call, Options
 from xent.triplets.attribution import carried
 from xent.triplets.door import eager, one_class
+from xent.validators import valid
 
 MOST = 4096  # classes of a dense matrix: 128 MiB
 
@@ -199,8 +200,7 @@ def _pair_matrix(call: Call, top_k: int | None) -> PairMatrix:
             f"a dense matrix of {classes} classes takes {8 * classes**2 / 2**30:.1f} GiB; "
             f"with top_k each row's largest shares are kept, in a sparse one"
         )
-    if top_k is not None and not top_k >= 1:
-        raise ValueError(f"top_k must be at least 1, or None for all pairs; got {top_k}")
+    top_k = None if top_k is None else valid("top_k", top_k)
     whole: PairMatrix | None = None
     for part in call.parts:
         problem = eager(part)
