@@ -627,3 +627,12 @@ def test_noncontiguous_and_expanded(form):
     f, theirs, x = ours_and_torch(form)
     y = torch.rand(4, 1, dtype=torch.float64).expand(4, 3)
     assert_close(gradients(f, x.t(), y), gradients(theirs, x.t(), y))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1,), (), (1, 4)])
+def test_a_factor_that_broadcasts_compiles_with_dynamic_shapes(shape):
+    loss = xent.nn.BCEWithLogitsLoss(weight=torch.rand(shape), pos_weight=torch.rand(shape))
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True, backend="eager")
+    for rows in (3, 7):
+        s, y = torch.randn(rows, 4), torch.rand(rows, 4)
+        torch.testing.assert_close(compiled(s, y), loss(s, y))

@@ -367,3 +367,17 @@ def test_second_derivatives_where_no_row_counts(rows):
     again = torch.autograd.grad((g * torch.randn_like(g)).sum(), (x, w))
     assert not g.any()
     assert not any(t.any() for t in again)
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"normalize": True, "linear_bias": torch.full((3,), 2.0)}, "the bias is added to the cosine"),
+        ({"linear_bias": torch.full((3,), 2.0)}, "normalise features and classifier, pass no linear_bias"),
+        ({"linear_bias": None}, "normalise features and classifier, and give the scale"),
+    ],
+)
+def test_the_error_of_an_angle_names_what_carries_the_score_out(options, cause):
+    x, w = 3 * torch.eye(3), torch.eye(3)
+    with pytest.raises(ValueError, match=cause):
+        xent.linear_cross_entropy(x, w, torch.tensor([0, 1, 2]), margin=xent.Margin(angle=0.5), **options)

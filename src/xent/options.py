@@ -549,7 +549,15 @@ class Options(NamedTuple):
             mass,
             rest,
             check=known and scores.device.type == "cpu",
+            way_out=self._to_cosines(has_bias=isinstance(scores, LinearHead) and scores.b is not None),
         )
+
+    def _to_cosines(self, *, has_bias: bool) -> str:
+        """Say how scores that are not cosines become so."""
+        if self.normalize and has_bias:
+            return "the bias is added to the cosine: pass no linear_bias"
+        bias = ", pass no linear_bias" if has_bias else ""
+        return f"normalise features and classifier{bias}, and give the scale as temperature=1/scale"
 
     def _targets(
         self,

@@ -478,3 +478,13 @@ def test_tiles_are_computed_again(monkeypatch):
     assert forward > 1
     loss.backward()
     assert len(calls) == 2 * forward
+
+
+@pytest.mark.parametrize("smooth", [False, True])
+@pytest.mark.parametrize("swap", [False, True])
+def test_triplet_margin_loss_over_no_rows_is_zero(smooth, swap):
+    rows = torch.zeros(0, 3, requires_grad=True)
+    loss = xent.triplets.triplet_margin_loss(rows, rows, rows, smooth=smooth, swap=swap)
+    loss.backward()
+    assert loss.item() == 0
+    assert rows.grad.shape == (0, 3)

@@ -77,6 +77,7 @@ class OwnMove(NamedTuple):
     mass: Tensor | None  # (M,) t_y; None means 1
     rest: Tensor | None  # (M,) a − t_y; None means 0
     check: bool = False  # whether scores that are no cosines are an error; else they cost nan
+    way_out: str = ""  # of that error
 
     def __call__(self, loss: Tensor, logsumexp: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
         """ℓ and lse, (M,) each, with the own score where it moves to."""
@@ -107,7 +108,7 @@ class OwnMove(NamedTuple):
                 row = int(good.logical_not().nonzero()[0])
                 raise ValueError(
                     f"an angular margin needs cosines: a target's score is {c[row].item():.6g}, outside "
-                    "−1..1; normalise features and classifier, and give the scale as temperature=1/scale"
+                    f"−1..1; {self.way_out}"
                 )
             c = torch.where(good, c, math.nan)
         return self.margin.move(c, self.eps) / self.temperature + back
