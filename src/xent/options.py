@@ -144,8 +144,14 @@ class Options(NamedTuple):
     def checked(self) -> Options:
         """Return the same options as plain Python values; raise an error that names one of the wrong kind."""
         check_tensors(spread=True, weight=self.weight, sample_weight=self.sample_weight, log_q=self.log_q)
-        values = {name: valid(name, getattr(self, name)) for name in VALIDATED}
-        return self._replace(**values, denominator=_denominator(self.denominator))
+        values = {}
+        for name in VALIDATED:
+            value, default = getattr(self, name), DEFAULTS[name]
+            if type(value) is not type(default) or value != default:
+                values[name] = valid(name, value)
+        if self.denominator is not None:
+            values["denominator"] = _denominator(self.denominator)
+        return self._replace(**values) if values else self
 
     @property
     def plain(self) -> bool:
@@ -603,6 +609,9 @@ class Options(NamedTuple):
 
     def _transform(self) -> Transform:
         return Transform(self.softcap, self.temperature)
+
+
+DEFAULTS = Options._field_defaults
 
 
 def as_margin(value: object) -> Margin | None:
