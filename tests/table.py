@@ -6,7 +6,8 @@ row itself, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 import xent
+from xent.core import reference
 
 SHIFT_Z_LOSS = "z-loss penalises lse² itself, which a shift moves"
 SHIFT_SOFTCAP = "tanh is not translation-equivariant"
@@ -28,6 +30,47 @@ ANGULAR = {
     "gradient_sum": "the slope of an angular margin differs from the other classes'",
     "convex": "cos(θ + m) is not concave in cos θ",
 }
+
+
+LAWS = {
+    "plain_formula": "value and gradient are those of the formula written out in float64",
+    "shift": "a number added to all logits of a row changes nothing",
+    "permutation": "names of classes do not matter",
+    "tiling": "the budget of memory does not matter",
+    "dense_equals_linear": "from logits or from features is one loss",
+    "untouched": "no tensor of the caller's changes",
+    "gradient_sum": "a row's gradient sums to zero over the classes",
+    "finite_differences": "the gradient is that of the value",
+    "convex": "the loss lies below its chords",
+    "learnt_weights": "a sample weight has its gradient",
+    "leaving_out": "a row left out is a row that is not there",
+    "repetition": "a row of weight k is k rows",
+    "row_order": "the order of rows does not matter",
+    "additive": "batches with one denominator add up",
+    "half": "half types are rounded once, from logits",
+    "half_linear": "half types are rounded once, from features",
+}
+
+
+class Place(NamedTuple):
+    """What computes a law, and where."""
+
+    backend: str  # "chosen": the one that the call chooses
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.backend}-{self.device}"
+
+
+PLACES = [Place("chosen", "cpu"), *([Place("chosen", "cuda")] if torch.cuda.is_available() else [])]
+
+
+@contextlib.contextmanager
+def at(place: Place) -> Iterator[None]:
+    """Make every tensor at a place, inside the block."""
+    assert place.backend == "chosen"
+    with torch.device(place.device):
+        yield
 
 
 @dataclass(frozen=True)
@@ -45,6 +88,11 @@ class Row:
     sampled: bool = False  # the classes are a sample
     loss: str = "cross_entropy"  # a key of LOSSES
     exempt: dict[str, str] = field(default_factory=dict)  # law -> reason
+
+    def __post_init__(self) -> None:
+        unknown = self.exempt.keys() - LAWS.keys()
+        if unknown:
+            raise ValueError(f"row {self.name!r} is exempt from {sorted(unknown)}, which are no laws")
 
 
 ROWS = [
@@ -159,7 +207,8 @@ ROWS = [
 NO_WEIGHTS = "takes no sample weight and no denominator"
 NO_TILES = "takes logits alone, so there are no tiles"
 UNWEIGHTED = dict.fromkeys(("repetition", "additive", "learnt_weights"), NO_WEIGHTS)
-UNTILED = {"tiling": NO_TILES, "half_linear": NO_TILES}
+NO_HEAD = "takes logits alone, so there is no head to compare with"
+UNTILED = {"tiling": NO_TILES, "half_linear": NO_TILES, "dense_equals_linear": NO_HEAD}
 SURROGATE = UNWEIGHTED | UNTILED
 SURROGATE |= {
     "finite_differences": "its derivatives are cross-entropy's, with which tests/test_surrogate.py compares",
@@ -279,8 +328,9 @@ class Problem:
             return self.dense(**changed)
         return fused(self.x, self.w, self.b, self.target, **{**self.options, **changed})
 
-    def losses(self) -> dict[str, Callable[..., Tensor]]:
-        return {"dense": self.dense, "linear": self.linear}
+    def plain(self, logits: Tensor, reduction: str) -> Tensor:
+        """The loss of logits by the formula written out, in float64, from which its gradient comes too."""
+        return LOSSES[self.row.loss].plain(logits.double(), self.target, reduction=reduction, **self.options)
 
     def differentiable(self) -> Problem:
         leaves = {k: getattr(self, k).detach().clone().requires_grad_() for k in ("x", "w", "b")}
@@ -290,6 +340,7 @@ class Problem:
 class Loss(NamedTuple):
     dense: Callable[..., Tensor]  # (z, target, *, reduction, ...)
     linear: Callable[..., Tensor] | None  # (x, w, b, target, *, reduction, ...)
+    plain: Callable[..., Tensor]  # as dense, of float64 logits: the formula by torch's own operations
 
 
 def reduced(values: Tensor, target: Target, reduction: str) -> Tensor:
@@ -314,7 +365,45 @@ def of_rows(field: str, sign: float = 1.0) -> Loss:
         rows = xent.linear_row_statistics(x, w, target, linear_bias=b, **options)
         return reduced(sign * getattr(rows, field), target, reduction).to(x.dtype)
 
-    return Loss(dense, linear)
+    def plain(z: Tensor, target: Target, *, reduction: str = "mean", **options: Any) -> Tensor:
+        log_p = reference.transform(z, **options).log_softmax(1)
+        if field == "entropy":
+            values = -(log_p.exp() * log_p).sum(1)
+        else:
+            values = log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
+        is_index = isinstance(target, Tensor) and not target.is_floating_point()
+        values = values.masked_fill(target == -100, 0.0) if is_index else values
+        return reduced(sign * values, target, reduction)
+
+    return Loss(dense, linear, plain)
+
+
+def plain_cross_entropy(z: Tensor, target: Target, **options: Any) -> Tensor:
+    return reference.cross_entropy(z, spelt_out(target, z.shape[1]), **options)
+
+
+def plain_surrogate(z: Tensor, target: Target, *, reduction: str = "mean") -> Tensor:
+    """⟨a·p − t, z⟩ with the bracket held constant, relative to the largest logit."""
+    t = reference.target_rows(spelt_out(target, z.shape[1]), z.shape[1])
+    bracket = t.sum(1, keepdim=True) * z.detach().softmax(1) - t
+    return reduced((bracket * (z - z.detach().amax(1, keepdim=True))).sum(1), target, reduction)
+
+
+def plain_kl(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    t = target.double()
+    return reduced((t * (t.log() - z.log_softmax(1))).sum(1), target, reduction)
+
+
+def plain_binary(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    y = target.double()
+    values = -(y * z.sigmoid().log() + (1 - y) * (1 - z.sigmoid()).log())
+    return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
+
+
+def plain_kl_div(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    t = target.double()
+    values = t * (t.log() - z.log_softmax(1))
+    return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
 
 
 def taught(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options: Any) -> Tensor:
@@ -327,22 +416,29 @@ LOSSES = {
     "cross_entropy": Loss(
         xent.cross_entropy,
         lambda x, w, b, target, **options: xent.linear_cross_entropy(x, w, target, linear_bias=b, **options),
+        plain_cross_entropy,
     ),
-    "surrogate": Loss(xent.surrogate_cross_entropy, None),
+    "surrogate": Loss(xent.surrogate_cross_entropy, None, plain_surrogate),
     "kl": Loss(
         lambda z, target, *, reduction="mean": reduced(
             xent.kl_divergence(target=target, input=z), target, reduction
         ),
         None,
+        plain_kl,
     ),
-    "binary": Loss(xent.binary_cross_entropy_with_logits, None),
+    "binary": Loss(xent.binary_cross_entropy_with_logits, None, plain_binary),
     "binary_of_probabilities": Loss(
-        lambda z, target, **options: xent.binary_cross_entropy(z.sigmoid(), target, **options), None
+        lambda z, target, **options: xent.binary_cross_entropy(z.sigmoid(), target, **options),
+        None,
+        plain_binary,
     ),
-    "kl_div": Loss(lambda z, target, **options: xent.kl_div(z.log_softmax(1), target, **options), None),
+    "kl_div": Loss(
+        lambda z, target, **options: xent.kl_div(z.log_softmax(1), target, **options), None, plain_kl_div
+    ),
     "linear_kl": Loss(
         lambda z, target, **options: taught(z, torch.eye(z.shape[1], dtype=z.dtype), None, target, **options),
         lambda x, w, b, target, **options: taught(x, w, b, target, **options),
+        plain_kl,
     ),
     "entropy": of_rows("entropy"),
     "log_prob": of_rows("log_prob", -1.0),
@@ -391,6 +487,8 @@ def spelt_out(target: Target, classes: int) -> Tensor:
 
 def rows(law: str) -> pytest.MarkDecorator:
     """Parametrize a law over the table's rows, less those that it cannot hold for."""
+    if law not in LAWS:
+        raise ValueError(f"{law!r} is no law of the table's: {', '.join(LAWS)}")
     return pytest.mark.parametrize(
         "row", [pytest.param(row, id=row.name) for row in ROWS + OTHERS if law not in row.exempt]
     )

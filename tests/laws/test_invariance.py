@@ -85,13 +85,13 @@ def test_tiling_changes_nothing(row, dtype, reduction, gradient):
 @REDUCTIONS
 def test_dense_equals_linear_head(row, dtype, reduction):
     """From features × weight or from the logits they make: the same loss and the same gradients."""
-    p, q = (problem(row, dtype).differentiable(),) * 2
-    a, b = p.dense(reduction=reduction), q.linear(reduction=reduction)
+    p = problem(row, dtype).differentiable()
+    a, b = p.dense(reduction=reduction), p.linear(reduction=reduction)
     close(a, b)
     upstream = torch.rand_like(a)
     for g, h in zip(
         torch.autograd.grad(a, [p.x, p.w, p.b], upstream),
-        torch.autograd.grad(b, [q.x, q.w, q.b], upstream),
+        torch.autograd.grad(b, [p.x, p.w, p.b], upstream),
         strict=True,
     ):
         close(g, h)
