@@ -297,7 +297,7 @@ def predict(
     """
     from xent.probe import evaluate, model_file
     from xent.probe import predict as job
-    from xent.probe.files import check_writable
+    from xent.probe.files import check_writable, folder
 
     with join(timeout) as ranks:
         with ranks.together():
@@ -310,14 +310,12 @@ def predict(
         table = job.read_for(fitted, model, data, label, ranks)
         scored = job.score(fitted, table, ranks)
         rows = int(ranks.sum(len(table.features)))
-        with ranks.together():
-            if ranks.first:
-                output.parent.mkdir(parents=True, exist_ok=True)
-        evaluate.write_predictions(fitted, table, output, ranks=ranks)
+        with folder(output.parent) if ranks.first else contextlib.nullcontext():
+            evaluate.write_predictions(fitted, table, output, ranks=ranks)
     if not ranks.first:
         return
     if as_json:
-        found = None if scored is None or scored.evaluation is None else scored.evaluation.summary()
+        found = None if scored is None else scored.evaluation.summary()
         about = {"source": table.source, "rows": rows, "evaluation": found, "file": str(output)}
         if scored is not None:
             about |= {"unlabelled": scored.unlabelled, "unknown_labels": scored.unknown}
@@ -473,9 +471,8 @@ def _print_predict(rows: int, classes: int, scored: Scored | None, label: str | 
     click.echo(f"{rows:,} rows, {classes} classes: {printable(str(output))}")
     if scored is None:
         return
-    if scored.evaluation is not None:
-        done = scored.evaluation
-        click.echo(f"against {label!r}: accuracy {100 * done.accuracy:.2f} %, loss {done.loss:.4f} nats")
+    done = scored.evaluation
+    click.echo(f"against {label!r}: accuracy {100 * done.accuracy:.2f} %, loss {done.loss:.4f} nats")
     left_out = [f"{scored.unlabelled:,} without a label"] if scored.unlabelled else []
     left_out += [f"{n:,} labelled {quoted(text)}" for text, n in list(scored.unknown.items())[:3]]
     if left_out:
