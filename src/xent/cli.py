@@ -310,7 +310,10 @@ def predict(
         table = job.read_for(fitted, model, data, label, ranks)
         scored = job.score(fitted, table, ranks)
         rows = int(ranks.sum(len(table.features)))
-        with folder(output.parent) if ranks.first else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            with ranks.together():
+                if ranks.first:
+                    stack.enter_context(folder(output.parent))
             evaluate.write_predictions(fitted, table, output, ranks=ranks)
     if not ranks.first:
         return

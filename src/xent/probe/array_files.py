@@ -148,15 +148,14 @@ def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labe
             f"{path}: has {shape[1]:,} columns, and {wanted.model} was fitted on arrays of {wanted.width:,}; "
             "bring the array to the same columns, in the same order"
         )
-    single = kind == "f" and stored.dtype.itemsize <= 4
+    dtype = np.dtype(np.float32 if kind == "f" and stored.dtype.itemsize <= 4 else np.float64)
     rows = share.of(stored.rows)
-    check_memory(
-        path, (rows.stop - rows.start) * len(features) * (4 if single else 8), f"an array of shape {shape}"
-    )
+    said = f"an array of shape {shape} as {dtype}"
+    check_memory(path, (rows.stop - rows.start) * len(features) * dtype.itemsize, said)
     array = stored.part(share)
     if features != names:
         array = array[:, [int(name[1:]) for name in features]]
-    matrix = np.ascontiguousarray(array, dtype=np.float32 if single else np.float64)
+    matrix = np.ascontiguousarray(array, dtype=dtype)
     check_finite(path, wanted, matrix, features, rows.start)
     table = Table(str(path), matrix, tuple(features), start=rows.start, width=shape[1])
     if labels is None:

@@ -86,8 +86,8 @@ class Evaluation:
 
 
 def chunks(model: Model, rows: int) -> Iterator[slice]:
-    """Parts of some rows whose logits fit the chunk."""
-    step = max(1, CHUNK // len(model.classes))
+    """Parts of some rows whose logits, and whose labels as text, fit the chunk."""
+    step = max(1, CHUNK // max(len(model.classes), model.classes.dtype.itemsize // 8))
     for i in range(0, rows, step):
         yield slice(i, min(i + step, rows))
 

@@ -23,6 +23,7 @@ import numpy as np
 from xent.probe.errors import BadInput, needs
 from xent.probe.files import aside
 from xent.probe.labels import Kind, array_of_texts, kind_of
+from xent.probe.limits import text_fault
 from xent.probe.reading import reading
 from xent.probe.text import json_text, quoted
 
@@ -243,4 +244,8 @@ def _fault(model: Model) -> str | None:
         name, times = collections.Counter(names).most_common(1)[0] if len(names) else ("", 1)
         if times > 1:
             return f"{what} {quoted(name)} is there {times} times"
+        for name in names:
+            fault = text_fault(name) if isinstance(name, str) else None
+            if fault is not None:
+                return f"{what} {quoted(name)} {fault}"
     return None

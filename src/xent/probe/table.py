@@ -77,7 +77,8 @@ class Wanted:
             return "fit a model without the column"
         if self.features is not None:
             return "leave the column out of --features"
-        return f"leave the column out with --exclude {_as_option(column)}"
+        option = _as_option(column)
+        return f"leave the column out with --exclude {option if len(option) <= 200 else 'and its name'}"
 
 
 def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[bool]) -> list[str]:
