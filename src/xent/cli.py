@@ -292,6 +292,8 @@ def predict(
 ) -> None:
     """Write the probability of every class, and the most probable one, for each row of DATA.
 
+    Where DATA has labels, it also says how many are predicted; that none of them is known is an error.
+
     \b
     xent predict xent-model/model.safetensors flowers.csv -o predictions.parquet
     """

@@ -34,8 +34,8 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
     columns = features if label is None else [*features, label]
     rows = share.of(about.num_rows)
     count = rows.stop - rows.start
-    # each number is there twice, as Arrow's and in the matrix
-    check_memory(path, 16 * count * len(columns), f"{count:,} rows of {len(columns):,} columns")
+    # each number takes four bytes at least, and is there twice: Arrow's and in the matrix
+    check_memory(path, 8 * count * len(columns), f"{count:,} rows of {len(columns):,} columns")
     # text of the file's dictionary is there once, however many rows have it
     encoded = [name for name in columns if name == label and is_text(schema.field(name).type)]
     with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded) as file:
