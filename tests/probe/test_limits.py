@@ -16,6 +16,9 @@ from xent.probe import data, limits, reading
 from xent.probe.data import Wanted
 from xent.probe.errors import BadInput, MissingExtra
 
+POOL = pa.proxy_memory_pool(pa.default_memory_pool())
+"""Counts what Arrow holds; never let go, because Arrow's threads may free into it after a test has ended."""
+
 
 def refused(path, message: str, wanted: Wanted | None = None) -> None:
     """The file is refused with the message, and without much memory."""
@@ -71,16 +74,15 @@ def test_one_text_in_many_rows_is_there_once(tmp_path):
     labels = pa.DictionaryArray.from_arrays(np.arange(rows) % 2, ["z" * 50_000, "a" * 50_000])
     for name, column in (("a", labels), ("b", labels.cast(pa.large_string()))):  # the latter takes 400 MB
         parquet.write_table(pa.table({"u": np.arange(rows), "y": column}), tmp_path / f"{name}.parquet")
-    pool = pa.proxy_memory_pool(pa.default_memory_pool())
     usual = pa.default_memory_pool()
-    pa.set_memory_pool(pool)
+    pa.set_memory_pool(POOL)
     try:
         for name in "ab":
             table = data.read(tmp_path / f"{name}.parquet", Wanted("y"))
             assert np.bincount(table.codes).tolist() == [rows // 2] * 2
     finally:
         pa.set_memory_pool(usual)
-    assert 0 < pool.max_memory() < 20 << 20
+    assert 0 < POOL.max_memory() < 20 << 20
 
 
 def header(text: str) -> bytes:
