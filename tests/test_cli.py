@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -351,6 +352,17 @@ def test_every_message_counts_rows_of_the_file_from_1(tmp_path):
             assert not re.search(r"row #?(?!8\b)\d", done.stderr.lower()), done.stderr
             if command[0] == "fit":
                 assert done.exit_code == 2
+
+
+def test_losses_that_add_up_to_infinity_are_no_warning(tmp_path):
+    (tmp_path / "f.csv").write_text("u,kind\n" + "1,a\n2,b\n" * 10)
+    run("fit", "f.csv", "--label", "kind", "--no-standardize", "--validation", 0, "--l2", 10, "--out", "m")
+    steep = abs(model_file.load(tmp_path / "m" / "model.safetensors").weight).max()
+    (tmp_path / "g.csv").write_text("u,kind\n" + f"{1.5e308 / max(steep, 1):g},a\n" * 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = run("predict", "m/model.safetensors", "g.csv", "-o", "p.csv", "--json")
+    assert json.loads(done.stdout)["evaluation"]["loss"] is None  # JSON has no word for it
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):

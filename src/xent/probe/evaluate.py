@@ -122,7 +122,10 @@ def evaluate(
         for each in chunks(model, len(rows) if ranks.counts else 0):
             y = codes[rows[each]]
             log_p = log_proba(model, table, rows[each])
-            total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
+            with np.errstate(
+                over="ignore"
+            ):  # of rows that are wrong beyond the largest number the sum is infinite
+                total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
             predicted = log_p.argmax(axis=1)
             wrong.append(y[predicted != y] * classes + predicted[predicted != y])
         own = (total, *np.unique(np.concatenate(wrong), return_counts=True))
