@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 
 import numpy as np
 import pytest
@@ -267,6 +268,125 @@ def test_bad_predictions(tmp_path):
         assert message in done.stderr, done.stderr
         assert done.stderr.count("\n") == 1
     assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+
+
+def test_advice_can_be_followed_with_the_command_that_gives_it(tmp_path):
+    (tmp_path / "f.csv").write_text(GOOD)
+    (tmp_path / "g.csv").write_text("u,v,kind\n1,2,a\n1,,b\n")
+    run("fit", "f.csv", "--label", "kind", "--out", "m", "--quiet")
+    start = (
+        "xent: g.csv: row 2, column 'v' is missing where a finite number is needed; correct or drop the row, "
+    )
+    for command, advice in (
+        (["fit", "g.csv", "--label", "kind"], "or leave the column out with --exclude v\n"),
+        (["fit", "g.csv", "--label", "kind", "--features", "u,v"], "or leave the column out of --features\n"),
+        (["predict", "m/model.safetensors", "g.csv", "-o", "p.csv"], "or fit a model without the column\n"),
+    ):
+        assert run(*command, code=2).stderr == start + advice
+    parquet.write_table(csv.read_csv("f.csv").drop_columns("v").append_column("v", [["x"] * 20]), "t.parquet")
+    for command, advice in (
+        (
+            ["fit", "t.parquet", "--label", "kind", "--features", "u,v"],
+            "leave the column out of --features\n",
+        ),
+        (["predict", "m/model.safetensors", "t.parquet", "-o", "p.csv"], "fit a model without the column\n"),
+    ):
+        assert run(*command, code=2).stderr.endswith(f"holds string, not numbers; {advice}")
+    said = run("predict", "m/model.safetensors", "f.csv", "--label", "u", "-o", "p.csv", code=2).stderr
+    assert "the label column 'u' cannot be a feature; name another column with --label" in said
+
+
+NUMBERS = {
+    "decimals": [f"{4 + i / 10:.1f}" for i in range(20)],
+    "decimals, some of them whole": [f"{i / 4:g}" for i in range(20)],
+    "decimals, few to a class": [f"{4 + i // 2 / 10:.1f}" for i in range(20)],
+    "a number for each row": [str(1000 + 7 * i) for i in range(20)],
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_a_number_is_no_class(tmp_path, case):
+    lines = [f"{i},{i % 3},{label}" for i, label in enumerate(NUMBERS[case])]
+    (tmp_path / "f.csv").write_text("\n".join(["u,v,kind", *lines]) + "\n")
+    said = run("fit", "f.csv", "--label", "kind", code=2).stderr
+    classes = len(set(NUMBERS[case]))
+    assert (
+        f"f.csv: the labels in 'kind' look like numbers, not classes: {classes} different ones in 20 rows"
+        in said
+    )
+
+
+@pytest.mark.parametrize(
+    "labels", [["0.5", "1.5"] * 10, [str(i // 4) for i in range(20)]], ids=["halves", "five"]
+)
+def test_classes_that_are_numbers_are_classes(tmp_path, labels):
+    lines = [f"{i},{i % 3},{label}" for i, label in enumerate(labels)]
+    (tmp_path / "f.csv").write_text("\n".join(["u,v,kind", *lines]) + "\n")
+    run("fit", "f.csv", "--label", "kind", "--validation", 0.25, "--out", "m")
+
+
+def test_every_message_counts_rows_of_the_file_from_1(tmp_path):
+    """Row 8 is spoiled, in every way that is told with a row."""
+    (tmp_path / "f.csv").write_text(GOOD)
+    run("fit", "f.csv", "--label", "kind", "--out", "m", "--quiet")
+    for spoiled in (
+        "nan,1,a",
+        ",1,a",
+        "?,1,a",
+        "1,1,",
+        "1,1",
+        "1,1,a,b",
+        "1,1,lone",
+        "1e200,1,a",
+        "1e308,1,a",
+    ):
+        lines = GOOD.splitlines()
+        lines[8] = spoiled
+        (tmp_path / "g.csv").write_text("\n".join(lines) + "\n")
+        commands = [["fit", "g.csv", "--label", "kind", "--out", "n"]]
+        commands += [["predict", "m/model.safetensors", "g.csv", "-o", "p.csv"]]
+        for command in commands:
+            done = CliRunner().invoke(cli, command)
+            if done.exit_code == 2 and "1e" not in spoiled:
+                assert "row 8" in done.stderr.lower(), done.stderr
+            assert not re.search(r"row #?(?!8\b)\d", done.stderr.lower()), done.stderr
+            if command[0] == "fit":
+                assert done.exit_code == 2
+
+
+def test_losses_that_add_up_to_infinity_are_no_warning(tmp_path):
+    (tmp_path / "f.csv").write_text("u,kind\n" + "1,a\n2,b\n" * 10)
+    run("fit", "f.csv", "--label", "kind", "--no-standardize", "--validation", 0, "--l2", 10, "--out", "m")
+    steep = abs(model_file.load(tmp_path / "m" / "model.safetensors").weight).max()
+    (tmp_path / "g.csv").write_text("u,kind\n" + f"{1.5e308 / max(steep, 1):g},a\n" * 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        done = run("predict", "m/model.safetensors", "g.csv", "-o", "p.csv", "--json")
+    assert json.loads(done.stdout)["evaluation"]["loss"] is None  # JSON has no word for it
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    (tmp_path / "f.csv").write_text(GOOD)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    run("fit", "f.csv", "--label", "kind", "--out", "m", "--quiet")
+    before = sorted(tmp_path.rglob("*"))
+    times = [path.stat().st_mtime_ns for path in before]
+    monkeypatch.setattr("xent.probe.evaluate.log_proba", fail)
+    assert (
+        "disk full" in run("predict", "m/model.safetensors", "f.csv", "-o", "new/deeper/p.csv", code=1).stderr
+    )
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("xent.probe.fit.write_predictions", fail)
+    for out in ("m", "new"):
+        assert "disk full" in run("fit", "f.csv", "--label", "kind", "--out", out, code=1).stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert [path.stat().st_mtime_ns for path in before if path.is_file()] == [
+        time for path, time in zip(before, times, strict=True) if path.is_file()
+    ]
 
 
 def test_the_input_of_a_fit_is_not_its_output(tmp_path):

@@ -292,12 +292,14 @@ def predict(
 ) -> None:
     """Write the probability of every class, and the most probable one, for each row of DATA.
 
+    Where DATA has labels, it also says how many are predicted; that none of them is known is an error.
+
     \b
     xent predict xent-model/model.safetensors flowers.csv -o predictions.parquet
     """
     from xent.probe import evaluate, model_file
     from xent.probe import predict as job
-    from xent.probe.files import check_writable
+    from xent.probe.files import check_writable, folder
 
     with join(timeout) as ranks:
         with ranks.together():
@@ -310,14 +312,15 @@ def predict(
         table = job.read_for(fitted, model, data, label, ranks)
         scored = job.score(fitted, table, ranks)
         rows = int(ranks.sum(len(table.features)))
-        with ranks.together():
-            if ranks.first:
-                output.parent.mkdir(parents=True, exist_ok=True)
-        evaluate.write_predictions(fitted, table, output, ranks=ranks)
+        with contextlib.ExitStack() as stack:
+            with ranks.together():
+                if ranks.first:
+                    stack.enter_context(folder(output.parent))
+            evaluate.write_predictions(fitted, table, output, ranks=ranks)
     if not ranks.first:
         return
     if as_json:
-        found = None if scored is None or scored.evaluation is None else scored.evaluation.summary()
+        found = None if scored is None else scored.evaluation.summary()
         about = {"source": table.source, "rows": rows, "evaluation": found, "file": str(output)}
         if scored is not None:
             about |= {"unlabelled": scored.unlabelled, "unknown_labels": scored.unknown}
@@ -473,9 +476,8 @@ def _print_predict(rows: int, classes: int, scored: Scored | None, label: str | 
     click.echo(f"{rows:,} rows, {classes} classes: {printable(str(output))}")
     if scored is None:
         return
-    if scored.evaluation is not None:
-        done = scored.evaluation
-        click.echo(f"against {label!r}: accuracy {100 * done.accuracy:.2f} %, loss {done.loss:.4f} nats")
+    done = scored.evaluation
+    click.echo(f"against {label!r}: accuracy {100 * done.accuracy:.2f} %, loss {done.loss:.4f} nats")
     left_out = [f"{scored.unlabelled:,} without a label"] if scored.unlabelled else []
     left_out += [f"{n:,} labelled {quoted(text)}" for text, n in list(scored.unknown.items())[:3]]
     if left_out:

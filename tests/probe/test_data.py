@@ -216,7 +216,7 @@ BAD_TEXT = {
     "NA": ("u,v,y\n1,3,a\n1,NA,b\n", Wanted("y"), r"row 2, column 'v' is missing"),
     "missing_label": ("u,y\n1,a\n2, \n", Wanted("y"), r"row 2 has no label in column 'y'"),
     "twice": ("u,u,y\n1,2,a\n", Wanted("y"), r"column 'u' is there 2 times"),
-    "ragged": ("u,y\n1,a\n2\n", Wanted("y"), r"not readable as CSV: .*Expected 2 columns"),
+    "ragged": ("u,y\n1,a\n2\n", Wanted("y"), r"not readable as CSV: .*row 2: Expected 2 columns"),
     "semicolons": ("u;y\n1;a\n", Wanted("y"), r"one column, 'u;y': separate columns by commas"),
     "latin1": ("u,y\n1,caf\xe9\n".encode("latin-1"), Wanted("y"), r"not UTF-8"),
 }

@@ -13,6 +13,7 @@ from safetensors.numpy import save as to_bytes
 from xent.probe import model_file
 from xent.probe.errors import BadInput
 from xent.probe.files import aside, check_writable
+from xent.probe.labels import kind_of
 from xent.probe.model_file import Model
 
 
@@ -32,11 +33,20 @@ def example(classes=("a", "b", "c"), dtype=np.float64) -> Model:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("classes", [("a", "b", "c"), ("no", "yes"), (-1, 3, 7), (False, True)], ids=str)
+@pytest.mark.parametrize(
+    "classes",
+    [("a", "b", "c"), ("no", "yes"), ("10", "9"), ("False", "True"), (-1, 3, 7), (False, True)],
+    ids=str,
+)
 def test_round_trip(tmp_path, classes, dtype):
-    model, path = example(classes, dtype), tmp_path / "m.safetensors"
+    path = tmp_path / "m.safetensors"
+    model = dataclasses.replace(example(classes, dtype), kind=kind_of(np.array(classes)), width=7)
     model_file.save(model, path)
     back = model_file.load(path)
+    assert (back.kind, back.width) == (model.kind, 7)
+    assert back.fingerprint == model.fingerprint
+    for other in (dataclasses.replace(model, width=8), dataclasses.replace(model, kind="text", width=None)):
+        assert other.fingerprint != model.fingerprint
     for name in ("weight", "bias", "mean", "scale", "classes"):
         np.testing.assert_array_equal(getattr(back, name), getattr(model, name))
         assert getattr(back, name).dtype == getattr(model, name).dtype
@@ -108,6 +118,19 @@ def changed(path, change_about=None, change_tensors=None) -> None:
             {"change_about": lambda a: a.update(classes={"type": "str", "values": ["a", "b", "\ud800"]})},
             "not a model that `xent fit` wrote",
         ),
+        (
+            {"change_about": lambda a: a["classes"].update(values=["a", "b", "z" * 70_000])},
+            r"the label 'z+… takes 70,000 bytes",
+        ),
+        (
+            {"change_about": lambda a: a["features"].__setitem__(0, "z" * 70_000)},
+            r"feature 'z+… takes 70,000",
+        ),
+        ({"change_about": lambda a: a["classes"].update(kind="whole")}, "not a model that `xent fit` wrote"),
+        ({"change_about": lambda a: a["classes"].update(kind=3)}, "not a model that `xent fit` wrote"),
+        ({"change_about": lambda a: a.update(classes=["a", "b", "c"])}, "not a model that `xent fit` wrote"),
+        ({"change_about": lambda a: a.update(width=3)}, "not a model that `xent fit` wrote"),
+        ({"change_about": lambda a: a.update(width="4")}, "not a model that `xent fit` wrote"),
         ({"change_about": lambda a: a.update(format="else")}, "not a model that `xent fit` wrote"),
         ({"change_about": lambda a: a.pop("classes")}, "not a model that `xent fit` wrote"),
         ({"change_about": lambda a: a["classes"].update(type="int")}, "not a model that `xent fit` wrote"),
@@ -134,6 +157,8 @@ def test_deeply_nested_metadata_is_refused(tmp_path):
 
 def test_a_model_that_would_be_refused_is_not_written(tmp_path):
     path = tmp_path / "m.safetensors"
+    with pytest.raises(BadInput, match=r"not written, because class 'z+… takes 70,000 bytes"):
+        model_file.save(example(("a", "b", "z" * 70_000)), path)
     with pytest.raises(BadInput, match="not written, because bias holds nan or inf"):
         model_file.save(dataclasses.replace(example(), bias=np.full(3, np.inf)), path)
     assert not path.exists()

@@ -1,146 +1,206 @@
 """``.npz`` and ``.npy`` files to a ``Table``, through NumPy without pickle.
 
-Of ``.npy`` files a share of the rows is read alone; an array in an archive is read whole, and the rest
-let go.
+An array's header is read first, and what it claims is held against what is there before anything is
+allocated. Of ``.npy`` files a share of the rows is read alone; an array in an archive is read whole, and the
+rest let go.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import math
+import warnings
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
+from numpy.lib import format as npy
 
 from xent.probe.errors import BadInput
+from xent.probe.labels import numbered, numbered_text
+from xent.probe.limits import MOST_NAME, check_columns, check_memory
 from xent.probe.ranks import Share
-from xent.probe.table import Table, Wanted, check_finite, choose, numbered, some
+from xent.probe.reading import reading
+from xent.probe.table import Table, Wanted, check_finite, choose, no_label, some
+from xent.probe.text import quoted
 
 
 def read_npz(path: Path, wanted: Wanted, share: Share) -> Table:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            names = list(archive.files)
-            label = wanted.label if wanted.label in names else None
-            if wanted.label is not None and label is None and not wanted.label_optional:
-                raise BadInput(f"{path}: no array {wanted.label!r} for --label; its arrays are {some(names)}")
-            if "X" in names:
-                chosen = "X"
-            else:
-                flat = [name for name in names if name != label and archive[name].ndim == 2]
-                if len(flat) != 1:
-                    raise BadInput(
-                        f"{path}: which array holds the features? Name it X; there are {some(names)}"
-                    )
-                chosen = flat[0]
-            array = _part(archive[chosen], share)
-            labels = None if label is None else _part(archive[label], share)
-    except BadInput:
-        raise
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise _unreadable(path, "NPZ", error) from error
-    return _from_arrays(path, wanted, array, labels, f"{path}: array {label!r}")
+    with open(path, "rb") as file:
+        if file.read(len(npy.MAGIC_PREFIX)) == npy.MAGIC_PREFIX:
+            raise BadInput(f"{path}: is a single array, not an archive of them; call it .npy")
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        label = wanted.label if wanted.label in names else None
+        if wanted.label is not None and label is None and not wanted.label_optional:
+            raise BadInput(
+                f"{path}: no array {quoted(wanted.label)} for --label; its arrays are {some(names)}"
+            )
+        arrays = {name: _in_archive(path, archive, name) for name in names if name in ("X", label)}
+        if "X" not in arrays:
+            others = [_in_archive(path, archive, name) for name in names if name != label]
+            flat = [array for array in others if len(array.shape) == 2]
+            if len(flat) != 1:
+                raise BadInput(f"{path}: which array holds the features? Name it X; there are {some(names)}")
+            arrays["X"] = flat[0]
+        labels = None if label is None else arrays[label]
+        return _from_arrays(path, wanted, share, arrays["X"], labels)
 
 
 def read_npy(path: Path, wanted: Wanted, share: Share) -> Table:
-    array = _load_npy(path, share)
+    features = _alone(path, share)
     if wanted.label is None or wanted.label_optional:  # an optional label is a column's name, never a path
-        return _from_arrays(path, wanted, array, None, "")
+        return _from_arrays(path, wanted, share, features, None)
     if not wanted.label.endswith(".npy"):
-        raise BadInput(f"{path}: the labels are a second file, --label y.npy; got --label {wanted.label}")
-    if not Path(wanted.label).is_file():
-        raise BadInput(f"{wanted.label}: no such file (--label)")
-    table = _from_arrays(path, wanted, array, _load_npy(Path(wanted.label), share), wanted.label)
+        raise BadInput(
+            f"{path}: the labels are a second file, --label y.npy; got --label {quoted(wanted.label)}"
+        )
+    label = Path(wanted.label)
+    if not label.is_file():
+        raise BadInput(f"{label}: no such file (--label)")
+    with reading(label, "NPY"):
+        table = _from_arrays(path, wanted, share, features, _alone(label, share))
     return dataclasses.replace(table, label_name=None)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Part:
-    """Some rows of an array, and how many it has."""
+class _Stored:
+    """An array of which the header is read and the rest is not."""
 
-    array: np.ndarray
-    start: int
-    rows: int
+    where: str  # in messages
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
 
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
 
-def _part(array: np.ndarray, share: Share) -> _Part:
-    rows = len(np.atleast_1d(array))
-    if share.whole or not array.ndim:
-        return _Part(array, 0, rows)
-    return _Part(np.array(array[share.of(rows)]), share.of(rows).start, rows)
-
-
-def _load_npy(path: Path, share: Share) -> _Part:
-    try:
-        array: np.ndarray | None = None
-        if not share.whole:
-            with contextlib.suppress(ValueError):  # an empty array cannot be mapped, nor can a bad file
-                array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array is None:
-            array = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise _unreadable(path, "NPY", error) from error
-    if not isinstance(array, np.ndarray):
-        raise BadInput(f"{path}: is an archive of arrays; call it .npz")
-    return _part(array, share)
+    def part(self, share: Share) -> np.ndarray:
+        """Load the share's rows."""
+        array = self.load()
+        return array if share.whole else np.array(array[share.of(self.rows)])
 
 
-def _unreadable(path: Path, kind: str, error: Exception) -> BadInput:
-    if "pickle" in str(error).lower():
-        return BadInput(
-            f"{path}: holds Python objects or is no {kind} file; save plain arrays (objects are not read)"
+def _alone(path: Path, share: Share) -> _Stored:
+    """Read the header of a ``.npy`` file."""
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\3\4":
+            raise BadInput(f"{path}: is an archive of arrays; call it .npz")
+        file.seek(0)
+        shape, dtype = _claims(file, path.stat().st_size, path, "")
+    whole = share.whole or not math.prod(shape)  # an empty array cannot be mapped
+    return _Stored(
+        str(path), shape, dtype, lambda: np.load(path, mmap_mode=None if whole else "r", allow_pickle=False)
+    )
+
+
+def _in_archive(path: Path, archive: zipfile.ZipFile, name: str) -> _Stored:
+    """Read the header of an array in a ``.npz`` file."""
+    about = archive.getinfo(name + ".npy")
+    with archive.open(about) as file:
+        shape, dtype = _claims(file, about.file_size, path, f" in array {quoted(name)}")
+
+    def load() -> np.ndarray:
+        with archive.open(about) as file:
+            return npy.read_array(file, allow_pickle=False)
+
+    return _Stored(f"{path}: array {quoted(name)}", shape, dtype, load)
+
+
+def _claims(file: IO[bytes], size: int, path: Path, inside: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Read an array's shape and type; raise ``BadInput`` unless as many bytes follow as they take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python's parser, about a header in odd spelling
+        read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise BadInput(f"{path}: holds Python objects{inside}; save plain arrays (objects are not read)")
+    said = f"an array of shape {shape} and type {dtype}{inside}"
+    claimed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed != there or min(shape, default=0) < 0 or not dtype.itemsize:
+        raise BadInput(
+            f"{path}: its header claims {said}, {claimed:,} bytes, and {there:,} follow; "
+            "it is cut short or damaged, save it again"
         )
-    return BadInput(f"{path}: not readable as {kind}: {' '.join(str(error).split())[:300]}")
+    check_memory(path, claimed, said)
+    return shape, dtype
 
 
-def _from_arrays(path: Path, wanted: Wanted, part: _Part, given: _Part | None, where: str) -> Table:
-    array, start = part.array, part.start
-    if array.ndim != 2:
-        shape = (part.rows, *array.shape[1:]) if array.ndim else ()
+def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labels: _Stored | None) -> Table:
+    shape, kind = stored.shape, stored.dtype.kind
+    if len(shape) != 2:
         raise BadInput(f"{path}: the features are to be (rows, columns); this array has shape {shape}")
-    if array.dtype.kind not in "fiub":
-        raise BadInput(f"{path}: the features are of type {array.dtype}, not real numbers")
-    if given is not None and given.rows != part.rows:
-        raise BadInput(f"{path}: {part.rows} rows, but {where} holds {given.rows} labels")
-    names = [f"x{j}" for j in range(array.shape[1])]
+    if kind not in "fiub":
+        raise BadInput(f"{path}: the features are of type {stored.dtype}, not real numbers")
+    check_columns(path, shape[1])
+    if labels is not None and labels.rows != stored.rows:
+        raise BadInput(f"{path}: {stored.rows} rows, but {labels.where} holds {labels.rows} labels")
+    names = [f"x{j}" for j in range(shape[1])]
     # the label is another array, not one of these columns
-    columns = dataclasses.replace(wanted, label=None)
-    features = choose(path, columns, names, [True] * len(names))
+    features = choose(path, dataclasses.replace(wanted, label=None), names, [True] * len(names))
+    if wanted.width is not None and wanted.width != shape[1]:
+        raise BadInput(
+            f"{path}: has {shape[1]:,} columns, and {wanted.model} was fitted on arrays of {wanted.width:,}; "
+            "bring the array to the same columns, in the same order"
+        )
+    dtype = np.dtype(np.float32 if kind == "f" and stored.dtype.itemsize <= 4 else np.float64)
+    rows = share.of(stored.rows)
+    said = f"an array of shape {shape} as {dtype}"
+    check_memory(path, (rows.stop - rows.start) * len(features) * dtype.itemsize, said)
+    array = stored.part(share)
     if features != names:
-        place = {name: j for j, name in enumerate(names)}
-        array = array[:, [place[name] for name in features]]
-    single = array.dtype.kind == "f" and array.dtype.itemsize <= 4
-    matrix = np.ascontiguousarray(array, dtype=np.float32 if single else np.float64)
-    check_finite(path, matrix, features, start)
-    if given is None:
-        return Table(str(path), matrix, tuple(features), start=start)
-    codes, classes = _array_labels(where, given, wanted.label_optional)
-    return Table(str(path), matrix, tuple(features), wanted.label, codes, classes, start=start)
+        array = array[:, [int(name[1:]) for name in features]]
+    matrix = np.ascontiguousarray(array, dtype=dtype)
+    check_finite(path, wanted, matrix, features, rows.start)
+    table = Table(str(path), matrix, tuple(features), start=rows.start, width=shape[1])
+    if labels is None:
+        return table
+    codes, classes = _array_labels(wanted, share, labels)
+    return dataclasses.replace(table, label_name=wanted.label, codes=codes, classes=classes)
 
 
-def _array_labels(where: str, given: _Part, optional: bool) -> tuple[np.ndarray, np.ndarray]:
-    labels = given.array
-    if labels.ndim == 2 and labels.shape[1] == 1:
-        labels = labels[:, 0]
-    if labels.ndim != 1:
-        shape = (given.rows, *labels.shape[1:]) if labels.ndim else ()
+def _array_labels(wanted: Wanted, share: Share, stored: _Stored) -> tuple[np.ndarray, np.ndarray]:
+    where, shape, dtype = stored.where, stored.shape, stored.dtype
+    if len(shape) != 1 and shape[1:] != (1,):
         raise BadInput(f"{where}: labels are to be one-dimensional; this array has shape {shape}")
-    if labels.dtype.kind == "S":
-        try:
-            labels = np.char.decode(labels, "utf-8")
-        except UnicodeDecodeError as error:
-            raise BadInput(
-                f"{where}: the label {error.object!r} is not UTF-8; save text, not bytes"
-            ) from error
-    if labels.dtype.kind not in "Uiub":
-        raise BadInput(f"{where}: labels are text, integers or booleans, not {labels.dtype}; cast them first")
+    if dtype.kind not in ("SUiub" if wanted.model is None else "SUiubf"):
+        raise BadInput(
+            f"{where}: labels are text, integers or booleans, not {dtype}; cast them first "
+            "if they are classes, else name other labels with --label"
+        )
+    length = dtype.itemsize // (4 if dtype.kind == "U" else 1)
+    if length > MOST_NAME:
+        raise BadInput(f"{where}: labels of {length:,} characters, more than {MOST_NAME:,}; shorten them")
+    labels = stored.part(share).reshape(-1)
+    start = share.of(stored.rows).start
     values, codes = np.unique(labels, return_inverse=True)
     codes = codes.astype(np.int64)
-    if labels.dtype.kind == "U":
-        blank = np.flatnonzero(np.char.strip(values) == "")
-        codes[np.isin(codes, blank)] = -1
-    if not optional and (codes < 0).any():
-        row = int(np.flatnonzero(codes < 0)[0])
-        raise BadInput(f"{where}: row {given.start + row + 1} has no label; fill it in or drop the row")
-    return numbered(where, codes, values)
+    if dtype.kind in "SU":
+        codes, classes = numbered_text(where, codes, _texts(where, values))
+    else:
+        codes, classes = numbered(where, codes, values)
+    if wanted.every_row and (codes < 0).any():
+        raise no_label(where, start + int(np.flatnonzero(codes < 0)[0]))
+    return codes, classes
+
+
+def _texts(where: str, values: np.ndarray) -> list[str]:
+    """Decode labels: bytes are UTF-8, and numbers of characters are ones that there are."""
+    if values.dtype.kind == "S":
+        try:
+            return [value.decode() for value in values.tolist()]
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"{where}: the label {quoted(error.object)} is not UTF-8; save text, not bytes"
+            ) from error
+    points = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).view(np.uint32)
+    if points.size and points.max() > 0x10FFFF:
+        raise BadInput(
+            f"{where}: a label holds {hex(int(points.max()))}, which is no character; "
+            "the file is damaged, save it again"
+        )
+    texts: list[str] = values.tolist()
+    return texts

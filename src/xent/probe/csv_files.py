@@ -10,13 +10,18 @@ block by block: once for the count, then up to the share's last row.
 
 from __future__ import annotations
 
+import csv as python_csv
+import io
+import re
 from pathlib import Path
 from typing import Any
 
 from xent.probe.errors import BadInput, needs
+from xent.probe.limits import MOST_CELL, MOST_NAME, check_columns, check_names
 from xent.probe.parquet_files import from_arrow, is_number, within
 from xent.probe.ranks import Share
 from xent.probe.table import Table, Wanted, bad_number, choose, skipped
+from xent.probe.text import quoted
 
 BLOCK = 8 << 20
 """Bytes of the file that Arrow parses at a time; a line must fit."""
@@ -32,10 +37,8 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import csv
-    with open(path, "rb") as file:
-        if file.read(2) in (b"\xff\xfe", b"\xfe\xff"):
-            raise BadInput(f"{path}: the text is UTF-16; save it as UTF-8, for example with iconv")
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    _check_header(path, delimiter)
     parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
     blocks = csv.ReadOptions(block_size=BLOCK)
 
@@ -53,6 +56,7 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
             head = next(iter(file), None)
         if head is None:
             raise BadInput(f"{path}: the file has columns but no rows")
+        _check_cells(path, head)
         _no_number_spoiled(path, wanted, head)
         features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
         label = wanted.label if wanted.label in schema.names else None
@@ -77,6 +81,52 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
     return from_arrow(path, wanted, arrow, features, label, skipped(wanted, schema.names, features), start)
 
 
+def _check_header(path: Path, delimiter: str) -> None:
+    """Raise ``BadInput`` for a header that is no text, or that names more columns than are read.
+
+    Before Arrow sees it, which makes room for each column in each block. The bytes are read as Latin-1, which
+    every byte is, so that a quote is found before it is known whether they are UTF-8.
+    """
+    with open(path, "rb") as file:
+        start = file.read(BLOCK + 1)
+    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise BadInput(f"{path}: the text is UTF-16; save it as UTF-8, for example with iconv")
+    if b"\0" in start.partition(b"\n")[0]:
+        raise BadInput(f"{path}: the header holds NUL bytes; if it is UTF-16, save it as UTF-8, with iconv")
+    text = io.StringIO(start.removeprefix(b"\xef\xbb\xbf").decode("latin-1"), newline="")
+    try:
+        header = next((row for row in python_csv.reader(text, delimiter=delimiter) if row), [])
+    except python_csv.Error as error:
+        if text.tell() > BLOCK:
+            raise _long_line(path) from error
+        raise BadInput(
+            f"{path}: a column's name in the header takes more than {MOST_NAME:,} bytes; "
+            "is a quote in it left open?"
+        ) from error
+    if text.tell() > BLOCK:
+        raise _long_line(path)
+    check_columns(path, len(header))
+    try:
+        check_names(path, [name.encode("latin-1").decode() for name in header])
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path) from error
+
+
+def _check_cells(path: Path, head: Any) -> None:
+    """Raise ``BadInput`` for a cell of text that is longer than is read."""
+    import pyarrow.compute as pc
+
+    for name, column in zip(head.schema.names, head.columns, strict=True):
+        if column.nbytes > MOST_CELL and str(column.type) in ("string", "binary"):
+            sizes = pc.binary_length(column).to_numpy(zero_copy_only=False)
+            row, size = int(sizes.argmax()), int(sizes.max())
+            if size > MOST_CELL:
+                raise BadInput(
+                    f"{path}: row {row + 1}, column {quoted(name)} holds {size:,} bytes, "
+                    f"more than the {MOST_CELL:,} of a cell; is a quote in it left open?"
+                )
+
+
 def _no_number_spoiled(path: Path, wanted: Wanted, head: Any) -> None:
     """Raise ``BadInput`` for a column that would be left out as text though most of it is numbers."""
     import pyarrow as pa
@@ -92,7 +142,7 @@ def _no_number_spoiled(path: Path, wanted: Wanted, head: Any) -> None:
             texts = column.to_pylist()
             row = next((i for i, text in enumerate(texts) if _is_bad(text)), None)
             if row is not None:
-                raise bad_number(path, name, row, texts[row])
+                raise bad_number(path, wanted, name, row, texts[row])
 
 
 def _diagnose_csv(path: Path, wanted: Wanted, parse: Any, error: Exception) -> BadInput:
@@ -114,7 +164,7 @@ def _diagnose_csv(path: Path, wanted: Wanted, parse: Any, error: Exception) -> B
                 for name in features:
                     for i, text in enumerate(block.column(name).to_pylist()):
                         if _is_bad(text):
-                            return bad_number(path, name, first + i, text)
+                            return bad_number(path, wanted, name, first + i, text)
                 first += len(block)
     except BadInput as found:
         return found
@@ -122,10 +172,19 @@ def _diagnose_csv(path: Path, wanted: Wanted, parse: Any, error: Exception) -> B
         error = again
     why = " ".join(str(error).split())
     if "UTF" in why:
-        return BadInput(f"{path}: the text is not UTF-8; convert it first, for example with iconv")
+        return _not_utf8(path)
     if "straddl" in why or ("Empty CSV" in why and path.stat().st_size > BLOCK):
-        return BadInput(f"{path}: a line is longer than {BLOCK:,} bytes; is a quote in it left open?")
+        return _long_line(path)
+    why = re.sub(r"Row #(\d+)", lambda found: f"row {int(found[1]) - 1}", why)  # Arrow counts the header
     return BadInput(f"{path}: not readable as CSV: {why[:300]}")
+
+
+def _not_utf8(path: Path) -> BadInput:
+    return BadInput(f"{path}: the text is not UTF-8; convert it first, for example with iconv")
+
+
+def _long_line(path: Path) -> BadInput:
+    return BadInput(f"{path}: a line is longer than {BLOCK:,} bytes; is a quote in it left open?")
 
 
 def _is_bad(text: str) -> bool:

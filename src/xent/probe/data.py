@@ -17,16 +17,17 @@ from xent.probe.csv_files import read_csv
 from xent.probe.errors import BadInput
 from xent.probe.parquet_files import read_parquet
 from xent.probe.ranks import ALONE, Ranks, Share
+from xent.probe.reading import reading
 from xent.probe.table import Table, Wanted
 
 __all__ = ["Table", "Wanted", "read"]
 
-_READERS: dict[str, Callable[[Path, Wanted, Share], Table]] = {
-    ".csv": read_csv,
-    ".tsv": read_csv,
-    ".parquet": read_parquet,
-    ".npz": read_npz,
-    ".npy": read_npy,
+_READERS: dict[str, tuple[str, Callable[[Path, Wanted, Share], Table]]] = {
+    ".csv": ("CSV", read_csv),
+    ".tsv": ("CSV", read_csv),
+    ".parquet": ("Parquet", read_parquet),
+    ".npz": ("NPZ", read_npz),
+    ".npy": ("NPY", read_npy),
 }
 
 
@@ -54,16 +55,17 @@ def read(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
 
 def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
     """A share of the rows, with the classes that occur in it."""
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
+    if path.suffix.lower() not in _READERS:
         raise BadInput(f"{path}: files are told by their suffix, which is to be one of {', '.join(_READERS)}")
-    if not path.exists():
-        raise BadInput(f"{path}: no such file")
-    if path.is_dir():
-        raise BadInput(f"{path}: is a directory, not a file")
-    if path.stat().st_size == 0:
-        raise BadInput(f"{path}: the file is empty")
-    return reader(path, wanted, share)
+    kind, reader = _READERS[path.suffix.lower()]
+    with reading(path, kind):
+        if not path.exists():
+            raise BadInput(f"{path}: no such file")
+        if path.is_dir():
+            raise BadInput(f"{path}: is a directory, not a file")
+        if path.stat().st_size == 0:
+            raise BadInput(f"{path}: the file is empty")
+        return reader(path, wanted, share)
 
 
 def united(table: Table, ranks: Ranks) -> Table:

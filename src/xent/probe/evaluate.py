@@ -86,8 +86,8 @@ class Evaluation:
 
 
 def chunks(model: Model, rows: int) -> Iterator[slice]:
-    """Parts of some rows whose logits fit the chunk."""
-    step = max(1, CHUNK // len(model.classes))
+    """Parts of some rows whose logits, and whose labels as text, fit the chunk."""
+    step = max(1, CHUNK // max(len(model.classes), model.classes.dtype.itemsize // 8))
     for i in range(0, rows, step):
         yield slice(i, min(i + step, rows))
 
@@ -122,7 +122,10 @@ def evaluate(
         for each in chunks(model, len(rows) if ranks.counts else 0):
             y = codes[rows[each]]
             log_p = log_proba(model, table, rows[each])
-            total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
+            with np.errstate(
+                over="ignore"
+            ):  # of rows that are wrong beyond the largest number the sum is infinite
+                total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
             predicted = log_p.argmax(axis=1)
             wrong.append(y[predicted != y] * classes + predicted[predicted != y])
         own = (total, *np.unique(np.concatenate(wrong), return_counts=True))

@@ -41,6 +41,20 @@ def aside(path: Path) -> Iterator[Path]:
         _unfinished.discard(temporary)
 
 
+@contextlib.contextmanager
+def folder(path: Path) -> Iterator[None]:
+    """Make the folder, and those above it, for the block; what it made goes again if the block fails."""
+    made = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for each in made:
+            with contextlib.suppress(OSError):  # something else is in it by now
+                each.rmdir()
+        raise
+
+
 def discard_unfinished() -> None:
     """Remove what is being written aside, before the process ends without unwinding."""
     for temporary in list(_unfinished):

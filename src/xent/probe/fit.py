@@ -6,6 +6,7 @@ with the class frequencies of the training rows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -19,7 +20,8 @@ from xent.probe import model_file
 from xent.probe.data import Table
 from xent.probe.errors import BadInput, needs
 from xent.probe.evaluate import COLUMNS, Evaluation, check_names, evaluate, write_predictions
-from xent.probe.files import aside
+from xent.probe.files import aside, folder
+from xent.probe.labels import kind_of
 from xent.probe.lead import Lead
 from xent.probe.model_file import Model
 from xent.probe.ranks import ALONE, Ranks
@@ -201,6 +203,8 @@ def fit(
         feature_names=table.feature_names,
         label_name=table.label_name,
         settings=dataclasses.asdict(settings),
+        kind=kind_of(table.classes),
+        width=table.width,
     )
     at_start = math.log(classes)  # W = 0: every class alike
     frequencies = ranks.sum(np.bincount(codes[own], minlength=classes)) / len(training)
@@ -223,23 +227,29 @@ def fit(
 def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list[Path]:
     """Write the model, the validation predictions and the summary into ``out``; the paths, model first.
 
-    What an earlier fit left there and this one does not write goes: it would be taken for this model's.
+    All of them are written aside before the first appears there. What an earlier fit left and this one does
+    not write goes: it would be taken for this model's.
     """
-    paths = [out / "model.safetensors"]
-    with ranks.together():
-        if ranks.first:
-            out.mkdir(parents=True, exist_ok=True)
-            model_file.save(fitted.model, paths[0])
-            for name in (VALIDATION, *FIGURES):
-                (out / name).unlink(missing_ok=True)
-    if len(fitted.validation_rows):
-        paths.append(out / VALIDATION)
-        write_predictions(fitted.model, table, paths[-1], table.own(fitted.validation_rows), ranks)
-    paths.append(out / "summary.json")
-    with ranks.together():
-        if ranks.first:
-            with aside(paths[-1]) as temporary:
-                temporary.write_text(json_text(fitted.summary(), indent=2) + "\n", encoding="utf-8")
+    names = ["model.safetensors", VALIDATION, "summary.json"]
+    paths = [out / name for name in names if name != VALIDATION or len(fitted.validation_rows)]
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                stack.enter_context(folder(out))
+                aside_of = {path: stack.enter_context(aside(path)) for path in paths}
+                model_file.save(fitted.model, aside_of[paths[0]])
+                summary = json_text(fitted.summary(), indent=2) + "\n"
+                aside_of[paths[-1]].write_text(summary, encoding="utf-8")
+        if len(fitted.validation_rows):
+            target = ranks.broadcast(aside_of[out / VALIDATION] if ranks.first else None)
+            assert target is not None
+            rows = table.own(fitted.validation_rows)
+            write_predictions(fitted.model, table, target, rows, ranks)
+        with ranks.together():
+            if ranks.first:
+                for name in (VALIDATION, *FIGURES):
+                    (out / name).unlink(missing_ok=True)
+            stack.close()
     return paths
 
 

@@ -3,7 +3,9 @@
     z = W (x − mean)/scale + b            W (C, D), b (C,); for two classes W (1, D), b (1,) and logits (0, z)
 
 Tensors ``weight``, ``bias``, ``mean``, ``scale``; the metadata's one entry ``xent`` is a JSON object with the
-format version, the classes and their type, the feature names, the label's name and the settings of the fit.
+format version, the classes, their type and kind, the feature names, the width of the arrays fitted on, the
+label's name and the settings of the fit. Files without kind and width are of earlier versions of xent: what
+their text means is text, and their width is known where their features are x0, x1, ... without a gap.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ import numpy as np
 
 from xent.probe.errors import BadInput, needs
 from xent.probe.files import aside
-from xent.probe.text import json_text
+from xent.probe.labels import Kind, array_of_texts, kind_of
+from xent.probe.limits import text_fault
+from xent.probe.reading import reading
+from xent.probe.text import json_text, quoted
 
 VERSION = 1
 HEADER_LIMIT = 16 << 20
@@ -45,6 +50,15 @@ class Model:
     feature_names: tuple[str, ...]  # D
     label_name: str | None = None
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kind: Kind = "text"  # of the labels, which decides what of a file's labels is a class
+    width: int | None = None  # columns of the arrays it was fitted on; None for columns with names
+
+    @property
+    def array_width(self) -> int | None:
+        """How many columns an array for this model has; None where nothing says so."""
+        count = len(self.feature_names)
+        every = self.feature_names == tuple(f"x{j}" for j in range(count))
+        return count if self.width is None and every else self.width
 
     @property
     def fingerprint(self) -> str:
@@ -52,7 +66,7 @@ class Model:
         found = hashlib.sha256()
         for array in (self.weight, self.bias, self.mean, self.scale, self.classes):
             found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
-        return found.hexdigest() + repr(self.feature_names)
+        return found.hexdigest() + repr((self.feature_names, self.kind, self.width))
 
     def logits(self, x: np.ndarray) -> np.ndarray:  # (N, D) -> (N, C)
         z = ((x - self.mean) / self.scale) @ self.weight.T + self.bias
@@ -77,12 +91,17 @@ def save(model: Model, path: Path) -> None:
         raise BadInput(
             f"{path}: not written, because {fault}; raise --l2, standardise or rescale the features"
         )
-    kind = {"U": "str", "i": "int", "u": "int", "b": "bool"}[model.classes.dtype.kind]
+    types = {"U": "str", "i": "int", "u": "int", "b": "bool"}
     about = {
         "format": "xent.softmax_regression",
         "version": VERSION,
-        "classes": {"type": kind, "values": model.classes.tolist()},
+        "classes": {
+            "type": types[model.classes.dtype.kind],
+            "kind": model.kind,
+            "values": model.classes.tolist(),
+        },
         "features": list(model.feature_names),
+        "width": model.width,
         "label": model.label_name,
         "settings": model.settings,
     }
@@ -101,10 +120,21 @@ def load(path: str | Path) -> Model:
     """Read a model and check it: sizes, shapes, finite numbers. Raises ``BadInput``, one line, otherwise."""
     path = Path(path)
     with needs("probe"):
-        from safetensors import SafetensorError, safe_open
-    if not path.is_file():
-        raise BadInput(f"{path}: no such model file")
-    _check_header(path)
+        import safetensors  # noqa: F401
+    with reading(path, "a model"):
+        if not path.is_file():
+            raise BadInput(f"{path}: no such model file")
+        _check_header(path)
+        model = _model(path)
+    fault = _fault(model)
+    if fault is not None:
+        raise BadInput(f"{path}: {fault}; the file is damaged, write the model again")
+    return model
+
+
+def _model(path: Path) -> Model:
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, framework="numpy") as file:
             text = (file.metadata() or {}).get("xent")
@@ -124,22 +154,20 @@ def load(path: str | Path) -> Model:
             raise BadInput(
                 f"{path}: format version {about['version']}, this xent reads up to {VERSION}; upgrade xent"
             )
-        classes = _classes(about["classes"])
-        model = Model(
+        classes = _classes(path, about["classes"])
+        return Model(
             **{name: tensors[name] for name in ("weight", "bias", "mean", "scale")},
             classes=classes,
             feature_names=tuple(_texts(about["features"])),
             label_name=None if about["label"] is None else _texts([about["label"]])[0],
             settings=dict(about["settings"]),
+            kind=_kind(about["classes"].get("kind"), classes),
+            width=_width(about.get("width"), len(about["features"])),
         )
     except BadInput:
         raise
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError, AttributeError) as error:
         raise foreign from error
-    fault = _fault(model)
-    if fault is not None:
-        raise BadInput(f"{path}: {fault}; the file is damaged, write the model again")
-    return model
 
 
 def _check_header(path: Path) -> None:
@@ -158,13 +186,31 @@ def _check_header(path: Path) -> None:
         raise BadInput(f"{path}: the file ends inside its header; it is truncated, write the model again")
 
 
-def _classes(about: dict[str, Any]) -> np.ndarray:
+def _classes(path: Path, about: dict[str, Any]) -> np.ndarray:
     types = {"str": str, "int": int, "bool": bool}
     kind = types[about["type"]]
     values = _texts(about["values"]) if kind is str else about["values"]
     if not all(type(value) is kind for value in values):
         raise TypeError("a class is not of the type given")
+    if kind is str:
+        return array_of_texts(str(path), values)
     return np.array(values, dtype=np.int64 if kind is int else kind)
+
+
+def _kind(said: Any, classes: np.ndarray) -> Kind:
+    """The kind of the labels, which their type tells where no text is involved."""
+    if said is None and classes.dtype.kind == "U":
+        return "text"
+    kind = kind_of(classes)
+    if said not in (None, "text", kind):
+        raise ValueError("the classes are not of the kind given")
+    return "text" if said == "text" else kind
+
+
+def _width(said: Any, features: int) -> int | None:
+    if said is not None and (type(said) is not int or said < features):
+        raise ValueError("the arrays are narrower than the model")
+    return said
 
 
 def _texts(values: list[Any]) -> list[str]:
@@ -197,5 +243,9 @@ def _fault(model: Model) -> str | None:
     for what, names in (("class", model.classes.tolist()), ("feature", model.feature_names)):
         name, times = collections.Counter(names).most_common(1)[0] if len(names) else ("", 1)
         if times > 1:
-            return f"{what} {name!r} is there {times} times"
+            return f"{what} {quoted(name)} is there {times} times"
+        for name in names:
+            fault = text_fault(name) if isinstance(name, str) else None
+            if fault is not None:
+                return f"{what} {quoted(name)} {fault}"
     return None

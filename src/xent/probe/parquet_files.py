@@ -12,8 +12,11 @@ from typing import Any
 import numpy as np
 
 from xent.probe.errors import BadInput, needs
+from xent.probe.labels import numbered, numbered_text
+from xent.probe.limits import check_columns, check_memory, check_names
 from xent.probe.ranks import Share
-from xent.probe.table import Table, Wanted, bad_number, check_finite, choose, no_label, numbered, skipped
+from xent.probe.table import Table, Wanted, bad_number, check_finite, choose, no_label, skipped
+from xent.probe.text import quoted
 
 BATCH = 1 << 16
 """Rows of a share that are decoded at a time."""
@@ -21,21 +24,26 @@ BATCH = 1 << 16
 
 def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
     with needs("probe"):
-        import pyarrow as pa
         from pyarrow import parquet
-    try:
-        with parquet.ParquetFile(path) as file:
-            schema = file.schema_arrow
-            features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
-            label = wanted.label if wanted.label in schema.names else None
-            columns = features if label is None else [*features, label]
-            start = share.of(file.metadata.num_rows).start
-            arrow = file.read(columns=columns) if share.whole else _read_share(file, columns, share)
-    except BadInput:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput(f"{path}: not readable as Parquet: {' '.join(str(error).split())[:300]}") from error
-    return from_arrow(path, wanted, arrow, features, label, skipped(wanted, schema.names, features), start)
+    with parquet.ParquetFile(path) as file:
+        about, schema = file.metadata, file.schema_arrow
+        check_columns(path, len(schema.names))
+        check_names(path, schema.names)
+        features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
+    label = wanted.label if wanted.label in schema.names else None
+    columns = features if label is None else [*features, label]
+    rows = share.of(about.num_rows)
+    count = rows.stop - rows.start
+    # each number takes four bytes at least, and is there twice: Arrow's and in the matrix
+    check_memory(path, 8 * count * len(columns), f"{count:,} rows of {len(columns):,} columns")
+    # text of the file's dictionary is there once, however many rows have it
+    encoded = [name for name in columns if name == label and is_text(schema.field(name).type)]
+    with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded) as file:
+        arrow = file.read(columns=columns) if share.whole else _read_share(file, columns, share)
+    arrow.validate(full=True)  # text is UTF-8, and what points into a dictionary lies in it
+    return from_arrow(
+        path, wanted, arrow, features, label, skipped(wanted, schema.names, features), rows.start
+    )
 
 
 def _read_share(file: Any, columns: list[str], share: Share) -> Any:
@@ -71,6 +79,12 @@ def is_number(kind: Any) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
+def is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view")
+
+
 def from_arrow(
     path: Path,
     wanted: Wanted,
@@ -89,19 +103,21 @@ def from_arrow(
         column = arrow.column(name)
         if not (is_number(kind) or pa.types.is_boolean(kind)):
             raise BadInput(
-                f"{path}: column {name!r} ({wanted.origin}) holds {kind}, not numbers; leave it out"
+                f"{path}: column {quoted(name)} ({wanted.origin}) holds {kind}, not numbers; "
+                f"{wanted.without(name)}"
             )
         if column.null_count:
-            raise bad_number(path, name, start + int(np.flatnonzero(column.is_null().to_numpy())[0]), None)
+            row = start + int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise bad_number(path, wanted, name, row, None)
         if pa.types.is_boolean(kind):
             column = column.cast(pa.int8())
         if pa.types.is_decimal(kind):
             column = column.cast(pa.float64())
         matrix[:, j] = column.to_numpy()
-    check_finite(path, matrix, features, start)
+    check_finite(path, wanted, matrix, features, start)
     if label is None:
         return Table(str(path), matrix, tuple(features), skipped=left_out, start=start)
-    codes, classes = _arrow_labels(path, arrow.column(label), label, wanted.label_optional, start)
+    codes, classes = _arrow_labels(path, wanted, arrow.column(label), label, start)
     return Table(str(path), matrix, tuple(features), label, codes, classes, left_out, start)
 
 
@@ -115,35 +131,49 @@ def _is_blank(column: Any) -> bool:
 
 
 def _arrow_labels(
-    path: Path, column: Any, label: str, optional: bool, start: int
+    path: Path, wanted: Wanted, column: Any, label: str, start: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    if len(column) and _is_blank(column):
+        if wanted.every_row:
+            raise no_label(path, start, label)
+        return np.full(len(column), -1), np.array([], dtype=str)
+    where = f"{path}: column {quoted(label)}"
+    codes, values = _encoded(path, wanted, column, label)
+    number = numbered_text if isinstance(values, list) else numbered
+    codes, classes = number(where, codes, values)
+    if wanted.every_row and (codes < 0).any():
+        raise no_label(path, start + int(np.flatnonzero(codes < 0)[0]), label)
+    return codes, classes
+
+
+def _encoded(path: Path, wanted: Wanted, column: Any, label: str) -> tuple[np.ndarray, Any]:
+    """Number a column's values, −1 for null. Text is a list, in which a long one makes no other longer."""
     import pyarrow as pa
 
-    if len(column) and _is_blank(column):
-        if not optional:
-            raise no_label(path, label, start)
-        return np.full(len(column), -1), np.array([], dtype=str)
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if str(column.type) == "string_view":
-        column = column.cast(pa.large_string())
-    kind = column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (is_text or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+    encoded = pa.types.is_dictionary(column.type)
+    kind = column.type.value_type if encoded else column.type
+    if encoded and not is_text(kind):
+        column = column.cast(kind)
+    if pa.types.is_floating(kind) and wanted.model is not None:
+        values, codes = np.unique(column.to_numpy(), return_inverse=True)
+        return codes.astype(np.int64), values
+    if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise BadInput(
-            f"{path}: label column {label!r} holds {kind}; labels are text, integers, booleans: cast it first"
+            f"{path}: label column {quoted(label)} holds {kind}; labels are text, integers, booleans: "
+            "cast it first if it holds classes, else name another column with --label"
         )
-    encoded = column.dictionary_encode().combine_chunks()
-    if isinstance(encoded, pa.ChunkedArray):
-        encoded = pa.chunked_array(encoded.chunks, encoded.type).unify_dictionaries().chunk(0)
-    try:
-        values = encoded.dictionary.to_pylist()
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: label column {label!r} holds {error.object!r}, not UTF-8") from error
-    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
-    if is_text:
-        blank = [i for i, value in enumerate(values) if not value.strip()]
-        codes[np.isin(codes, blank)] = -1
-    if not optional and (codes < 0).any():
-        raise no_label(path, label, start + int(np.flatnonzero(codes < 0)[0]))
-    return numbered(f"{path}: column {label!r}", codes, np.array(values, dtype=str if is_text else None))
+    if str(kind) == "string_view" and not encoded:
+        column = column.cast(pa.large_string())
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    array = column.unify_dictionaries().combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0)
+    once = array.dictionary.dictionary_encode()  # a file's own dictionary may hold null, or a value twice
+    place = np.append(_indices(once), -1)
+    values = once.dictionary.to_pylist()
+    return place[_indices(array)], values if is_text(kind) else np.array(values)
+
+
+def _indices(encoded: Any) -> np.ndarray:
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

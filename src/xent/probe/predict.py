@@ -9,17 +9,20 @@ import numpy as np
 
 from xent.probe import data
 from xent.probe.data import Table
+from xent.probe.errors import BadInput
 from xent.probe.evaluate import Evaluation, evaluate
+from xent.probe.labels import meaning
 from xent.probe.model_file import Model
 from xent.probe.ranks import ALONE, Ranks
-from xent.probe.text import class_text
+from xent.probe.table import some
+from xent.probe.text import class_text, quoted
 
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
     """The evaluation over rows whose label the model knows, and how many rows have another or none."""
 
-    evaluation: Evaluation | None
+    evaluation: Evaluation
     unlabelled: int
     unknown: dict[str, int]  # label -> rows
 
@@ -27,37 +30,50 @@ class Scored:
 def read_for(model: Model, model_path: Path, path: Path, label: str | None, ranks: Ranks = ALONE) -> Table:
     """Read the columns that the model needs, in its order, and the label's where it is there.
 
-    ``label`` names another label column than the model's; it must then be there.
+    ``label`` names another label column than the model's; it must then be there, with labels in it.
     """
-    return data.read(
+    table = data.read(
         path,
         data.Wanted(
             label=label or model.label_name,
             features=model.feature_names,
             label_optional=label is None,
-            origin=f"a feature of {model_path}",
+            model=model_path,
+            width=model.array_width,
         ),
         ranks,
     )
+    if label is not None and table.codes is None:
+        raise BadInput(
+            f"{path}: no row has a label in {quoted(label)}; name other labels with --label, or leave it out"
+        )
+    return table
 
 
 def score(model: Model, table: Table, ranks: Ranks = ALONE) -> Scored | None:
     """How good the predictions are; None for a table without labels.
 
-    Labels are compared as text: a model fitted on CSV knows the 7 of a Parquet file.
+    Labels are compared by the kind of the model's: one fitted on CSV knows the 7 of a Parquet file. Raises
+    ``BadInput`` where there are labels and the model knows none of them.
     """
     if table.codes is None or table.classes is None:
         return None
-    known = {class_text(value): code for code, value in enumerate(model.classes)}
-    texts = [class_text(value) for value in table.classes]
-    place = np.array(
-        [known.get(text, -1) for text in texts] + [-1], dtype=np.int64
-    )  # the last is where −1 points
+    known = {meaning(value, model.kind): code for code, value in enumerate(model.classes.tolist())}
+    own = [known.get(meaning(value, model.kind), -1) for value in table.classes]
+    place = np.array([*own, -1], dtype=np.int64)  # the last is where −1 points
     codes = place[table.codes]
-    counts = ranks.sum(np.bincount(table.codes[table.codes >= 0], minlength=len(texts)))
+    counts = ranks.sum(np.bincount(table.codes[table.codes >= 0], minlength=len(own)))
+    texts = [class_text(value) for value in table.classes]
+    unknown = {text: int(n) for text, n, code in zip(texts, counts, own, strict=True) if code < 0}
     rows = np.flatnonzero(codes >= 0)
+    if not ranks.sum(len(rows)):
+        found = table.label_name is not None and table.label_name == model.label_name
+        where = "" if table.label_name is None else f" in column {quoted(table.label_name)}"
+        raise BadInput(
+            f"{table.source}: none of its labels{where} is a class of the model: they are {some(texts, 3)}, "
+            f"and the classes {some([class_text(value) for value in model.classes], 3)}; name other labels "
+            f"with --label, or {'rename the column' if found else 'leave --label out'} to predict without any"
+        )
     return Scored(
-        evaluate(model, table, codes, rows, ranks=ranks) if ranks.sum(len(rows)) else None,
-        int(ranks.sum((table.codes < 0).sum())),
-        {text: int(n) for text, n in zip(texts, counts, strict=True) if text not in known},
+        evaluate(model, table, codes, rows, ranks=ranks), int(ranks.sum((table.codes < 0).sum())), unknown
     )

@@ -7,6 +7,7 @@ import numpy as np
 from xent.probe.data import Table
 from xent.probe.errors import BadInput
 from xent.probe.ranks import Ranks
+from xent.probe.text import quoted
 
 CHUNK = 1 << 20
 """Numbers of which deviations are formed at a time."""
@@ -20,7 +21,7 @@ def check_range(table: Table, ranks: Ranks) -> None:
     beyond = np.flatnonzero((peaks > limit) | ((peaks > 0) & (peaks < 1 / limit)))
     if len(beyond):
         raise BadInput(
-            f"{table.source}: the numbers in column {table.feature_names[beyond[0]]!r} reach "
+            f"{table.source}: the numbers in column {quoted(table.feature_names[beyond[0]])} reach "
             f"{peaks[beyond[0]]:.3g}, outside {1 / limit:g} to {limit:g}; rescale or exclude the column"
         )
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from xent.probe.data import Table
 from xent.probe.errors import BadInput, needs
+from xent.probe.labels import look_like_numbers
 from xent.probe.ranks import ALONE, Ranks
 from xent.probe.text import class_text, quoted
 
@@ -21,13 +22,22 @@ def split(table: Table, share: float, seed: int, ranks: Ranks = ALONE) -> tuple[
     assert table.classes is not None
     codes = ranks.concatenate(table.codes)
     rows, classes = len(codes), len(table.classes)
+    where = f" in {quoted(table.label_name)}" if table.label_name else ""
     if classes < 2:
         only = quoted(class_text(table.classes[0]))
-        where = f" in {table.label_name!r}" if table.label_name else ""
         raise BadInput(f"{table.source}: every label{where} is {only}; a classifier needs two classes")
     if share == 0:
         return np.arange(rows), np.arange(0)
     counts = np.bincount(codes, minlength=classes)
+    held = math.ceil(share * rows)
+    too_few = held < classes or rows - held < classes
+    if (counts.min() < 2 or too_few) and look_like_numbers(table.classes, rows):
+        example = class_text(table.classes[counts.argmin()])
+        raise BadInput(
+            f"{table.source}: the labels{where} look like numbers, not classes: {classes:,} different "
+            f"ones in {rows:,} rows, such as {quoted(example)}; name other labels with --label, "
+            "or put one class in the place of each range of numbers"
+        )
     if counts.min() < 2:
         lone = int(counts.argmin())
         row = int(np.flatnonzero(codes == lone)[0])
@@ -35,8 +45,7 @@ def split(table: Table, share: float, seed: int, ranks: Ranks = ALONE) -> tuple[
             f"{table.source}: class {quoted(class_text(table.classes[lone]))} has a single row "
             f"(row {row + 1}) and a validation split needs two; drop it, or fit with --validation 0"
         )
-    held = math.ceil(share * rows)
-    if held < classes or rows - held < classes:
+    if too_few:
         raise BadInput(
             f"{table.source}: --validation {share:g} of {rows} rows leaves "
             f"{min(held, rows - held)} on one side, fewer than the {classes} classes; "

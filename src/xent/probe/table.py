@@ -36,6 +36,7 @@ class Table:
     classes: np.ndarray | None = None  # (C,) str, int or bool, sorted
     skipped: tuple[str, ...] = ()  # columns that are neither, for not being numeric
     start: int = 0  # the first row's position in the file
+    width: int | None = None  # columns of the array that the features are from; None where columns have names
 
     def own(self, rows: np.ndarray) -> np.ndarray:
         """Positions in this share of those of some rows, ascending positions in the file, that are in it."""
@@ -47,15 +48,37 @@ class Table:
 class Wanted:
     """Which columns to read.
 
-    ``features`` None: every numeric column but the label and ``exclude``. ``origin`` says in messages who
-    asks for them. ``label`` None: no label. ``label_optional``: the column, or a row's label, may be missing.
+    ``features`` None: every numeric column but the label and ``exclude``. ``label`` None: no label.
+    ``label_optional``: the column, or a row's label, may be missing. ``model`` names the model file whose
+    features these are, in its order; labels are then there to be compared with its classes, so that a row may
+    lack one and numbers may be floats. ``width`` is that of the arrays it was fitted on.
     """
 
     label: str | None = None
     features: Sequence[str] | None = None
     exclude: Sequence[str] = ()
     label_optional: bool = False
-    origin: str = "--features"
+    model: Path | None = None
+    width: int | None = None
+
+    @property
+    def origin(self) -> str:
+        """Who asks for the features."""
+        return "--features" if self.model is None else f"a feature of {self.model}"
+
+    @property
+    def every_row(self) -> bool:
+        """Whether a row without a label is an error."""
+        return not self.label_optional and self.model is None
+
+    def without(self, column: str) -> str:
+        """How this command does without a column."""
+        if self.model is not None:
+            return "fit a model without the column"
+        if self.features is not None:
+            return "leave the column out of --features"
+        option = _as_option(column)
+        return f"leave the column out with --exclude {option if len(option) <= 200 else 'and its name'}"
 
 
 def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[bool]) -> list[str]:
@@ -63,14 +86,14 @@ def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[b
     times = collections.Counter(names)
     for name, count in times.items():
         if count > 1:
-            raise BadInput(f"{path}: column {name!r} is there {count} times; rename all but one")
+            raise BadInput(f"{path}: column {quoted(name)} is there {count} times; rename all but one")
     for name, count in collections.Counter(wanted.features or ()).items():
         if count > 1:
             raise BadInput(
-                f"{path}: column {name!r} is asked for {count} times ({wanted.origin}); once is enough"
+                f"{path}: column {quoted(name)} is asked for {count} times ({wanted.origin}); once is enough"
             )
     if wanted.label is not None and wanted.label not in times and not wanted.label_optional:
-        raise BadInput(f"{path}: no column {wanted.label!r} for --label; {_there_are(names)}")
+        raise BadInput(f"{path}: no column {quoted(wanted.label)} for --label; {_there_are(names)}")
     for option, asked in (("--exclude", wanted.exclude), (wanted.origin, wanted.features or ())):
         lacking = [name for name in asked if name not in times]
         if lacking:
@@ -78,7 +101,8 @@ def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[b
     if wanted.features is not None:
         if wanted.label in wanted.features:
             raise BadInput(
-                f"{path}: the label column {wanted.label!r} cannot be a feature; drop it from --features"
+                f"{path}: the label column {quoted(wanted.label)} cannot be a feature; "
+                + ("drop it from --features" if wanted.model is None else "name another column with --label")
             )
         return list(wanted.features)
     passed_over = {wanted.label, *wanted.exclude}
@@ -98,26 +122,29 @@ def skipped(wanted: Wanted, names: Sequence[str], chosen: Sequence[str]) -> tupl
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
-    shown = ", ".join(repr(name) for name in itertools.islice(names, most))
+    shown = ", ".join(quoted(name) for name in itertools.islice(names, most))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 def _there_are(names: Sequence[str]) -> str:
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
-        return f"the header is one column, {names[0]!r}: separate columns by commas (.csv) or tabs (.tsv)"
+        return (
+            f"the header is one column, {quoted(names[0])}: separate columns by commas (.csv) or tabs (.tsv)"
+        )
     return f"its columns are {some(names)}"
 
 
-def bad_number(path: Path, column: str, row: int, value: object) -> BadInput:
+def bad_number(path: Path, wanted: Wanted, column: str, row: int, value: object) -> BadInput:
     said = "is missing" if value is None else f"holds {quoted(value)}"
     return BadInput(
-        f"{path}: row {row + 1}, column {column!r} {said} where a finite number is needed; "
-        f"correct or drop the row, or leave the column out with --exclude {_as_option(column)}"
+        f"{path}: row {row + 1}, column {quoted(column)} {said} where a finite number is needed; "
+        f"correct or drop the row, or {wanted.without(column)}"
     )
 
 
-def no_label(path: Path, label: str, row: int) -> BadInput:
-    return BadInput(f"{path}: row {row + 1} has no label in column {label!r}; fill it in or drop the row")
+def no_label(where: object, row: int, column: str | None = None) -> BadInput:
+    of = "" if column is None else f" in column {quoted(column)}"
+    return BadInput(f"{where}: row {row + 1} has no label{of}; fill it in or drop the row")
 
 
 def _as_option(name: str) -> str:
@@ -127,35 +154,10 @@ def _as_option(name: str) -> str:
     return shlex.quote(row.getvalue())
 
 
-def check_finite(path: Path, matrix: np.ndarray, names: Sequence[str], start: int) -> None:
+def check_finite(path: Path, wanted: Wanted, matrix: np.ndarray, names: Sequence[str], start: int) -> None:
     step = max(1, 2**22 // max(1, matrix.shape[1]))  # a flag a number, for a few million at a time
     for i in range(0, len(matrix), step):
         finite = np.isfinite(matrix[i : i + step])
         if not finite.all():
             row, j = np.argwhere(~finite)[0]
-            raise bad_number(path, names[j], start + i + int(row), float(matrix[i + row, j]))
-
-
-def numbered(where: str, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the values that occur in sorted order, −1 stays; ``values`` become text, int64 or bool."""
-    if values.dtype.kind == "u":
-        if len(values) and values.max() > np.iinfo(np.int64).max:
-            raise BadInput(f"{where}: the label {values.max()} is above 2**63 - 1; save the labels as text")
-        values = values.astype(np.int64)
-    if values.dtype.kind == "U":
-        for value in values.tolist():
-            if not _is_text(value):
-                raise BadInput(f"{where}: the label {quoted(value)} is not valid text; rename it")
-    used = np.unique(codes[codes >= 0])
-    used = used[np.argsort(values[used], kind="stable")]
-    place = np.full(len(values) + 1, -1, dtype=np.int64)  # the last one is where −1 points
-    place[used] = np.arange(len(used))
-    return place[codes], values[used]
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+            raise bad_number(path, wanted, names[j], start + i + int(row), float(matrix[i + row, j]))
