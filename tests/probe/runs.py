@@ -72,11 +72,9 @@ class Runs:
             time.sleep(0.02)
 
     def end(self, timeout: float = 60) -> None:
-        """What each job said on each rank, ranks that were killed less; and how long it took from here."""
-        began = time.monotonic()
+        """Read what each job said on each rank, ranks that were killed less; one that hangs is an error."""
         said = [process.communicate(timeout=timeout) for process in self.processes]
         self.said = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
-        self.seconds = time.monotonic() - began
 
     def of(self, name: str) -> list[dict]:
         """What a job said on each rank that lived to its end: code, out, err, raised."""
