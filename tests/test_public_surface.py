@@ -1,4 +1,4 @@
-"""The public names and their signatures are a contract: what is added is written here, nothing is taken away."""
+"""The public names and their signatures are a contract: additions are recorded here, nothing goes."""
 
 from __future__ import annotations
 
