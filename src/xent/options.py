@@ -604,7 +604,8 @@ class Options(NamedTuple):
                     + ("drop denominator" if kind == "mean" else f"reduction is {kind!r}")
                 )
             average = parallel.average_over(self.data_group)
-        asks = _readable(input, self.sample_weight, *tensors_of(target))
+        nothing = not isinstance(denominator, Tensor) and denominator == 0
+        asks = nothing and _readable(input, self.sample_weight, *tensors_of(target))
         return Reduction(cast(Kind, kind), self.z_loss, denominator, average, asks)
 
     def _transform(self) -> Transform:

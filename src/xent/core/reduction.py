@@ -33,7 +33,7 @@ class Reduction:
     z_loss: float = 0.0
     denominator: float | Tensor | None = None
     average: Callable[[Tensor], Tensor] | None = None  # of divisors, over the processes that hold other rows
-    asks: bool = True  # whether it may be asked here how many rows count
+    asks: bool = False  # of a denominator of 0, whether it may be asked here how many rows count
 
     def values(
         self,
