@@ -644,8 +644,13 @@ def shapes() -> None:
 
 
 def sharded_layers() -> str:
-    """FSDP2 over the layer of a head: gathered where something around it is sharded too, else an error."""
+    """FSDP2 over the layer of a head: gathered where something around it is sharded too, else an error.
+
+    A layer whose classes torch's tensor parallelism spreads says its group.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     class Model(torch.nn.Module):
         def __init__(self) -> None:
@@ -677,6 +682,10 @@ def sharded_layers() -> str:
             for step in steps:
                 step.step()
                 step.zero_grad()
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    spread = Model()
+    parallelize_module(spread, mesh, {"head.linear": ColwiseParallel()})
+    close(spread(x, y).detach(), Model()(x, y).detach())
     alone = Model()
     fully_shard(alone.head.linear)
     try:

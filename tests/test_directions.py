@@ -137,3 +137,13 @@ def test_extreme_and_infinite_entries():
     assert unit(torch.tensor([[torch.inf, 1.0]])).isnan().any()
     assert unit(torch.tensor([[torch.nan, 1.0]])).isnan().all()
     assert unit(torch.zeros(2, 0)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("scale", [1e5, 1e-9])
+@pytest.mark.parametrize("loss", [triplets.linear_triplet_loss, triplets.linear_smooth_triplet_loss])
+def test_lengths_are_divided_out_before_autocast_rounds(loss, scale):
+    x, w, y = problem(torch.float32)
+    with torch.autocast("cpu", dtype=torch.float16):
+        found = loss(scale * x, w, y, geometry="cosine")
+        right = loss(x, w, y, geometry="cosine")
+    assert found.item() == pytest.approx(right.item(), abs=2e-3)

@@ -113,3 +113,24 @@ def test_a_view_of_an_inference_tensor_is_read_as_it_lies():
     (g,) = torch.autograd.grad(xent.linear_cross_entropy(x, part, y, memory_budget=100), x)
     (e,) = torch.autograd.grad(torch.nn.functional.cross_entropy(x @ part.clone().T, y), x)
     torch.testing.assert_close(g, e)
+
+
+def test_what_changes_before_the_backward_changes_nothing():
+    with torch.inference_mode():
+        q = torch.rand(3, 4)
+    right = q.clone()
+    z = torch.randn(3, 4, requires_grad=True)
+    loss = xent.cross_entropy(z, q, reduction="none").sum()
+    with torch.inference_mode():
+        q.mul_(0)
+    (e,) = torch.autograd.grad(xent.cross_entropy(z, right, reduction="none").sum(), z)
+    torch.testing.assert_close(torch.autograd.grad(loss, z)[0], e)
+
+
+def test_a_negated_view_is_read_with_its_sign():
+    with torch.inference_mode():
+        q = torch.tensor([[-0.25j, -0.75j]]).conj().imag
+    z = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    assert xent.cross_entropy(z, q).item() == pytest.approx(
+        xent.cross_entropy(z, torch.tensor([[0.25, 0.75]])).item()
+    )

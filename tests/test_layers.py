@@ -53,6 +53,15 @@ class Called(nn.Linear):
         return 2 * super().__call__(x)
 
 
+class Hidden(nn.Linear):
+    def _call_impl(self, *args, **kwargs):
+        return 3 * super()._call_impl(*args, **kwargs)
+
+
+class Tagged(torch.Tensor):
+    """A tensor with a name of its own and no operation."""
+
+
 class Quantised(torch.Tensor):
     """A weight whose products are its own."""
 
@@ -100,6 +109,7 @@ CHANGED = {
     "adapter": (Adapter, "is a Adapter .* merge an adapter"),
     "own forward": (like(Scaled), "has a forward of its own"),
     "own call": (like(Called), "is a Called"),
+    "own call implementation": (like(Hidden), "is a Hidden"),
     "patched forward": (own_forward, "has a forward of its own"),
     "dynamically quantised": (
         lambda linear: torch.ao.nn.quantized.dynamic.Linear(D, C),
@@ -165,7 +175,13 @@ def compiled_in_place(linear):
     return linear
 
 
+def tagged(linear):
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Tagged))
+    return linear
+
+
 KEPT = {
+    "tagged": tagged,
     "itself": lambda linear: linear,
     "subclass": like(Alike),
     "parametrised": parametrised,
@@ -228,3 +244,10 @@ def test_a_layer_of_another_size_is_named():
         head(torch.randn(3, D), torch.tensor([0, 1, 2]))
     head.num_classes = C + 2
     head(torch.randn(3, D), torch.tensor([0, 1, 8])).backward()
+
+
+def test_a_layer_without_a_weight_is_named():
+    head = HEADS["cross-entropy"]()
+    head.linear.weight = None
+    with pytest.raises(TypeError, match=r"linear\.weight must be a tensor, got None"):
+        head(torch.randn(3, D), torch.tensor([0, 1, 2]))

@@ -26,10 +26,12 @@ class Strange:
 
 
 STRANGE = Strange()
-NUMBER = ["a", [1.0], STRANGE, 1j, True, float("nan"), torch.ones(2), torch.ones(1, dtype=torch.bool)]
-WHOLE = ["a", [1], STRANGE, 1.5, float("nan"), torch.ones(2)]
+BEYOND = 10**400
+NUMBER = [BEYOND, "a", [1.0], STRANGE, 1j, True, float("nan"), torch.ones(2), torch.ones(1, dtype=torch.bool)]
+NUMBER += [torch.ones(1, device="meta")]
+WHOLE = [2**70, "a", [1], STRANGE, 1.5, float("nan"), torch.ones(2)]
 FLAG = ["yes", 2, 0.5, STRANGE, torch.ones(2)]
-NAME = ["nonsense", 3, STRANGE, torch.ones(2)]
+NAME = ["nonsense", np.array(["mean", "sum"]), 3, STRANGE, torch.ones(2)]
 TENSOR = ["a", [1.0], 3.0, STRANGE, np.ones(3)]
 SPARSE = torch.eye(N).to_sparse()
 NONE = [None]
@@ -67,7 +69,7 @@ WRONG = {
     "scale": [*NUMBER, *NONE, 0.0, -1.0],
     "cosine": [*NUMBER, *NONE, float("inf")],
     "angle": [*NUMBER, *NONE, -0.1, 2.0],
-    "p": [*NUMBER, *NONE, -1.0],
+    "p": [*NUMBER, *NONE],
     "eps": [*NUMBER, *NONE],
     "l2": [*NUMBER, *NONE, -1.0],
     "damping": [*NUMBER, *NONE, -1.0],
@@ -320,3 +322,124 @@ def test_numbers_of_every_library_are_taken(name, number):
     plain = number.item() if hasattr(number, "item") else number
     found = xent.cross_entropy(Z, Y, **{name: number})
     assert found.item() == xent.cross_entropy(Z, Y, **{name: plain}).item()
+
+
+@pytest.mark.parametrize(
+    "name", ["label_smoothing", "z_loss", "softcap", "temperature", "denominator", "margin"]
+)
+def test_a_derivative_in_an_option_is_refused(name):
+    """In every way that torch has, where a tensor without a flag would answer a silent 0."""
+
+    def loss(value):
+        return xent.cross_entropy(Z, Y, **{name: value})
+
+    one, ways = torch.tensor(0.5), []
+    ways.append(lambda: torch.func.jvp(loss, (one,), (one,)))
+    ways.append(lambda: torch.func.grad(loss)(one))
+    ways.append(lambda: torch.func.jacfwd(loss)(one))
+    ways.append(lambda: loss(one.clone().requires_grad_()))
+
+    def dual():
+        with torch.autograd.forward_ad.dual_level():
+            loss(torch.autograd.forward_ad.make_dual(one, one))
+
+    for way in (*ways, dual):
+        with pytest.raises(ValueError, match=f"{name} takes no gradient"):
+            way()
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda number: nn.CrossEntropyLoss(temperature=number, softcap=number),
+        lambda number: nn.LinearCrossEntropyLoss(D, C, softcap=number),
+        lambda number: nn.MarginLoss(D, C, scale=number),
+        lambda number: nn.MarginLoss(D, C, margin=number),
+        lambda number: nn.MarginLoss(D, C, margin=xent.Margin(angle=number)),
+        lambda number: nn.LinearSoftTripletLoss(D, C, margin=number),
+    ],
+)
+@pytest.mark.parametrize("number", [np.float64(0.5), np.float32(0.5), torch.tensor(0.5)], ids=str)
+def test_modules_keep_plain_numbers(made, number):
+    module, plain = made(number), made(0.5)
+    assert repr(module) == repr(plain)
+    assert {k: type(v) for k, v in vars(module).items()} == {k: type(v) for k, v in vars(plain).items()}
+
+
+METHODS = {
+    "PairMatrix.largest": (
+        lambda k: triplets.pair_matrix(Z, Y).largest(k),
+        "k",
+        ["a", None, [1], 1.5, 0, -1, float("inf")],
+    ),
+    "PrototypeHead.forward": (
+        lambda assigned: nn.PrototypeHead(D, C)(X, X, assigned=assigned),
+        "assigned",
+        ["a", None, 1.5, True, 0, 3],
+    ),
+    "PrototypeHead.forward, views": (lambda view: nn.PrototypeHead(D, C)(X, view), "views", ["a", 3, [1.0]]),
+    "MarginLoss.cosines": (
+        nn.MarginLoss(D, C).cosines,
+        "input",
+        ["a", [1.0], 3.0, X.numpy(), X.long(), X[:, :2]],
+    ),
+    "PrototypeHead.cosines": (nn.PrototypeHead(D, C).cosines, "input", ["a", X.numpy(), X.long(), X[:, :2]]),
+    "PrototypeHead.predict": (nn.PrototypeHead(D, C).predict, "input", ["a", X.numpy(), X.long(), X[:, :2]]),
+    "HeadHessian.block": (
+        lambda index: curvature.HeadHessian(X, W, Y).block(index),
+        "index",
+        ["a", 1.5, None, True, C, -1],
+    ),
+    "HeadKronecker.solve": (
+        lambda flag: curvature.HeadKronecker(X, W, Y).solve(W, 0.1, factored=flag),
+        "factored",
+        [*FLAG, None, -1],
+    ),
+    "HeadKronecker.solve, damping": (
+        lambda damping: curvature.HeadKronecker(X, W, Y).solve(W, damping),
+        "damping",
+        [*NUMBER, None],
+    ),
+    "SoftmaxJacobian.solve": (
+        lambda damping: curvature.SoftmaxJacobian(Z).solve(Z, damping),
+        "damping",
+        ["a", None, [1.0], True, float("nan"), -1.0],
+    ),
+    "TopKTarget.to_dense": (
+        lambda classes: xent.TopKTarget(Y[:, None], torch.ones(N, 1)).to_dense(classes),
+        "classes",
+        ["a", None, 1.5, 0, -1],
+    ),
+    "products": (
+        lambda v: curvature.HeadHessian(X, W, Y) @ v,
+        "right-hand side",
+        ["a", 3, None, W.to_sparse()],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "value"),
+    [
+        pytest.param(call, name, value, id=f"{method}-{number}")
+        for method, (call, name, values) in METHODS.items()
+        for number, value in enumerate(values)
+    ],
+)
+def test_methods_name_what_is_of_the_wrong_kind(call, name, value):
+    with pytest.raises((TypeError, ValueError, IndexError)) as found:
+        call(value)
+    assert name in str(found.value), str(found.value)
+    assert "not supported" not in str(found.value)
+
+
+def test_a_sparse_target_outside_the_classes_is_named():
+    with pytest.raises(IndexError, match=r"TopKTarget.indices\[0, 0\] is 9"):
+        xent.TopKTarget(torch.tensor([[9]]), torch.ones(1, 1)).to_dense(5)
+
+
+def test_a_count_of_negatives_is_a_number_of_any_library():
+    for one in (1, np.int64(1), torch.tensor(1)):
+        assert torch.equal(
+            triplets.triplet_loss(Z, Y, negatives=one), triplets.triplet_loss(Z, Y, negatives=1)
+        )

@@ -43,8 +43,9 @@ def is_ordinary(tensor: Tensor) -> bool:
         return True
     if kind.__module__.startswith(("torch._subclasses", "torch.distributed.")):
         return True  # tensors of shapes alone, and those of many processes
-    plain = (Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
-    return kind.__torch_function__ in plain and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    plain = getattr(Tensor.__torch_function__, "__func__", None), torch._C._disabled_torch_function_impl
+    return function in plain and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def check_floating(**tensors: Tensor | None) -> None:

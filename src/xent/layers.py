@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from xent.checks import is_ordinary
 
+CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
+FSDP = "torch.distributed.fsdp"  # its hooks gather and free the parameters
+DTENSOR = "torch.distributed.tensor"  # its hooks place what goes in and out, and the weight says its group
 OUT = "or call the layer yourself and pass its logits to xent.cross_entropy"
 
 
@@ -23,7 +26,9 @@ def weight_and_bias(layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]
         TypeError: a call of the layer would do more than that; the message says what, and the way out.
     """
     kind = type(layer).__name__
-    if not isinstance(layer, nn.Linear) or type(layer).__call__ is not nn.Module.__call__:
+    if not isinstance(layer, nn.Linear) or any(
+        getattr(type(layer), name) is not getattr(nn.Module, name) or name in layer.__dict__ for name in CALLS
+    ):
         raise TypeError(
             f"{name} is a {kind} and no torch.nn.Linear: the loss reads the weight and would leave out the "
             "rest; merge an adapter into the weight and put the torch.nn.Linear back, dequantise a quantised "
@@ -41,12 +46,14 @@ def weight_and_bias(layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]
         layer._backward_hooks,
     ):
         for hook in hooks.values():
-            if not _shards(hook):
+            if not _module_of(hook).startswith((FSDP, DTENSOR)):
                 raise TypeError(_about_hook(name, hook))
-    if layer._forward_pre_hooks:  # FSDP2's, then
+    if any(_module_of(hook).startswith(FSDP) for hook in layer._forward_pre_hooks.values()):
         _gather(layer, name)
     weight, bias = layer.weight, layer.bias
     for which, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None and which == "weight":
+            raise TypeError(f"{name}.weight must be a tensor, got None")
         if tensor is not None and not is_ordinary(tensor):
             raise TypeError(
                 f"{name}.{which} is a {type(tensor).__name__}, whose products are not those of a plain "
@@ -55,9 +62,9 @@ def weight_and_bias(layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]
     return weight, bias
 
 
-def _shards(hook: object) -> bool:
-    """Return whether a hook is one of FSDP2's, which gather and free the parameters."""
-    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")
+def _module_of(hook: object) -> str:
+    """Return where a hook comes from."""
+    return str(getattr(hook, "__module__", ""))
 
 
 def _gather(layer: nn.Linear, name: str) -> None:

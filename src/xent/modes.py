@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from xent.core.arithmetic import is_batched
+from xent.duals import followed as followed
+from xent.duals import has_tangent as has_tangent
 
 T = TypeVar("T")
 
@@ -64,25 +66,6 @@ def transformed(*tensors: Tensor | None) -> bool:
     return has_tangent(*tensors)
 
 
-def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward mode is looking at any of the tensors."""
-    return forward_ad._current_level >= 0 and any(
-        t is not None and t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
-        for t in tensors
-    )
-
-
-def followed(*tensors: Tensor | None) -> bool:
-    """Whether `torch.func` or forward mode is to differentiate in any of the tensors, at any level."""
-    functorch = torch._C._functorch
-    for t in tensors:
-        while t is not None and functorch.is_functorch_wrapped_tensor(t):
-            if functorch.is_gradtrackingtensor(t) and (t.requires_grad or has_tangent(t)):
-                return True
-            t = functorch.get_unwrapped(t)
-    return has_tangent(*tensors)
-
-
 def batched(*tensors: Tensor | None) -> bool:
     """Whether `vmap` has batched any of the tensors, at any level."""
     functorch = torch._C._functorch
@@ -105,14 +88,11 @@ def is_frozen(*tensors: object) -> bool:
 
 
 def thawed(tensor: T) -> T:
-    """Return an ordinary tensor on the numbers of one that `is_frozen`; anything else as it is."""
-    if not isinstance(tensor, Tensor) or not is_frozen(tensor):
-        return tensor
-    if type(tensor) is not Tensor or tensor.layout != torch.strided:
-        return cast(T, tensor.clone())
-    view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    view.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-    return cast(T, view)
+    """Return an ordinary copy of a tensor that `is_frozen`; anything else as it is.
+
+    A view would share its numbers without a version counter, which notices changes before the backward.
+    """
+    return cast(T, tensor.clone()) if isinstance(tensor, Tensor) and is_frozen(tensor) else tensor
 
 
 def gradients_of(

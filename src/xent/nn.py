@@ -13,7 +13,6 @@ from xent.checks import check_tensors
 from xent.core.directions import cosines
 from xent.core.margin import Margin
 from xent.layers import weight_and_bias
-from xent.options import as_margin
 from xent.prototypes import PrototypeHead as PrototypeHead
 from xent.triplets.losses import count_of_negatives
 from xent.validators import Whole, valid
@@ -253,11 +252,10 @@ class MarginLoss(nn.Module):
     ) -> None:
         super().__init__()
         num_classes, in_features = valid("num_classes", num_classes), valid("in_features", in_features)
-        as_margin(margin)
         self.class_weight = nn.Parameter(torch.empty(num_classes, in_features, device=device, dtype=dtype))
         check_tensors(weight=weight)
         self.register_buffer("weight", weight)
-        self.margin = margin
+        self.margin = margin if isinstance(margin, Margin) else valid("margin", margin)
         _keep(
             self,
             scale=scale,

@@ -72,6 +72,7 @@ VALIDATED = (
     "normalize",
 )
 _NUMBERS = (float, int)
+LARGEST_INDEX = 1 << 63
 LARGEST_MOVE = 600.0  # exp of it is a float64
 
 
@@ -169,9 +170,11 @@ class Options(NamedTuple):
             and self.log_q is None
             and self.sparse_grad is False
             and self.normalize is False
-            and (type(self.ignore_index) is int or self.ignore_index is None)
+            and (self.ignore_index is None or type(self.ignore_index) is int)
+            and (self.ignore_index is None or -LARGEST_INDEX <= self.ignore_index < LARGEST_INDEX)
             and self.group is None
             and self.data_group is None
+            and type(self.reduction) is str
             and type(self.label_smoothing) in _NUMBERS
             and self.label_smoothing == 0.0
             and type(self.z_loss) in _NUMBERS
@@ -596,6 +599,8 @@ class Options(NamedTuple):
         kind, denominator = self.reduction, self.denominator
         if denominator is not None and kind != "mean":
             raise ValueError(f"denominator replaces the divisor of reduction='mean'; reduction is {kind!r}")
+        if isinstance(denominator, Tensor) and denominator.device != input.device:
+            raise ValueError(f"denominator is on {denominator.device} and input on {input.device}: move one")
         average = None
         if self.data_group is not None:
             if kind != "mean" or denominator is not None:
@@ -624,8 +629,10 @@ def as_margin(value: object) -> Margin | None:
 
 def _denominator(value: Any) -> float | Tensor | None:
     """Return the divisor that replaces that of a mean: a number where it can be read, else a tensor ()."""
-    if isinstance(value, Tensor) and not value.requires_grad and value.numel() == 1 and not _readable(value):
-        return value.detach().reshape(())
+    if isinstance(value, Tensor) and value.numel() == 1 and not _readable(value):
+        if value.requires_grad or modes.followed(value):
+            raise ValueError("denominator takes no gradient: pass denominator.detach()")
+        return value.reshape(())
     number: float | None = valid("denominator", value)
     return number
 

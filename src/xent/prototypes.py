@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from xent import sinkhorn
+from xent.checks import require_tensors
 from xent.core.directions import cosines
 from xent.functional import linear_cross_entropy
 from xent.validators import valid
@@ -101,12 +102,15 @@ class PrototypeHead(nn.Module):
         Returns:
             A scalar, in nats.
         """
+        for number, view in enumerate(views):
+            require_tensors(spread=False, **{f"views[{number}]": view})
+        assigned = valid("assigned", assigned)
         if len(views) < 2 or any(view.shape != views[0].shape for view in views):
             raise ValueError(
                 "there must be two views or more, (N, D) each, of the same rows; "
                 f"got {', '.join(str(tuple(view.shape)) for view in views) or 'none'}"
             )
-        if not 1 <= assigned <= len(views):
+        if assigned > len(views):
             raise ValueError(f"assigned must be between 1 and the {len(views)} views, got {assigned}")
         losses = [
             linear_cross_entropy(other, self.prototypes, plan, normalize=True, temperature=self.temperature)

@@ -9,9 +9,9 @@ from typing import TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
-from xent.core.targets import holds_integers, widened
+from xent.core.targets import check_top_k, holds_integers, widened
 from xent.modes import thawed
-from xent.validators import valid
+from xent.validators import Whole, valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +59,8 @@ class TopKTarget:
 
     def to_dense(self, classes: int) -> Tensor:
         """The same target as a probability for every class: (..., classes)."""
+        classes = Whole("at least 1", 1)("classes", classes) or 0
+        check_top_k(widened(self.indices), classes, None)
         q, others = self.probabilities, classes - self.indices.shape[-1]
         rest = torch.zeros_like(q[..., :1])
         if self.remainder == "spread" and others > 0:

@@ -9,11 +9,14 @@ logit are checked where their shape is known; here it is seen that they are dens
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
+
+from xent.duals import followed
 
 
 class Validator(Protocol):
@@ -38,6 +41,8 @@ class Number:
         if value is None and self.optional:
             return None
         number = value if type(value) is float else _one_number(name, value, "a number")
+        if isinstance(number, int) and abs(number) > sys.float_info.max:
+            raise ValueError(f"{name} must be {self.takes}, got a number beyond the range of a float")
         # comparisons refuse nan too, and a compiler can follow them
         inside = self.low < number < self.high
         if not (
@@ -65,6 +70,8 @@ class Whole:
             raise TypeError(f"{name} must be a whole number, got {value}")
         if number < self.low:
             raise ValueError(f"{name} must be {self.takes}, got {value}")
+        if not -(2**63) <= number < 2**63:
+            raise ValueError(f"{name} must fit 64 bits, got {value}")
         return int(number)
 
 
@@ -115,14 +122,19 @@ class Instance:
 def _one_number(name: str, value: Any, kind: str) -> float | int:
     """Convert a number of any library to Python's; raise a TypeError for everything else."""
     if isinstance(value, Tensor):
-        if value.requires_grad:
+        if value.requires_grad or followed(value):
             raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
         if value.numel() != 1:
             raise ValueError(f"{name} must be one number, got {_shown(value)}")
         if value.is_complex() or value.dtype == torch.bool:
             raise TypeError(f"{name} must be {kind}, got {_shown(value)}")
-        return value.item()
-    if isinstance(value, int | float) and not isinstance(value, bool):
+        try:
+            return value.item()
+        except RuntimeError as error:  # no data, or under vmap one number for each of several
+            raise TypeError(f"{name} must be one number that can be read, got {_shown(value)}") from error
+    if isinstance(value, float):
+        return float(value)  # NumPy's is one of Python's, and shows otherwise
+    if isinstance(value, int) and not isinstance(value, bool):
         return value
     if isinstance(value, torch.SymInt | torch.SymFloat):  # a size in a graph that is being made
         return cast(float, value)
@@ -172,13 +184,13 @@ OPTIONS: dict[str, Validator] = {
     # margins
     "cosine": FINITE,
     "angle": Number("in radians, from 0 to π/2", 0.0, math.pi / 2, ends="both"),
-    "scale": POSITIVE,
+    "scale": Number("positive, and large enough to divide by", sys.float_info.min, ends="low"),
     # triplets
     "geometry": OneOf(("inner", "cosine", "squared_l2")),
     "top_k": Whole("at least 1", 1),
     "margin": FINITE,
-    "p": Number("positive", 0.0, ends="high"),
-    "eps": NONNEGATIVE,
+    "p": Number("a number and not nan", ends="both"),
+    "eps": FINITE,
     "swap": Flag(),
     "smooth": Flag(),
     # curvature
@@ -198,6 +210,8 @@ OPTIONS: dict[str, Validator] = {
     "iterations": Whole("at least 1", 1),
     "epsilon": POSITIVE,
     "bias": Flag(),
+    "assigned": Whole("at least 1", 1),
+    "factored": Flag(),
 }
 
 

@@ -29,4 +29,8 @@ def unit(rows: Tensor) -> Tensor:
 
 def cosines(x: Tensor, w: Tensor) -> Tensor:
     """Return the cosines (..., C) of features (..., D) with vectors (C, D), in their type."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"input must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if x.dim() == 0 or x.shape[-1] != w.shape[-1]:
+        raise ValueError(f"input must be (..., {w.shape[-1]}), got {tuple(x.shape)}")
     return (unit(x) @ unit(w).mT).to(torch.promote_types(x.dtype, w.dtype))

@@ -122,8 +122,7 @@ def hessian_vector_product(
     _check(target, head, options)
     run, params, along, given = _prepared(model, params, inputs, vector)
     settings = _named(options)
-    if settings.get("reduction") == "none":
-        raise ValueError("reduction must be 'mean' or 'sum', got 'none': there is one loss")
+    OneOf(("mean", "sum"))("reduction", settings.get("reduction", "mean"))
 
     def loss(params: Any) -> Tensor:
         if head is None:

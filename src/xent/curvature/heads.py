@@ -243,10 +243,10 @@ class HeadOperator:
     @staticmethod
     def _index(index: Any, count: int) -> int:
         if isinstance(index, bool) or not hasattr(index, "__index__"):
-            raise TypeError(f"a block is asked for by its number, an integer; got {index!r}")
+            raise TypeError(f"index, the number of a block, must be a whole number; got {index!r}")
         at = operator.index(index)
         if not 0 <= at < count:
-            raise IndexError(f"block {at} is outside 0..{count - 1}")
+            raise IndexError(f"index: block {at} is outside 0..{count - 1}")
         return at
 
     def _feature_block(self, row: int) -> Tensor:

@@ -292,6 +292,7 @@ class HeadKronecker(HeadOperator):
     def _damped(self, damping: float, factored: bool) -> Tensor:
         """Eigenvalues of what is inverted, (C, D̃), all above 0."""
         FINITE("damping", damping)
+        factored = valid("factored", factored)
         values = self.eigh().values
         assert self._factors is not None
         if factored and self.is_corrected:

@@ -60,6 +60,8 @@ class Sides(NamedTuple):
             raise TypeError(
                 f"the right-hand side must be a tensor, or a tuple of them; got {type(v).__name__}"
             )
+        if v.layout is not torch.strided:
+            raise TypeError("the right-hand side must be a dense tensor: pass its to_dense()")
         size = sum(shape.numel() for shape in shapes)
         if len(shapes) == 1 and v.shape == shapes[0]:
             return "one", (v[None],)

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent.core.directions import unit
 from xent.core.statistics import NEG_INF, statistics_dtype
 
 EXACT = 40.0  # from here on log(1 + exp v) is v to every digit of float64
@@ -70,11 +69,11 @@ def of_negatives(z: Tensor, y: Tensor, negatives: int | Tensor) -> tuple[Tensor,
 def in_geometry(
     geometry: str, x: Tensor, w: Tensor, b: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Features, weight and bias of the inner-product head whose margins are those of the geometry."""
-    if geometry == "inner":
+    """Return features, weight and bias of the inner-product head whose margins are those of the geometry.
+
+    Rows of the cosine's are of length 1 already: lengths are divided out before any type is lowered.
+    """
+    if geometry != "squared_l2":
         return x, w, b
-    if geometry == "cosine":
-        return unit(x), unit(w), b
-    assert geometry == "squared_l2"
     norm = w.square().sum(1)  # −‖x‖² is the same for every class
     return 2 * x, w, -norm if b is None else b - norm

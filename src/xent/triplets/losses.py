@@ -183,8 +183,8 @@ def linear_triplet_loss(
         sample_weight=sample_weight,
         check_targets=check_targets,
         memory_budget=memory_budget,
+        normalize=valid("geometry", geometry) == "cosine",
     )
-    geometry = valid("geometry", geometry)
     call = options.of_head(input, linear_weight, linear_bias, target)
     return _loss(call, Form(F.relu, valid("margin", margin)), negatives, options, geometry)
 
@@ -232,8 +232,8 @@ def linear_smooth_triplet_loss(
         sample_weight=sample_weight,
         check_targets=check_targets,
         memory_budget=memory_budget,
+        normalize=valid("geometry", geometry) == "cosine",
     )
-    geometry = valid("geometry", geometry)
     call = options.of_head(input, linear_weight, linear_bias, target)
     return _loss(
         call,
@@ -294,10 +294,10 @@ def _of_logits(z: Tensor, own: Tensor, negatives: int | Tensor, form: Form) -> t
 def _chosen(negatives: Negatives, call: Call, classes: int, check: bool | None) -> list[int | Tensor]:
     """For each part how many of the hardest negatives, or which ones (N, k)."""
     parts, rows_shape = len(call.parts), tuple(call.rows_shape)
-    if isinstance(negatives, Tensor):
+    if isinstance(negatives, Tensor) and negatives.dim() > 0:
         if not holds_integers(negatives):
             raise TypeError(f"sampled negatives must be of an integer type, got {negatives.dtype}")
-        if negatives.dim() == 0 or tuple(negatives.shape[:-1]) != rows_shape:
+        if tuple(negatives.shape[:-1]) != rows_shape:
             raise ValueError(
                 f"sampled negatives must have shape {(*rows_shape, 'k')}, got {tuple(negatives.shape)}"
             )

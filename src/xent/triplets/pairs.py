@@ -63,6 +63,7 @@ class PairMatrix:
             >>> pair.true, pair.rival, round(pair.share, 2)
             (0, 1, 0.59)
         """
+        k = valid("k", k)
         if self.matrix.is_sparse:
             values, places = self.matrix.values(), self.matrix.indices().T
         else:
