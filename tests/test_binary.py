@@ -590,7 +590,7 @@ def test_on_cuda():
 def test_messages(form):
     f, _, x = ours_and_torch(form)
     y = torch.rand_like(x)
-    with pytest.raises(ValueError, match=r"reduction must be 'none', 'mean' or 'sum', got 'batchmean'"):
+    with pytest.raises(ValueError, match=r"reduction must be 'none', 'sum' or 'mean', got 'batchmean'"):
         f(x, y, reduction="batchmean")
     with pytest.raises(ValueError, match=r"target must have the shape of input, \(3, 4\); got \(3,\)"):
         f(x, y[:, 0])

@@ -22,7 +22,7 @@ from xent.core.scores import compute_dtype
 from xent.core.statistics import Extras
 from xent.options import Call, Options, Part
 from xent.target import TopKTarget
-from xent.validators import valid
+from xent.validators import as_number, valid
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -295,9 +295,10 @@ def _present(value: Tensor | None) -> Tensor:
 
 
 def _top_k(call: Call, k: int) -> tuple[Tensor, Tensor]:
-    classes, k = call.parts[0].problem.targets.classes, valid("k", k)
-    if k > classes:
+    classes, asked = call.parts[0].problem.targets.classes, as_number("k", k, "a whole number")
+    if not 1 <= asked <= classes:
         raise ValueError(f"k must be between 1 and the number of classes, {classes}; got {k}")
+    k = valid("k", k)
     with torch.no_grad():
         found = [_top_k_of(part, k) for part in call.parts]
     shape, dtype = (*call.rows_shape, k), compute_dtype(call.dtype)

@@ -40,7 +40,7 @@ class Number:
     def __call__(self, name: str, value: Any) -> float | None:
         if value is None and self.optional:
             return None
-        number = value if type(value) is float else _one_number(name, value, "a number")
+        number = value if type(value) is float else as_number(name, value)
         if isinstance(number, int) and abs(number) > sys.float_info.max:
             raise ValueError(f"{name} must be {self.takes}, got a number beyond the range of a float")
         # comparisons refuse nan too, and a compiler can follow them
@@ -65,7 +65,7 @@ class Whole:
     def __call__(self, name: str, value: Any) -> int | None:
         if value is None and self.optional:
             return None
-        number = value if type(value) is int else _one_number(name, value, "a whole number")
+        number = value if type(value) is int else as_number(name, value, "a whole number")
         if number % 1 != 0:  # nan and infinities too
             raise TypeError(f"{name} must be a whole number, got {value}")
         if number < self.low:
@@ -119,7 +119,7 @@ class Instance:
         raise TypeError(f"{name} must be a {known} or None, got {_shown(value)}")
 
 
-def _one_number(name: str, value: Any, kind: str) -> float | int:
+def as_number(name: str, value: Any, kind: str = "a number") -> float | int:
     """Convert a number of any library to Python's; raise a TypeError for everything else."""
     if isinstance(value, Tensor):
         if value.requires_grad or followed(value):

@@ -156,7 +156,7 @@ def test_under_vmap():
 def test_no_rival_at_all_is_refused(k):
     with pytest.raises(ValueError, match=f"top_k must be at least 1, got {k}"):
         triplets.attribution(torch.zeros(1, 3), torch.tensor([0]), k)
-    with pytest.raises(ValueError, match=f"or None for all pairs; got {k}"):
+    with pytest.raises(ValueError, match=f"at least 1, got {k}"):
         triplets.pair_matrix(torch.zeros(1, 3), torch.tensor([0]), top_k=k)
 
 

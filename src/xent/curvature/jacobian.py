@@ -22,7 +22,7 @@ from torch import Tensor
 from xent.core.scores import compute_dtype
 from xent.curvature.rowwise import Rowwise, check_floating
 from xent.curvature.secular import Eigenpair, top_eigenpair
-from xent.validators import FINITE
+from xent.validators import as_number
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ class SoftmaxJacobian(Rowwise):
     def _check(self, damping: float) -> None:
         if isinstance(damping, Tensor):
             raise TypeError("damping must be a number: pass damping.item()")
-        FINITE("damping", damping)
+        as_number("damping", damping)
         dtype = self._softmax.p.dtype
         if not torch.finfo(dtype).tiny <= damping < math.inf:
             raise ValueError(

@@ -312,11 +312,12 @@ def count_of_negatives(negatives: object) -> int | None:
     """Return how many of the hardest negatives are meant, None for all."""
     if isinstance(negatives, str) and negatives == "all":
         return None
-    takes = "'all', how many of the hardest (at least 1), or a tensor of class indices"
     try:
-        count = Whole(takes, 1)("negatives", negatives)
+        count = Whole("at least 1", 1)("negatives", negatives)
     except TypeError:
-        raise TypeError(f"negatives must be {takes}; got {type(negatives).__name__}") from None
+        raise ValueError(
+            f"negatives must be 'all', how many of the hardest, or class indices; got {negatives!r}"
+        ) from None
     assert count is not None
     return count
 
