@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,10 +57,13 @@ class Whole:
     takes: str
     low: float = -math.inf
     optional: bool = False
+    flag: bool = False  # True and False pass, as 1 and 0
 
     def __call__(self, name: str, value: Any) -> int | None:
         if value is None and self.optional:
             return None
+        if self.flag and _is_flag(value):
+            return int(value)
         number = value if type(value) is int else _one_number(name, value, "a whole number")
         if number % 1 != 0:  # nan and infinities too
             raise TypeError(f"{name} must be a whole number, got {value}")
@@ -92,11 +96,69 @@ class Flag:
     def __call__(self, name: str, value: Any) -> bool | None:
         if value is None and self.optional:
             return None
-        # NumPy's bool has the type name bool too, and is none of Python's
-        if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ == "bool"):
+        if _is_flag(value):
             return bool(value)
         also = " or None" if self.optional else ""
         raise TypeError(f"{name} must be True or False{also}, got {_shown(value)}")
+
+
+@dataclass(frozen=True)
+class FlagOr:
+    """True, False or a word."""
+
+    word: str
+
+    def __call__(self, name: str, value: Any) -> bool | str:
+        if isinstance(value, str) and value == self.word:
+            return value
+        if _is_flag(value):
+            return bool(value)
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name} must be True, False or {self.word!r}, got {_shown(value)}")
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """A dict with a number for each class, a word or None."""
+
+    word: str
+    number: Number
+
+    def __call__(self, name: str, value: Any) -> dict[Any, float] | str | None:
+        if value is None or (isinstance(value, str) and value == self.word):
+            return value
+        if isinstance(value, dict):
+            checked = {}
+            for key, each in value.items():
+                plain = each.detach() if isinstance(each, Tensor) else each
+                checked[key] = cast(float, self.number(f"{name}[{key!r}]", plain))
+            return checked
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(
+            f"{name} must be a dict with a number for each class, {self.word!r} or None, got {_shown(value)}"
+        )
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What scikit-learn makes random numbers from: None, a whole number or NumPy's ``RandomState``."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if value is None or isinstance(value, np.random.RandomState):
+            return value
+        number = _one_number(name, value, "None, a whole number or a RandomState")
+        if number % 1 != 0:
+            raise TypeError(f"{name} must be None, a whole number or a RandomState, got {value}")
+        if not 0 <= number < 2**32:
+            raise ValueError(f"{name} must be between 0 and 2**32 - 1, got {value}")
+        return int(number)
+
+
+def _is_flag(value: Any) -> bool:
+    # NumPy's bool has the type name bool too, and is none of Python's
+    return isinstance(value, bool) or (
+        type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    )
 
 
 def _one_number(name: str, value: Any, kind: str) -> float | int:
@@ -138,6 +200,20 @@ OPTIONS: dict[str, Validator] = {
     "memory_budget": Whole("a positive number of bytes, or None", 1, optional=True),
     "reduction": OneOf(("none", "sum", "mean")),
     "check_targets": Flag(optional=True),
+    # the estimator's
+    "C": Number("positive, inf for no penalty", 0.0, ends="high"),
+    "tol": Number("a number that is not negative", 0.0, ends="both"),
+    "max_iter": Whole("a whole number that is not negative", 0),
+    "fit_intercept": Flag(),
+    "class_weight": ByClass("balanced", NONNEGATIVE),
+    "solver": OneOf(("lbfgs", "newton-cg")),
+    "warm_start": Flag(),
+    "random_state": Seed(),
+    "verbose": Whole("a whole number that is not negative, or a bool", 0, flag=True),
+    # of metrics
+    "normalize": Flag(),
+    "renormalize": Flag(),
+    "scale_by_half": FlagOr("auto"),
 }
 
 
