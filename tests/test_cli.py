@@ -22,6 +22,7 @@ from pyarrow import csv, parquet
 from xent.__main__ import main
 from xent.cli import cli
 from xent.probe import model_file
+from xent.probe.advice import command_words
 
 
 @pytest.fixture(autouse=True)
@@ -166,7 +167,32 @@ def test_not_converged_is_said(tmp_path):
     flowers(tmp_path / "f.csv")
     done = run("fit", "f.csv", "--label", "kind", "--max-iter", 2)
     assert "xent: not converged in 2 iterations" in done.stderr
+    assert done.stderr.endswith("--tol 0.0001: --max-iter is reached; raise --max-iter or --tol\n")
     assert "not converged after 2 iterations" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        ([], "--solver newton-cg, a larger --l2 or a larger --tol"),
+        (["--no-standardize"], "--solver newton-cg, --standardize, a larger --l2 or a larger --tol"),
+        (["--solver", "newton-cg"], "a larger --l2 or a larger --tol"),
+        (
+            ["--solver", "newton-cg", "--no-standardize"],
+            "--standardize, a larger --l2 or a larger --tol",
+        ),
+    ],
+)
+def test_a_stalled_fit_says_what_helps(tmp_path, options, ways):
+    flowers(tmp_path / "f.csv")
+    done = run("fit", "f.csv", "--label", "kind", "--exclude", "id", "--tol", 0, *options)
+    assert done.stderr.endswith(f": the arithmetic resolves no further decrease; try {ways}\n")
+
+
+def test_a_stalled_fit_of_shared_classes_is_not_sent_where_it_cannot_go():
+    """--class-parallel refuses --solver newton-cg."""
+    assert command_words(class_parallel=True, standardised=True).newton.endswith("without --class-parallel")
+    assert command_words(class_parallel=False, standardised=True).newton == "--solver newton-cg"
 
 
 def test_no_validation(tmp_path):

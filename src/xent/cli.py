@@ -220,7 +220,7 @@ def fit(
                     paths.append(sources.write_parquet(sources.digits(), out / "data.parquet"))
         drawn = not ranks.first or _draw(fitted, out, paths, quiet)
     if ranks.first:
-        _report(fitted, asked.tol, asked.max_iter, table.source, paths, out, as_json, quiet)
+        _report(fitted, asked.tol, table.source, paths, out, as_json, quiet)
     if fitted.interrupted:
         sys.exit(130)
     if not drawn:
@@ -248,7 +248,6 @@ def _draw(fitted: Fitted, out: Path, paths: list[Path], quiet: bool) -> bool:
 def _report(
     fitted: Fitted,
     tol: float,
-    max_iter: int,
     source: str,
     paths: list[Path],
     out: Path,
@@ -256,12 +255,9 @@ def _report(
     quiet: bool,
 ) -> None:
     if not fitted.converged and not fitted.interrupted and not quiet:
-        stopped_early = fitted.iterations < max_iter
         complain(
             f"not converged in {fitted.iterations} iterations: gradient {fitted.gradient_norm:.1e} is above "
-            f"--tol {tol:g}"
-            + (", as far as the arithmetic resolves" if stopped_early else "")
-            + f"; raise {'' if stopped_early else '--max-iter, '}--l2 or --tol"
+            f"--tol {tol:g}: {fitted.advice}"
         )
     if as_json:
         files = [str(path) for path in paths]

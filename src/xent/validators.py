@@ -13,6 +13,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,10 +62,13 @@ class Whole:
     takes: str
     low: float = -math.inf
     optional: bool = False
+    flag: bool = False  # True and False pass, as 1 and 0
 
     def __call__(self, name: str, value: Any) -> int | None:
         if value is None and self.optional:
             return None
+        if self.flag and _is_flag(value):
+            return int(value)
         number = value if type(value) is int else as_number(name, value, "a whole number")
         if number % 1 != 0:  # nan and infinities too
             raise TypeError(f"{name} must be a whole number, got {value}")
@@ -99,8 +103,7 @@ class Flag:
     def __call__(self, name: str, value: Any) -> bool | None:
         if value is None and self.optional:
             return None
-        # NumPy's bool has the type name bool too, and is none of Python's
-        if isinstance(value, bool) or (type(value).__module__ == "numpy" and type(value).__name__ == "bool"):
+        if _is_flag(value):
             return bool(value)
         also = " or None" if self.optional else ""
         raise TypeError(f"{name} must be True or False{also}, got {_shown(value)}")
@@ -117,6 +120,65 @@ class Instance:
             return value
         known = f"torch.{self.kind.__name__}"
         raise TypeError(f"{name} must be a {known} or None, got {_shown(value)}")
+
+
+@dataclass(frozen=True)
+class FlagOr:
+    """True, False or a word."""
+
+    word: str
+
+    def __call__(self, name: str, value: Any) -> bool | str:
+        if isinstance(value, str) and value == self.word:
+            return value
+        if _is_flag(value):
+            return bool(value)
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"{name} must be True, False or {self.word!r}, got {_shown(value)}")
+
+
+@dataclass(frozen=True)
+class ByClass:
+    """A dict with a number for each class, a word or None."""
+
+    word: str
+    number: Number
+
+    def __call__(self, name: str, value: Any) -> dict[Any, float] | str | None:
+        if value is None or (isinstance(value, str) and value == self.word):
+            return value
+        if isinstance(value, dict):
+            checked = {}
+            for key, each in value.items():
+                plain = each.detach() if isinstance(each, Tensor) else each
+                checked[key] = cast(float, self.number(f"{name}[{key!r}]", plain))
+            return checked
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(
+            f"{name} must be a dict with a number for each class, {self.word!r} or None, got {_shown(value)}"
+        )
+
+
+@dataclass(frozen=True)
+class Seed:
+    """What scikit-learn makes random numbers from: None, a whole number or NumPy's ``RandomState``."""
+
+    def __call__(self, name: str, value: Any) -> Any:
+        if value is None or isinstance(value, np.random.RandomState):
+            return value
+        number = as_number(name, value, "None, a whole number or a RandomState")
+        if number % 1 != 0:
+            raise TypeError(f"{name} must be None, a whole number or a RandomState, got {value}")
+        if not 0 <= number < 2**32:
+            raise ValueError(f"{name} must be between 0 and 2**32 - 1, got {value}")
+        return int(number)
+
+
+def _is_flag(value: Any) -> bool:
+    # NumPy's bool has the type name bool too, and is none of Python's
+    return isinstance(value, bool) or (
+        type(value).__module__ == "numpy" and type(value).__name__ in ("bool", "bool_")
+    )
 
 
 def as_number(name: str, value: Any, kind: str = "a number") -> float | int:
@@ -212,6 +274,19 @@ OPTIONS: dict[str, Validator] = {
     "bias": Flag(),
     "assigned": Whole("at least 1", 1),
     "factored": Flag(),
+    # the estimator's
+    "C": Number("positive, inf for no penalty", 0.0, ends="high"),
+    "tol": Number("a number that is not negative", 0.0, ends="both"),
+    "max_iter": Whole("a whole number that is not negative", 0),
+    "fit_intercept": Flag(),
+    "class_weight": ByClass("balanced", NONNEGATIVE),
+    "solver": OneOf(("lbfgs", "newton-cg")),
+    "warm_start": Flag(),
+    "random_state": Seed(),
+    "verbose": Whole("a whole number that is not negative, or a bool", 0, flag=True),
+    # of metrics
+    "renormalize": Flag(),
+    "scale_by_half": FlagOr("auto"),
 }
 
 

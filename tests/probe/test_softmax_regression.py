@@ -208,12 +208,70 @@ def test_loss_curve_falls_from_the_start():
     assert (np.diff(model.loss_curve_) < 0).all()
 
 
-def test_warns_when_not_converged():
-    X, y = load("digits")
-    with pytest.warns(ConvergenceWarning, match="raise max_iter or tol"):
-        model = SoftmaxRegression(max_iter=3).fit(X, y)
-    assert model.n_iter_ == 3
+ENDS = {  # options, type of the features, why it ends and what helps
+    "max_iter": ({"max_iter": 3}, float, "max_iter is reached; raise max_iter or tol"),
+    "Newton's max_iter": (
+        {"max_iter": 1, "solver": "newton-cg"},
+        float,
+        "max_iter is reached; raise max_iter or tol",
+    ),
+    "stalled": (
+        {"tol": 1e-14},
+        float,
+        'the arithmetic resolves no further decrease; try solver="newton-cg", standardised features, '
+        "a smaller C or a larger tol",
+    ),
+    "stalled in float32": (
+        {"tol": 1e-14},
+        np.float32,
+        'the arithmetic resolves no further decrease; try solver="newton-cg", standardised features, '
+        "a smaller C or a larger tol, or pass float64 features",
+    ),
+    "Newton stalled": (
+        {"tol": 0, "solver": "newton-cg"},
+        float,
+        "the arithmetic resolves no further decrease; try standardised features, a smaller C or a larger tol",
+    ),
+    "Newton stalled in float32": (
+        {"tol": 0, "solver": "newton-cg"},
+        np.float32,
+        "the arithmetic resolves no further decrease; try standardised features, a smaller C or a larger "
+        "tol, or pass float64 features",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_fit_that_has_not_converged_says_what_helps(case):
+    options, dtype, advice = ENDS[case]
+    X, y = load("wine")
+    with pytest.warns(ConvergenceWarning) as said:
+        model = SoftmaxRegression(**options).fit(X.astype(dtype), y)
     assert not model.converged_
+    (message,) = (str(warning.message) for warning in said)
+    assert message.endswith(f" above tol {options.get('tol', 1e-4):.3g}: {advice}")
+
+
+@pytest.mark.parametrize("solver", ["lbfgs", "newton-cg"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_features_that_leave_the_range_are_the_reason(solver):
+    X, y = load("iris")
+    with pytest.warns(ConvergenceWarning, match="too large for float32; scale them down, or pass float64"):
+        SoftmaxRegression(solver=solver).fit((X * 1e37).astype(np.float32), y)
+    with pytest.warns(ConvergenceWarning, match="too large for float64; scale them down$"):
+        SoftmaxRegression(solver=solver).fit(X * 1e307, y)
+
+
+def test_what_is_advised_helps():
+    """Each way out, taken alone, ends a fit that had stalled."""
+    X, y = load("wine", standardised=False)
+    stalled = {"C": 1e3, "tol": 1e-5, "max_iter": 10**4}
+    assert not SoftmaxRegression(**stalled).fit(X.astype(np.float32), y).converged_
+    assert SoftmaxRegression(**stalled).fit(X, y).converged_
+    assert SoftmaxRegression(**{**stalled, "tol": 0.1}).fit(X.astype(np.float32), y).converged_
+    hard = {"tol": 1e-10, "max_iter": 10**4}
+    assert not SoftmaxRegression(**hard).fit(X, y).converged_
+    assert SoftmaxRegression(**hard, solver="newton-cg").fit(X, y).converged_
 
 
 def test_converged_means_that_the_gradient_is_within_tol():
@@ -412,7 +470,7 @@ def test_labels_refused(y, message):
 
 
 def test_weights_refused():
-    with pytest.raises(ValueError, match="Negative"):
+    with pytest.raises(ValueError, match="sample_weight is -1 at row 2"):
         SoftmaxRegression().fit(np.eye(4), [0, 1, 0, 1], sample_weight=[1, 1, -1, 1])
 
 

@@ -76,6 +76,7 @@ def read_numbers(given: Any, name: str) -> Rows:
     if isinstance(given, Tensor):
         if given.is_complex():
             raise TypeError(f"{name} must hold real numbers, got {given.dtype}")
+        _check_dense(given, name)
         return Rows(given.detach())
     array = as_array(given, name)
     if array.dtype.kind == "O":  # a data frame with columns of several types, or a list with None
@@ -99,8 +100,20 @@ def _lies_well(array: np.ndarray) -> bool:
 
 
 def as_array(given: Any, name: str) -> np.ndarray:
-    """``numpy.asarray`` of what is no tensor, with the argument's name in the error."""
+    """``numpy.asarray``, with the argument's name in the error; of tensors too, half types in float32."""
+    if isinstance(given, Tensor):
+        _check_dense(given, name)
+        half = given.dtype.is_floating_point and given.dtype.itemsize < 4
+        array: np.ndarray = (given.float() if half else given).numpy(force=True)
+        return array
+    if isinstance(given, list | tuple) and any(isinstance(each, Tensor) for each in given):
+        given = [as_array(each, name) if isinstance(each, Tensor) else each for each in given]
     try:
         return np.asarray(given)
     except ValueError as error:  # rows of different lengths
         raise ValueError(f"{name} is no array: {error}") from None
+
+
+def _check_dense(given: Tensor, name: str) -> None:
+    if given.layout != torch.strided:
+        raise TypeError(f"{name} is a sparse tensor; pass {name}.to_dense()")

@@ -43,7 +43,7 @@ class Comparison:
     def sweep(self, rule: Rule, copied: bool = False) -> Iterator[Part]:
         """The weighted losses of all rows, in order; does the rule copy its p?"""
         device = self.predicted.rows.device
-        for part in self.predicted.rows.parts(copied):
+        for part in self.predicted.rows.parts(copied or self.predicted.renormalize):
             y = as_tensor(self.labels.codes(part)).to(device)
             loss = rule(self.predicted[part], y)
             weight = None
@@ -60,10 +60,11 @@ def compare(
     *,
     sample_weight: Any = None,
     labels: Any = None,
+    renormalize: Any = False,
     split: Callable[[Labels], Labels] | None = None,
 ) -> Comparison:
     """Read and check the arguments that every metric has; ``split`` makes two values of the labels first."""
-    predicted = read_probabilities(y_pred)
+    predicted = read_probabilities(y_pred, renormalize)
     known = read_labels(y_true, labels)
     if known.count != predicted.count:
         raise ValueError(f"y_true has {known.count} rows and y_pred has {predicted.count}; they must agree")
@@ -107,7 +108,9 @@ def read_weight(sample_weight: Any, count: int) -> Rows | None:
             )
         most = max(most, high)
     if most == 0:
-        raise ValueError("sample_weight is 0 at every row; an average needs a row that counts")
+        raise ValueError(
+            "sample_weight is 0 at every row; an average needs a row that counts, of a weight above zero"
+        )
     return weight
 
 

@@ -9,12 +9,11 @@ codes as they stand) and by bisection where it is not; everything else, strings 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from itertools import repeat
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from xent.metrics.arrays import as_array
 
@@ -68,8 +67,8 @@ def read_labels(given: Any, labels: Any = None, *, name: str = "y_true") -> Labe
 
     ``labels`` gives the values in the order of the columns; without it they are those that occur, sorted.
     """
-    y = _array(given, name)
-    values = None if labels is None else _array(labels, "labels")
+    y = as_array(given, name)
+    values = None if labels is None else as_array(labels, "labels")
     if values is not None:
         if values.ndim != 1:
             raise ValueError(f"labels must be a list of labels, got shape {values.shape}")
@@ -93,11 +92,14 @@ def shown(values: np.ndarray, most: int = 8) -> str:
     return f"[{', '.join(listed)}]" if len(values) <= most else f"[{', '.join(listed)}, ...: {len(values)}]"
 
 
-def _array(given: Any, name: str) -> np.ndarray:
-    if isinstance(given, Tensor):
-        held = given.detach().cpu()
-        return (held.float() if held.dtype.is_floating_point and held.dtype.itemsize < 4 else held).numpy()
-    return as_array(given, name)
+def missing(value: Any) -> bool:
+    """Whether a value stands for none: None, nan of any type, pandas' NA, a date that is none."""
+    try:
+        return value is None or bool(value != value)
+    except TypeError:  # NA has no truth
+        return True
+    except ValueError:  # nor has an array, which is a value
+        return False
 
 
 def _parts(rows: slice) -> Iterator[slice]:
@@ -119,10 +121,25 @@ def _piecewise(encode: Encoder) -> Encoder:
 
 def _check_distinct(values: np.ndarray) -> None:
     seen: set[Any] = set()
-    for value in values.tolist():
+    for value in _hashable(values, "labels"):
         if value in seen:
             raise ValueError(f"labels names {value!r} twice; a label has one column")
         seen.add(value)
+
+
+def _hashable(values: np.ndarray, name: str, start: int = 0) -> list[Any]:
+    """The values as Python objects; TypeError names the first that cannot be looked up."""
+    listed: list[Any] = values.tolist()
+    try:
+        hash(tuple(listed))
+    except TypeError:
+        row, value = next((n, value) for n, value in enumerate(listed) if not isinstance(value, Hashable))
+        where = "position" if name == "labels" else "row"
+        raise TypeError(
+            f"{name} is {value!r} at {where} {start + row}, which is no label: labels are whole numbers, "
+            f"bools or strings"
+        ) from None
+    return listed
 
 
 # --- one-hot rows ----------------------------------------------------------------------------------------
@@ -242,7 +259,7 @@ def _names(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
     column = {value: c for c, value in enumerate(values.tolist())}
 
     def encode(part: slice) -> np.ndarray:
-        return np.fromiter(map(column.get, y[part].tolist(), repeat(-1)), np.int64)
+        return np.fromiter(map(column.get, _hashable(y[part], name, part.start), repeat(-1)), np.int64)
 
     return Labels(values, y, _piecewise(encode), name)
 
@@ -251,11 +268,10 @@ def _distinct(y: np.ndarray, name: str) -> np.ndarray:
     """The values that occur, sorted."""
     seen: set[Any] = set()
     for part in _parts(slice(0, len(y))):
-        seen.update(y[part].tolist())
-    for value in seen:
-        if value is None or (isinstance(value, float) and value != value):
-            row = next(n for n, v in enumerate(y.tolist()) if v is None or v is value or v != v)
-            raise ValueError(f"{name} is {value} at row {row}, which is no label; drop the row or name it")
+        seen.update(_hashable(y[part], name, part.start))
+    if any(map(missing, seen)):
+        row, value = next((n, value) for n, value in enumerate(y.tolist()) if missing(value))
+        raise ValueError(f"{name} is {value} at row {row}, which is no label; drop the row or name it")
     try:
         ordered = sorted(seen)
     except TypeError:

@@ -12,6 +12,7 @@ whatever type the probabilities are stored in, and nothing is clipped.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,10 @@ import torch
 from torch import Tensor
 
 from xent.core.statistics import statistics_dtype
-from xent.metrics.arrays import Rows
+from xent.metrics.arrays import Rows, as_array
 from xent.metrics.comparison import Comparison, Rule, compare, read_weight, total
 from xent.metrics.labels import Labels, read_labels, shown
+from xent.validators import valid
 
 
 class ClassLoss(NamedTuple):
@@ -39,6 +41,7 @@ def log_loss(
     normalize: bool = True,
     sample_weight: Any = None,
     labels: Any = None,
+    renormalize: bool = False,
 ) -> float:
     """Mean −log of the probability that was given to the true label, in nats.
 
@@ -49,11 +52,13 @@ def log_loss(
     Args:
         y_true: (N,) or (N, 1) labels (whole numbers, bools, strings), or (N, C) one-hot.
         y_pred: (N, C) probabilities, NumPy, torch (any device), a data frame or lists; or (N,) or (N, 1), the
-            probabilities of the second of two labels. A row must sum to 1 within √eps of its type.
+            probabilities of the second of two labels. A row must sum to 1 by the digits it has: within √eps
+            of its type, or 1e-6, or C·5e-7 (six places), whichever is most.
         normalize: False for the sum instead of the mean.
         sample_weight: (N,), finite, not negative, not all 0. A row of weight 0 is left out of the sum (its
             probabilities are still checked).
         labels: (C,), what the columns of ``y_pred`` stand for; by default the labels in ``y_true``, sorted.
+        renormalize: True divides each row of ``y_pred`` by its sum, which may then be off 1 by up to 1e-3.
 
     Returns:
         Σ s·ℓ / Σ s, or Σ s·ℓ; inf where a row that counts gave its label no probability.
@@ -69,17 +74,20 @@ def log_loss(
         >>> round(log_loss(["spam", "ham", "ham", "spam"], y_pred), 11)
         0.21616187468
     """
-    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels)
+    normalize = valid("normalize", normalize)
+    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize)
     return _average(compared, _log, normalize)
 
 
-def log_loss_per_sample(y_true: Any, y_pred: Any, *, labels: Any = None) -> np.ndarray:
+def log_loss_per_sample(
+    y_true: Any, y_pred: Any, *, labels: Any = None, renormalize: bool = False
+) -> np.ndarray:
     """−log of the probability that each row gave to its label: which rows does the model lose on?
 
     It takes no weights: these belong to an average, which is yours to form.
 
     Args:
-        y_true, y_pred, labels: as in :func:`log_loss`.
+        y_true, y_pred, labels, renormalize: as in :func:`log_loss`.
 
     Returns:
         (N,) float64, in nats.
@@ -92,7 +100,7 @@ def log_loss_per_sample(y_true: Any, y_pred: Any, *, labels: Any = None) -> np.n
         >>> log_loss_per_sample([1, 0], [[0.3, 0.7], [0.8, 0.2]]).round(6).tolist()
         [0.356675, 0.223144]
     """
-    compared = compare(y_true, y_pred, labels=labels)
+    compared = compare(y_true, y_pred, labels=labels, renormalize=renormalize)
     losses = np.empty(compared.labels.count)
     for part in compared.sweep(_log):
         losses[part.rows] = part.loss.cpu().numpy()
@@ -100,7 +108,7 @@ def log_loss_per_sample(y_true: Any, y_pred: Any, *, labels: Any = None) -> np.n
 
 
 def log_loss_per_class(
-    y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None
+    y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None, renormalize: bool = False
 ) -> ClassLoss:
     """Log loss by true label: which classes does the model lose on?
 
@@ -108,7 +116,7 @@ def log_loss_per_class(
     together again.
 
     Args:
-        y_true, y_pred, sample_weight, labels: as in :func:`log_loss`.
+        y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`.
 
     Returns:
         ``(labels, loss, weight)``, each (C,), in the order of the columns; a loss in nats, nan for a label
@@ -123,7 +131,7 @@ def log_loss_per_class(
         >>> each.labels.tolist(), each.loss.round(6).tolist(), each.weight.tolist()
         (['a', 'b'], [0.346574, 0.693147], [2.0, 1.0])
     """
-    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels)
+    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize)
     losses, weight = _by_class(compared)
     with np.errstate(invalid="ignore"):  # 0 / 0 is nan
         return ClassLoss(compared.labels.values, losses / weight, weight)
@@ -137,13 +145,14 @@ def brier_score(
     pos_label: Any = None,
     labels: Any = None,
     scale_by_half: bool | str = "auto",
+    renormalize: bool = False,
 ) -> float:
     """Mean squared distance of the probabilities from the one-hot truth: scikit-learn's ``brier_score_loss``.
 
     Args:
-        y_true, y_pred, sample_weight, labels: as in :func:`log_loss`; with ``y_pred`` (N,), labels 0 and 1,
-            −1 and 1 or any two numbers are understood, one of the two may be missing, and strings need
-            ``pos_label`` or ``labels``.
+        y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`; with ``y_pred`` (N,),
+            labels 0 and 1, −1 and 1 or any two numbers are understood, one of the two may be missing, and
+            strings need ``pos_label`` or ``labels``.
         pos_label: the label whose probabilities ``y_pred`` (N,) gives.
         scale_by_half: True gives a score in 0..1, False one in 0..2; ``"auto"`` halves for two labels.
 
@@ -158,13 +167,15 @@ def brier_score(
         >>> round(brier_score([0, 1, 1, 0], [0.1, 0.9, 0.8, 0.3]), 6)
         0.0375
     """
-    if isinstance(scale_by_half, str) and scale_by_half != "auto":
-        raise ValueError(f"scale_by_half must be True, False or 'auto', got {scale_by_half!r}")
+    scale_by_half = valid("scale_by_half", scale_by_half)
+    pos_label = _one_label(pos_label)
 
     def split(known: Labels) -> Labels:
         return known.split(_positive(known.values.tolist(), pos_label, labels))
 
-    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels, split=split)
+    compared = compare(
+        y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize, split=split
+    )
     if pos_label is not None and not compared.predicted.single:
         raise ValueError(
             f"pos_label is for y_pred of shape (N,); here y_pred has {compared.predicted.classes} columns: "
@@ -175,13 +186,15 @@ def brier_score(
     return score / 2 if halved else score
 
 
-def d2_log_loss(y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None) -> float:
+def d2_log_loss(
+    y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None, renormalize: bool = False
+) -> float:
     """The share of the label entropy that the predictions explain: scikit-learn's ``d2_log_loss_score``.
 
     1 is perfect, 0 is as good as knowing the frequencies of the labels, and there is no lower bound.
 
     Args:
-        y_true, y_pred, sample_weight, labels: as in :func:`log_loss`.
+        y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`.
 
     Returns:
         1 − log_loss / label_entropy; nan where all rows that count have one label (there is nothing to
@@ -195,7 +208,8 @@ def d2_log_loss(y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: 
         >>> round(d2_log_loss([0, 1, 1, 1], [0.2, 0.9, 0.9, 0.8]), 4)
         0.7079
     """
-    losses, weight = _by_class(compare(y_true, y_pred, sample_weight=sample_weight, labels=labels))
+    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize)
+    losses, weight = _by_class(compared)
     entropy = _entropy(weight)
     if entropy == 0:
         return math.nan
@@ -285,6 +299,15 @@ def _entropy(mass: np.ndarray) -> float:  # (C,), not negative
     whole = rest + mass[-1]
     f = mass[:-1] / whole
     return float(-math.fsum(f * np.log(f)) - (mass[-1] / whole) * math.log1p(-rest / whole))
+
+
+def _one_label(given: Any) -> Any:
+    """A label as a plain Python object; TypeError for what can be none."""
+    plain = as_array(given, "pos_label").item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    plain = plain.item() if isinstance(plain, np.ndarray | np.generic) and plain.ndim == 0 else plain
+    if isinstance(plain, Tensor) or not isinstance(plain, Hashable):
+        raise TypeError(f"pos_label must be one label, got {type(given).__name__}")
+    return plain
 
 
 def _positive(values: list[Any], pos_label: Any, labels: Any) -> list[bool]:

@@ -18,8 +18,6 @@ from xent.probe.hessian import Curvature
 from xent.probe.newton_cg import newton_cg
 from xent.probe.objective import Objective
 
-SOLVERS = ("lbfgs", "newton-cg")
-
 SMALL = 1 << 25
 """Multiplications in one product of an evaluation, N·D·C, below which one thread computes everything.
 
@@ -54,7 +52,7 @@ class Descent:
     """
 
     def __init__(self, objective: Objective, solver: str, tol: float, max_iter: int) -> None:
-        self.objective, self.tol, self.max_iter = objective, tol, max_iter
+        self.objective, self.solver, self.tol, self.max_iter = objective, solver, tol, max_iter
         self.curve: list[float] = []  # the objective, at the start and after each iteration
         self.gradient_norm = np.inf
         self.asked_to_stop = False
@@ -133,5 +131,5 @@ def _lbfgs(
             "ftol": 64 * np.finfo(np.float64).eps,
         },
     )
-    ended_early: bool = result.nit < max_iter
-    return ended_early
+    reached_a_limit: bool = result.status == 1  # of iterations or evaluations
+    return not reached_a_limit

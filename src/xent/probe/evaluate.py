@@ -149,6 +149,7 @@ def write_predictions(
 ) -> None:
     """One column of probabilities a class, and ``prediction``; ``.parquet`` or ``.csv`` by the suffix.
 
+    Probabilities are of the model's type, and read back from either as the same numbers.
     With ``rows`` (positions in the table) only these are written, led by ``row_number``, counted from 1, and
     ``true_label``. Shares follow each other in the file: while rank 0 writes a chunk, the next is computed.
     """
@@ -169,7 +170,7 @@ def write_predictions(
                     write(*ready)
                     if ranks.counts and share == ranks.share.index:
                         part = chosen[each]
-                        p = np.exp(log_proba(model, table, part))
+                        p = np.exp(log_proba(model, table, part)).astype(dtype, copy=False)
                         true = np.zeros(len(part), np.int64) if table.codes is None else table.codes[part]
                         about = np.stack([table.start + part, true], axis=1)
                 size = each.stop - each.start
@@ -196,13 +197,15 @@ def _opened(model: Model, path: Path, numbered: bool) -> Iterator[_Write]:
         import pyarrow as pa
         from pyarrow import csv, parquet
     kind = {"U": pa.string(), "b": pa.bool_()}.get(model.classes.dtype.kind, pa.int64())
-    number = pa.float32() if model.weight.dtype == np.float32 else pa.float64()
+    text = path.suffix.lower() == ".csv"
+    # text is read as float64: the shortest text of a float32 is then another number
+    number = pa.float32() if model.weight.dtype == np.float32 and not text else pa.float64()
     fields = [pa.field(class_text(value), number) for value in model.classes]
     fields.append(pa.field("prediction", kind))
     if numbered:
         fields = [pa.field("row_number", pa.int64()), pa.field("true_label", kind), *fields]
     schema = pa.schema(fields)
-    make = csv.CSVWriter if path.suffix.lower() == ".csv" else parquet.ParquetWriter
+    make = csv.CSVWriter if text else parquet.ParquetWriter
 
     with aside(path) as temporary, make(temporary, schema) as writer:
 

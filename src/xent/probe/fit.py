@@ -66,6 +66,7 @@ class Fitted:
     seconds: float
     gradient_norm: float
     converged: bool
+    advice: str  # why it has not converged, and what helps; empty where it has
     interrupted: bool
     skipped: tuple[str, ...]  # columns left out for not being numeric
 
@@ -107,6 +108,7 @@ class _Outcome:
     seconds: float
     gradient_norm: float
     converged: bool
+    advice: str
     interrupted: bool
 
 
@@ -134,6 +136,7 @@ def fit(
         import safetensors  # noqa: F401
         import sklearn  # noqa: F401
 
+        from xent.probe.advice import advice, command_words
         from xent.probe.descent import Descent, threads
         from xent.probe.objective import Objective
     assert table.codes is not None
@@ -172,6 +175,8 @@ def fit(
         if on_iteration is not None:
             on_iteration(now)
 
+    words = command_words(ranks.slices > 1, settings.standardize)
+
     def solve() -> _Outcome:
         started, interrupted = time.perf_counter(), False
         try:
@@ -188,6 +193,7 @@ def fit(
             time.perf_counter() - started,
             descent.gradient_norm,
             descent.converged,
+            "" if descent.converged else advice(descent, words),
             interrupted,
         )
 
@@ -219,6 +225,7 @@ def fit(
         seconds=done.seconds,
         gradient_norm=done.gradient_norm,
         converged=done.converged,
+        advice=done.advice,
         interrupted=done.interrupted,
         skipped=table.skipped,
     )

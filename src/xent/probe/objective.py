@@ -43,7 +43,9 @@ class Objective:
             mass = mass * target.sum(axis=1, dtype=np.float64)
         self.total = float(ranks.sum(mass.sum()))
         if not self.total > 0:
-            raise ValueError("the weights leave nothing to fit: sample weight times label mass sums to 0")
+            raise ValueError(
+                "nothing is left to fit: sample_weight times class_weight times label mass sums to 0"
+            )
         self.penalty = 1.0 / (C * self.total)  # λ
         self.binary = classes == 2
         self.rows, self.columns = 1 if self.binary else classes, X.shape[1]

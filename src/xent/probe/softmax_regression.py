@@ -19,27 +19,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from numbers import Integral, Real
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.sparse import issparse
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import (
-    _check_sample_weight,
-    check_is_fitted,
-    check_scalar,
-    column_or_1d,
-    validate_data,
-)
+from sklearn.utils.validation import check_is_fitted, validate_data
 
-from xent.probe.descent import SOLVERS, Descent, Progress, threads
+from xent.probe.advice import ESTIMATOR, advice
+from xent.probe.descent import Descent, Progress, threads
+from xent.probe.inputs import cast_to, read_features, read_labels, read_sample_weight
 from xent.probe.objective import Objective
+from xent.validators import valid
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):
@@ -132,46 +128,41 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : (N, D) dense; computed in float32 when it is float32, in float64 otherwise.
+        X : (N, D) dense, tensors too; computed in float32 when it is float32 or a half type, in float64
+            otherwise.
         y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n.
-            Rows need not sum to one: a row of mass a counts a times, a row of zeros not at all.
+            Rows need not sum to one: a row of mass a counts a times, a row of zeros not at all. Columns of
+            whole numbers or bools must be one-hot, as they may be labels beside something else.
         sample_weight : (N,) nonnegative, or None.
         callback : called with a ``Progress`` after each iteration; raising ``StopIteration`` ends the fit.
 
         Raises
         ------
-        ValueError : fewer than two classes, negative or non-finite entries, shapes that do not match.
-        TypeError : X is sparse.
+        ValueError : fewer than two classes, labels that are missing, negative or non-finite entries, shapes
+            that do not match, a parameter out of range.
+        TypeError : X is sparse; a parameter of the wrong kind.
         KeyboardInterrupt : passed on, with the coefficients of the last iteration in place.
         """
-        check_scalar(self.C, "C", Real, min_val=0, max_val=np.inf, include_boundaries="right")
-        check_scalar(self.tol, "tol", Real, min_val=0)
-        check_scalar(self.max_iter, "max_iter", Integral, min_val=0)
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver must be one of {', '.join(map(repr, SOLVERS))}; got {self.solver!r}")
-
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], order="C", multi_output=True)
-        if issparse(y):
-            raise TypeError("sparse labels are not supported; pass y.toarray()")
-        soft = y.ndim == 2 and y.shape[1] > 1
+        asked = self._parameters()
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+        if y is None:
+            raise ValueError("SoftmaxRegression requires y to be passed, but the target y is None")
+        X = validate_data(self, read_features(X), dtype=[np.float64, np.float32], order="C")
+        y = read_labels(y, len(X))
+        soft = y.ndim == 2
         if soft:
-            classes, target = np.arange(y.shape[1]), _soft_labels(y, X.dtype)
+            classes, target = np.arange(y.shape[1]), cast_to(y, X.dtype, "y")
         else:
-            y = column_or_1d(y, warn=True)
-            check_classification_targets(y)
             classes, target = np.unique(y, return_inverse=True)
             if len(classes) < 2:
                 raise ValueError(
                     f"SoftmaxRegression needs at least 2 classes; the labels hold one class: {classes[0]!r}"
                 )
-        weight = None  # (N,) or None
-        if sample_weight is not None:
-            weight = _check_sample_weight(sample_weight, X, dtype=X.dtype)
-            if (weight < 0).any():
-                row = int(np.flatnonzero(weight < 0)[0])
-                raise ValueError(f"Negative values in sample_weight: {weight[row]} at row {row}")
-        if self.class_weight is not None:
-            per_class = _class_weights(self.class_weight, classes, target, weight).astype(X.dtype)  # (C,)
+        weight = read_sample_weight(sample_weight, len(X), X.dtype)  # (N,) or None
+        if asked.class_weight is not None:
+            given = _class_weights(asked.class_weight, classes, target, weight)
+            per_class = cast_to(given, X.dtype, "class_weight", "class")  # (C,)
             if soft:
                 target = target * per_class
             else:
@@ -179,20 +170,29 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
         # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
         with torch.inference_mode(False), torch.enable_grad():
-            self._fit(X, target, weight, classes, callback)
+            self._fit(asked, X, target, weight, classes, callback)
         return self
+
+    def _parameters(self) -> SimpleNamespace:
+        """Return the parameters as plain Python objects; the error names one that does not fit."""
+        given = self.get_params(deep=False)
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} must be a plain value, got a tensor of shape {tuple(value.shape)}")
+        return SimpleNamespace(**{name: valid(name, value) for name, value in given.items()})
 
     def _fit(
         self,
+        asked: SimpleNamespace,
         X: np.ndarray,  # (N, D)
         target: np.ndarray,  # (N,) class numbers or (N, C) masses
         weight: np.ndarray | None,  # (N,)
         classes: np.ndarray,  # (C,)
         callback: Callable[[Progress], None] | None,
     ) -> None:
-        objective = Objective(X, target, weight, len(classes), self.C, self.fit_intercept)
+        objective = Objective(X, target, weight, len(classes), asked.C, asked.fit_intercept)
         start = np.zeros((objective.rows, X.shape[1] + 1))
-        if self.warm_start and hasattr(self, "coef_"):
+        if asked.warm_start and hasattr(self, "coef_"):
             if self.coef_.shape != (objective.rows, X.shape[1]) or not np.array_equal(self.classes_, classes):
                 raise ValueError(
                     f"warm_start: the last fit has coef_ {self.coef_.shape} for {len(self.classes_)} "
@@ -202,7 +202,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         self.classes_ = classes
 
         def watch(now: Progress) -> None:
-            if self.verbose > 0:
+            if asked.verbose > 0:
                 print(
                     f"iteration {now.iteration}: objective {now.objective:.9g}, "
                     f"gradient {now.gradient_norm:.3g}"
@@ -210,7 +210,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             if callback is not None:
                 callback(now)
 
-        found = Descent(objective, self.solver, self.tol, self.max_iter)
+        found = Descent(objective, asked.solver, asked.tol, asked.max_iter)
         try:
             with threads(X.shape[0], X.shape[1], len(classes)):
                 found.run(start, watch)
@@ -221,12 +221,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             self.gradient_norm_ = found.gradient_norm
             self.converged_ = found.converged
         if not self.converged_ and not found.asked_to_stop:
-            precision = " or pass float64 features" if objective.dtype == np.float32 else ""
-            why = "the arithmetic resolves no further decrease" if found.stalled else "max_iter is reached"
             warnings.warn(
                 f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient "
-                f"{self.gradient_norm_:.3g} above tol {self.tol:.3g} ({why}); raise max_iter or tol, "
-                f"standardise the features{precision}",
+                f"{self.gradient_norm_:.3g} above tol {asked.tol:.3g}: {advice(found, ESTIMATOR)}",
                 ConvergenceWarning,
                 stacklevel=3,
             )
@@ -234,7 +231,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: Any) -> np.ndarray:
         """Logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""
         check_is_fitted(self)
-        X = validate_data(self, X, dtype=[np.float64, np.float32], reset=False)
+        X = validate_data(self, read_features(X), dtype=[np.float64, np.float32], reset=False)
         logits: np.ndarray = X @ self.coef_.T + self.intercept_
         return logits[:, 0] if logits.shape[1] == 1 else logits
 
@@ -256,28 +253,37 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """The most probable class of each row, (N,)."""
-        z = self.decision_function(X)
-        best: np.ndarray = (z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)
+        best = self._best(X)
         chosen: np.ndarray = self.classes_[best]
         return chosen
 
+    def _best(self, X: Any) -> np.ndarray:  # (N,) positions in classes_
+        z = self.decision_function(X)
+        best: np.ndarray = (z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)
+        return best
+
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy; for soft labels (N, C), the share of their mass that lies on the predicted classes."""
-        y = np.asarray(y)
-        if y.ndim == 2 and y.shape[1] > 1:
-            mass = np.ones(len(y)) if sample_weight is None else np.asarray(sample_weight)
-            hit = np.take_along_axis(y, self.predict(X)[:, None], axis=1)[:, 0]
-            return float(mass @ hit / (mass @ y.sum(axis=1)))
-        return float(super().score(X, y, sample_weight))
+        """Accuracy; for soft labels (N, C), the share of their mass that lies on the predicted classes.
 
-
-def _soft_labels(y: np.ndarray, dtype: np.dtype) -> np.ndarray:  # (N, C) -> (N, C)
-    if y.dtype.kind not in "fiub":
-        raise ValueError(f"soft labels (N, C) must be numbers; these are {y.dtype}")
-    if (y < 0).any():
-        row, column = np.argwhere(y < 0)[0]
-        raise ValueError(f"soft label {y[row, column]} at row {row}, class {column} is negative")
-    return np.ascontiguousarray(y, dtype=dtype)
+        Columns of soft labels are in the order of ``classes_``.
+        """
+        best = self._best(X)
+        y = read_labels(y, len(best))
+        weight = read_sample_weight(sample_weight, len(best), np.dtype(np.float64))
+        if y.ndim == 1:
+            return float(accuracy_score(y, self.classes_[best], sample_weight=weight))
+        if y.shape[1] != len(self.classes_):
+            raise ValueError(
+                f"y has {y.shape[1]} columns and the model {len(self.classes_)} classes; soft labels have "
+                f"one column for each, in the order of classes_"
+            )
+        mass = y.astype(np.float64)
+        if weight is not None:
+            mass *= weight[:, None]
+        total = mass.sum()
+        if not total > 0:
+            raise ValueError("y has no mass on rows that count; a share of nothing is no score")
+        return float(mass[np.arange(len(best)), best].sum() / total)
 
 
 def _class_weights(
