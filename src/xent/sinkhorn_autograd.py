@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xent.core import coupling, sinkhorn
+from xent.core import ascent, coupling, sinkhorn
 from xent.core.arithmetic import is_batched
 from xent.core.marginals import agreed
 from xent.core.sinkhorn import Problem
@@ -80,7 +80,7 @@ def _run(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, start: Ten
     if recipe.tolerance is None:
         found = sinkhorn.fixed(problem, f, recipe.max_iterations)
     else:
-        found = sinkhorn.converged(problem, f, recipe.tolerance, recipe.max_iterations)
+        found = ascent.converged(problem, f, recipe.tolerance, recipe.max_iterations)
     state = found.state
     iterations = torch.full(batch, found.iterations, dtype=torch.int64, device=scores.device)
     return Solution(

@@ -1,0 +1,161 @@
+"""From potentials to a plan whose columns' error is within a tolerance.
+
+    f is always the best for its g; g goes up the concave dual by the step Δ that solves, damped,
+
+    (diag q − Pᵀ diag(1/p) P) Δ = ε (c − q)
+
+Sinkhorn's own iterations come first, and stay where their rate says that few will do. At a small ε they creep
+for thousands of passes where Newton's steps need tens. These creep too where ε is a small part of the scores'
+spread, for there the dual is all but piecewise linear: its slope says little about how far to go. So ε is
+taken down from where the dual is smooth, by a factor at a time, each plan's potentials the next one's start.
+Near a vertex of the polytope they are linear in ε, and the line through the last two is the start.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from xent.core import coupling
+from xent.core.sinkhorn import (
+    Found,
+    Problem,
+    blocks,
+    column_step,
+    columns_from_plan,
+    evaluate,
+    fixed,
+    iterate,
+    lost,
+)
+
+CHECK = 10  # iterations between two looks at the error
+PATIENCE = 60  # iterations that are left to plain Sinkhorn where it will be done by then
+SURE = 400  # iterations to rounding that are left to plain Sinkhorn where their number is known
+DAMPING = 1e-2  # the first of Newton's steps; 0 in the end
+FIRMEST = 1e6  # damping at which no step is left
+FORCING = 1e-4  # of the residual of a step: float32 products reach it
+SMOOTH = 100  # the spread of scores over ε up to which Newton's steps need no help
+FALL = 4.0  # of ε from one plan to the next
+COARSE = 1e-3  # the error of a plan on the way
+RESOLVED = 1e-15  # of the spread: a smaller ε than that moves no potential
+
+
+def converged(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Found:
+    """Iterations until the error is within the tolerance: plain ones while they get there, then Newton's."""
+    share = problem.row_share * problem.column_share
+    # where both sides may give way, an iteration takes potentials at least by this factor closer to the plan
+    sure = math.inf if share == 1 else 40 / -math.log(share) if share > 0 else 0.0
+    found = fixed(problem, f, 1)
+    found = plain(problem, found, tolerance, max_iterations, patience=PATIENCE if sure > SURE else None)
+    found = annealed(problem, found, tolerance, max_iterations)
+    found = newton(problem, found, tolerance, max_iterations)
+    return plain(problem, found, tolerance, max_iterations, patience=None)
+
+
+def plain(
+    problem: Problem, found: Found, tolerance: float, max_iterations: int, patience: int | None
+) -> Found:
+    """Iterations, while their rate says that no more than `patience` of them will be needed."""
+    state, count = found
+    while count < max_iterations and not bool((state.error <= tolerance).all()):
+        step = min(CHECK, max_iterations - count)
+        before, state = state.error, iterate(problem, state, step)
+        count += step
+        rate = (state.error / before).log() / step
+        left = torch.where(state.error > tolerance, (tolerance / state.error).log() / rate, 0.0)
+        if patience is not None and not bool(((left >= 0) & (left <= patience)).all()):
+            break
+    return Found(state, count)
+
+
+def annealed(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
+    """The potentials of falling ε, and with those of the last the plan of the problem's own."""
+    state, count = found
+    rungs = [] if bool((state.error <= tolerance).all()) else _rungs(problem, state.g)
+    g, last, least = state.g, None, max(tolerance, COARSE)
+    for epsilon in [*rungs, problem.epsilon] if rungs else []:
+        # a start, a step of Newton's, and the start of the last ε, which is never left out
+        if epsilon != problem.epsilon and count + 7 > max_iterations:
+            continue
+        if count + 2 > max_iterations:
+            break
+        warm = problem.at(epsilon)
+        state = evaluate(warm, g, state.plan)
+        state, count = evaluate(warm, columns_from_plan(warm, state), state.plan), count + 2
+        if epsilon != problem.epsilon:
+            state, count = newton(warm, Found(state, count), least, max_iterations - 2)
+            ahead = 0.0 if last is None else torch.where(problem.column > 0, state.g - last, 0.0) / FALL
+            g, last = state.g + ahead, state.g
+    return Found(state, count)
+
+
+def _rungs(problem: Problem, g: Tensor) -> list[float]:
+    """ε·FALLᵏ from where the dual is smooth down to the last above ε."""
+    spread = _spread(problem, g)
+    if not spread > SMOOTH * problem.epsilon:
+        return []
+    least, most = max(problem.epsilon, RESOLVED * spread), spread / SMOOTH
+    first = math.ceil(math.log(least / problem.epsilon, FALL))
+    count = math.floor(math.log(most / least, FALL))
+    return [problem.epsilon * FALL ** (first + k) for k in range(count, -1, -1) if first + k > 0]
+
+
+def _spread(problem: Problem, g: Tensor) -> float:
+    """How far the worst pair that is allowed lies below its row's best, with the columns' potentials in."""
+    widest = 0.0
+    for items, rows in blocks(problem.scores):
+        z = problem.scores[items, rows] + g[items, None, :]
+        z = z.sub_(z.amax(-1, keepdim=True).nan_to_num_(neginf=0.0))
+        widest = max(widest, -float(z.masked_fill_(z == -math.inf, 0.0).amin()))
+    return widest
+
+
+def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
+    """Up the dual to its maximum; each evaluation and each pair of products counts as an iteration."""
+    state, count = found
+    dual = problem.dual(state.f, state.g, state.q)
+    damping, patience = torch.full_like(state.error, DAMPING), coupling.PATIENCE
+    while count + 3 <= max_iterations:  # a step of either kind of solution, and what it led to
+        late = (state.error > tolerance) & (damping < FIRMEST)
+        if not bool(late.any()):
+            break
+        if lost(problem, state):  # a step of columns always goes up, and leaves none without a sum
+            state, count = evaluate(problem, column_step(problem, state.f), state.plan), count + 1
+            dual = problem.dual(state.f, state.g, state.q)
+            continue
+        d, e = problem.slopes(state)
+        wanted = problem.wanted_columns(state.g)
+        off = wanted - state.q
+        _, y, steps = coupling.solve(
+            state.plan,
+            d,
+            # of a column that has less than it should the curvature is small, and the way not far
+            e + damping[:, None] * torch.maximum(e, wanted),
+            torch.zeros_like(d),
+            off,
+            tolerance=state.error.clamp(FORCING, 0.1),
+            max_steps=min(300, max_iterations - count - 2),
+            patience=patience,
+        )
+        if steps > patience:  # conjugate gradients gave up, and would again
+            patience = 0
+        y = torch.where(late[:, None] & y.isfinite(), y, 0.0)
+        trial = evaluate(problem, state.g + problem.epsilon * y, state.plan)
+        higher = problem.dual(trial.f, trial.g, trial.q)
+        count += steps + 1
+        much = trial.error < 0.5 * state.error
+        # near the maximum the dual's own rounding hides what it gains: there the error decides
+        good = late & (much | (higher - dual > 0.05 * (off * y).sum(-1)))
+        eased = torch.where(good, damping / torch.where(much, 10.0, 3.0), damping * 5)
+        damping = torch.where(late, eased, damping)
+        if bool((good | ~late).all()):
+            state, dual = trial, higher
+        else:  # the plan has been overwritten
+            state = evaluate(problem, torch.where(good[:, None], trial.g, state.g), state.plan)
+            dual = problem.dual(state.f, state.g, state.q)
+    return Found(state, count)
+
+
