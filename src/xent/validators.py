@@ -99,6 +99,43 @@ class Flag:
         raise TypeError(f"{name} must be True or False{also}, got {_shown(value)}")
 
 
+@dataclass(frozen=True)
+class Values:
+    """A dense tensor of real numbers, of floating-point numbers, or of True and False."""
+
+    of: Literal["number", "floating-point number", "bool"]
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> Tensor | None:
+        if value is None and self.optional:
+            return None
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got {_shown(value)}")
+        dtype = value.dtype
+        fits = {
+            "number": dtype != torch.bool and not dtype.is_complex,
+            "floating-point number": dtype.is_floating_point,
+            "bool": dtype == torch.bool,
+        }
+        if not fits[self.of]:
+            raise TypeError(f"{name} must be a tensor of {self.of}s, got {_shown(value)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two dense tensors of floating-point numbers."""
+
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> tuple[Tensor | None, ...] | None:
+        if value is None and self.optional:
+            return None
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise TypeError(f"{name} must be two tensors, got {_shown(value)}")
+        return tuple(Values("floating-point number")(f"{name}[{i}]", t) for i, t in enumerate(value))
+
+
 def _one_number(name: str, value: Any, kind: str) -> float | int:
     """Convert a number of any library to Python's; raise a TypeError for everything else."""
     if isinstance(value, Tensor):
@@ -138,6 +175,18 @@ OPTIONS: dict[str, Validator] = {
     "memory_budget": Whole("a positive number of bytes, or None", 1, optional=True),
     "reduction": OneOf(("none", "sum", "mean")),
     "check_targets": Flag(optional=True),
+    # assignments
+    "scores": Values("floating-point number"),
+    "mask": Values("bool", optional=True),
+    "row_marginal": Values("number", optional=True),
+    "column_marginal": Values("number", optional=True),
+    "start": Pair(optional=True),
+    "epsilon": POSITIVE,
+    "row_relaxation": Number("positive, or None", 0.0, ends="high"),
+    "column_relaxation": Number("positive, or None", 0.0, ends="high"),
+    "max_iterations": Whole("at least 1", 1),
+    "tolerance": Number("positive and finite, or None", 0.0, optional=True),
+    "differentiate": OneOf(("implicit", "unroll")),
 }
 
 

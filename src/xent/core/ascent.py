@@ -14,6 +14,7 @@ Near a vertex of the polytope they are linear in ε, and the line through the la
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from xent.core import coupling
 from xent.core.sinkhorn import (
     Found,
     Problem,
+    State,
     blocks,
     column_step,
     columns_from_plan,
@@ -40,7 +42,7 @@ FORCING = 1e-4  # of the residual of a step: float32 products reach it
 SMOOTH = 100  # the spread of scores over ε up to which Newton's steps need no help
 FALL = 4.0  # of ε from one plan to the next
 COARSE = 1e-3  # the error of a plan on the way
-RESOLVED = 1e-15  # of the spread: a smaller ε than that moves no potential
+RUNGS = 23  # a smaller ε than the last is beyond the digits of potentials of the spread's size
 
 
 def converged(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Found:
@@ -72,35 +74,33 @@ def plain(
 
 
 def annealed(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
-    """The potentials of falling ε, and with those of the last the plan of the problem's own."""
+    """Where ε is small, the plan of potentials that plans at falling ε have led to."""
     state, count = found
-    rungs = [] if bool((state.error <= tolerance).all()) else _rungs(problem, state.g)
-    g, last, least = state.g, None, max(tolerance, COARSE)
-    for epsilon in [*rungs, problem.epsilon] if rungs else []:
-        # a start, a step of Newton's, and the start of the last ε, which is never left out
-        if epsilon != problem.epsilon and count + 7 > max_iterations:
-            continue
-        if count + 2 > max_iterations:
+    done = bool((state.error <= tolerance).all())
+    rungs = [] if done else _rungs(problem, state.g)
+    g, last = state.g, None
+    for epsilon, lower in pairwise([*rungs, problem.epsilon]):
+        if count + 7 > max_iterations:  # a start, a step of Newton's, and the start at the problem's own ε
             break
         warm = problem.at(epsilon)
-        state = evaluate(warm, g, state.plan)
-        state, count = evaluate(warm, columns_from_plan(warm, state), state.plan), count + 2
-        if epsilon != problem.epsilon:
-            state, count = newton(warm, Found(state, count), least, max_iterations - 2)
-            ahead = 0.0 if last is None else torch.where(problem.column > 0, state.g - last, 0.0) / FALL
-            g, last = state.g + ahead, state.g
-    return Found(state, count)
+        state = _started(warm, g, state.plan)
+        state, count = newton(warm, Found(state, count + 2), max(tolerance, COARSE), max_iterations - 2)
+        # the line through the last two plans' potentials: FALL·ε, ε, lower
+        ahead = 0.0 if last is None else (epsilon - lower) / ((FALL - 1) * epsilon) * (state.g - last)
+        g, last = torch.where(problem.column > 0, state.g + ahead, -math.inf), state.g
+    return found if last is None else Found(_started(problem, g, state.plan), count + 2)
+
+
+def _started(problem: Problem, g: Tensor, plan: Tensor) -> State:
+    """The plan after an iteration from g, its rows scaled first; none of its columns is without a sum."""
+    state = evaluate(problem, g, plan)
+    return evaluate(problem, columns_from_plan(problem, state), plan)
 
 
 def _rungs(problem: Problem, g: Tensor) -> list[float]:
-    """ε·FALLᵏ from where the dual is smooth down to the last above ε."""
-    spread = _spread(problem, g)
-    if not spread > SMOOTH * problem.epsilon:
-        return []
-    least, most = max(problem.epsilon, RESOLVED * spread), spread / SMOOTH
-    first = math.ceil(math.log(least / problem.epsilon, FALL))
-    count = math.floor(math.log(most / least, FALL))
-    return [problem.epsilon * FALL ** (first + k) for k in range(count, -1, -1) if first + k > 0]
+    """The falling ε, from where the dual is smooth to above the problem's own."""
+    top = _spread(problem, g) / SMOOTH
+    return [top / FALL**k for k in range(RUNGS) if top / FALL**k > problem.epsilon]
 
 
 def _spread(problem: Problem, g: Tensor) -> float:
@@ -110,7 +110,7 @@ def _spread(problem: Problem, g: Tensor) -> float:
         z = problem.scores[items, rows] + g[items, None, :]
         z = z.sub_(z.amax(-1, keepdim=True).nan_to_num_(neginf=0.0))
         widest = max(widest, -float(z.masked_fill_(z == -math.inf, 0.0).amin()))
-    return widest
+    return min(widest, torch.finfo(g.dtype).max)
 
 
 def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
@@ -123,8 +123,8 @@ def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int
         if not bool(late.any()):
             break
         if lost(problem, state):  # a step of columns always goes up, and leaves none without a sum
-            state, count = evaluate(problem, column_step(problem, state.f), state.plan), count + 1
-            dual = problem.dual(state.f, state.g, state.q)
+            state = evaluate(problem, column_step(problem, state.f), state.plan)
+            dual, count = problem.dual(state.f, state.g, state.q), count + 1
             continue
         d, e = problem.slopes(state)
         wanted = problem.wanted_columns(state.g)
@@ -157,5 +157,3 @@ def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int
             state = evaluate(problem, torch.where(good[:, None], trial.g, state.g), state.plan)
             dual = problem.dual(state.f, state.g, state.q)
     return Found(state, count)
-
-

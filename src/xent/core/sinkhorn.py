@@ -35,7 +35,6 @@ from torch import Tensor
 from xent.core.coupling import times, transposed
 
 CHUNK = 1 << 20  # scores at a time: the copy of them stays in the cache, and threads seldom wait
-LARGEST = torch.finfo(torch.float64).max
 REACH = 20.0  # of log u and log v: beyond e^±20 an entry that the kernel has lost could count
 
 
@@ -125,23 +124,25 @@ def error_of(problem: Problem, f: Tensor, g: Tensor, q: Tensor) -> Tensor:
         most = torch.maximum(torch.maximum(log_q, log_wanted), log_c).amax(-1, keepdim=True)
         q, wanted, column = ((t - most.nan_to_num(neginf=0.0)).exp() for t in (log_q, log_wanted, log_c))
     mass = torch.maximum(column.sum(-1), wanted.sum(-1))
-    return torch.where(mass > 0, (q - wanted).abs().sum(-1) / mass, 0.0)
+    error = torch.where(mass > 0, (q - wanted).abs().sum(-1) / mass, 0.0)
+    return error.clamp(max=torch.finfo(error.dtype).max)
 
 
-def _log_columns(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+def _log_columns(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, ...]:
     """log q of the plan of f and g, and log of what q is to be, −inf where there is no mass: (B, K) each."""
     held = replace(problem, column_relaxation=math.inf)
     log_c, open_ = problem.column.log(), problem.column > 0
     log_q = log_c + (g - column_step(held, f)) / problem.epsilon
     log_wanted = log_c + (problem.epsilon * log_c - g) / problem.column_relaxation
-    return torch.where(open_, log_q, -math.inf), torch.where(open_, log_wanted, -math.inf)
+    most = torch.finfo(g.dtype).max / 4  # differences of logarithms are finite
+    return tuple(torch.where(open_, t.clamp(-most, most), -math.inf) for t in (log_q, log_wanted))
 
 
 def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
     """The step of rows, f from g, and the plan that it makes, written into `plan`."""
     scores, epsilon, lam, share = problem.scores, problem.epsilon, problem.row_relaxation, problem.row_share
     f, p, q = torch.empty_like(problem.row), torch.empty_like(problem.row), torch.zeros_like(problem.column)
-    log_r = problem.row.log()
+    log_r, most = problem.row.log(), torch.finfo(problem.row.dtype).max
     room = g.new_empty(max((_size(scores[at]) for at in blocks(scores)), default=0))
     for items, rows in blocks(scores):
         part = scores[items, rows]
@@ -154,7 +155,7 @@ def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
         open_ = (total > 0) & (r > 0)
         u = log_row - share * total.log()
         scale = r / total if math.isinf(problem.row_relaxation) else (u + m / (lam + epsilon)).exp()
-        scale = torch.where(open_, scale, 0.0).clamp_(max=LARGEST)  # an infinite one would make 0·∞
+        scale = torch.where(open_, scale, 0.0).clamp_(max=most)  # an infinite one would make 0·∞
         q[items] += z.mul_(scale[..., None]).sum(-2)
         plan[items, rows] = z
         f[items, rows] = torch.where(open_, epsilon * u - share * m, -math.inf)
@@ -164,6 +165,16 @@ def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
 
 def _size(part: Tensor) -> int:
     return part.numel()
+
+
+def plan_of(problem: Problem, state: State, dtype: torch.dtype) -> Tensor:
+    """The plan in a type; what that cannot hold, is its largest number: (B, N, K)."""
+    plan = state.plan
+    if plan.numel() > 0 and not bool(plan.amax() < torch.finfo(plan.dtype).max):
+        most = torch.finfo(problem.row.dtype).max
+        z = (problem.scores + state.f[..., None] + state.g[..., None, :]) / problem.epsilon
+        plan = z.exp_().clamp_(max=most)
+    return plan if plan.dtype == dtype else plan.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def column_step(problem: Problem, f: Tensor) -> Tensor:
