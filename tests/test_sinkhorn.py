@@ -252,7 +252,7 @@ def in_sixty_digits(scores, epsilon, row, column, potentials):
         s = mpmath.matrix(scores.tolist())
         r, c, f, g = ([mpmath.mpf(x) for x in t.tolist()] for t in (row, column, *potentials))
         c = [x * mpmath.fsum(r) / mpmath.fsum(c) for x in c]
-        for _ in range(30):
+        for _ in range(300):  # an entry that should be far smaller goes down by a factor of e a step
             plan = s.apply(lambda x: x)
             for i in rows:
                 for j in columns:

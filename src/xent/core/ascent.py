@@ -116,7 +116,7 @@ def _spread(problem: Problem, g: Tensor) -> float:
 def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
     """Up the dual to its maximum; each evaluation and each pair of products counts as an iteration."""
     state, count = found
-    dual = problem.dual(state.f, state.g, state.q)
+    dual, _ = problem.dual(state.f, state.g, state.q)
     damping, patience = torch.full_like(state.error, DAMPING), coupling.PATIENCE
     while count + 3 <= max_iterations:  # a step of either kind of solution, and what it led to
         late = (state.error > tolerance) & (damping < FIRMEST)
@@ -124,7 +124,7 @@ def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int
             break
         if lost(problem, state):  # a step of columns always goes up, and leaves none without a sum
             state = evaluate(problem, column_step(problem, state.f), state.plan)
-            dual, count = problem.dual(state.f, state.g, state.q), count + 1
+            (dual, _), count = problem.dual(state.f, state.g, state.q), count + 1
             continue
         d, e = problem.slopes(state)
         wanted = problem.wanted_columns(state.g)
@@ -144,16 +144,19 @@ def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int
             patience = 0
         y = torch.where(late[:, None] & y.isfinite(), y, 0.0)
         trial = evaluate(problem, state.g + problem.epsilon * y, state.plan)
-        higher = problem.dual(trial.f, trial.g, trial.q)
+        higher, rounding = problem.dual(trial.f, trial.g, trial.q)
         count += steps + 1
-        much = trial.error < 0.5 * state.error
+        # the dual's slope along the step, before and after; where it has not turned, the dual has risen
+        slope, after = ((t * y).sum(-1) for t in (off, problem.wanted_columns(trial.g) - trial.q))
+        much, short = trial.error < 0.5 * state.error, after > 0.5 * slope
         # near the maximum the dual's own rounding hides what it gains: there the error decides
-        good = late & (much | (higher - dual > 0.05 * (off * y).sum(-1)))
-        eased = torch.where(good, damping / torch.where(much, 10.0, 3.0), damping * 5)
+        rises = (after >= 0) | (higher - dual > 0.05 * slope) | (much & (higher - dual > -rounding))
+        good = late & rises
+        eased = torch.where(good, damping / torch.where(much | short, 10.0, 3.0), damping * 5)
         damping = torch.where(late, eased, damping)
         if bool((good | ~late).all()):
             state, dual = trial, higher
         else:  # the plan has been overwritten
             state = evaluate(problem, torch.where(good[:, None], trial.g, state.g), state.plan)
-            dual = problem.dual(state.f, state.g, state.q)
+            dual, _ = problem.dual(state.f, state.g, state.q)
     return Found(state, count)

@@ -68,9 +68,12 @@ class Problem:
         """The same at another ε."""
         return replace(self, epsilon=epsilon)
 
-    def dual(self, f: Tensor, g: Tensor, q: Tensor) -> Tensor:
-        """The dual objective over ε, (B,), where f is the best for g; it rises to its one maximum."""
-        total = -q.sum(-1)
+    def dual(self, f: Tensor, g: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The dual objective over ε where f is the best for g, and what rounding may make of it: (B,) each.
+
+        It is concave and rises to its one maximum; its slopes in g/ε are `wanted_columns` less q.
+        """
+        total, size = -q.sum(-1), q.sum(-1)
         for t, s, relaxation in (
             (f, self.row, self.row_relaxation),
             (g, self.column, self.column_relaxation),
@@ -78,8 +81,9 @@ class Problem:
             u = torch.where(s > 0, t / self.epsilon - s.log(), 0.0)
             stiff = relaxation / self.epsilon
             gain = u if math.isinf(relaxation) else -stiff * torch.expm1(-u / stiff)
-            total = total + torch.where(s > 0, s * gain, 0.0).sum(-1)
-        return total
+            part = torch.where(s > 0, s * gain, 0.0)
+            total, size = total + part.sum(-1), size + part.abs().sum(-1)
+        return total, 8 * torch.finfo(size.dtype).eps * size
 
     def slopes(self, state: State) -> tuple[Tensor, Tensor]:
         """The diagonals d (B, N) and e (B, K) of ε times the dual's curvature."""
@@ -142,7 +146,7 @@ def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
     """The step of rows, f from g, and the plan that it makes, written into `plan`."""
     scores, epsilon, lam, share = problem.scores, problem.epsilon, problem.row_relaxation, problem.row_share
     f, p, q = torch.empty_like(problem.row), torch.empty_like(problem.row), torch.zeros_like(problem.column)
-    log_r, most = problem.row.log(), torch.finfo(problem.row.dtype).max
+    log_r = problem.row.log()
     room = g.new_empty(max((_size(scores[at]) for at in blocks(scores)), default=0))
     for items, rows in blocks(scores):
         part = scores[items, rows]
@@ -155,7 +159,8 @@ def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
         open_ = (total > 0) & (r > 0)
         u = log_row - share * total.log()
         scale = r / total if math.isinf(problem.row_relaxation) else (u + m / (lam + epsilon)).exp()
-        scale = torch.where(open_, scale, 0.0).clamp_(max=most)  # an infinite one would make 0·∞
+        # an infinite one makes plan and sums that `lost`, `error_of` and `plan_of` see and take by logarithms
+        scale = torch.where(open_, scale, 0.0)
         q[items] += z.mul_(scale[..., None]).sum(-2)
         plan[items, rows] = z
         f[items, rows] = torch.where(open_, epsilon * u - share * m, -math.inf)
