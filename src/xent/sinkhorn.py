@@ -36,11 +36,11 @@ class Assignment(NamedTuple):
     ``plan = exp((scores + f[..., None] + g[..., None, :]) / epsilon)`` with ``f, g = potentials``.
     """
 
-    plan: Tensor  # (..., N, K), in the type of the scores
+    plan: Tensor  # (..., N, K), in the type of the scores; its largest number where a value lies beyond
     potentials: tuple[Tensor, Tensor]  # f (..., N) and g (..., K), float64; −inf where nothing lies
     error: Tensor  # (...): Σ|column sums − what they should be| over their mass; the rows' sums are exact
     iterations: Tensor  # (...), int64
-    converged: Tensor  # (...), bool: error ≤ tolerance
+    converged: Tensor  # (...), bool: error ≤ tolerance, and the type of the scores holds the plan
 
 
 def assign(
@@ -60,10 +60,11 @@ def assign(
     r"""The plan Q = diag(u) exp(S/ε) diag(v) whose rows sum to 1 and whose columns sum to N/K.
 
     With a number of iterations (``tolerance=None``) they are Sinkhorn's: columns, then rows, from u = 1. With
-    a tolerance they are Sinkhorn's where these get there soon, otherwise Newton's steps on the dual, which
-    reach the same plan: at a small ε in tens of iterations instead of thousands. Either way the last step is
-    one of rows, whose sums are exact; ``error`` is that of the columns. Formula: mathematics page, §7; Cuturi
-    (2013), *Sinkhorn distances*; Chizat et al. (2018), *Scaling algorithms for unbalanced optimal transport*.
+    a tolerance they are Sinkhorn's where these get there soon, otherwise Newton's steps on the dual, with ε
+    taken down to its value, which reach the same plan: at a small ε in tens of iterations instead of
+    thousands. Either way the last step is one of rows, whose sums are exact; ``error`` is that of the
+    columns. Formula: mathematics page, §7; Cuturi (2013), *Sinkhorn distances*; Chizat et al. (2018),
+    *Scaling algorithms for unbalanced optimal transport*.
 
     Args:
         scores: S, (..., N, K), float; each (N, K) is an assignment of its own. −inf forbids a pair. Costs
@@ -77,7 +78,7 @@ def assign(
             over columns and a sum over rows; a step of conjugate gradients within Newton's counts as one.
         tolerance: the error that is good enough, or None. Newton's steps reach 1e-12 as well.
         row_relaxation, column_relaxation: λ > 0, which puts a price λ·KL(sums ‖ marginal) in place of the
-            condition on that side; None keeps the condition. The plan then maximises
+            condition on that side; None or infinity keeps the condition. The plan then maximises
             ⟨S, Q⟩ − ε·KL(Q ‖ r cᵀ) less that price (POT's ``reg_m``, ``reg_type="kl"``); sums may differ.
         start: potentials to start from, as an earlier assignment gave them; the rows' are what counts.
         differentiate: ``"implicit"``: the derivative of the solution by the implicit function theorem, one
@@ -86,13 +87,15 @@ def assign(
 
     Returns:
         :class:`Assignment`. Differentiable in ``scores`` and the marginals (along changes that leave
-        Σ r = Σ c; nan for a mass of 0); as a target, ``plan.detach()``. What has not converged says so:
-        ``converged`` is False, with a ``UserWarning`` where a tolerance was asked for.
+        Σ r = Σ c; nan for a mass of 0); as a target, ``plan.detach()``. Plan and error are always finite.
+        What has not converged says so: ``converged`` is False, with a ``UserWarning`` where a tolerance was
+        asked for. So does a plan that the type of the scores cannot hold, with its largest number there.
 
     Raises:
         ValueError: scores that are nan or +inf; marginals that are negative, do not fit, or differ in their
-            sums; a row or column with mass whose every pair is forbidden; each names the place.
-        TypeError: scores that are no floating-point tensor.
+            sums; a row or column with mass whose every pair is forbidden; each names the place. An option out
+            of its range.
+        TypeError: scores that are no floating-point tensor, an option of the wrong kind; by name.
         NotImplementedError: in a graph that is being compiled, and on tensors without data.
 
     Example:
