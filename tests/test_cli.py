@@ -82,18 +82,22 @@ def test_demo_and_predict(tmp_path):
         "model.safetensors",
         "validation.parquet",
         "summary.json",
-        "data.parquet",
+        "held-out.parquet",
         "loss.png",
         "confusion.png",
     }
-    done = run("predict", "demo/model.safetensors", "demo/data.parquet", "-o", "demo/predictions.parquet")
-    assert "accuracy 99" in done.stdout
+    done = run("predict", "demo/model.safetensors", "demo/held-out.parquet", "-o", "demo/predictions.parquet")
     read = parquet.read_table(tmp_path / "demo" / "predictions.parquet")
     assert read.column_names == [*"0123456789", "prediction"]
-    assert read.num_rows == 1797
+    assert read.num_rows == 360
     held_out = json.loads((tmp_path / "demo" / "summary.json").read_text())["validation"]
     assert held_out["accuracy"] > 0.95
     assert held_out["loss"] < 0.15 < held_out["label_entropy"]
+    # the last line that is printed is of rows that were not fitted, and the same as the validation column
+    accuracy, loss = 100 * held_out["accuracy"], held_out["loss"]
+    assert done.stdout.splitlines()[-1] == f"against 'digit': accuracy {accuracy:.2f} %, loss {loss:.4f} nats"
+    run("fit", "--demo", "--validation", "0", "--out", "demo")  # no row is held out
+    assert not (tmp_path / "demo" / "held-out.parquet").exists()
 
 
 def test_fit_and_predict_a_csv(tmp_path):

@@ -220,6 +220,283 @@ def test_sinkhorn_empty_prototype():
     assert (found.plan[:, 3].sum() - 5 / 12).abs() < 1e-5
 
 
+# Small epsilons: the plan is nearly a vertex, and exponents leave the range of numbers
+
+
+def random_problem(seed):
+    """Scores with ties and without, marginals even and skewed, of up to seven rows and columns."""
+    draw = torch.Generator().manual_seed(seed)
+    n, k, ties, skew = (
+        int(torch.randint(*span, (), generator=draw)) for span in ((1, 8), (1, 8), (0, 3), (0, 4))
+    )
+    scores = torch.randn(n, k, generator=draw, dtype=F64)
+    if ties:
+        scores = (scores * (10, 2)[ties - 1]).round() / (10, 2)[ties - 1]
+    masses = [
+        (
+            torch.ones(count, dtype=F64),
+            torch.rand(count, generator=draw, dtype=F64),
+            torch.randint(1, 9, (count,), generator=draw).to(F64),
+            (-10 * torch.rand(count, generator=draw, dtype=F64)).exp(),
+        )[skew]
+        for count in (n, k)
+    ]
+    row, column = (t / t.sum() for t in masses)
+    return scores, row, column
+
+
+def in_sixty_digits(scores, epsilon, row, column, potentials):
+    """The plan, by Newton's steps from potentials near it, which double the digits: there is only one."""
+    n, rows, columns = len(scores), range(scores.shape[0]), range(scores.shape[1])
+    with mpmath.workdps(60):
+        s = mpmath.matrix(scores.tolist())
+        r, c, f, g = ([mpmath.mpf(x) for x in t.tolist()] for t in (row, column, *potentials))
+        c = [x * mpmath.fsum(r) / mpmath.fsum(c) for x in c]
+        for _ in range(300):  # an entry that should be far smaller goes down by a factor of e a step
+            plan = s.apply(lambda x: x)
+            for i in rows:
+                for j in columns:
+                    plan[i, j] = mpmath.exp((s[i, j] + f[i] + g[j]) / mpmath.mpf(epsilon))
+            p, q = [mpmath.fsum(plan[i, :]) for i in rows], [mpmath.fsum(plan[:, j]) for j in columns]
+            off = [x - y for x, y in zip([*r, *c], [*p, *q], strict=True)]
+            if mpmath.fsum(map(abs, off)) < 1e-28:
+                return torch.tensor([[float(plan[i, j]) for j in columns] for i in rows], dtype=F64)
+            system = mpmath.diag([x * (1 + mpmath.mpf(10) ** -45) for x in [*p, *q]])
+            for i in rows:
+                for j in columns:
+                    system[i, n + j] = system[n + j, i] = plan[i, j]
+            step = mpmath.lu_solve(system, mpmath.matrix(off)) * mpmath.mpf(epsilon)
+            f, g = (
+                [x + y for x, y in zip(f, step[:n], strict=True)],
+                [x + y for x, y in zip(g, step[n:], strict=True)],
+            )
+    raise AssertionError("no plan in sixty digits")
+
+
+def check_small_epsilon(seeds, ratio, dtype=F64, digits=True):
+    """Plans of random problems at a spread of scores over ε."""
+    for seed in seeds:
+        scores, row, column = random_problem(seed)
+        scores = scores.to(dtype)
+        epsilon = (float(scores.max() - scores.min()) or 1.0) / ratio
+        options = dict(epsilon=epsilon, row_marginal=row, column_marginal=column)
+        tolerance = max(1e-10, 1e-14 * ratio)
+        found, usual = assign(scores, tolerance=tolerance, **options), assign(scores, **options)
+        for one in (found, usual):
+            assert one.plan.isfinite().all(), seed
+            assert one.error.isfinite(), seed
+            assert one.converged, seed
+            assert one.iterations <= 400, seed
+            assert (one.plan.sum(1) - row).abs().max() < 1e-6, seed
+            assert (one.plan.sum(0) - column).abs().sum() < 1.2e-6, seed
+        if digits:
+            right = in_sixty_digits(scores, epsilon, row, column, found.potentials)
+            rounding = 0 if dtype == F64 else 1e-7
+            assert (found.plan - right).abs().max() < 10 * tolerance + rounding, seed
+            assert (usual.plan - right).abs().max() < 1e-5, seed
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e5, 1e8])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_plans_at_small_epsilons(ratio, dtype):
+    check_small_epsilon(range(25), ratio, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ratio", [1e3, 1e5])
+def test_thousands_of_plans_at_small_epsilons(ratio):
+    check_small_epsilon(range(1000, 1400), ratio)
+    check_small_epsilon(range(1400, 4000), ratio, digits=False)
+
+
+SKEWED = dict(
+    row_marginal=torch.tensor([1 / 8, 7 / 8], dtype=F64),
+    column_marginal=torch.tensor([8 / 11, 3 / 11], dtype=F64),
+    epsilon=1e-4,
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, F64], ids=str)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_a_plan_whose_column_sums_underflow(dtype, offset):
+    """Skewed masses at a small epsilon; the same with a constant in a row."""
+    scores = torch.tensor([[0.0, -0.3], [-0.3, -2.1]], dtype=dtype)
+    found = assign(
+        scores if dtype.itemsize < 4 else scores + torch.tensor([[offset], [0.0]], dtype=dtype), **SKEWED
+    )
+    right = torch.tensor([[0.0, 0.125], [0.7272727, 0.1477273]], dtype=dtype)
+    assert found.converged
+    assert found.iterations < 100
+    torch.testing.assert_close(found.plan, right, rtol=1e-3 if dtype.itemsize < 4 else 1e-6, atol=1e-6)
+    batch = assign(scores.repeat(2, 3, 1, 1), **SKEWED)
+    assert batch.converged.all()
+    torch.testing.assert_close(
+        batch.plan, right.expand(2, 3, 2, 2), rtol=1e-3 if dtype.itemsize < 4 else 1e-6, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [dict(tolerance=None, max_iterations=50), dict(max_iterations=20), {}], ids=str
+)
+def test_a_plan_on_its_way_is_finite(options):
+    """Plain iterations, too few of any, and iterations that are differentiated."""
+    scores = torch.tensor([[0.0, -0.3], [-0.3, -2.1]], dtype=F64, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for differentiate in ("implicit", "unroll"):
+            found = assign(scores, differentiate=differentiate, **{**SKEWED, **options})
+            assert found.plan.isfinite().all()
+            assert found.error < 2
+            torch.testing.assert_close(found.plan.sum(1), SKEWED["row_marginal"])
+            (g,) = torch.autograd.grad(found.plan.square().sum(), scores)
+            assert g.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_derivatives_of_a_vertex(dtype):
+    """Scores move none of its masses, marginals move them as the sums say."""
+    scores = torch.tensor([[0.0, -0.3], [-0.3, -2.1]], dtype=dtype, requires_grad=True)
+    row, column = (SKEWED[name].clone().requires_grad_() for name in ("row_marginal", "column_marginal"))
+    plan = assign(scores, epsilon=1e-4, row_marginal=row, column_marginal=column).plan
+    upstream = torch.tensor([[1.0, 2.0], [-3.0, 5.0]], dtype=dtype)
+    on_scores, on_row, on_column = torch.autograd.grad((plan * upstream).sum(), (scores, row, column))
+    assert on_scores.abs().max() < 1e-8
+    # P₀₁ = r₀, P₁₀ = c₀, P₁₁ = r₁ − c₀
+    for to_row, to_column in (((1.0, -1.0), (0.0, 0.0)), ((0.0, 0.0), (1.0, -1.0)), ((1.0, 0.0), (0.0, 1.0))):
+        right = 2 * to_row[0] - 3 * to_column[0] + 5 * (to_row[1] - to_column[0])
+        slope = on_row @ torch.tensor(to_row, dtype=F64) + on_column @ torch.tensor(to_column, dtype=F64)
+        assert slope.item() == pytest.approx(right, abs=1e-6)
+
+
+@pytest.mark.parametrize("epsilon", [1e-2, 1e-3])
+def test_float32_gradients_at_a_small_epsilon_are_those_of_float64(epsilon):
+    """What the upstream gradient and the system's solution leave of each other is divided by epsilon."""
+    scores, upstream = normal(12, 5, dtype=torch.float32), normal(12, 5, dtype=torch.float32)
+    found = []
+    for dtype in (torch.float32, F64):
+        leaf = scores.to(dtype).requires_grad_()
+        plan = assign(leaf, epsilon=epsilon, tolerance=1e-11).plan
+        found.append(torch.autograd.grad(plan, leaf, upstream.to(dtype))[0].double())
+    assert (found[0] - found[1]).abs().max() < 1e-5 * found[1].abs().max().clamp(min=1.0)
+
+
+@pytest.mark.parametrize("relaxations", [(None, None), (3.0, None), (None, 3.0), (3.0, 2.0)])
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-5, 1e-7])
+def test_small_epsilons_where_sums_may_give_way(relaxations, epsilon):
+    for seed in range(12):
+        scores, row, column = random_problem(seed)
+        found = assign(
+            scores,
+            epsilon=epsilon,
+            row_marginal=row,
+            column_marginal=column,
+            row_relaxation=relaxations[0],
+            column_relaxation=relaxations[1],
+        )
+        assert found.plan.isfinite().all(), seed
+        assert found.converged, seed
+        # the conditions of the best plan, in the potentials: sums are r·exp(−(f − ε log r)/λ)
+        for t, mass, sums, price in zip(
+            found.potentials, (row, column), (found.plan.sum(1), found.plan.sum(0)), relaxations, strict=True
+        ):
+            wanted = mass if price is None else mass * ((epsilon * mass.log() - t) / price).exp()
+            assert (sums - wanted).abs().sum() < 1e-5 * wanted.sum(), seed
+
+
+FAR = dict(epsilon=0.05, row_relaxation=100, column_relaxation=0.1)
+
+
+def test_a_plan_beyond_float32():
+    """Mass goes up as exp(S/(λ + μ))."""
+    scores, right = (
+        torch.tensor([[1e4], [0.0], [1e4]]),
+        torch.tensor([[2.3164e43], [0.9059], [2.3164e43]], dtype=F64),
+    )
+    found = assign(scores.double(), **FAR)
+    assert found.converged
+    torch.testing.assert_close(found.plan, right, rtol=1e-4, atol=0)
+    for differentiate in ("implicit", "unroll"):
+        leaf = scores.clone().requires_grad_()
+        with pytest.warns(UserWarning, match="beyond the range of torch.float32.*pass the scores as float64"):
+            found = assign(leaf, differentiate=differentiate, **FAR)
+        assert not found.converged
+        assert found.error <= 1e-6
+        most = torch.finfo(torch.float32).max
+        torch.testing.assert_close(
+            found.plan.detach(), torch.tensor([[most], [0.9059], [most]]), rtol=1e-4, atol=0
+        )
+        wide = scores.double().requires_grad_()
+        (g,) = torch.autograd.grad(found.plan.sum(), leaf)
+        (right_g,) = torch.autograd.grad(assign(wide, differentiate=differentiate, **FAR).plan[1, 0], wide)
+        torch.testing.assert_close(g, right_g.float())  # what is held at the largest number does not move
+
+
+@pytest.mark.parametrize("differentiate", ["implicit", "unroll"])
+def test_a_plan_beyond_float64(differentiate):
+    for scores in ([[1e5], [0.0], [1e5]], [[1e6, 3.0], [5.0, 0.0]]):
+        leaf = torch.tensor(scores, dtype=F64, requires_grad=True)
+        with pytest.warns(
+            UserWarning, match=r"beyond the range of torch\.float64.*: raise epsilon, row_relaxation"
+        ):
+            found = assign(leaf, differentiate=differentiate, **FAR)
+        assert found.plan.isfinite().all()
+        assert found.plan.max() == torch.finfo(F64).max
+        assert found.error <= 1e-6  # by logarithms
+        assert not found.converged
+
+
+@pytest.mark.parametrize(("dtype", "mass"), [(torch.float16, 1e5), (torch.float32, 1e39)], ids=str)
+def test_masses_beyond_the_type_of_the_scores(dtype, mass):
+    scores, row = normal(5, 3, dtype=dtype), torch.full((5,), mass, dtype=F64)
+    with pytest.warns(UserWarning, match="beyond the range"):
+        found = assign(scores, row_marginal=row)
+    assert found.plan.isfinite().all()
+    assert found.error <= 1e-6
+    assert not found.converged
+    with pytest.raises(ValueError, match=r"row_marginal has a sum beyond torch\.float64"):
+        assign(scores, row_marginal=torch.full((5,), 1e308, dtype=F64))
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e300])
+@pytest.mark.parametrize("epsilon", [5e-324, 1e-12, 0.05, 1e300])
+@pytest.mark.parametrize(
+    "options", [{}, dict(row_relaxation=2.0), dict(row_relaxation=1e-320, column_relaxation=1e-300)]
+)
+def test_any_scores_have_a_finite_plan(scale, epsilon, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for differentiate in ("implicit", "unroll"):
+            found = assign(
+                scale * normal(4, 3),
+                epsilon=epsilon,
+                max_iterations=50,
+                differentiate=differentiate,
+                **options,
+            )
+            assert found.plan.isfinite().all()
+            assert found.error.isfinite()
+
+
+def test_tiny_masses_at_a_small_epsilon():
+    row, column = torch.tensor([1, 1e-300, 1e-20, 0], dtype=F64), torch.tensor([1e-20, 1, 0], dtype=F64)
+    scores = normal(4, 3)
+    found = assign(scores, row_marginal=row, column_marginal=column, epsilon=1e-4)
+    assert found.converged
+    torch.testing.assert_close(found.plan.sum(1), row, rtol=1e-12, atol=0)
+    assert found.plan[3].sum() == 0
+
+
+def test_a_batch_of_easy_and_hard_items():
+    """The items that are there already are not lost on the way of the others."""
+    scores = torch.tensor(
+        [[[0.0, -0.3], [-0.3, -2.1]], [[0.0, 0.0], [0.0, 0.0]], [[3e3, 0.0], [0.0, -1e3]]], dtype=F64
+    )
+    found = assign(scores, **SKEWED)
+    assert found.converged.all()
+    for item, plan in zip(scores, found.plan, strict=True):
+        torch.testing.assert_close(plan, assign(item, **SKEWED).plan, rtol=0, atol=2e-6)
+
+
 # Laws
 
 
@@ -441,13 +718,13 @@ def test_where_sums_may_give_way_no_row_needs_a_place(relaxed):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (dict(epsilon=0.0), "epsilon is 0.0; it must be positive"),
-        (dict(epsilon=math.nan), "epsilon is nan"),
-        (dict(epsilon=math.inf), "epsilon is inf"),
-        (dict(tolerance=-1.0), "tolerance is -1.0"),
-        (dict(max_iterations=0), "max_iterations is 0"),
-        (dict(row_relaxation=0.0), "row_relaxation is 0.0"),
-        (dict(differentiate="forward"), "'implicit' or 'unroll'"),
+        (dict(epsilon=0.0), "epsilon must be positive and finite, got 0.0"),
+        (dict(epsilon=math.nan), "epsilon must be positive and finite, got nan"),
+        (dict(epsilon=math.inf), "epsilon must be positive and finite, got inf"),
+        (dict(tolerance=-1.0), "tolerance must be positive and finite, or None, got -1.0"),
+        (dict(max_iterations=0), "max_iterations must be at least 1, got 0"),
+        (dict(row_relaxation=0.0), "row_relaxation must be positive, or None, got 0.0"),
+        (dict(differentiate="forward"), "differentiate must be 'implicit' or 'unroll', got 'forward'"),
         (
             dict(row_marginal=torch.ones(4)),
             r"row_marginal \(4,\) does not fit scores \(3, 2\): it must be \(3,\)",
@@ -468,6 +745,62 @@ def test_bad_arguments(options, says):
         assign(torch.zeros(3, 2), **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("epsilon", value) for value in (None, "a", True, torch.ones(2), [0.1])],
+        *[("max_iterations", value) for value in (None, "a", 1.5, math.nan)],
+        *[("tolerance", value) for value in ("a", torch.ones(2))],
+        *[("row_relaxation", value) for value in ("a", torch.ones(2))],
+        ("column_relaxation", "a"),
+        *[("mask", value) for value in (torch.ones(3, 2), [[True]], 1)],
+        *[(name, value) for name in ("row_marginal", "column_marginal") for value in ([1.0], 1.0, "a")],
+        ("row_marginal", torch.ones(3, dtype=torch.bool)),
+        ("row_marginal", torch.ones(3, dtype=torch.complex64)),
+        ("row_marginal", torch.ones(3).to_sparse()),
+        *[("start", value) for value in (torch.zeros(3), (torch.zeros(3),), 3, (None, None), ([0.0], [0.0]))],
+        *[("differentiate", value) for value in (3, None)],
+    ],
+)
+def test_options_of_the_wrong_kind(name, value):
+    with pytest.raises(TypeError, match=rf"^{name}(\[0\])? must be "):
+        assign(torch.zeros(3, 2), **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tolerance", math.nan),
+        ("row_relaxation", math.nan),
+        ("column_relaxation", -1.0),
+        ("max_iterations", -1),
+        ("differentiate", "forward"),
+        ("mask", torch.ones(2, 2, dtype=torch.bool)),
+        ("start", (torch.tensor([0.0, math.nan, 0.0]), torch.zeros(2))),
+        ("start", (torch.tensor([0.0, -math.inf, 0.0]), torch.zeros(2))),
+    ],
+)
+def test_options_out_of_range(name, value):
+    with pytest.raises(ValueError, match=rf"^{name}"):
+        assign(torch.zeros(3, 2), **{name: value})
+
+
+def test_numbers_of_any_library():
+    scores = normal(6, 4)
+    right = assign(scores, epsilon=0.5, row_relaxation=2.0, max_iterations=50, tolerance=None).plan
+    for number in (np.float64, torch.tensor):
+        found = assign(
+            scores,
+            epsilon=number(0.5),
+            row_relaxation=number(2.0),
+            max_iterations=np.int64(50),
+            tolerance=None,
+        )
+        assert torch.equal(found.plan, right)
+    whole = assign(scores, row_marginal=torch.ones(6, dtype=torch.int64), column_relaxation=math.inf)
+    assert torch.equal(whole.plan, assign(scores).plan)
+
+
 def test_bad_scores():
     scores = torch.zeros(2, 3, 2)
     scores[1, 2, 0] = math.nan
@@ -480,13 +813,13 @@ def test_bad_scores():
         assign(torch.zeros(3))
     with pytest.raises(ValueError, match="no column"):
         assign(torch.zeros(3, 0))
-    with pytest.raises(TypeError, match=r"floating-point tensor, not torch\.int64"):
+    with pytest.raises(TypeError, match=r"scores must be a tensor of floating-point .* torch\.int64"):
         assign(torch.zeros(3, 2, dtype=torch.int64))
-    with pytest.raises(TypeError, match="mask must be bool"):
+    with pytest.raises(TypeError, match="mask must be a tensor of bools"):
         assign(torch.zeros(3, 2), mask=torch.ones(3, 2))
     with pytest.raises(ValueError, match=r"item \[1\]"):
         assign(torch.zeros(2, 3, 2), column_marginal=torch.tensor([[1.5, 1.5], [1.0, 1.0]]))
-    with pytest.raises(ValueError, match="epsilon is a constant"):
+    with pytest.raises(ValueError, match="epsilon takes no gradient"):
         assign(torch.zeros(3, 2), epsilon=torch.tensor(0.1, requires_grad=True))
     with pytest.raises(ValueError, match="every pair that it could lie on is forbidden"):
         # its only place is a column that is to have no mass

@@ -114,3 +114,21 @@ def test_the_target_is_constant():
     q = torch.full((2, 3), 1 / 3, requires_grad=True)
     with pytest.raises(ValueError, match="held constant"):
         xent.surrogate_cross_entropy(torch.zeros(2, 3), q)
+
+
+def test_the_gradient_is_supplied_and_not_the_values_own():
+    """A difference of values finds a·p − t + a·J·z, as the docstring says; backward gives a·p − t."""
+    z, t = torch.randn(1, 5, dtype=torch.float64), torch.rand(1, 5, dtype=torch.float64)
+    a, p, h = t.sum(), z.softmax(1)[0], 1e-6
+    J = p.diag() - torch.outer(p, p)
+
+    def slope(way):
+        return (
+            xent.surrogate_cross_entropy(z + h * way, t) - xent.surrogate_cross_entropy(z - h * way, t)
+        ) / (2 * h)
+
+    own = torch.stack([slope(way) for way in torch.eye(5, dtype=torch.float64)])
+    supplied = grad(lambda z: xent.surrogate_cross_entropy(z, t))(z)[0]
+    assert_close(supplied, a * p - t[0])
+    assert_close(own, supplied + a * (J @ z[0]), rtol=0, atol=1e-8)
+    assert (own - supplied).abs().max() > 0.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -52,14 +53,17 @@ def test_every_identity_holds(dtype):
 
 
 BREAKS = {  # what is replaced -> which identities notice at least
-    "cross_entropy": ["cross-entropy", "label smoothing", "the mean", "the gradient", "the softmax Jacobian"],
+    "cross_entropy": [
+        *("cross-entropy", "label smoothing", "the best under smoothing", "the mean", "the gradient"),
+        *("the softmax Jacobian", "the slope in β = 1/T", "the loss in margins"),
+    ],
     "linear_cross_entropy": ["a linear head", "gradients through the head", "through a feature extractor"],
     "surrogate_cross_entropy": ["the surrogate", "the surrogate's gradient", "the surrogate's curvature"],
     "binary_cross_entropy": ["maximum likelihood", "worked tables"],
     "binary_cross_entropy_with_logits": ["two classes", "worked tables"],
     "kl_div": ["smoothing as a prior"],
     "kl_divergence": ["cross-entropy is entropy + KL", "the divergence's gradient"],
-    "entropy": ["cross-entropy with oneself"],
+    "entropy": ["cross-entropy with oneself", "the surrogate's own slope"],
 }
 
 
@@ -75,6 +79,8 @@ def test_an_error_of_a_thousandth_in_triplets_is_noticed(monkeypatch, setting):
         ("bounds", "hinge", "a chain of triplet bounds"),
         ("bounds", "loss", "a chain of triplet bounds"),
         ("bounds", "hardest_low", "a chain of triplet bounds"),
+        ("bounds", "hardest_high", "the loss in margins"),
+        ("attribution", "shares", "rivals that carry the loss"),
         ("attribution", "losses", "rivals that carry the loss"),
         ("attribution", "remainder", "rivals that carry the loss"),
     ):
@@ -90,6 +96,9 @@ def test_an_error_of_a_thousandth_in_triplets_is_noticed(monkeypatch, setting):
     margins = xent.triplets.margins
     monkeypatch.setattr(xent.triplets, "margins", lambda z, y: 1.001 * margins(z, y))
     assert not holds("the gradient in a margin", setting)
+    linear = xent.triplets.linear_margins
+    monkeypatch.setattr(xent.triplets, "linear_margins", lambda *t, **options: 1.001 * linear(*t, **options))
+    assert not holds("squared distances as scores", setting)
 
 
 def test_naive_code_is_noticed(monkeypatch, setting):
@@ -102,6 +111,50 @@ def test_naive_code_is_noticed(monkeypatch, setting):
     monkeypatch.setattr(xent, "cross_entropy", naive)
     found = {name: holds(name, setting) for name in ("log 0 is never met", "cross-entropy", "the mean")}
     assert not any(found.values()), found
+
+
+EQUATIONS = {  # page -> equation -> the identity that checks it
+    "cross_entropy": {
+        "−log L / 10 = −[0.6·log p + 0.4·log(1 − p)]        0.673012 nats at p = 0.6": "maximum likelihood",
+        "CE(q, p) = H(q) + KL(q‖p)": "cross-entropy is entropy + KL",
+        "`CE(p, p) = H(p)`": "cross-entropy with oneself",
+        "(1 − ε)·e_y + ε/C": "label smoothing",
+        "ℓ_ε = (1 − ε)·ℓ + ε·CE(u, p) = (1 − ε)·ℓ + ε·(KL(u‖p) + log C)": "smoothing as a prior",
+        "the best p_y is 1 − ε + ε/C, and the best loss H": "the best under smoothing",
+        "derivative a⟨p, z⟩ − ⟨t, z⟩ and the curvature a·Var_p(z)": "the slope in β = 1/T",
+        "ℓ = a·lse(z) − ⟨t, z⟩": "cross-entropy",
+        "∂ℓ/∂z = a·p − t": "the gradient",
+        "`Wᵀ(a p − t)` to the features and as `(a p − t) xᵀ`": "gradients through the head",
+        "J·(−t/p) = a·p − t": "the chain through log p",
+        "`J·1 = 0`, and `0 ⪯ J ⪯ ½(I − 11ᵀ/C)`": "the softmax Jacobian",
+        "∂²ℓ/∂z² = a·J": "the second derivative",
+        "logistic function of z₁ − z₀": "two classes",
+        "⟨a·p − t, z⟩ and hands a·p − t": "the surrogate",
+        "a·p − t + a·J·z": "the surrogate's own slope",
+        "exactly a·H(p)": "the surrogate",
+        "ℓ = log(1 + Σ_{j≠y} exp(m_j))        ∂ℓ/∂m_j = p_j": "the loss in margins",
+        "∂ℓ/∂m_j = p_j": "the gradient in a margin",
+        "softplus(max m + log(C − 1))": "the loss in margins",
+    },
+    "triplets": {
+        "CE = log(1 + Σ_{j≠y} exp m_j)        ∂CE/∂m_j = p_j": "the loss in margins",
+        "CE = Σ_{j≠y} π_j·softplus(m_j − log π_j)        each term is π_j·CE": "rivals that carry the loss",
+        "(1/C) Σ max(m + log C, 0)": "a chain of triplet bounds",
+        "−‖x − w‖² = 2⟨x, w⟩ − ‖w‖² − ‖x‖²": "squared distances as scores",
+    },
+}
+
+
+@pytest.mark.parametrize("page", EQUATIONS)
+def test_equations_of_a_page_are_identities(page, request):
+    """The pages say so: an equation that is set on a line of its own stands here with its identity."""
+    text = (request.config.rootpath / "docs" / f"{page}.md").read_text()
+    for equation, name in EQUATIONS[page].items():
+        assert equation in text
+        assert name in IDENTITIES
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for line in re.findall(r"^    (.*[=≤].*)$", prose, flags=re.MULTILINE):
+        assert any(equation in line for equation in EQUATIONS[page]), line
 
 
 # A deviation

@@ -217,7 +217,10 @@ def fit(
         if demo:
             with ranks.together():
                 if ranks.first:
-                    paths.append(sources.write_parquet(sources.digits(), out / "data.parquet"))
+                    held_out = out / "held-out.parquet"  # what `predict` may be judged by
+                    held_out.unlink(missing_ok=True)
+                    if len(rows := fitted.validation_rows):
+                        paths.append(sources.write_parquet(sources.digits(), rows, held_out))
         drawn = not ranks.first or _draw(fitted, out, paths, quiet)
     if ranks.first:
         _report(fitted, asked.tol, table.source, paths, out, as_json, quiet)

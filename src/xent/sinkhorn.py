@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xent.core.scores import compute_dtype
+from xent.core.sinkhorn import error_of
 from xent.core.statistics import statistics_dtype
 from xent.modes import batched, is_opaque
-from xent.sinkhorn_autograd import Recipe, Solution, checked, solution
+from xent.sinkhorn_autograd import Recipe, Solution, checked, flat, problem_of, solution
+from xent.validators import Whole, valid
 
 __all__ = ["Assignment", "assign"]
 
@@ -33,11 +36,11 @@ class Assignment(NamedTuple):
     ``plan = exp((scores + f[..., None] + g[..., None, :]) / epsilon)`` with ``f, g = potentials``.
     """
 
-    plan: Tensor  # (..., N, K), in the type of the scores
+    plan: Tensor  # (..., N, K), in the type of the scores; its largest number where a value lies beyond
     potentials: tuple[Tensor, Tensor]  # f (..., N) and g (..., K), float64; −inf where nothing lies
     error: Tensor  # (...): Σ|column sums − what they should be| over their mass; the rows' sums are exact
     iterations: Tensor  # (...), int64
-    converged: Tensor  # (...), bool: error ≤ tolerance
+    converged: Tensor  # (...), bool: error ≤ tolerance, and the type of the scores holds the plan
 
 
 def assign(
@@ -57,10 +60,11 @@ def assign(
     r"""The plan Q = diag(u) exp(S/ε) diag(v) whose rows sum to 1 and whose columns sum to N/K.
 
     With a number of iterations (``tolerance=None``) they are Sinkhorn's: columns, then rows, from u = 1. With
-    a tolerance they are Sinkhorn's where these get there soon, otherwise Newton's steps on the dual, which
-    reach the same plan: at a small ε in tens of iterations instead of thousands. Either way the last step is
-    one of rows, whose sums are exact; ``error`` is that of the columns. Formula: mathematics page, §7; Cuturi
-    (2013), *Sinkhorn distances*; Chizat et al. (2018), *Scaling algorithms for unbalanced optimal transport*.
+    a tolerance they are Sinkhorn's where these get there soon, otherwise Newton's steps on the dual, with ε
+    taken down to its value, which reach the same plan: at a small ε in tens of iterations instead of
+    thousands. Either way the last step is one of rows, whose sums are exact; ``error`` is that of the
+    columns. Formula: mathematics page, §7; Cuturi (2013), *Sinkhorn distances*; Chizat et al. (2018),
+    *Scaling algorithms for unbalanced optimal transport*.
 
     Args:
         scores: S, (..., N, K), float; each (N, K) is an assignment of its own. −inf forbids a pair. Costs
@@ -74,7 +78,7 @@ def assign(
             over columns and a sum over rows; a step of conjugate gradients within Newton's counts as one.
         tolerance: the error that is good enough, or None. Newton's steps reach 1e-12 as well.
         row_relaxation, column_relaxation: λ > 0, which puts a price λ·KL(sums ‖ marginal) in place of the
-            condition on that side; None keeps the condition. The plan then maximises
+            condition on that side; None or infinity keeps the condition. The plan then maximises
             ⟨S, Q⟩ − ε·KL(Q ‖ r cᵀ) less that price (POT's ``reg_m``, ``reg_type="kl"``); sums may differ.
         start: potentials to start from, as an earlier assignment gave them; the rows' are what counts.
         differentiate: ``"implicit"``: the derivative of the solution by the implicit function theorem, one
@@ -83,13 +87,15 @@ def assign(
 
     Returns:
         :class:`Assignment`. Differentiable in ``scores`` and the marginals (along changes that leave
-        Σ r = Σ c; nan for a mass of 0); as a target, ``plan.detach()``. What has not converged says so:
-        ``converged`` is False, with a ``UserWarning`` where a tolerance was asked for.
+        Σ r = Σ c; nan for a mass of 0); as a target, ``plan.detach()``. Plan and error are always finite.
+        What has not converged says so: ``converged`` is False, with a ``UserWarning`` where a tolerance was
+        asked for. So does a plan that the type of the scores cannot hold, with its largest number there.
 
     Raises:
         ValueError: scores that are nan or +inf; marginals that are negative, do not fit, or differ in their
-            sums; a row or column with mass whose every pair is forbidden; each names the place.
-        TypeError: scores that are no floating-point tensor.
+            sums; a row or column with mass whose every pair is forbidden; each names the place. An option out
+            of its range.
+        TypeError: scores that are no floating-point tensor, an option of the wrong kind; by name.
         NotImplementedError: in a graph that is being compiled, and on tensors without data.
 
     Example:
@@ -101,63 +107,72 @@ def assign(
         >>> found.plan.sum(0).round(decimals=5).tolist(), found.converged.item()
         ([2.0, 2.0], True)
     """
+    valid("scores", scores)
     if is_opaque(scores):
         raise NotImplementedError(
             "sinkhorn.assign asks its data when to stop: call it outside the graph (torch.compiler.disable), "
             "on tensors that have data"
         )
-    recipe = _recipe(epsilon, row_relaxation, column_relaxation, max_iterations, tolerance)
-    types = [t.dtype for t in (row_marginal, column_marginal) if t is not None and t.is_floating_point()]
-    recipe = recipe._replace(eps=max((torch.finfo(t).eps for t in types), default=0.0))
-    if differentiate not in ("implicit", "unroll"):
-        raise ValueError(f"differentiate is {differentiate!r}; it is 'implicit' or 'unroll'")
-    z, row, column, f = _Door(recipe, scores, mask, row_marginal, column_marginal, start).tensors()
-    if differentiate == "unroll":
+    given = (
+        scores,
+        valid("mask", mask),
+        valid("row_marginal", row_marginal),
+        valid("column_marginal", column_marginal),
+        valid("start", start),
+    )
+    types = [t.dtype for t in given[2:4] if t is not None and t.is_floating_point()]
+    recipe = Recipe(
+        valid("epsilon", epsilon),
+        math.inf if row_relaxation is None else valid("row_relaxation", row_relaxation),
+        math.inf if column_relaxation is None else valid("column_relaxation", column_relaxation),
+        Whole("at least 1", 1)("max_iterations", max_iterations) or 1,
+        None if tolerance is None else valid("tolerance", tolerance),
+        eps=max((torch.finfo(t).eps for t in types), default=0.0),
+    )
+    z, row, column, f = _Door(recipe, *given).tensors()
+    if valid("differentiate", differentiate) == "unroll":
         found = _unrolled(recipe, z, row, column, f)
     else:
         found = solution(recipe, z, row, column, f)
+    plan, fits = _narrowed(found.plan, scores.dtype)
     f, g = found.f, found.g
     if recipe.balanced:
         f, g = _centred(f, g)
-    done = found.error <= (TOLERANCE if tolerance is None else tolerance)
-    if tolerance is not None and not batched(done) and not bool(done.all()):
+    near = found.error <= (TOLERANCE if recipe.tolerance is None else recipe.tolerance)
+    if not batched(near):
+        _warn(recipe, found, near, fits, scores.dtype)
+    return Assignment(plan, (f, g), found.error, found.iterations, near & fits)
+
+
+def _narrowed(plan: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The plan in a type, its largest number where a value lies beyond; and whether none does: (...)."""
+    most = torch.finfo(dtype).max
+    fits = (plan < most).flatten(-2).all(-1)
+    return plan if plan.dtype == dtype else plan.clamp(max=most).to(dtype), fits
+
+
+def _warn(recipe: Recipe, found: Solution, near: Tensor, fits: Tensor, dtype: torch.dtype) -> None:
+    """Say what a plan is not."""
+    if not bool(fits.all()):
+        way = (
+            "raise epsilon, row_relaxation or column_relaxation" if recipe.relaxed else "scale the marginals"
+        )
+        if torch.finfo(dtype).max < torch.finfo(torch.float64).max:
+            way = f"pass the scores as float64, or {way}"
+        warnings.warn(
+            f"the plan holds values beyond the range of {dtype}, given as its largest number: {way}",
+            UserWarning,
+            stacklevel=3,
+        )
+    if recipe.tolerance is not None and not bool(near.all()):
         warnings.warn(
             f"the assignment has not converged: its column sums are off by {float(found.error.max()):.1e} of "
             f"their mass after {int(found.iterations.max())} iterations, where tolerance asks for "
-            f"{tolerance:.1e}. Raise max_iterations, epsilon or tolerance; masked scores may leave no plan "
-            "with these sums at all",
+            f"{recipe.tolerance:.1e}. Raise max_iterations, epsilon or tolerance; masked scores may leave no "
+            "plan with these sums at all",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return Assignment(found.plan.to(scores.dtype), (f, g), found.error, found.iterations, done)
-
-
-def _recipe(
-    epsilon: float,
-    row_relaxation: float | None,
-    column_relaxation: float | None,
-    max_iterations: int,
-    tolerance: float | None,
-) -> Recipe:
-    for name, value in (
-        ("epsilon", epsilon),
-        ("row_relaxation", row_relaxation),
-        ("column_relaxation", column_relaxation),
-        ("tolerance", tolerance),
-    ):
-        if isinstance(value, Tensor) and value.requires_grad:
-            raise ValueError(f"{name} is a constant of the assignment; pass {name}.item()")
-        if value is not None and not (value > 0 and (value < math.inf or name.endswith("relaxation"))):
-            raise ValueError(f"{name} is {value}; it must be positive and finite")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}; it must be at least 1")
-    return Recipe(
-        float(epsilon),
-        math.inf if row_relaxation is None else float(row_relaxation),
-        math.inf if column_relaxation is None else float(column_relaxation),
-        int(max_iterations),
-        None if tolerance is None else float(tolerance),
-    )
 
 
 class _Door(NamedTuple):
@@ -173,24 +188,20 @@ class _Door(NamedTuple):
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """S (..., N, K), r (..., N), c (..., K) and f (..., N) to start from."""
         scores = self.scores
-        if not isinstance(scores, Tensor) or not scores.is_floating_point():
-            what = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-            raise TypeError(f"scores must be a floating-point tensor, not {what}")
         if scores.ndim < 2:
             raise ValueError(f"scores must be (..., N, K), not {tuple(scores.shape)}")
         if scores.shape[-1] == 0 and scores.shape[-2] > 0:
             raise ValueError(f"scores of shape {tuple(scores.shape)} have no column to assign rows to")
-        z = scores.to(compute_dtype(scores.dtype))
-        if self.mask is not None:
-            if self.mask.dtype != torch.bool:
-                raise TypeError(f"mask must be bool (True where a pair is allowed), not {self.mask.dtype}")
-            z = z.masked_fill(~self.mask, -math.inf)
-            if z.shape != scores.shape:
-                raise ValueError(f"mask {tuple(self.mask.shape)} does not fit scores {tuple(scores.shape)}")
         row, column = self._marginals()
+        # where both sides may give way, the plan may be larger than any marginal
+        z = scores.to(row.dtype if self.recipe.relaxed else compute_dtype(scores.dtype))
+        if self.mask is not None:
+            if not _broadcasts(self.mask, scores.shape):
+                raise ValueError(f"mask {tuple(self.mask.shape)} does not fit scores {tuple(scores.shape)}")
+            z = z.masked_fill(~self.mask, -math.inf)
         f = torch.zeros_like(row).detach()
         if self.start is not None:
-            f = self.start[0].detach().to(row.dtype)
+            f = self.start[0].detach().to(row)
             if f.shape != row.shape:
                 raise ValueError(f"start[0] is {tuple(f.shape)}; the rows' potentials are {tuple(row.shape)}")
         return z, row, column, f
@@ -205,7 +216,7 @@ class _Door(NamedTuple):
             ("column_marginal", self.column_marginal, k),
         ):
             if t is not None:
-                if t.ndim == 0 or t.shape[-1] != count or t.ndim > scores.ndim - 1:
+                if t.ndim == 0 or t.shape[-1] != count or not _broadcasts(t, (*batch, count)):
                     raise ValueError(
                         f"{name} {tuple(t.shape)} does not fit scores {tuple(scores.shape)}: "
                         f"it must be ({count},) or {(*batch, count)}"
@@ -218,6 +229,12 @@ class _Door(NamedTuple):
         if column is None:
             column = (row.sum(-1, keepdim=True) / max(k, 1)).expand(*batch, k)
         return row, column
+
+
+def _broadcasts(t: Tensor, shape: Sequence[int]) -> bool:
+    """Whether a tensor expands to a shape."""
+    sizes = shape[len(shape) - t.ndim :]
+    return t.ndim <= len(shape) and all(have in (1, size) for have, size in zip(t.shape, sizes, strict=True))
 
 
 def _centred(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -234,28 +251,32 @@ def _unrolled(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, f: Te
             "differentiate='unroll' has no rule for vmap: pass the batch as leading dimensions of scores, "
             "or differentiate implicitly"
         )
-    row, column = checked(recipe, scores, row, column)
-    z, log_r, log_c = scores.to(row.dtype) / recipe.epsilon, _log(row), _log(column)
-    alpha = torch.where(row > 0, f / recipe.epsilon, -math.inf)
-    shares = [1 / (1 + recipe.epsilon / r) for r in (recipe.row_relaxation, recipe.column_relaxation)]
+    row, column = checked(recipe, scores, row, column, f)
+    problem = problem_of(recipe, scores, row, column)
+    z, log_r, log_c = scores.to(row.dtype), _log(row), _log(column)
+    f = torch.where(row > 0, f, -math.inf)
     count, error = 0, row.new_zeros(row.shape[:-1])
     while count < recipe.max_iterations:
-        beta = _step(z + alpha[..., None], log_c, shares[1], -2)
-        alpha = _step(z + beta[..., None, :], log_r, shares[0], -1)
+        g = _step(z + f[..., None], log_c, problem.column_share, recipe.epsilon, -2)
+        f = _step(z + g[..., None, :], log_r, problem.row_share, recipe.epsilon, -1)
         count += 1
         if count < recipe.max_iterations and recipe.tolerance is None:
             continue
         with torch.no_grad():
-            q = (z + alpha[..., None] + beta[..., None, :]).exp().sum(-2)
-            give = (log_c - beta) * (recipe.epsilon / recipe.column_relaxation)
-            wanted = torch.where(column > 0, column * give.exp(), 0.0)
-            mass = torch.maximum(column.sum(-1), wanted.sum(-1))
-            error = torch.where(mass > 0, (q - wanted).abs().sum(-1) / mass, 0.0)
+            q = _plan(z, f, g, recipe.epsilon).sum(-2)
+            error = error_of(problem, *(flat(t, row.ndim - 1) for t in (f, g, q))).view_as(error)
         if recipe.tolerance is not None and bool((error <= recipe.tolerance).all()):
             break
-    plan = (z + alpha[..., None] + beta[..., None, :]).exp().to(scores.dtype)
-    iterations = torch.full_like(error, count, dtype=torch.int64)
-    return Solution(plan, alpha * recipe.epsilon, beta * recipe.epsilon, error, iterations)
+    plan = _plan(z, f, g, recipe.epsilon)
+    return Solution(plan, f, g, error, torch.full_like(error, count, dtype=torch.int64))
+
+
+def _plan(z: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
+    """exp((S + f + g)/ε), the largest number where that is beyond the range; its derivative there is 0."""
+    most = torch.finfo(z.dtype).max
+    power = (z + f[..., None] + g[..., None, :]) / epsilon
+    within = power < math.log(most)
+    return torch.where(within, torch.where(within, power, 0.0).exp(), most)
 
 
 def _log(t: Tensor) -> Tensor:
@@ -263,8 +284,10 @@ def _log(t: Tensor) -> Tensor:
     return torch.where(t > 0, torch.where(t > 0, t, 1.0).log(), -math.inf)
 
 
-def _step(z: Tensor, log_mass: Tensor, share: float, dim: int) -> Tensor:
-    """log mass − share · log Σ exp z, of which nothing is left where nothing may lie."""
+def _step(z: Tensor, log_mass: Tensor, share: float, epsilon: float, dim: int) -> Tensor:
+    """ε (log mass − share · log Σ exp z/ε), of which nothing is left where nothing may lie."""
     some = (z > -math.inf).any(dim) & (log_mass > -math.inf)
-    total = torch.logsumexp(torch.where(some.unsqueeze(dim), z, 0.0), dim)
-    return torch.where(some, log_mass - share * total, -math.inf)
+    z = torch.where(some.unsqueeze(dim), z, 0.0)
+    m = z.detach().amax(dim, keepdim=True)
+    total = ((z - m) / epsilon).exp().sum(dim).log()
+    return torch.where(some, epsilon * (log_mass - share * total) - share * m.squeeze(dim), -math.inf)

@@ -17,14 +17,15 @@ there are derivatives of every order, and none is silently zero.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xent.core import coupling, sinkhorn
+from xent.core import ascent, coupling, sinkhorn
 from xent.core.arithmetic import is_batched
-from xent.core.marginals import agreed
+from xent.core.marginals import agreed, usable
 from xent.core.sinkhorn import Problem
 from xent.modes import plain
 
@@ -46,6 +47,11 @@ class Recipe(NamedTuple):
         """Whether a constant may go from f to g."""
         return math.isinf(self.row_relaxation) and math.isinf(self.column_relaxation)
 
+    @property
+    def relaxed(self) -> bool:
+        """Whether both sides may give way."""
+        return not math.isinf(self.row_relaxation) and not math.isinf(self.column_relaxation)
+
 
 class Solution(NamedTuple):
     plan: Tensor  # (..., N, K)
@@ -60,8 +66,11 @@ def solution(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, start:
     return Solution(*_Plan.apply(recipe, scores, row, column, start))
 
 
-def checked(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+def checked(
+    recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
     """The marginals that there is a plan for, or an error that says why there is none."""
+    usable(start, row)
     return agreed(
         scores.detach(),
         row,
@@ -72,19 +81,28 @@ def checked(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor) -> tupl
     )
 
 
+def problem_of(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor) -> Problem:
+    """The same without derivatives, leading dimensions as one."""
+    s, r, c = (flat(t, scores.ndim - 2) for t in (scores, row, column))
+    return Problem(s, r, c, recipe.epsilon, recipe.row_relaxation, recipe.column_relaxation)
+
+
 def _run(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, start: Tensor) -> Solution:
     batch = scores.shape[:-2]
-    s, r, c, f = (_flat(t, len(batch)) for t in (scores, row, column, start))
-    f = torch.where(r > 0, f, -math.inf)  # what is left out takes no part in the first step either
-    problem = Problem(s, r, c, recipe.epsilon, recipe.row_relaxation, recipe.column_relaxation)
+    f = flat(start, len(batch))
+    problem = problem_of(recipe, scores, row, column)
+    f = torch.where(problem.row > 0, f, -math.inf)  # what is left out takes no part in the first step either
+    masses = torch.maximum(problem.row.sum(-1), problem.column.sum(-1))
+    if not bool((masses < torch.finfo(scores.dtype).max).all()):  # a kernel of that type would not hold them
+        problem = replace(problem, scores=problem.scores.to(row.dtype))
     if recipe.tolerance is None:
         found = sinkhorn.fixed(problem, f, recipe.max_iterations)
     else:
-        found = sinkhorn.converged(problem, f, recipe.tolerance, recipe.max_iterations)
+        found = ascent.converged(problem, f, recipe.tolerance, recipe.max_iterations)
     state = found.state
     iterations = torch.full(batch, found.iterations, dtype=torch.int64, device=scores.device)
     return Solution(
-        state.plan.reshape(scores.shape),
+        sinkhorn.plan_of(problem, state, scores.dtype).reshape(scores.shape),
         state.f.reshape(row.shape),
         state.g.reshape(column.shape),
         state.error.reshape(batch),
@@ -92,7 +110,7 @@ def _run(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, start: Ten
     )
 
 
-def _flat(t: Tensor, batch: int) -> Tensor:
+def flat(t: Tensor, batch: int) -> Tensor:
     """Leading dimensions as one; (0, ...) where there is nothing in them."""
     return t.detach().reshape(math.prod(t.shape[:batch]), *t.shape[batch:])
 
@@ -105,9 +123,9 @@ def _in_front(info: Any, in_dims: tuple[int | None, ...], tensors: tuple[Tensor,
     ]
 
 
-def _products(P: Tensor, G: Tensor) -> Tensor:
-    """G∘P; where there is no mass, G may be infinite."""
-    return torch.where(P == 0, 0.0, G * P)
+def _weighed(P: Tensor, G: Tensor) -> Tensor:
+    """G where there is mass: elsewhere it may be infinite."""
+    return torch.where(P == 0, 0.0, G)
 
 
 class _Plan(torch.autograd.Function):
@@ -117,7 +135,7 @@ class _Plan(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         # here, where no transform is in the way of a question about the data
         with plain(scores.device):
-            row, column = checked(recipe, scores, row, column)
+            row, column = checked(recipe, scores, row, column, start)
             return tuple(_run(recipe, scores, row, column, start))
 
     @staticmethod
@@ -140,9 +158,11 @@ class _Plan(torch.autograd.Function):
         if G is None and on_f is None and on_g is None:
             return (None,) * 5
         a, b = torch.zeros_like(row), torch.zeros_like(column)
+        # what G, x and y leave of each other is divided by ε: float32 would leave its rounding over ε
+        P = plan.to(row.dtype)
         if G is not None:
-            weighed = _products(plan, G)
-            a, b = weighed.sum(-1, dtype=row.dtype), weighed.sum(-2, dtype=row.dtype)
+            G = _weighed(P, G.to(row.dtype))
+            a, b = (G * P).sum(-1), (G * P).sum(-2)
         d, e = _diagonals(recipe, plan, row.dtype)
         # a potential of −inf is so whatever happens nearby
         if on_f is not None:
@@ -152,8 +172,8 @@ class _Plan(torch.autograd.Function):
         x, y = _solved(recipe, plan, d, e, a, b)
         on_scores = on_row = on_column = None
         if ctx.needs_input_grad[1]:
-            change = x.to(plan.dtype)[..., None] + y.to(plan.dtype)[..., None, :]
-            on_scores = (-plan * change if G is None else weighed - plan * change) / recipe.epsilon
+            change = x[..., None] + y[..., None, :]
+            on_scores = (P * ((-change if G is None else G - change) / recipe.epsilon)).to(plan.dtype)
         if ctx.needs_input_grad[2]:
             on_row = x * _share(recipe.row_relaxation, d, row)
         if ctx.needs_input_grad[3]:
@@ -171,18 +191,19 @@ class _Plan(torch.autograd.Function):
     ) -> Any:
         plan, row, column = ctx.saved_tensors
         plan, recipe = _Once.apply(plan), ctx.recipe
+        P = plan.to(row.dtype)
         d, e = _diagonals(recipe, plan, row.dtype)
         a, b = torch.zeros_like(row), torch.zeros_like(column)
         if on_scores is not None:
-            weighed = _products(plan, on_scores) / recipe.epsilon
-            a, b = a - weighed.sum(-1, dtype=row.dtype), b - weighed.sum(-2, dtype=row.dtype)
+            on_scores = _weighed(P, on_scores.to(row.dtype)) / recipe.epsilon
+            a, b = a - (P * on_scores).sum(-1), b - (P * on_scores).sum(-2)
         if on_row is not None:
             a = a + on_row * _share(recipe.row_relaxation, d, row)
         if on_column is not None:
             b = b + on_column * _share(recipe.column_relaxation, e, column)
         x, y = _solved(recipe, plan, d, e, a, b)
-        change = plan * (x.to(plan.dtype)[..., None] + y.to(plan.dtype)[..., None, :])
-        on_plan = change if on_scores is None else change + weighed
+        change = x[..., None] + y[..., None, :]
+        on_plan = (P * (change if on_scores is None else change + on_scores)).to(plan.dtype)
         return on_plan, recipe.epsilon * x, recipe.epsilon * y, None, None
 
 

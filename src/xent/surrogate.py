@@ -1,9 +1,9 @@
 """The log-free surrogate of cross-entropy: a value without a logarithm, with cross-entropy's derivatives.
 
-    L₂ = ⟨a·p − t, z⟩ = ℓ − a·H(p)        ∂L₂/∂z := a·p − t        ∂²L₂/∂z² := a·J        (p and t constant)
+    L₂ = ⟨a·p − t, z⟩ = ℓ − a·H(p)        ∂L₂/∂z := a·p − t        ∂²L₂/∂z² := a·J
 
-The derivatives are those that the name asks for, not autograd's of the first line: with p held constant its
-second derivative would be 0, and with p not held constant its first would gain p∘(z − ⟨p, z⟩).
+The derivatives are supplied, cross-entropy's in place of the value's own. As a function of z the value has
+the gradient a·p − t + a·J·z; with p held constant the first derivative is a·p − t, and the second would be 0.
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from xent.target import TopKTarget
 
 
 def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduction: str = "mean") -> Tensor:
-    r"""``Σ_c (a·p_c − t_c)·z_c`` a row: exactly cross-entropy's gradient, and its second derivative a·J.
+    r"""``Σ_c (a·p_c − t_c)·z_c`` a row, with cross-entropy's derivatives a·p − t and a·J supplied for it.
 
-    It equals ``cross_entropy − a·H(p)``, so it may be negative and is no measure of fit: a model that is sure
-    of nothing scores 0. What it is good for is to show that training needs no logarithm; the log 0 that a
-    logarithm is feared for has gone already where cross-entropy is computed from logits. Formula: mathematics
-    page, §7.
+    They are not the value's own, whose gradient is a·p − t + a·J·z: a finite difference finds that one. The
+    value equals ``cross_entropy − a·H(p)``, so it may be negative and is no measure of fit: a model that is
+    sure of nothing scores 0. What it is good for is to show that training needs no logarithm; the log 0 that
+    a logarithm is feared for has gone already where cross-entropy is computed from logits. Formula:
+    mathematics page, §7.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).

@@ -5,9 +5,10 @@
     f″(β) = Σ s a Var_p(u) ≥ 0
 
 So f′ only rises, from f′(0), where p is uniform over the classes that are not masked, to f′(∞) = −k, where p
-lies on the largest logits. If it changes its sign, there is one minimum, and Newton's method on log β between
-two bounds finds it, whatever the scale of the logits. If it does not, no temperature is the best one: that is
-said. What the target is enters by s·a and k alone, so that every step reads the logits only.
+lies on the largest logits. If it changes its sign, there is one minimum, the only one, and Newton's
+method on log β between two bounds finds it, whatever the scale of the logits. If it does not, no temperature
+is the best one: that is said. What the target is enters by s·a and k alone, so that every step reads the
+logits only.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ def fit_temperature(
 ) -> float:
     r"""The temperature T > 0 that minimises ``cross_entropy(logits, target, temperature=T)``.
 
-    Temperature scaling: fitted on held-out rows, ``logits / T`` has the same order of classes and calibrated
-    probabilities. The minimum is found to rounding, for logits of any scale. Formula: mathematics page, §1,
-    as a function of β = 1/T; Guo et al. (2017), *On calibration of modern neural networks*.
+    Temperature scaling: to be fitted on held-out rows. ``logits / T`` has the same order of classes, and the
+    model's expected logit ⟨p, z⟩ is then the targets', summed over those rows; no single class, nor level of
+    confidence, is promised to be calibrated. There is at most one minimum, found to rounding, for logits of
+    any scale. Formula: mathematics page, §1, as a function of β = 1/T; Guo et al. (2017), *On calibration of
+    modern neural networks*.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ...), of any floating type; computed with in float64, some rows at

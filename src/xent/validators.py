@@ -181,6 +181,43 @@ def _is_flag(value: Any) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Values:
+    """A dense tensor of real numbers, of floating-point numbers, or of True and False."""
+
+    of: Literal["number", "floating-point number", "bool"]
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> Tensor | None:
+        if value is None and self.optional:
+            return None
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got {_shown(value)}")
+        dtype = value.dtype
+        fits = {
+            "number": dtype != torch.bool and not dtype.is_complex,
+            "floating-point number": dtype.is_floating_point,
+            "bool": dtype == torch.bool,
+        }
+        if not fits[self.of]:
+            raise TypeError(f"{name} must be a tensor of {self.of}s, got {_shown(value)}")
+        return value
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two dense tensors of floating-point numbers."""
+
+    optional: bool = False
+
+    def __call__(self, name: str, value: Any) -> tuple[Tensor | None, ...] | None:
+        if value is None and self.optional:
+            return None
+        if not isinstance(value, tuple | list) or len(value) != 2:
+            raise TypeError(f"{name} must be two tensors, got {_shown(value)}")
+        return tuple(Values("floating-point number")(f"{name}[{i}]", t) for i, t in enumerate(value))
+
+
 def as_number(name: str, value: Any, kind: str = "a number") -> float | int:
     """Convert a number of any library to Python's; raise a TypeError for everything else."""
     if isinstance(value, Tensor):
@@ -287,6 +324,15 @@ OPTIONS: dict[str, Validator] = {
     # of metrics
     "renormalize": Flag(),
     "scale_by_half": FlagOr("auto"),
+    # assignments
+    "scores": Values("floating-point number"),
+    "mask": Values("bool", optional=True),
+    "row_marginal": Values("number", optional=True),
+    "column_marginal": Values("number", optional=True),
+    "start": Pair(optional=True),
+    "row_relaxation": Number("positive, or None", 0.0, ends="high"),
+    "column_relaxation": Number("positive, or None", 0.0, ends="high"),
+    "differentiate": OneOf(("implicit", "unroll")),
 }
 
 

@@ -27,6 +27,8 @@ def agreed(
         bad = ~((t >= 0) & (t < math.inf))
         if bool(bad.any()):
             raise ValueError(f"{name} is {_at(t, bad)}; masses are finite and not negative")
+        if not bool((t.sum(-1) < math.inf).all()):
+            raise ValueError(f"{name} has a sum beyond {t.dtype}; scale the masses down")
     shut_rows, shut_columns = _shut(scores, row, column)
     for name, mass, shut, may_give in (
         ("row", row, shut_rows, row_may_give),
@@ -49,6 +51,19 @@ def agreed(
         )
     # sums that differ by rounding alone would be an error that no plan can go below
     return row, column * torch.where(columns > 0, rows / torch.where(columns > 0, columns, 1.0), 1.0)
+
+
+def usable(
+    start: Tensor,  # (..., N)
+    row: Tensor,  # (..., N)
+) -> None:
+    """Raise an error for potentials that say nothing about a row with mass."""
+    bad = ~start.isfinite() & ~((start == -math.inf) & (row == 0))
+    if bool(bad.any()):
+        raise ValueError(
+            f"start[0] is {_at(start, bad)}; the potential of a row with mass is finite, and −inf is that of "
+            "a row without"
+        )
 
 
 def _shut(scores: Tensor, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,15 @@
     columns  g = ε (log c − ψ·M)    M_j = log Σ_i exp((S_ij + f_i)/ε)     ψ = μ/(μ + ε), 1 where Pᵀ·1 = c
 
 One iteration is the step of columns and then the step of rows, from f = 0; what is left is the columns'
-error. Three ways of taking it, the same in exact arithmetic:
+error. Two ways of taking it, the same in exact arithmetic:
 
-- `column_step` and `evaluate`: the two logarithms of sums, in float64, a few rows at a time;
+- `column_step` and `evaluate`: the two logarithms of sums, in float64, a few rows at a time. A row's own
+  maximum is taken off before ε divides, so that no exponent leaves the range of numbers above;
 - `iterate`: with f and g taken up into a kernel P, a step is one product of P with a vector, until a scaling
-  leaves ±`REACH`: then they are taken up anew;
-- `newton`: f is always the best for its g, and g goes up the concave dual by the step that solves
-  (diag q − Pᵀ diag(1/p) P) Δ = ε (c − q), damped (Levenberg–Marquardt). At a small ε, where plain iterations
-  creep for thousands of passes, it needs tens.
+  leaves ±`REACH`: then they are taken up anew. Where a column's sum has left the range of numbers, its
+  logarithm has not, and `column_step` takes it.
+
+`core.ascent` goes from here to a plan that meets a tolerance.
 
 Of a matrix whose rows or columns are spread over processes, `evaluate` and `times` sum over columns,
 `column_step`, `evaluate`'s q and `transposed` over rows: there, and in the sums of `Problem.dual` and
@@ -25,23 +26,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xent.core import coupling
 from xent.core.coupling import times, transposed
 
 CHUNK = 1 << 20  # scores at a time: the copy of them stays in the cache, and threads seldom wait
 REACH = 20.0  # of log u and log v: beyond e^±20 an entry that the kernel has lost could count
-CHECK = 10  # iterations between two looks at the error
-PATIENCE = 60  # iterations that are left to plain Sinkhorn where it will be done by then
-SURE = 400  # iterations to rounding that are left to plain Sinkhorn where their number is known
-DAMPING = 1e-2  # the first of Newton's steps; 0 in the end
-FIRMEST = 1e6  # damping at which no step is left
-FORCING = 1e-4  # of the residual of a step: float32 products reach it
 
 
 @dataclass(frozen=True)
@@ -70,9 +64,16 @@ class Problem:
         gap = (self.epsilon * self.column.log() - g) / self.column_relaxation
         return torch.where(self.column > 0, self.column * gap.exp(), 0.0)
 
-    def dual(self, f: Tensor, g: Tensor, q: Tensor) -> Tensor:
-        """The dual objective over ε, (B,), where f is the best for g; it rises to its one maximum."""
-        total = -q.sum(-1)
+    def at(self, epsilon: float) -> Problem:
+        """The same at another ε."""
+        return replace(self, epsilon=epsilon)
+
+    def dual(self, f: Tensor, g: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+        """The dual objective over ε where f is the best for g, and what rounding may make of it: (B,) each.
+
+        It is concave and rises to its one maximum; its slopes in g/ε are `wanted_columns` less q.
+        """
+        total, size = -q.sum(-1), q.sum(-1)
         for t, s, relaxation in (
             (f, self.row, self.row_relaxation),
             (g, self.column, self.column_relaxation),
@@ -80,8 +81,9 @@ class Problem:
             u = torch.where(s > 0, t / self.epsilon - s.log(), 0.0)
             stiff = relaxation / self.epsilon
             gain = u if math.isinf(relaxation) else -stiff * torch.expm1(-u / stiff)
-            total = total + torch.where(s > 0, s * gain, 0.0).sum(-1)
-        return total
+            part = torch.where(s > 0, s * gain, 0.0)
+            total, size = total + part.sum(-1), size + part.abs().sum(-1)
+        return total, 8 * torch.finfo(size.dtype).eps * size
 
     def slopes(self, state: State) -> tuple[Tensor, Tensor]:
         """The diagonals d (B, N) and e (B, K) of ε times the dual's curvature."""
@@ -107,7 +109,7 @@ class Found(NamedTuple):
     iterations: int
 
 
-def _blocks(scores: Tensor) -> Iterator[tuple[slice, slice]]:
+def blocks(scores: Tensor) -> Iterator[tuple[slice, slice]]:
     """Parts of (B, N): whole items of a batch where several fit, else rows of one."""
     batch, n, k = scores.shape
     items = max(1, CHUNK // max(1, n * k))
@@ -117,38 +119,67 @@ def _blocks(scores: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(item, min(item + items, batch)), slice(row, min(row + rows, n))
 
 
-def error_of(problem: Problem, g: Tensor, q: Tensor) -> Tensor:
+def error_of(problem: Problem, f: Tensor, g: Tensor, q: Tensor) -> Tensor:
     """Σ |q − wanted| over the mass of all columns, given or wanted: (B,)."""
-    wanted = problem.wanted_columns(g)
-    mass = torch.maximum(problem.column.sum(-1), wanted.sum(-1))
-    return torch.where(mass > 0, (q - wanted).abs().sum(-1) / mass, 0.0)
+    column, wanted = problem.column, problem.wanted_columns(g)
+    if not bool((q + wanted < math.inf).all()):  # each over the largest of them, by logarithms
+        log_q, log_wanted = _log_columns(problem, f, g)
+        log_c = column.log()
+        most = torch.maximum(torch.maximum(log_q, log_wanted), log_c).amax(-1, keepdim=True)
+        q, wanted, column = ((t - most.nan_to_num(neginf=0.0)).exp() for t in (log_q, log_wanted, log_c))
+    mass = torch.maximum(column.sum(-1), wanted.sum(-1))
+    error = torch.where(mass > 0, (q - wanted).abs().sum(-1) / mass, 0.0)
+    return error.clamp(max=torch.finfo(error.dtype).max)
+
+
+def _log_columns(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """log q of the plan of f and g, and log of what q is to be, −inf where there is no mass: (B, K) each."""
+    held = replace(problem, column_relaxation=math.inf)
+    log_c, open_ = problem.column.log(), problem.column > 0
+    log_q = log_c + (g - column_step(held, f)) / problem.epsilon
+    log_wanted = log_c + (problem.epsilon * log_c - g) / problem.column_relaxation
+    most = torch.finfo(g.dtype).max / 4  # differences of logarithms are finite
+    return tuple(torch.where(open_, t.clamp(-most, most), -math.inf) for t in (log_q, log_wanted))
 
 
 def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
     """The step of rows, f from g, and the plan that it makes, written into `plan`."""
-    scores, epsilon, share = problem.scores, problem.epsilon, problem.row_share
+    scores, epsilon, lam, share = problem.scores, problem.epsilon, problem.row_relaxation, problem.row_share
     f, p, q = torch.empty_like(problem.row), torch.empty_like(problem.row), torch.zeros_like(problem.column)
     log_r = problem.row.log()
-    room = g.new_empty(max((_size(scores[at]) for at in _blocks(scores)), default=0))
-    for items, rows in _blocks(scores):
+    room = g.new_empty(max((_size(scores[at]) for at in blocks(scores)), default=0))
+    for items, rows in blocks(scores):
         part = scores[items, rows]
         z = room[: part.numel()].view(part.shape)
-        torch.add(part, g[items, None, :], out=z).div_(epsilon)
+        torch.add(part, g[items, None, :], out=z)
         m = z.amax(-1).nan_to_num(neginf=0.0)  # of a row of nothing but −inf
-        total = z.sub_(m[..., None]).exp_().sum(-1)
+        total = z.sub_(m[..., None]).div_(epsilon).exp_().sum(-1)
         r, log_row = problem.row[items, rows], log_r[items, rows]
         # of a row without mass, or that is to have none, nothing is left
         open_ = (total > 0) & (r > 0)
-        u = torch.where(open_, log_row - share * (m + total.log()), -math.inf)
-        scale = torch.where(open_, r / total, 0.0) if share == 1.0 else (u + m).exp()
+        u = log_row - share * total.log()
+        scale = r / total if math.isinf(problem.row_relaxation) else (u + m / (lam + epsilon)).exp()
+        # an infinite one makes plan and sums that `lost`, `error_of` and `plan_of` see and take by logarithms
+        scale = torch.where(open_, scale, 0.0)
         q[items] += z.mul_(scale[..., None]).sum(-2)
         plan[items, rows] = z
-        f[items, rows], p[items, rows] = u * epsilon, scale * total
-    return State(f, g, plan, p, q, error_of(problem, g, q))
+        f[items, rows] = torch.where(open_, epsilon * u - share * m, -math.inf)
+        p[items, rows] = scale * total
+    return State(f, g, plan, p, q, error_of(problem, f, g, q))
 
 
 def _size(part: Tensor) -> int:
     return part.numel()
+
+
+def plan_of(problem: Problem, state: State, dtype: torch.dtype) -> Tensor:
+    """The plan in a type; what that cannot hold, is its largest number: (B, N, K)."""
+    plan = state.plan
+    if plan.numel() > 0 and not bool(plan.amax() < torch.finfo(plan.dtype).max):
+        most = torch.finfo(problem.row.dtype).max
+        z = (problem.scores + state.f[..., None] + state.g[..., None, :]) / problem.epsilon
+        plan = z.exp_().clamp_(max=most)
+    return plan if plan.dtype == dtype else plan.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def column_step(problem: Problem, f: Tensor) -> Tensor:
@@ -156,24 +187,30 @@ def column_step(problem: Problem, f: Tensor) -> Tensor:
     scores, epsilon = problem.scores, problem.epsilon
     m = torch.full_like(problem.column, -math.inf)
     total = torch.zeros_like(m)
-    for items, rows in _blocks(scores):
-        z = torch.add(scores[items, rows], f[items, rows, None]).div_(epsilon)
+    for items, rows in blocks(scores):
+        z = torch.add(scores[items, rows], f[items, rows, None])
         here = torch.maximum(m[items], z.amax(-2))
         base = here.nan_to_num(neginf=0.0)
-        total[items] = total[items] * (m[items] - base).exp() + z.sub_(base[..., None, :]).exp_().sum(-2)
+        before = total[items] * ((m[items] - base) / epsilon).exp()
+        total[items] = before + z.sub_(base[..., None, :]).div_(epsilon).exp_().sum(-2)
         m[items] = here
-    M = m.nan_to_num(neginf=0.0) + total.log()
     open_ = (total > 0) & (problem.column > 0)
-    return torch.where(open_, epsilon * (problem.column.log() - problem.column_share * M), -math.inf)
+    g = epsilon * (problem.column.log() - problem.column_share * total.log()) - problem.column_share * m
+    return torch.where(open_, g, -math.inf)
 
 
 def columns_from_plan(problem: Problem, state: State) -> Tensor:
-    """The step of columns, from the sums that the plan has already: (B, K).
-
-    No sum is lost: a step of rows takes a column of sum c to no less than c over the largest row's sum, Σ c.
-    """
+    """The step of columns, from the sums that the plan has already: (B, K)."""
+    if lost(problem, state):
+        return column_step(problem, state.f)
     step = problem.epsilon * _log_v(problem, state.g, state.q)
     return torch.where(problem.column > 0, state.g + step, -math.inf)
+
+
+def lost(problem: Problem, state: State) -> bool:
+    """Whether the sum of a column with mass has left the range of numbers, above or below."""
+    within = (state.q > 0) & (state.q < math.inf)
+    return not bool((within | (problem.column == 0)).all())
 
 
 def _log_v(problem: Problem, g: Tensor, s: Tensor) -> Tensor:
@@ -230,70 +267,3 @@ def fixed(problem: Problem, f: Tensor, iterations: int) -> Found:
     plan = torch.empty_like(problem.scores)
     state = evaluate(problem, column_step(problem, f), plan)
     return Found(iterate(problem, state, iterations - 1), iterations)
-
-
-def converged(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Found:
-    """Iterations until the error is within the tolerance: plain ones while they get there, then Newton's."""
-    share = problem.row_share * problem.column_share
-    # where both sides may give way, an iteration takes potentials at least by this factor closer to the plan
-    sure = 40 / -math.log(share) if share < 1 else math.inf
-    found = fixed(problem, f, 1)
-    found = plain(problem, found, tolerance, max_iterations, patience=PATIENCE if sure > SURE else None)
-    found = newton(problem, found, tolerance, max_iterations)
-    return plain(problem, found, tolerance, max_iterations, patience=None)
-
-
-def plain(
-    problem: Problem, found: Found, tolerance: float, max_iterations: int, patience: int | None
-) -> Found:
-    """Iterations, while their rate says that no more than `patience` of them will be needed."""
-    state, count = found
-    while count < max_iterations and not bool((state.error <= tolerance).all()):
-        step = min(CHECK, max_iterations - count)
-        before, state = state.error, iterate(problem, state, step)
-        count += step
-        rate = (state.error / before).log() / step
-        left = torch.where(state.error > tolerance, (tolerance / state.error).log() / rate, 0.0)
-        if patience is not None and not bool(((left >= 0) & (left <= patience)).all()):
-            break
-    return Found(state, count)
-
-
-def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
-    """Up the dual to its maximum; each evaluation and each pair of products counts as an iteration."""
-    state, count = found
-    dual = problem.dual(state.f, state.g, state.q)
-    damping, patience = torch.full_like(state.error, DAMPING), coupling.PATIENCE
-    while count + 3 <= max_iterations:  # a step of either kind of solution, and what it led to
-        late = (state.error > tolerance) & (damping < FIRMEST)
-        if not bool(late.any()):
-            break
-        d, e = problem.slopes(state)
-        off = problem.wanted_columns(state.g) - state.q
-        _, y, steps = coupling.solve(
-            state.plan,
-            d,
-            e * (1 + damping[:, None]),
-            torch.zeros_like(d),
-            off,
-            tolerance=state.error.clamp(FORCING, 0.1),
-            max_steps=min(300, max_iterations - count - 2),
-            patience=patience,
-        )
-        if steps > patience:  # conjugate gradients gave up, and would again
-            patience = 0
-        y = torch.where(late[:, None] & y.isfinite(), y, 0.0)
-        trial = evaluate(problem, state.g + problem.epsilon * y, state.plan)
-        higher = problem.dual(trial.f, trial.g, trial.q)
-        count += steps + 1
-        much = trial.error < 0.5 * state.error
-        # near the maximum the dual's own rounding hides what it gains: there the error decides
-        good = late & (much | (higher - dual > 0.05 * (off * y).sum(-1)))
-        eased = torch.where(good, damping / torch.where(much, 10.0, 3.0), damping * 5)
-        damping = torch.where(late, eased, damping)
-        if bool((good | ~late).all()):
-            state, dual = trial, higher
-        else:  # the plan has been overwritten
-            state = evaluate(problem, torch.where(good[:, None], trial.g, state.g), state.plan)
-            dual = problem.dual(state.f, state.g, state.q)
-    return Found(state, count)

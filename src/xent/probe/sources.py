@@ -42,14 +42,14 @@ def digits(ranks: Ranks = ALONE) -> Table:
     )
 
 
-def write_parquet(table: Table, path: Path) -> Path:
-    """The table as Parquet, its label last."""
+def write_parquet(table: Table, rows: np.ndarray, path: Path) -> Path:
+    """Write those rows of the table as Parquet, the label last."""
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import parquet
-    columns = {name: table.features[:, j] for j, name in enumerate(table.feature_names)}
+    columns = {name: table.features[rows, j] for j, name in enumerate(table.feature_names)}
     if table.codes is not None and table.classes is not None:
-        columns[str(table.label_name)] = table.classes[table.codes]
+        columns[str(table.label_name)] = table.classes[table.codes[rows]]
     with aside(path) as temporary:
         parquet.write_table(pa.table(columns), temporary)
     return path

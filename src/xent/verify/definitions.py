@@ -77,6 +77,25 @@ def prior(s: Setting) -> Iterator[Deviation]:
         yield s.compare(found, expected, batch.exact.loss_scale(t) + math.log(classes), batch.name)
 
 
+@identity("the best under smoothing", "p_y = 1 − ε + ε/C, ℓ_ε = H(t)", section=1, allowed=4, because=ROUNDED)
+def best_under_smoothing(s: Setting) -> Iterator[Deviation]:
+    """At the logits log t the loss has its minimum: its slope is 0, and a step to either side costs."""
+    for classes, epsilon in ((2, 0.5), (10, 0.1)):
+        t = [1 - epsilon + epsilon / classes, *[epsilon / classes] * (classes - 1)]
+        entropy = -sum(v * math.log(v) for v in t)
+        z, y = s.tensor([t]).log().requires_grad_(), torch.tensor([0], device=s.device)
+        loss = xent.cross_entropy(z, y, label_smoothing=epsilon)
+        (slope,) = torch.autograd.grad(loss, z)
+        size = 1 - math.log(min(t))  # log t is rounded on the way in
+        yield s.compare(loss, entropy, size, f"{classes} classes, the loss")
+        yield s.compare(slope, 0.0, size, f"{classes} classes, the slope")
+        yield s.compare(z.softmax(1)[0, 0], t[0], size, f"{classes} classes, p_y")
+        for step in (-0.25, 0.25):
+            moved = z.detach() + step * s.tensor([[1.0, *[0.0] * (classes - 1)]])
+            worse = float(xent.cross_entropy(moved, y, label_smoothing=epsilon)) > entropy
+            yield Deviation(0.0 if worse else math.inf, f"{classes} classes, a step of {step} is no better")
+
+
 @identity("class weights", "t = w∘((1 − ε)·e_y + ε/C)", section=1, allowed=4, because=ROUNDED)
 def class_weights(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:

@@ -92,6 +92,33 @@ def temperature(s: Setting) -> Iterator[Deviation]:
 
 
 @identity(
+    "the slope in β = 1/T",
+    "∂ℓ(βz)/∂β = ⟨a·p − t, z⟩, a·Var_p(z)",
+    section=7,
+    allowed=8,
+    because="as for a gradient, in the direction z",
+)
+def inverse_temperature(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        # whose products with z are numbers in float16, and where 0·∞ is not met
+        tame = batch.z.isfinite().all(1) & (batch.z.abs().amax(1) < 100)
+        z, exact = batch.z[tame], Exact(batch.z[tame].cpu().double())
+        z64, p, size = exact.z, exact.p, exact.z.abs().sum(1)
+        for kind, target, t in batch.targets:
+            t = t[tame.cpu()]
+            beta = torch.ones_like(z[:, :1]).requires_grad_()
+            losses = xent.cross_entropy(beta * z, target[tame], reduction="none")
+            (slope,) = torch.autograd.grad(losses, beta, torch.ones_like(losses), create_graph=True)
+            (bend,) = torch.autograd.grad(slope, beta, torch.ones_like(slope))
+            a, name = t.sum(1), f"{batch.name}, {kind} targets"
+            expected = (exact.gradient(t) * z64).sum(1)
+            yield s.compare(slope[:, 0], expected, exact.gradient_scale(t)[:, 0] * size, f"{name}, ∂ℓ/∂β")
+            centred = z64 - (p * z64).sum(1, keepdim=True)
+            expected = a * (p * centred.square()).sum(1)
+            yield s.compare(bend[:, 0], expected, a * p.norm(dim=1) * size.square(), f"{name}, ∂²ℓ/∂β²")
+
+
+@identity(
     "gradients through the head",
     "Wᵀ(a p − t), (a p − t)xᵀ, a p − t",
     section=4,
@@ -217,7 +244,30 @@ def surrogate(s: Setting) -> Iterator[Deviation]:
             yield s.compare(found, expected, scale, f"{batch.name}, {kind} targets")
 
 
-@identity("the surrogate's gradient", "exactly a·p − t", section=7, allowed=4, because=GRADIENT)
+@identity(
+    "the surrogate's own slope",
+    "∂(ℓ − a·H)/∂z = a·p − t + a·J·z",
+    section=7,
+    allowed=8,
+    because=GRADIENT,
+)
+def surrogate_own_gradient(s: Setting) -> Iterator[Deviation]:
+    """Of the function that the surrogate's value is; what `backward` gives is supplied in its place."""
+    for batch in s.batches:
+        t, exact = batch.q.cpu().double(), batch.exact
+        a = t.sum(1, keepdim=True)
+        own = first(rows_of(batch.q), batch.z).cpu().double()
+        own = own - a * first(xent.entropy, batch.z).cpu().double()
+        H = exact.entropy()[:, None]
+        Jz = torch.where(exact.p == 0, 0.0, exact.p * (H - exact.cost))  # z = −cost, up to a constant
+        slope = torch.where(exact.p == 0, 0.0, exact.p * (H + exact.cost))
+        # of H − cost both are rounded, and z − max z in each
+        scale = exact.gradient_scale(t) + a * (slope + exact.p * exact.entropy_scale()[:, None])
+        scale = scale + a * (exact.jacobian.abs() @ exact.distance[:, :, None])[:, :, 0]
+        yield s.compare(own, exact.gradient(t) + a * Jz, scale, batch.name, batch.z.dtype)
+
+
+@identity("the surrogate's gradient", "a·p − t, which is supplied", section=7, allowed=4, because=GRADIENT)
 def surrogate_gradient(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         for kind, target, t in batch.targets:
@@ -226,7 +276,9 @@ def surrogate_gradient(s: Setting) -> Iterator[Deviation]:
             yield s.compare(found, expected, scale, f"{batch.name}, {kind} targets")
 
 
-@identity("the surrogate's curvature", "a·(diag(p) − p pᵀ)", section=7, allowed=4, because=GRADIENT)
+@identity(
+    "the surrogate's curvature", "a·(diag(p) − p pᵀ), supplied too", section=7, allowed=4, because=GRADIENT
+)
 def surrogate_curvature(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         t = batch.q.cpu().double()

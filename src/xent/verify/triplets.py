@@ -33,6 +33,24 @@ def _size(m: Tensor, slope: Tensor) -> Tensor:
     return (slope * (m.abs() + math.log(m.shape[1] + 1))).sum(1)
 
 
+@identity("the loss in margins", "ℓ = log(1 + Σ_j exp(m_j))", section=6, allowed=8, because=ROUNDED)
+def in_margins(s: Setting) -> Iterator[Deviation]:
+    """And between the hardest triplet alone, and that many of it."""
+    for batch in s.batches:
+        m, top = _margins(batch), _margins(batch).amax(1)
+        found = xent.cross_entropy(batch.z, batch.y, reduction="none")
+        others = torch.where(top == -math.inf, -math.inf, m.logsumexp(1))
+        scale = batch.exact.loss_scale(batch.one_hot)
+        yield s.compare(found, _softplus(others), scale, batch.name)
+        hardest = xent.triplets.bounds(batch.z, batch.y)
+        for name, value, size in (
+            ("hardest_low", top, 0.0),
+            ("hardest_high", top + math.log(m.shape[1]), math.log(m.shape[1])),
+        ):
+            scale = _softplus(value) + torch.sigmoid(value) * (top.nan_to_num(neginf=0.0).abs() + size)
+            yield s.compare(getattr(hardest, name), _softplus(value), scale, f"{batch.name}, {name}")
+
+
 @identity(
     "a chain of triplet bounds", "hinge ≤ smooth ≤ tight ≤ ℓ ≤ union", section=6, allowed=8, because=ROUNDED
 )
@@ -94,6 +112,8 @@ def decomposition(s: Setting) -> Iterator[Deviation]:
             yield s.compare(whole, loss, scale, f"{batch.name}, {k} rivals and the others")
             largest = terms.sort(1, descending=True).values[:, :k]
             yield s.compare(found.losses, largest, scale[:, None], f"{batch.name}, {k} terms")
+            shared = found.shares.cpu().double() * loss[:, None]
+            yield s.compare(found.losses, shared, scale[:, None], f"{batch.name}, {k} terms as shares")
 
 
 @identity("the gradient in a margin", "∂ℓ/∂m_j = p_j", section=6, allowed=4, because="p is rounded once")
@@ -106,3 +126,24 @@ def gradient_in_a_margin(s: Setting) -> Iterator[Deviation]:
         others = batch.one_hot == 0
         p = batch.exact.p[others].reshape(found.shape)
         yield s.compare(found, p, batch.exact.gradient_scale(batch.one_hot), batch.name)
+
+
+@identity(
+    "squared distances as scores",
+    "2⟨x, w⟩ − ‖w‖² = ‖x‖² − ‖x − w‖²",
+    section=6,
+    allowed=8,
+    because="a product of D terms is rounded D times, in any order",
+)
+def squared_distances(s: Setting) -> Iterator[Deviation]:
+    for batch in s.batches:
+        if batch.head is None:
+            continue
+        x, w, y = batch.head.x, batch.head.w, batch.y
+        bias = -w.square().sum(1) / 2
+        found = 2 * xent.triplets.linear_margins(x, w, y, linear_bias=bias)
+        x64, w64, own = x.cpu().double(), w.cpu().double(), batch.one_hot.bool()
+        scores = -(x64[:, None] - w64).square().sum(2)
+        size = x64.square().sum(1, keepdim=True) + 2 * x64.abs() @ w64.abs().T + w64.square().sum(1)
+        expected, scale = (scores - scores[own][:, None])[~own], (size + size[own][:, None])[~own]
+        yield s.compare(found, expected.view_as(found), scale.view_as(found), batch.name, s.dtype)
