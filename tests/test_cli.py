@@ -579,3 +579,10 @@ def test_ctrl_c_saves_the_best_model_so_far(tmp_path):
     model = model_file.load(tmp_path / "m" / "model.safetensors")
     assert np.abs(model.weight).max() > 0
     assert not list(tmp_path.glob("m/.*"))  # nothing half-written
+
+
+def test_an_output_that_is_a_directory_is_refused_before_the_work(tmp_path):
+    (tmp_path / "out.csv").mkdir()
+    found = run("predict", "m.safetensors", "a.csv", "-o", tmp_path / "out.csv", code=2)
+    assert found.exit_code == 2
+    assert "it is a directory; name a file" in found.stderr

@@ -404,8 +404,8 @@ NO_TENSORS = {
         lambda: xent.binary_cross_entropy([0.5], torch.ones(1)),
         lambda: xent.kl_div([0.5], torch.ones(1)),
         lambda: xent.kl_divergence(target=X, input=[1.0]),
-        lambda: xent.fit_temperature(X.numpy(), Y),
     ],
+    "logits": [lambda: xent.fit_temperature(X.numpy(), Y)],
     "linear_weight": [lambda: xent.linear_cross_entropy(X, torch.nn.Linear(3, 4), Y)],
     "target": [
         lambda: xent.cross_entropy(X, [0, 1]),

@@ -82,7 +82,7 @@ WRONG = {
     "num_classes": [*WHOLE, *NONE, 0],
     "num_samples": [*WHOLE, *NONE, 0],
     "samples": [*WHOLE, *NONE, 0],
-    "max_iterations": [*WHOLE, 0],
+    "max_iterations": [*WHOLE, -1],
     # flags and names
     "check_targets": FLAG,
     "bits": [*FLAG, None],

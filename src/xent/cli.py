@@ -298,11 +298,12 @@ def predict(
     """
     from xent.probe import evaluate, model_file
     from xent.probe import predict as job
-    from xent.probe.files import check_writable, folder
+    from xent.probe.files import check_file, check_writable, folder
 
     with join(timeout) as ranks:
         with ranks.together():
             evaluate.check_suffix(output)
+            check_file(output)
             _keep_inputs(output, model, data, *([Path(label)] if label else []))
             if ranks.first:
                 check_writable(output.parent)

@@ -56,7 +56,7 @@ from xent.target import (
     thawed_target,
     with_wide_indices,
 )
-from xent.validators import valid
+from xent.validators import as_number, valid
 
 VALIDATED = (
     "ignore_index",
@@ -624,6 +624,7 @@ def as_margin(value: object) -> Margin | None:
     """Return a margin, of which a number is the cosine's."""
     if value is None or isinstance(value, Margin):
         return value
+    as_number("margin", value, "a number or a xent.Margin")
     return Margin(valid("margin", value))
 
 

@@ -254,7 +254,7 @@ def _shown(value: Any) -> str:
 
 
 POSITIVE = Number("positive and finite", 0.0)
-NONNEGATIVE = Number("finite and not negative", 0.0, ends="low")
+NONNEGATIVE = Number("at least 0 and finite", 0.0, ends="low")
 FINITE = Number("finite")
 
 OPTIONS: dict[str, Validator] = {
@@ -302,7 +302,7 @@ OPTIONS: dict[str, Validator] = {
     "l2": NONNEGATIVE,
     "damping": NONNEGATIVE,
     "tolerance": POSITIVE,
-    "max_iterations": Whole("at least 1, or None", 1, optional=True),
+    "max_iterations": Whole("at least 0, or None", 0, optional=True),
     # modules
     "in_features": Whole("at least 0", 0),
     "num_prototypes": Whole("at least 1", 1),

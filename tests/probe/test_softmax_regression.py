@@ -491,3 +491,10 @@ def test_parameters_refused(parameters):
 
 def test_it_is_a_name_of_the_package():
     assert xent.SoftmaxRegression is SoftmaxRegression
+
+
+def test_masses_of_any_size_have_a_score():
+    X, y = load_iris(return_X_y=True)
+    model = SoftmaxRegression().fit(X, y)
+    T = np.eye(3)[y]
+    assert model.score(X, T * 1e308) == pytest.approx(model.score(X, T), rel=1e-12)

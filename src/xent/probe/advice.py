@@ -35,7 +35,7 @@ def advice(descent: Descent, words: Words) -> str:
     single = dtype == np.float32
     if not np.isfinite(descent.gradient_norm):
         wider = ", or pass float64 features" if single else ""
-        return f"the features are too large for {dtype}; scale them down{wider}"
+        return f"features, masses or weights are too large for {dtype}; scale them down{wider}"
     if not descent.stalled:
         return f"{words.max_iter} is reached; raise {words.max_iter} or {words.tol}"
     newton = None if descent.solver == "newton-cg" else words.newton

@@ -137,13 +137,16 @@ def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labe
         raise BadInput(f"{path}: the features are of type {stored.dtype}, not real numbers")
     check_columns(path, shape[1])
     if labels is not None and labels.rows != stored.rows:
-        raise BadInput(f"{path}: {stored.rows} rows, but {labels.where} holds {labels.rows} labels")
+        raise BadInput(
+            f"{path}: {stored.rows} rows, but {labels.where} holds {labels.rows} labels; "
+            f"bring them together, or {wanted.other_labels}"
+        )
     names = [f"x{j}" for j in range(shape[1])]
     # the label is another array, not one of these columns
     features = choose(path, dataclasses.replace(wanted, label=None), names, [True] * len(names))
     if wanted.width is not None and wanted.width != shape[1]:
         raise BadInput(
-            f"{path}: has {shape[1]:,} columns, and {wanted.model} was fitted on arrays of {wanted.width:,}; "
+            f"{path}: has {shape[1]:,} columns, and {wanted.model} takes arrays of {wanted.width:,}; "
             "bring the array to the same columns, in the same order"
         )
     dtype = np.dtype(np.float32 if kind == "f" and stored.dtype.itemsize <= 4 else np.float64)
@@ -153,7 +156,8 @@ def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labe
     array = stored.part(share)
     if features != names:
         array = array[:, [int(name[1:]) for name in features]]
-    matrix = np.ascontiguousarray(array, dtype=dtype)
+    with np.errstate(over="ignore"):  # what leaves the type is not finite, which is looked at next
+        matrix = np.ascontiguousarray(array, dtype=dtype)
     check_finite(path, wanted, matrix, features, rows.start)
     table = Table(str(path), matrix, tuple(features), start=rows.start, width=shape[1])
     if labels is None:
@@ -165,11 +169,14 @@ def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labe
 def _array_labels(wanted: Wanted, share: Share, stored: _Stored) -> tuple[np.ndarray, np.ndarray]:
     where, shape, dtype = stored.where, stored.shape, stored.dtype
     if len(shape) != 1 and shape[1:] != (1,):
-        raise BadInput(f"{where}: labels are to be one-dimensional; this array has shape {shape}")
+        raise BadInput(
+            f"{where}: labels are to be one-dimensional; this array has shape {shape}; "
+            f"make it one class a row, or {wanted.other_labels}"
+        )
     if dtype.kind not in ("SUiub" if wanted.model is None else "SUiubf"):
         raise BadInput(
             f"{where}: labels are text, integers or booleans, not {dtype}; cast them first "
-            "if they are classes, else name other labels with --label"
+            f"if they are classes, else {wanted.other_labels}"
         )
     length = dtype.itemsize // (4 if dtype.kind == "U" else 1)
     if length > MOST_NAME:

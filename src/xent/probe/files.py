@@ -61,6 +61,12 @@ def discard_unfinished() -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_file(path: Path) -> None:
+    """Raise ``BadInput`` if a file cannot take the path's place."""
+    if path.is_dir():
+        raise BadInput(f"cannot write to {path}: it is a directory; name a file")
+
+
 def check_writable(folder: Path) -> None:
     """Raise ``BadInput`` unless files can be made in ``folder``, or in the nearest one above that exists.
 

@@ -11,6 +11,7 @@ What makes them one class is the *kind* of a model's labels, which the model kee
 from __future__ import annotations
 
 import decimal
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -54,6 +55,8 @@ def meaning(label: Any, kind: Kind) -> int | bool | str | None:
 
     >>> [meaning(label, "whole") for label in (3, 3.0, "3", " 3.0 ", "+3", "03", 3.5, "three")]
     [3, 3, 3, 3, 3, None, None, None]
+    >>> meaning(float(2**53), "whole"), meaning(2**53, "whole") == 2**53, meaning(True, "whole")
+    (None, True, None)
     >>> [meaning(label, "boolean") for label in (True, "True", "true", 1, 1.0, "1", "yes")]
     [True, True, True, True, True, True, None]
     >>> [meaning(label, "text") for label in (True, "True", 1, 1.0, "1")]
@@ -61,9 +64,10 @@ def meaning(label: Any, kind: Kind) -> int | bool | str | None:
     """
     if kind == "text":
         return class_text(label)
-    truth = _TRUTH.get(label.strip().lower()) if kind == "boolean" and isinstance(label, str) else None
-    if truth is not None:
-        return truth
+    if kind == "boolean":
+        truth = _TRUTH.get(str(label).strip().lower())
+        if truth is not None:
+            return truth
     value = _whole(label)
     if kind == "whole":
         return value
@@ -71,14 +75,28 @@ def meaning(label: Any, kind: Kind) -> int | bool | str | None:
 
 
 def _whole(label: Any) -> int | None:
-    """Return the whole number that a label is, if it is one."""
+    """Return the whole number that a label is, if it is one, and no other is written alike in its type."""
+    if isinstance(label, bool | np.bool_):
+        return None
+    if isinstance(label, float | np.floating):
+        # beyond, its neighbours are rounded to it
+        within = abs(float(label)) < 2.0 ** (np.finfo(type(label)).nmant + 1)
+        return int(label) if within and float(label).is_integer() else None
     if not isinstance(label, str):
-        return int(label) if float(label).is_integer() else None
+        return int(label)
     text = label.strip()
     if not _NUMBER.fullmatch(text):
         return None
     value = decimal.Decimal(text)
+    if not _WHOLE.fullmatch(text) and abs(value) >= 2**53:  # a float64 once
+        return None
     return int(value) if value == value.to_integral_value() else None
+
+
+def comparison_kind(classes: np.ndarray, kind: Kind) -> Kind:
+    """Return the kind by which labels are compared: the whole numbers 0 and 1 are booleans too."""
+    two = kind == "whole" and {int(each) for each in classes.tolist()} == {0, 1}
+    return "boolean" if two else kind
 
 
 def look_like_numbers(classes: np.ndarray, rows: int) -> bool:
@@ -88,6 +106,8 @@ def look_like_numbers(classes: np.ndarray, rows: int) -> bool:
     try:
         values = [float(label) for label in classes.tolist()]
     except ValueError:
+        return False
+    if not all(map(math.isfinite, values)):  # nan is a missing label that was written out
         return False
     return not all(value.is_integer() for value in values) or 2 * len(values) > rows
 

@@ -157,10 +157,12 @@ def _encoded(path: Path, wanted: Wanted, column: Any, label: str) -> tuple[np.nd
     if pa.types.is_floating(kind) and wanted.model is not None:
         values, codes = np.unique(column.to_numpy(), return_inverse=True)
         return codes.astype(np.int64), values
+    if pa.types.is_decimal(kind) and kind.scale == 0:
+        column, kind = column.cast(pa.int64()), pa.int64()
     if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
         raise BadInput(
             f"{path}: label column {quoted(label)} holds {kind}; labels are text, integers, booleans: "
-            "cast it first if it holds classes, else name another column with --label"
+            f"cast it first if it holds classes, else {wanted.other_labels}"
         )
     if str(kind) == "string_view" and not encoded:
         column = column.cast(pa.large_string())

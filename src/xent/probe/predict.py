@@ -11,7 +11,7 @@ from xent.probe import data
 from xent.probe.data import Table
 from xent.probe.errors import BadInput
 from xent.probe.evaluate import Evaluation, evaluate
-from xent.probe.labels import meaning
+from xent.probe.labels import comparison_kind, meaning
 from xent.probe.model_file import Model
 from xent.probe.ranks import ALONE, Ranks
 from xent.probe.table import some
@@ -58,8 +58,9 @@ def score(model: Model, table: Table, ranks: Ranks = ALONE) -> Scored | None:
     """
     if table.codes is None or table.classes is None:
         return None
-    known = {meaning(value, model.kind): code for code, value in enumerate(model.classes.tolist())}
-    own = [known.get(meaning(value, model.kind), -1) for value in table.classes]
+    kind = comparison_kind(model.classes, model.kind)
+    known = {meaning(value, kind): code for code, value in enumerate(model.classes.tolist())}
+    own = [known.get(meaning(value, kind), -1) for value in table.classes]
     place = np.array([*own, -1], dtype=np.int64)  # the last is where −1 points
     codes = place[table.codes]
     counts = ranks.sum(np.bincount(table.codes[table.codes >= 0], minlength=len(own)))

@@ -278,6 +278,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 f"one column for each, in the order of classes_"
             )
         mass = y.astype(np.float64)
+        mass /= max(float(mass.max()), 1.0)  # a share, whose sums stay in range
         if weight is not None:
             mass *= weight[:, None]
         total = mass.sum()

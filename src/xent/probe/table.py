@@ -71,6 +71,13 @@ class Wanted:
         """Whether a row without a label is an error."""
         return not self.label_optional and self.model is None
 
+    @property
+    def other_labels(self) -> str:
+        """How this command does without these labels."""
+        if self.model is not None and self.label_optional:
+            return "rename it to predict without labels"
+        return "name another with --label"
+
     def without(self, column: str) -> str:
         """How this command does without a column."""
         if self.model is not None:
