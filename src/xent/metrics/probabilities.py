@@ -100,7 +100,7 @@ class Probabilities:
         found = p[row].sum(dtype=statistics_dtype(p.device)).item()
         dtype = str(self.rows.source.dtype).removeprefix("torch.")
         said = f"y_pred sums to {found:.9g} at row {start + row}, and the probabilities of a row sum to 1"
-        if abs(found - 1) <= self.nearly:
+        if abs(found - 1) <= self.nearly * HAIR:
             return (
                 f"{said} (± {self.exact:.2g} for {self.classes} columns of {dtype}); pass renormalize=True "
                 f"to divide each row by its sum, or all digits that were computed"
