@@ -15,7 +15,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import xent
-from xent.core import coupling, sinkhorn
+from xent.core import ascent, coupling, sinkhorn
 from xent.sinkhorn import assign
 
 F64 = torch.float64
@@ -286,9 +286,9 @@ def check_small_epsilon(seeds, ratio, dtype=F64, digits=True):
             assert one.plan.isfinite().all(), seed
             assert one.error.isfinite(), seed
             assert one.converged, seed
-            assert one.iterations <= 400, seed
             assert (one.plan.sum(1) - row).abs().max() < 1e-6, seed
             assert (one.plan.sum(0) - column).abs().sum() < 1.2e-6, seed
+        assert usual.iterations <= 400, seed
         if digits:
             right = in_sixty_digits(scores, epsilon, row, column, found.potentials)
             rounding = 0 if dtype == F64 else 1e-7
@@ -299,7 +299,8 @@ def check_small_epsilon(seeds, ratio, dtype=F64, digits=True):
 @pytest.mark.parametrize("ratio", [1e3, 1e5, 1e8])
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
 def test_plans_at_small_epsilons(ratio, dtype):
-    check_small_epsilon(range(25), ratio, dtype)
+    # of the last four two were cycles of steps, two hung by entries of a billionth
+    check_small_epsilon([*range(25), 1407, 2373, 2738, 3241], ratio, dtype)
 
 
 @pytest.mark.slow
@@ -475,6 +476,24 @@ def test_any_scores_have_a_finite_plan(scale, epsilon, options):
             )
             assert found.plan.isfinite().all()
             assert found.error.isfinite()
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e5])
+def test_masked_plans_at_small_epsilons(ratio):
+    """A mask that leaves room for one plan at least: what is forbidden is as if it were far below."""
+    for seed in range(25):
+        scores, row, column = random_problem(seed)
+        corner = torch.minimum(row.cumsum(0)[:, None], column.cumsum(0))
+        some = corner.diff(dim=0, prepend=torch.zeros(1, len(column), dtype=F64))
+        some = some.diff(dim=1, prepend=torch.zeros(len(row), 1, dtype=F64)) > 1e-12
+        mask = some | (torch.rand(scores.shape) < 0.4)
+        epsilon = (float(scores.max() - scores.min()) or 1.0) / ratio
+        options = dict(epsilon=epsilon, row_marginal=row, column_marginal=column)
+        found = assign(scores, mask=mask, **options)
+        assert found.converged, seed
+        assert (found.plan[~mask] == 0).all(), seed
+        distant = assign(torch.where(mask, scores, -1e3), **options)
+        assert (found.plan - distant.plan).abs().max() < 1e-5, seed
 
 
 def test_tiny_masses_at_a_small_epsilon():
@@ -1091,3 +1110,17 @@ def test_newton_on_conjugate_gradients(monkeypatch):
     found = assign(scores, epsilon=0.02, tolerance=1e-12)
     assert found.converged
     assert (found.plan - right.plan).abs().max() < 1e-8
+
+
+def test_newtons_steps_never_lower_the_dual():
+    """Two states whose errors halve each other's would be a cycle, if that alone let a step be taken."""
+    for seed in [*range(20), 1407]:
+        scores, row, column = random_problem(seed)
+        epsilon = (float(scores.max() - scores.min()) or 1.0) / 100
+        problem = sinkhorn.Problem(scores[None], row[None], column[None], epsilon)
+        state, count = sinkhorn.fixed(problem, torch.zeros_like(row)[None], 1)
+        for _ in range(60):
+            before, _ = problem.dual(state.f, state.g, state.q)
+            state, count = ascent.newton(problem, sinkhorn.Found(state, count), 1e-12, count + 3)
+            after, rounding = problem.dual(state.f, state.g, state.q)
+            assert after >= before - 2 * rounding, seed
