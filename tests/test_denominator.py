@@ -9,8 +9,9 @@ import torch
 import xent
 from xent import curvature
 
-Z, Y = torch.randn(6, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 4, 0])
-X, W = torch.randn(6, 3, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+GENERATOR = torch.Generator().manual_seed(0)
+Z, X, W = (torch.randn(shape, dtype=torch.float64, generator=GENERATOR) for shape in ((6, 5), (6, 3), (5, 3)))
+Y = torch.tensor([0, 1, 2, 3, 4, 0])
 NOTHING = torch.full((6,), -100)
 LOSSES = {
     "logits": lambda y, **options: xent.cross_entropy(Z.clone().requires_grad_(), y, **options),
