@@ -232,7 +232,7 @@ class _Door(NamedTuple):
 
 
 def _broadcasts(t: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a tensor expands to a shape."""
+    """Return whether a tensor expands to a shape."""
     sizes = shape[len(shape) - t.ndim :]
     return t.ndim <= len(shape) and all(have in (1, size) for have, size in zip(t.shape, sizes, strict=True))
 

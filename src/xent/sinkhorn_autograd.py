@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
 
     @property
     def relaxed(self) -> bool:
-        """Whether both sides may give way."""
+        """True where both sides may give way."""
         return not math.isinf(self.row_relaxation) and not math.isinf(self.column_relaxation)
 
 
@@ -82,7 +82,7 @@ def checked(
 
 
 def problem_of(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor) -> Problem:
-    """The same without derivatives, leading dimensions as one."""
+    """Return the problem without derivatives, its leading dimensions as one."""
     s, r, c = (flat(t, scores.ndim - 2) for t in (scores, row, column))
     return Problem(s, r, c, recipe.epsilon, recipe.row_relaxation, recipe.column_relaxation)
 

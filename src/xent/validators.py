@@ -161,7 +161,7 @@ class ByClass:
 
 @dataclass(frozen=True)
 class Seed:
-    """What scikit-learn makes random numbers from: None, a whole number or NumPy's ``RandomState``."""
+    """A source of random numbers, as scikit-learn takes it: None, a whole number or NumPy's ``RandomState``."""
 
     def __call__(self, name: str, value: Any) -> Any:
         if value is None or isinstance(value, np.random.RandomState):

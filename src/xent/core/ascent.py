@@ -74,7 +74,7 @@ def plain(
 
 
 def annealed(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
-    """Where ε is small, the plan of potentials that plans at falling ε have led to."""
+    """Return the plan at a small ε, started from the potentials of plans at falling ε."""
     state, count = found
     done = bool((state.error <= tolerance).all())
     rungs = [] if done else _rungs(problem, state.g)
@@ -104,7 +104,7 @@ def _rungs(problem: Problem, g: Tensor) -> list[float]:
 
 
 def _spread(problem: Problem, g: Tensor) -> float:
-    """How far the worst pair that is allowed lies below its row's best, with the columns' potentials in."""
+    """Return how far the worst allowed pair lies below its row's best, with the columns' potentials added."""
     widest = 0.0
     for items, rows in blocks(problem.scores):
         z = problem.scores[items, rows] + g[items, None, :]

@@ -65,7 +65,7 @@ class Problem:
         return torch.where(self.column > 0, self.column * gap.exp(), 0.0)
 
     def at(self, epsilon: float) -> Problem:
-        """The same at another ε."""
+        """Return the same problem at another ε."""
         return replace(self, epsilon=epsilon)
 
     def dual(self, f: Tensor, g: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,7 +208,7 @@ def columns_from_plan(problem: Problem, state: State) -> Tensor:
 
 
 def lost(problem: Problem, state: State) -> bool:
-    """Whether the sum of a column with mass has left the range of numbers, above or below."""
+    """Return whether the sum of a column with mass has left the range of numbers, above or below."""
     within = (state.q > 0) & (state.q < math.inf)
     return not bool((within | (problem.column == 0)).all())
 

@@ -93,7 +93,7 @@ def shown(values: np.ndarray, most: int = 8) -> str:
 
 
 def missing(value: Any) -> bool:
-    """Whether a value stands for none: None, nan of any type, pandas' NA, a date that is none."""
+    """Return whether a value stands for none: None, nan of any type, pandas' NA, a date that is none."""
     try:
         return value is None or bool(value != value)
     except TypeError:  # NA has no truth

@@ -43,12 +43,12 @@ class Probabilities:
 
     @property
     def exact(self) -> float:
-        """How far a sum may be off 1 for the row to count as it is."""
+        """The largest distance of a sum from 1 at which the row counts as it is."""
         return max(math.sqrt(self.rows.eps), CONVERTED, self.classes * SIX_PLACES)
 
     @property
     def nearly(self) -> float:
-        """How far a sum may be off 1 for the row to count once it is divided by it."""
+        """The largest distance of a sum from 1 at which the row counts once it is divided by it."""
         return max(FEW_DIGITS, self.exact)
 
     @property
@@ -77,7 +77,7 @@ class Probabilities:
         return p / p.sum(1, keepdim=True) if self.renormalize else p
 
     def _off(self, p: Tensor) -> Tensor:  # (R, C) → (R,) bool
-        """Whether a row's sum is too far off 1: in float64, so that all parts judge a row alike."""
+        """Return whether each row's sum is too far off 1, in float64, so that all parts judge a row alike."""
         sums = p.sum(1, dtype=statistics_dtype(p.device))
         return ~((sums - 1).abs() <= self.tolerance * HAIR) | (sums == 0)
 

@@ -11,7 +11,7 @@ from xent.probe.descent import Descent
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-    """What the ways out are called."""
+    """The names that a caller has for the ways out."""
 
     max_iter: str
     tol: str

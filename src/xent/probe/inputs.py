@@ -85,7 +85,7 @@ def cast_to(array: np.ndarray, dtype: np.dtype, name: str, axis: str = "row") ->
 
 
 def _absent(y: np.ndarray) -> np.ndarray:
-    """Where there is no value, or one that is not finite."""
+    """Return a mask of the entries that are missing or not finite."""
     if y.dtype.kind in "fc":
         return ~np.isfinite(y)
     if y.dtype.kind in "mM":

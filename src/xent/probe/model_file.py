@@ -55,7 +55,7 @@ class Model:
 
     @property
     def array_width(self) -> int | None:
-        """How many columns an array for this model has; None where nothing says so."""
+        """The number of columns of an array for this model; None where it is not known."""
         count = len(self.feature_names)
         every = self.feature_names == tuple(f"x{j}" for j in range(count))
         return count if self.width is None and every else self.width

@@ -68,18 +68,18 @@ class Wanted:
 
     @property
     def every_row(self) -> bool:
-        """Whether a row without a label is an error."""
+        """True where a row without a label is an error."""
         return not self.label_optional and self.model is None
 
     @property
     def other_labels(self) -> str:
-        """How this command does without these labels."""
+        """The advice to a command that is to go on without these labels."""
         if self.model is not None and self.label_optional:
             return "rename it to predict without labels"
         return "name another with --label"
 
     def without(self, column: str) -> str:
-        """How this command does without a column."""
+        """Return the advice to a command that is to go on without a column."""
         if self.model is not None:
             return "fit a model without the column"
         if self.features is not None:

@@ -252,7 +252,7 @@ def surrogate(s: Setting) -> Iterator[Deviation]:
     because=GRADIENT,
 )
 def surrogate_own_gradient(s: Setting) -> Iterator[Deviation]:
-    """Of the function that the surrogate's value is; what `backward` gives is supplied in its place."""
+    """Compare the gradient of the surrogate's value, in whose place `backward` gives another."""
     for batch in s.batches:
         t, exact = batch.q.cpu().double(), batch.exact
         a = t.sum(1, keepdim=True)
