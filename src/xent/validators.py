@@ -161,7 +161,7 @@ class ByClass:
 
 @dataclass(frozen=True)
 class Seed:
-    """A source of random numbers, as scikit-learn takes it: None, a whole number or NumPy's ``RandomState``."""
+    """A source of random numbers: None, a whole number or NumPy's ``RandomState``, as in scikit-learn."""
 
     def __call__(self, name: str, value: Any) -> Any:
         if value is None or isinstance(value, np.random.RandomState):
