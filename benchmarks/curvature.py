@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import grad, jvp
 
 import xent
-from xent.core.matmul import fast_products, multiply_
+from xent._core.matmul import fast_products, multiply_
 
 MANY = 16
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 import memory
 import xent
-from xent.core import matmul
+from xent._core import matmul
 
 SHAPES = [
     (2048, 768, 32768),

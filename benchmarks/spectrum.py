@@ -71,7 +71,7 @@ def draw(path: str) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    from xent import figures
+    from xent.report import figures
 
     found = operators(1.0)
     shown = (  # points that a name stands above its curve's end

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import threadpoolctl
 import torch
 from hypothesis import settings
 
@@ -21,6 +22,19 @@ def seeded_and_restored():
     before = _settings()
     yield
     assert _settings() == before, "a global torch setting was changed"
+
+
+ON_ONE_THREAD = ("cli", "data", "linear_model", "processes")
+"""Their problems are small, and workers whose threads wait for each other are slower."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    if request.path.parent.name not in ON_ONE_THREAD:
+        yield
+        return
+    with threadpoolctl.threadpool_limits(1):
+        yield
 
 
 def _settings() -> tuple:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import xent
-from xent.core import reference
+from xent._core import reference
 
 SHIFT_Z_LOSS = "z-loss penalises lse² itself, which a shift moves"
 SHIFT_SOFTCAP = "tanh is not translation-equivariant"
@@ -211,7 +211,7 @@ NO_HEAD = "takes logits alone, so there is no head to compare with"
 UNTILED = {"tiling": NO_TILES, "half_linear": NO_TILES, "dense_equals_linear": NO_HEAD}
 SURROGATE = UNWEIGHTED | UNTILED
 SURROGATE |= {
-    "finite_differences": "its derivatives are cross-entropy's, with which tests/test_surrogate.py compares",
+    "finite_differences": "its derivatives are cross-entropy's, with which test_surrogate.py compares",
     "convex": "its value is no function that its derivatives belong to",
     "leaving_out": "the plain product before it carries nan features into the weight's gradient",
 }
@@ -248,7 +248,7 @@ OTHERS = [
         | UNTILED
         | {
             "leaving_out": NO_WEIGHTS,
-            "finite_differences": "t·log t bends too sharply near 0 for its steps: tests/test_divergence.py",
+            "finite_differences": "t·log t bends too sharply near 0 for its steps: test_kl_divergence.py",
         },
     ),
     Row(
@@ -261,7 +261,7 @@ OTHERS = [
             "shift": "each logit is measured against 0, not against the others",
             "gradient_sum": "each element is a row of two classes of its own",
             "permutation": "there is a loss for every class, and it moves with the class",
-            "leaving_out": "takes no sample weight; tests/test_binary.py leaves elements out by weight 0",
+            "leaving_out": "takes no sample weight; test_binary.py leaves elements out by weight 0",
         },
     ),
 ]
@@ -406,7 +406,7 @@ def plain_kl_div(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
     return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
 
 
-def taught(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options: Any) -> Tensor:
+def distilled(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options: Any) -> Tensor:
     """KL of a head and a teacher whose softmax is the target."""
     teacher = target.log(), torch.eye(target.shape[1], dtype=target.dtype)
     return xent.linear_kl_divergence(student=(x, w, b), teacher=teacher, **options)
@@ -436,8 +436,10 @@ LOSSES = {
         lambda z, target, **options: xent.kl_div(z.log_softmax(1), target, **options), None, plain_kl_div
     ),
     "linear_kl": Loss(
-        lambda z, target, **options: taught(z, torch.eye(z.shape[1], dtype=z.dtype), None, target, **options),
-        lambda x, w, b, target, **options: taught(x, w, b, target, **options),
+        lambda z, target, **options: distilled(
+            z, torch.eye(z.shape[1], dtype=z.dtype), None, target, **options
+        ),
+        lambda x, w, b, target, **options: distilled(x, w, b, target, **options),
         plain_kl,
     ),
     "entropy": of_rows("entropy"),

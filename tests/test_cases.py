@@ -147,7 +147,7 @@ def test_ignored_row_inf_bias():
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_smoothing_weight_ignore(reduction):
-    from xent.core import reference
+    from xent._core import reference
 
     z, weight = torch.randn(6, 5, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
     target = torch.tensor([0, -100, 4, 2, -100, 1])
@@ -195,11 +195,11 @@ def test_frozen_features():
 
 def test_frozen_weight(monkeypatch):
     """The (C, D) gradient of a frozen weight is not allocated."""
-    from xent.core import arithmetic
+    from xent._core import ops
 
     made = []
     plain = torch.empty
-    monkeypatch.setattr(arithmetic.torch, "empty", lambda *s, **k: (made.append(s[0]), plain(*s, **k))[1])
+    monkeypatch.setattr(ops.torch, "empty", lambda *s, **k: (made.append(s[0]), plain(*s, **k))[1])
     x, w = torch.randn(4, 3, requires_grad=True), torch.randn(500, 3)
     # with an option, so that the sweep runs: without one a product makes what is wanted, and nothing else
     xent.linear_cross_entropy(x, w, torch.tensor([0, 1, 2, 3]), temperature=2.0).backward()

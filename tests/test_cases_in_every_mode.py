@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.func import grad, jacfwd, vmap
 
 import xent
-from xent.core import reference
+from xent._core import reference
 
 NAN, INF = math.nan, math.inf
 DOUBLE = torch.float64

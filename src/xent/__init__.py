@@ -4,18 +4,25 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 from xent import curvature, metrics, nn, sinkhorn, triplets
-from xent.binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
-from xent.core.margin import Margin
-from xent.divergence import kl_divergence, linear_kl_divergence
-from xent.functional import cross_entropy, linear_cross_entropy
-from xent.rows import RowStatistics, entropy, linear_row_statistics, linear_top_k, row_statistics, top_k
-from xent.subset import sample_classes
-from xent.surrogate import surrogate_cross_entropy
-from xent.target import TopKTarget
-from xent.temperature import fit_temperature
+from xent._arguments.class_subset import sample_classes
+from xent._calibration import fit_temperature
+from xent._core.margin import Margin
+from xent._core.target import TopKTarget
+from xent._row_statistics import (
+    RowStatistics,
+    entropy,
+    linear_row_statistics,
+    linear_top_k,
+    row_statistics,
+    top_k,
+)
+from xent.losses._binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
+from xent.losses._cross_entropy import cross_entropy, linear_cross_entropy
+from xent.losses._kl_divergence import kl_divergence, linear_kl_divergence
+from xent.losses._surrogate import surrogate_cross_entropy
 
 if TYPE_CHECKING:
-    from xent.probe import SoftmaxRegression
+    from xent.linear_model import SoftmaxRegression
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,7 +56,7 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     if name == "SoftmaxRegression":  # needs an extra, which importing xent must not
-        return _import_module("xent.probe").SoftmaxRegression
+        return _import_module("xent.linear_model").SoftmaxRegression
     raise AttributeError(f"module 'xent' has no attribute {name!r}")
 
 

@@ -16,7 +16,7 @@ def main() -> None:
 
 def _command_line() -> Callable[[], object]:
     try:
-        from xent.cli import cli
+        from xent.cli.commands import cli
     except ModuleNotFoundError as error:
         if error.name in {"click", "rich"}:
             sys.exit(f"xent: the command line needs {error.name}: pip install 'xent[cli,probe]'")

@@ -14,7 +14,7 @@ import torch
 
 import xent
 from exact import exact, gradient_bound, loss_bound, norm
-from xent.core import reference
+from xent._core import reference
 
 KINDS = ["normal", "confident", "beyond doubt", "hopeless", "huge offset", "masked", "wide"]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import xent
-from xent.core import matmul
+from xent._core import matmul
 
 CPU = torch.device("cpu")
 LARGE = 1 << 30

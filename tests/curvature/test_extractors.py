@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 import xent
 from table import ROWS, problem, spelt_out
-from xent.core import reference
+from xent._core import reference
 from xent.curvature import (
     HeadFisher,
     HeadGGN,

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import xent
 from table import ROWS, problem, spelt_out
-from xent.core import reference
+from xent._core import reference
 from xent.curvature import HeadFisher, HeadGGN, HeadHessian
 
 # margins and samples of the classes have no operator
@@ -190,9 +190,9 @@ def test_monte_carlo_fisher_converges_to_the_type_2_and_the_empirical_does_not()
 
 def test_labels_are_drawn_as_often_as_they_are_likely():
     """Whole and in tiles; a masked class never."""
-    from xent.core import sweep
-    from xent.core.sampling import sample, uniforms
-    from xent.options import Options
+    from xent._arguments.call import Options
+    from xent._core.tiles import sweep
+    from xent.curvature._sampling import sample, uniforms
 
     u = uniforms(torch.arange(2), 20_000, seed=0)
     z = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -1.0, 0.5], [5.0, -50.0, 0.0, 0.0, 0.0, -torch.inf]])
@@ -209,9 +209,9 @@ def test_labels_are_drawn_as_often_as_they_are_likely():
 
 def test_a_class_without_probability_is_never_drawn():
     """Not even by the smallest and the largest numbers there are."""
-    from xent.core import sweep
-    from xent.core.sampling import sample
-    from xent.options import Options
+    from xent._arguments.call import Options
+    from xent._core.tiles import sweep
+    from xent.curvature._sampling import sample
 
     w = torch.tensor([[-1e9], [0.0], [0.0], [-1e9]])
     (part,) = Options().of_head(torch.ones(1, 1), w, None, None).parts

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 
 import xent
 from table import ROWS, problem
-from xent.curvature import HeadGGN, HeadHessian, conjugate, newton_step
-from xent.curvature.newton import loss_gradient
+from xent.curvature import HeadGGN, HeadHessian, _cg, newton_step
+from xent.curvature._newton import loss_gradient
 
 TABLE = [r for r in ROWS if "margin" not in r.options and not r.sampled]
 PRECONDITIONERS = ["class-blocks", "kronecker", "diagonal", None]
@@ -333,7 +333,7 @@ def test_a_step_that_would_leave_the_range_of_the_type_is_none():
 
 def test_a_solution_beyond_the_range_of_the_type_is_taken_back():
     right = torch.full((2, 3), 1e20)
-    found = conjugate.refined(lambda v: v * 1e-30, right, lambda r: r, 1e-6, 10)
+    found = _cg.refined(lambda v: v * 1e-30, right, lambda r: r, 1e-6, 10)
     assert not found.found.converged
     assert not found.found.solution.any()
     assert found.decrease == 0.0

@@ -325,8 +325,8 @@ def test_errors_say_what_and_the_way_out(call, error, match):
 
 
 def test_a_head_spread_over_processes_is_refused():
-    from xent.core.curvature import Curvature, Form
-    from xent.options import Options
+    from xent._arguments.call import Options
+    from xent.curvature._tiles import Curvature, Form
 
     (part,) = Options().of_head(X, W, None, Y).parts
     with pytest.raises(NotImplementedError, match="gather the weight and the bias"):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xent.core.arithmetic import InPlace
-from xent.core.statistics import Statistics, summarise
+from xent._core.ops import InPlace
+from xent._core.statistics import Statistics, summarise
 
 logit = st.floats(-1e300, 1e300) | st.floats(-50, 50) | st.just(-math.inf)
 mass = st.floats(0, 2) | st.just(0.0)

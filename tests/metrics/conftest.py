@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from xent.metrics import arrays
+from xent.metrics import _arrays
 
 
 def pytest_configure(config):
@@ -15,5 +15,5 @@ def pytest_configure(config):
 def parts(request, monkeypatch):
     """Everything in one part, and in many."""
     if request.param != "one part":
-        monkeypatch.setattr(arrays, "ROWS", 3)
-        monkeypatch.setattr("xent.metrics.labels.ROWS", 5)
+        monkeypatch.setattr(_arrays, "ROWS", 3)
+        monkeypatch.setattr("xent.metrics._labels.ROWS", 5)

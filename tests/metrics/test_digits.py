@@ -145,7 +145,7 @@ def test_a_sum_is_judged_alike_in_every_part(monkeypatch):
     assert not all(alone)
     first = alone.index(True)
     for rows in (1, 3, 64):
-        monkeypatch.setattr("xent.metrics.arrays.ROWS", rows)
+        monkeypatch.setattr("xent.metrics._arrays.ROWS", rows)
         with pytest.raises(ValueError, match=f"at row {first},"):
             metrics.log_loss([0] * 64, p, labels=range(300))
         metrics.log_loss([0] * first, p[:first], labels=range(300))

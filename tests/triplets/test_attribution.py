@@ -14,8 +14,8 @@ import xent
 from table import close, dtypes
 from triplet_cases import EXTREME, ROW, head, row
 from xent import triplets
-from xent.core import top_k as streaming
-from xent.triplets.pairs import MOST
+from xent._core.tiles import top_k as streaming
+from xent.triplets._pairs import MOST
 
 INF = math.inf
 

@@ -19,8 +19,8 @@ from core.test_sweep import HOLDS_A_CHUNK, C, D, LiveBytes, N
 from table import TOLERANCE, close, dtypes
 from triplet_cases import EXTREME, ROW, head, row
 from xent import triplets
-from xent.core import matmul
-from xent.core import triplets as core
+from xent._core import matmul
+from xent.triplets import _sweep as core
 
 INF = math.inf
 CHAIN = ("hinge", "smooth", "tight", "loss", "union")

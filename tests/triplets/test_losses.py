@@ -14,8 +14,8 @@ import xent
 from core.test_sweep import C, D, LiveBytes, N
 from table import close, dtypes
 from xent import triplets
-from xent.core import matmul
-from xent.triplets import tiles
+from xent._core import matmul
+from xent.triplets import _tiles
 
 DOUBLE = torch.float64
 LOSSES = {
@@ -461,7 +461,7 @@ def test_inputs_are_left_untouched():
 def test_tiles_are_computed_again(monkeypatch):
     """Once in the forward pass, once in the backward pass."""
     calls = []
-    again = tiles._again
+    again = _tiles._again
 
     def counting(f, *tensors):
         def counted(*tensors):
@@ -470,7 +470,7 @@ def test_tiles_are_computed_again(monkeypatch):
 
         return again(counted, *tensors)
 
-    monkeypatch.setattr(tiles, "_again", counting)
+    monkeypatch.setattr(_tiles, "_again", counting)
     x, w, _, y = head(torch.float32)
     loss = triplets.linear_triplet_loss(x.requires_grad_(), w, y, memory_budget=500)
     forward = len(calls)

@@ -9,14 +9,14 @@ factors); `conjugate` and `preconditioners` (a system with it), `newton` (a step
 gradient); `extractors` (what lies before the head).
 """
 
-from xent.curvature.extractors import ggn_vector_product, hessian_vector_product
-from xent.curvature.fisher import HeadFisher
-from xent.curvature.heads import HeadGGN, HeadHessian
-from xent.curvature.jacobian import SoftmaxJacobian
-from xent.curvature.kronecker import HeadKronecker, KroneckerEigen
-from xent.curvature.newton import NewtonStep, newton_step
-from xent.curvature.rows import row_gradient_norms, row_gradients
-from xent.curvature.secular import Eigenpair
+from xent.curvature._fisher import HeadFisher
+from xent.curvature._heads import HeadGGN, HeadHessian
+from xent.curvature._jacobian import SoftmaxJacobian
+from xent.curvature._kronecker import HeadKronecker, KroneckerEigen
+from xent.curvature._model_products import ggn_vector_product, hessian_vector_product
+from xent.curvature._newton import NewtonStep, newton_step
+from xent.curvature._row_gradients import row_gradient_norms, row_gradients
+from xent.curvature._top_eigenpair import Eigenpair
 
 __all__ = [
     "Eigenpair",

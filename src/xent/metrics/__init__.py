@@ -4,7 +4,7 @@ Read in this order: `arrays` (anybody's array, a part at a time), `labels` (whic
 `probabilities` (rows that are checked), `comparison` (the sweep over all three), `losses` (the metrics).
 """
 
-from xent.metrics.losses import (
+from xent.metrics._losses import (
     ClassLoss,
     brier_score,
     d2_log_loss,

@@ -9,17 +9,17 @@ works straight from features, without the logits.
 
 from __future__ import annotations
 
-from xent.core.triplets import Bounds
-from xent.triplets.attribution import Attribution, attribution, linear_attribution
-from xent.triplets.bounds import bounds, linear_bounds, linear_margins, margins
-from xent.triplets.embedding import triplet_margin_loss
-from xent.triplets.losses import (
+from xent.triplets._attribution import Attribution, attribution, linear_attribution
+from xent.triplets._bounds import bounds, linear_bounds, linear_margins, margins
+from xent.triplets._embedding import triplet_margin_loss
+from xent.triplets._losses import (
     linear_smooth_triplet_loss,
     linear_triplet_loss,
     smooth_triplet_loss,
     triplet_loss,
 )
-from xent.triplets.pairs import Pair, PairMatrix, linear_pair_matrix, pair_matrix
+from xent.triplets._pairs import Pair, PairMatrix, linear_pair_matrix, pair_matrix
+from xent.triplets._sweep import Bounds
 
 __all__ = [
     "Attribution",

@@ -1,7 +1,7 @@
 """What identities are checked on: random rows, rows that broke libraries, and scikit-learn's digits.
 
 Inputs are rounded to the type that is checked first; what is right is then computed from the rounded inputs
-in float64 on the CPU, by the pairwise differences of `xent.core.reference`.
+in float64 on the CPU, by the pairwise differences of `xent._core.reference`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent.core import reference
-from xent.probe.errors import MissingExtra
-from xent.probe.sources import digits
+from xent._core import reference
+from xent.data.sources import digits
+from xent.errors import MissingExtra
 
 
 @dataclass(frozen=True, eq=False)

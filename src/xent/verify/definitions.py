@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 import xent
-from xent.core import sweep
-from xent.core.plan import DEFAULT_BUDGET
-from xent.core.scores import Logits
-from xent.core.statistics import Statistics
-from xent.core.targets import probability_targets
+from xent._core.logits import Logits
+from xent._core.statistics import Statistics
+from xent._core.targets import probability_targets
+from xent._core.tiles import sweep
+from xent._core.tiles.plan import DEFAULT_BUDGET
 from xent.verify.data import Exact, Head
 from xent.verify.registry import Deviation, Setting, identity
 

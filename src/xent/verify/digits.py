@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 import xent
-from xent import figures
-from xent.figures import FAINT
-from xent.probe.errors import needs
+from xent.errors import needs
+from xent.report import figures
+from xent.report.figures import FAINT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

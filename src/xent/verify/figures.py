@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 import xent
-from xent import figures
-from xent.figures import BLUE, FAINT, GREEN, ORANGE, PURPLE, VERMILION
-from xent.probe.errors import needs
-from xent.probe.files import aside
+from xent._util.atomic_write import aside
+from xent.errors import needs
+from xent.report import figures
+from xent.report.figures import BLUE, FAINT, GREEN, ORANGE, PURPLE, VERMILION
 from xent.verify import digits
 
 if TYPE_CHECKING:

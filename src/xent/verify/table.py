@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from xent.probe.text import printable
+from xent._util.text import printable
 from xent.verify.report import Report
 
 

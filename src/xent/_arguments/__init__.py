@@ -1,0 +1,1 @@
+"""What a public function does with its arguments: options validated, targets resolved, one Problem made."""

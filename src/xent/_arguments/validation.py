@@ -1,0 +1,95 @@
+"""What the tensors of a call may be, each error naming the argument; and what autocast makes of them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xent._arguments import class_parallel
+from xent._core.logits import compute_dtype
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensors(*, spread: bool = False, **given: object) -> None:
+    """Raise a TypeError that names what is no dense tensor, None apart; DTensors pass where ``spread``."""
+    for name, value in given.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        if not spread and class_parallel.is_dtensor(value):
+            raise TypeError(f"{name} is a DTensor, which is not taken here: pass {name}.full_tensor()")
+        if isinstance(value, Tensor) and value.layout is not torch.strided:
+            kind = str(value.layout).removeprefix("torch.")
+            raise TypeError(
+                f"{name} must be a dense tensor, got one of layout {kind}: pass {name}.to_dense()"
+            )
+
+
+def require_tensors(*, spread: bool = False, **given: object) -> None:
+    """Raise a TypeError that names what is no dense tensor, None too."""
+    for name, value in given.items():
+        if value is None:
+            raise TypeError(f"{name} must be a tensor, got None")
+    check_tensors(spread=spread, **given)
+
+
+def is_ordinary(tensor: Tensor) -> bool:
+    """Return whether a tensor's operations are those of torch.Tensor, or of what torch wraps around it.
+
+    A quantised weight of another library is a subclass whose operations differ.
+    """
+    kind = type(tensor)
+    if kind in (Tensor, torch.nn.Parameter):
+        return True
+    if kind.__module__.startswith(("torch._subclasses", "torch.distributed.")):
+        return True  # tensors of shapes alone, and those of many processes
+    function = getattr(kind.__torch_function__, "__func__", kind.__torch_function__)
+    plain = getattr(Tensor.__torch_function__, "__func__", None), torch._C._disabled_torch_function_impl
+    return function in plain and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """All floating, and of one type."""
+    given = {name: t.dtype for name, t in tensors.items() if t is not None}
+    first, *_ = given
+    for name, dtype in given.items():
+        if dtype not in FLOATING:
+            raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {dtype}")
+        if dtype != given[first]:
+            raise TypeError(
+                f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"
+            )
+
+
+def check_devices(*tensors: Tensor | None) -> None:
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+
+
+def product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
+    full = compute_dtype(input.dtype)
+    if asked is None:
+        return full if input.device.type == "cpu" else input.dtype
+    allowed = (full, torch.bfloat16, input.dtype) if full == torch.float32 else (full,)
+    if asked not in allowed:
+        names = ", ".join(sorted({str(dtype) for dtype in allowed}))
+        raise ValueError(f"product_dtype of {input.dtype} features can be {names}; got {asked}")
+    return asked
+
+
+def lower(tensor: Tensor) -> Tensor:
+    """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
+    if not autocasts(tensor):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def loss_dtype(tensor: Tensor) -> torch.dtype:
+    """The type of the loss: that of the scores, but never a half type under autocast."""
+    return torch.float32 if autocasts(tensor) else tensor.dtype
+
+
+def autocasts(tensor: Tensor) -> bool:
+    kind = tensor.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64

@@ -1,0 +1,107 @@
+"""Classes spread over processes: every rank holds all rows and a contiguous slice of the classes.
+
+    m = MAX over ranks of m_k        shares(m) = SUM over ranks of shares_k(m)
+
+These are the two steps of `Statistics.merge`, which joins two sets of classes, for as many as there are
+ranks: one all-reduce each. What is linear in a row's classes, tangents and the gradient of the features, is
+one SUM. Nothing of size N·C is ever sent.
+
+The MAX carries beside m (M,) what the ranks must agree on, so that a slice that another rank did not expect
+is noticed by all of them in the same call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xent._core.ops import Sent
+from xent._core.statistics import Shares, Statistics
+
+BLOCK = 4 << 20  # bytes of features whose gradient is summed at a time, while the next is computed
+MOST_BLOCKS = 16
+
+
+class Disagreement(Exception):
+    """Some rank did not expect another's slice, or call; raised on all of them."""
+
+    def __init__(self, ranks: Ranks, sizes: tuple[int, ...], *, same: bool) -> None:
+        super().__init__("the ranks hold other slices of the classes than expected")
+        self.ranks = ranks
+        self.sizes = sizes  # the true ones
+        self.same = same  # whether it is one call
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The processes of a group, as the one of number ``rank`` sees them."""
+
+    group: Any  # torch.distributed.ProcessGroup
+    rank: int
+    sizes: tuple[int, ...]  # classes that each rank is expected to hold
+    held: int  # classes that this one holds
+    call: int = 0  # a number of what must be the same on every rank
+    about: dict[str, Any] = field(default_factory=dict)  # what that is, by name
+    doubts: list[Exception] = field(default_factory=list)  # what is wrong if the slices are as expected
+
+    @property
+    def first(self) -> int:
+        return sum(self.sizes[: self.rank])
+
+    @property
+    def classes(self) -> int:
+        return sum(self.sizes)
+
+    def join(self, found: Statistics) -> Statistics:
+        """The statistics of all ranks' classes, of rows (M,) whose classes here have been seen."""
+        # some transports drop nan from a maximum; +inf has no softmax either, and `rest` stays nan
+        found = replace(found, m=found.m.nan_to_num(torch.inf, torch.inf, -torch.inf))
+        m = self._max(found.m)
+        shares = found.shares(m)
+        k = None if found.k is None else torch.where(shares.top > 0, found.k, 0).to(m.dtype)
+        present = [part for part in (*shares, k) if part is not None]
+        summed = iter(self.sum(torch.stack(present)).unbind(0))
+        *whole, k = (None if part is None else next(summed) for part in (*shares, k))
+        shares = Shares(*whole)  # type: ignore[arg-type]  # None where it was None
+        if found.k is not None and (shares.top > 1).any():  # the class of a shared maximum is the lowest
+            k = torch.where(found.m == m, found.k, self.classes)
+            dist.all_reduce(k, op=dist.ReduceOp.MIN, group=self.group)
+        return shares.at(m, None if k is None else k.to(torch.int64))
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The ranks' values added up, in the place of this one's."""
+        dist.all_reduce(value, group=self.group)
+        return value
+
+    def sum_later(self, value: Tensor) -> Sent:
+        """The same in the background: `wait` on what is returned before looking."""
+        sent: Sent = dist.all_reduce(value, group=self.group, async_op=True)
+        return sent
+
+    def blocks(self, rows: int, bytes_per_row: int) -> Iterator[slice]:
+        """Rows whose feature gradient is sent at a time: the same on every rank, whatever it holds."""
+        parts = max(1, min(MOST_BLOCKS, rows * bytes_per_row // BLOCK))
+        size = max(1, -(-rows // parts))
+        for start in range(0, rows, size):
+            yield slice(start, min(start + size, rows))
+
+    def _max(self, m: Tensor) -> Tensor:
+        """MAX over ranks of m (M,), and of what they must agree on: a number is the same everywhere where
+        it and its negative have one maximum up to sign."""
+        expected = hash(self.sizes) & (2**52 - 1)
+        sizes = [float(self.held) if k == self.rank else 0.0 for k in range(len(self.sizes))]
+        said = [*sizes, expected, -expected, self.call, -self.call]
+        packed = torch.cat([m, m.new_tensor(said)])
+        dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.group)
+        *true, most, least, call, same_call = packed[len(m) :].tolist()
+        sizes_now = tuple(int(size) for size in true)
+        if sizes_now != self.sizes or most != -least or call != -same_call:
+            raise Disagreement(self, sizes_now, same=call == -same_call)
+        if self.doubts:
+            raise self.doubts[0]
+        return packed[: len(m)]

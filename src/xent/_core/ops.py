@@ -1,0 +1,318 @@
+"""The two bodies of a tile: in place on a workspace, or functional.
+
+A sweep writes its tiles into one buffer and changes them in place. Under `torch.func.vmap` that is not
+allowed (no `out=`, no accumulation into a tensor made outside, no question whose answer is data), so there
+the same steps make new tensors. Every step that differs has its two forms here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from xent._core.matmul import multiply_
+
+BATCHED = "processes that share the classes send tensors, not batches of them: take group= out of vmap"
+
+At: TypeAlias = slice | Tensor | tuple[slice | Tensor, slice]
+
+
+def cut(t: Tensor, at: slice) -> Tensor:
+    """t[at], or t itself where that is all of it: a view costs as much as a small product."""
+    return t if at.start == 0 and at.stop == t.shape[0] else t[at]
+
+
+def take(t: Tensor, rows: slice | Tensor) -> Tensor:
+    """t[rows]."""
+    return cut(t, rows) if isinstance(rows, slice) else t[rows]
+
+
+class Arithmetic(Protocol):
+    """Steps that return their result; they may overwrite their first tensor, or write into `out`."""
+
+    buffered: bool
+
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor: ...
+
+    def copy(self, a: Tensor, out: Tensor | None) -> Tensor: ...
+
+    def one_minus_square(self, a: Tensor, out: Tensor | None) -> Tensor: ...
+
+    def add(self, z: Tensor, y: Tensor) -> Tensor: ...
+
+    def add_product(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor: ...
+
+    def subtract_scaled(self, z: Tensor, t: Tensor, c: Tensor) -> Tensor: ...
+
+    def sub(self, z: Tensor, y: Tensor) -> Tensor: ...
+
+    def mul(self, z: Tensor, y: Tensor | float) -> Tensor: ...
+
+    def div(self, z: Tensor, y: float) -> Tensor: ...
+
+    def exp(self, z: Tensor) -> Tensor: ...
+
+    def tanh(self, z: Tensor) -> Tensor: ...
+
+    def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor: ...
+
+    def possible(self, mask: Tensor) -> bool: ...
+
+    def total(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0
+    ) -> Total: ...
+
+
+class Sent(Protocol):
+    """A sum over processes on its way."""
+
+    def wait(self) -> Any: ...
+
+
+class Total(Protocol):
+    """A gradient in the making: a tensor to whose parts tiles are added."""
+
+    def add(self, at: slice, value: Tensor) -> None: ...
+
+    def put(self, at: At, value: Tensor) -> None: ...
+
+    def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None: ...
+
+    def send(self, at: slice | Tensor, add_up: Callable[[Tensor], Sent]) -> None: ...
+
+    def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor: ...
+
+
+class InPlace:
+    """On buffers: nothing is allocated, and questions may be asked of the data."""
+
+    buffered = True
+
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        assert out is not None
+        multiply_(out, a, b, accumulate=False)
+        return out
+
+    def copy(self, a: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
+        return out.copy_(a)
+
+    def one_minus_square(self, a: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
+        return torch.mul(a, a, out=out).neg_().add_(1.0)
+
+    def add(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.add_(y)
+
+    def add_product(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        multiply_(z, a, b, accumulate=True)
+        return z
+
+    def subtract_scaled(self, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return z.addcmul_(t, c, value=-1)
+
+    def sub(self, z: Tensor, y: Tensor) -> Tensor:
+        return z.sub_(y)
+
+    def mul(self, z: Tensor, y: Tensor | float) -> Tensor:
+        return z.mul_(y)
+
+    def div(self, z: Tensor, y: float) -> Tensor:
+        return z.div_(y)
+
+    def exp(self, z: Tensor) -> Tensor:
+        return z.exp_()
+
+    def tanh(self, z: Tensor) -> Tensor:
+        return z.tanh_()
+
+    def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor:
+        return z.scatter_(1, index, value)
+
+    def possible(self, mask: Tensor) -> bool:
+        return bool(mask.any())
+
+    def total(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0) -> Total:
+        return _Accumulator(shape, dtype, device)
+
+
+class _Accumulator:
+    """Parts are written where they come first and added to afterwards, so that nothing is filled with zeros.
+
+    A sweep visits all rows and classes in slices that do not change, or picks rows by index.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.value = torch.empty(shape, dtype=dtype, device=device)
+        self.begun: dict[int, int] | None = {}  # slices that hold something, start → stop; None: all do
+        self.sent: list[tuple[slice | Tensor, Tensor, Sent]] = []  # that processes are adding up
+
+    def add(self, at: slice, value: Tensor) -> None:
+        if self._begin(at):
+            cut(self.value, at).copy_(value)
+        else:
+            cut(self.value, at).add_(value)
+
+    def put(self, at: At, value: Tensor) -> None:
+        rows, classes = at if isinstance(at, tuple) else (at, None)
+        if isinstance(rows, slice) and (classes is None or value.shape[1] == self.value.shape[1]):
+            self._begin(rows)
+            cut(self.value, rows).copy_(value)
+        else:
+            self._fill()
+            self.value[at] = value.to(self.value.dtype)
+
+    def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
+        if isinstance(at, slice):
+            multiply_(cut(self.value, at), a, b, accumulate=not self._begin(at))
+        else:
+            self._fill()
+            part = torch.empty(a.shape[0], b.shape[1], dtype=self.value.dtype, device=a.device)
+            multiply_(part, a, b, accumulate=False)
+            self.value.index_add_(0, at, part)
+
+    def send(self, at: slice | Tensor, add_up: Callable[[Tensor], Sent]) -> None:
+        """Parts to which nothing more is added here become the sum of all processes', in the background."""
+        if not self.begun:
+            self._fill()  # a process without a class has added nothing
+        part = take(self.value, at)
+        self.sent.append((at, part, add_up(part)))
+
+    def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        self._fill()
+        for at, part, work in self.sent:
+            work.wait()
+            if isinstance(at, Tensor):
+                self.value[at] = part
+        if scale is not None:
+            self.value.mul_(scale)
+        return self.value.to(dtype)
+
+    def _begin(self, at: slice) -> bool:
+        """Whether nothing has been written here yet."""
+        if self.begun is None:
+            return False
+        stop = self.begun.get(at.start)
+        assert stop in (None, at.stop), "slices of one sweep must not change"
+        self.begun[at.start] = at.stop
+        return stop is None
+
+    def _fill(self) -> None:
+        """Zeros wherever nothing has been written."""
+        if self.begun is None:
+            return
+        start = 0
+        for begin, stop in sorted(self.begun.items()):
+            assert begin >= start, "slices of one sweep must not overlap"
+            if begin > start:
+                self.value[start:begin].zero_()
+            start = stop
+        if start < self.value.shape[0]:
+            self.value[start:].zero_()
+        self.begun = None
+
+
+class Functional:
+    """For tensors that `vmap` has batched: new tensors, and the general case wherever there is a choice."""
+
+    buffered = False
+
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        return (a @ b).to(dtype)
+
+    def copy(self, a: Tensor, out: Tensor | None) -> Tensor:
+        return a
+
+    def one_minus_square(self, a: Tensor, out: Tensor | None) -> Tensor:
+        return 1.0 - a * a
+
+    def add(self, z: Tensor, y: Tensor) -> Tensor:
+        return z + y
+
+    def add_product(self, z: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return z + (a @ b).to(z.dtype)
+
+    def subtract_scaled(self, z: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return z - t * c
+
+    def sub(self, z: Tensor, y: Tensor) -> Tensor:
+        return z - y
+
+    def mul(self, z: Tensor, y: Tensor | float) -> Tensor:
+        return z * y
+
+    def div(self, z: Tensor, y: float) -> Tensor:
+        return z / y
+
+    def exp(self, z: Tensor) -> Tensor:
+        return z.exp()
+
+    def tanh(self, z: Tensor) -> Tensor:
+        return z.tanh()
+
+    def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor:
+        return z.scatter(1, index, value)
+
+    def possible(self, mask: Tensor) -> bool:
+        return True
+
+    def total(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0) -> Total:
+        return _Parts(shape, dtype, device, dim)
+
+
+class _Parts:
+    """Sums kept apart by where they start along one dimension, joined at the end."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.dim = dim
+        self.selected: Tensor | None = None  # (M,) which of the rows there are parts of, None for all
+        self.parts: dict[int, Tensor] = {}
+
+    def add(self, at: slice, value: Tensor) -> None:
+        start = at.start or 0
+        self.parts[start] = self.parts[start] + value if start in self.parts else value
+
+    def put(self, at: At, value: Tensor) -> None:
+        rows, *rest = at if isinstance(at, tuple) else (at,)
+        self._select(rows)
+        self.parts[rest[0].start or 0 if rest else 0] = value
+
+    def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
+        self._select(at)
+        self.add(slice(0, None) if isinstance(at, Tensor) else at, (a @ b).to(self.dtype))
+
+    def send(self, at: slice | Tensor, add_up: Callable[[Tensor], Sent]) -> None:
+        raise NotImplementedError(BATCHED)
+
+    def _select(self, rows: slice | Tensor) -> None:
+        if isinstance(rows, Tensor):  # a functional sweep visits all of its rows at once
+            self.selected = rows
+
+    def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if not self.parts:
+            return torch.zeros(self.shape, dtype=dtype, device=self.device)
+        parts = [self.parts[start] for start in sorted(self.parts)]
+        value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
+        value = (value if scale is None else value * scale).to(dtype)
+        if self.selected is None:
+            return value
+        return value.new_zeros(self.shape[0], *value.shape[1:]).index_copy(0, self.selected, value)
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether the outermost wrapper of a tensor is vmap's (that of `is_grads_batched` is its own kind)."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
+
+
+def arithmetic_for(*tensors: Tensor | None) -> Arithmetic:
+    """Functional where `vmap` has batched any of the tensors, else in place."""
+    if any(t is not None and is_batched(t) for t in tensors):
+        return Functional()
+    return InPlace()

@@ -1,0 +1,362 @@
+"""Running row statistics: all that a sweep keeps of the classes it has seen.
+
+    m = max z        r = Σ exp(z − m) − 1        d = Σ t (z − m)        a = Σ t
+
+    lse(z) = m + log1p(r)        ℓ = a·lse(z) − ⟨t, z⟩ = a·log1p(r) − d        log p_c = (z_c − m) − log1p(r)
+
+and where they are asked for
+
+    e = Σ (z − m) exp(z − m)        k = argmax z        H(p) = log1p(r) − e/(1 + r)
+
+Everything is relative to the row's own maximum, so a common offset cancels before it can round, and r
+leaves one maximum's own term out, so a confident row keeps its digits where 1 + r would lose them.
+Sets of classes are joined by moving each to the largest maximum and adding: `merge` joins two of them, class
+tiles and the target's own tile, and `ranks` as many as there are processes, by the same `shares`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from xent._core.ops import Arithmetic
+
+NEG_INF = -math.inf
+FEW = 64  # classes of a tile whose ⟨t, z⟩ is worth a wider type
+CACHED = 1 << 16  # elements of it at a time
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Statistics are O(N): float64 wherever the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def product_with_zero(a: Tensor, shift: Tensor) -> Tensor:
+    """a·shift with 0·(−inf) = 0: a class without target mass costs nothing, however far away it is."""
+    return torch.where(a == 0, 0.0, a * shift)
+
+
+class Extras(NamedTuple):
+    """What is accumulated beside a loss."""
+
+    entropy: bool = False
+    argmax: bool = False
+    log_prob: bool = False  # of the own class, which is then one
+    mass: bool = False  # of the target there, where processes share the classes
+
+    @property
+    def of_scores(self) -> bool:
+        """Whether a tile is asked for more than its part of a loss."""
+        return self.entropy or self.argmax or self.log_prob
+
+
+LOSS_ALONE = Extras()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Row statistics over some set of classes; every field has shape (R,)."""
+
+    m: Tensor  # (R,) largest logit
+    r: Tensor  # (R,) Σ exp(z − m) over the classes, one maximum left out; −1 over no classes
+    d: Tensor  # (R,) Σ t (z − m)
+    a: Tensor  # (R,) Σ t
+    e: Tensor | None = None  # (R,) Σ (z − m) exp(z − m), never positive
+    k: Tensor | None = None  # (R,) int64, the lowest class of the largest logit
+    own: Tensor | None = None  # (R,) the own class's logit, where it is among them, else 0
+    mass: Tensor | None = None  # (R,) t there, else 0
+
+    @classmethod
+    def identity(cls, rows: int, device: torch.device, extras: Extras = LOSS_ALONE) -> Statistics:
+        """The statistics of no classes at all: the neutral element of `merge`."""
+        zero = torch.zeros(rows, dtype=statistics_dtype(device), device=device)
+        return cls(
+            m=zero + NEG_INF,
+            r=zero - 1,
+            d=zero,
+            a=zero,
+            e=zero if extras.entropy else None,
+            k=zero.to(torch.int64) if extras.argmax else None,
+            own=zero if extras.log_prob else None,
+            mass=zero if extras.mass else None,
+        )
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of the union of two disjoint sets of classes."""
+        m = torch.maximum(self.m, other.m)
+        return (self.shares(m) + other.shares(m)).at(m, _lowest(self, other))
+
+    def shares(self, m: Tensor) -> Shares:
+        """What these classes add to a union whose largest logit is m (R,), no lower than theirs."""
+        attained = self.m == m
+        # −inf − (−inf) is no distance at all: two sets of masked classes lie at the same place
+        shift = torch.where(attained, 0.0, self.m - m)
+        near, whole = torch.exp(shift), 1 + self.r
+        e = None
+        if self.e is not None:
+            e = torch.where(shift == NEG_INF, 0.0, near * (self.e + shift * whole))
+        return Shares(
+            attained.to(m.dtype),
+            torch.where(attained, self.r, near * whole),
+            self.d + product_with_zero(self.a, shift),
+            self.a,
+            e,
+            self.own,
+            self.mass,
+        )
+
+    @property
+    def entropy(self) -> Tensor:
+        """H(p), (R,): two terms of one sign; nan where there is no softmax."""
+        assert self.e is not None
+        entropy = self.log_partition - self.e / (1 + self.r)
+        return entropy.masked_fill(self.m.isinf(), math.nan)
+
+    @property
+    def log_partition(self) -> Tensor:
+        """log Σ exp(z − m), (R,): never negative."""
+        return torch.log1p(self.r)
+
+    @property
+    def logsumexp(self) -> Tensor:
+        return self.m + self.log_partition
+
+    @property
+    def loss(self) -> Tensor:
+        """a·lse − ⟨t, z⟩, (R,); nan where there is no softmax: every class is masked, or one lies at +inf."""
+        loss: Tensor = torch.special.xlog1py(self.a, self.r) - self.d  # 0 where a = 0, as in ⟨t, z⟩
+        return loss.masked_fill(self.m.isinf(), math.nan)
+
+    @property
+    def own_log_prob(self) -> Tensor:
+        """log p_y, (R,)."""
+        assert self.own is not None
+        return self.log_prob(self.own[:, None])[:, 0]
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""
+        return (z - self.m[:, None]) - self.log_partition[:, None]
+
+    def rows(self, rows: slice) -> Statistics:
+        if rows.start == 0 and rows.stop == self.m.shape[0]:
+            return self
+        return self._mapped(lambda t: t[rows])
+
+    @staticmethod
+    def concatenate(parts: Sequence[Statistics]) -> Statistics:
+        """Statistics of consecutive row chunks, one below the other."""
+        if len(parts) == 1:
+            return parts[0]
+        first, *_ = parts
+        names = [field.name for field in fields(first) if getattr(first, field.name) is not None]
+        return Statistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+    def _mapped(self, f: Callable[[Tensor], Tensor]) -> Statistics:
+        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
+        return Statistics(**{name: f(getattr(self, name)) for name in names})
+
+
+class Shares(NamedTuple):
+    """What disjoint sets of classes add to their union, relative to its largest logit m; each (R,)."""
+
+    top: Tensor  # how many of the sets attain m
+    rest: Tensor  # Σ exp(z − m), one term of m left out of each set that attains it
+    d: Tensor
+    a: Tensor
+    e: Tensor | None
+    own: Tensor | None
+    mass: Tensor | None
+
+    def __add__(self, other: Shares) -> Shares:  # type: ignore[override]
+        both = zip(self, other, strict=True)
+        return Shares(*(None if x is None or y is None else x + y for x, y in both))  # type: ignore[arg-type]
+
+    def at(self, m: Tensor, k: Tensor | None) -> Statistics:
+        """The union's statistics: of all the terms of m that were left out, one stays so."""
+        _, rest, d, a, e, own, mass = self
+        return Statistics(m, rest + (self.top - 1), d, a, e, k, own, mass)
+
+
+def _lowest(one: Statistics, other: Statistics) -> Tensor | None:
+    """The class of the larger maximum, the lower one of two that are equal."""
+    if one.k is None or other.k is None:
+        return None
+    equal = torch.minimum(one.k, other.k)
+    return torch.where(one.m > other.m, one.k, torch.where(other.m > one.m, other.k, equal))
+
+
+S = TypeVar("S", bound="Mergeable")
+
+
+class Mergeable(Protocol):
+    """Statistics over some set of classes, whatever they are."""
+
+    def merge(self: S, other: S, /) -> S: ...
+
+
+class RunningUnion(Generic[S]):
+    """Disjoint sets of classes merged as they come, in pairs of as many sets each.
+
+    So every number passes log₂ T merges on its way and not T: in float64, which no wider type stands
+    behind, the rounding of a thousand tiles would add up to more than the bound on a loss allows.
+    """
+
+    def __init__(self) -> None:
+        self.parts: list[tuple[int, S]] = []  # of how many sets, fewer and fewer
+
+    def add(self, part: S) -> None:
+        sets = 1
+        while self.parts and self.parts[-1][0] == sets:
+            part = self.parts.pop()[1].merge(part)
+            sets *= 2
+        self.parts.append((sets, part))
+
+    def whole(self) -> S:
+        """The statistics of all of them, of which there is at least one."""
+        *larger, (_, whole) = self.parts
+        for _, part in reversed(larger):
+            whole = part.merge(whole)
+        return whole
+
+
+def finite_base(m: Tensor) -> Tensor:
+    """What to subtract from a row whose maximum is m: a wholly masked row stays at −inf instead of nan."""
+    return m.clamp_min(torch.finfo(m.dtype).min)
+
+
+def summarise(
+    o: Arithmetic,
+    z: Tensor,
+    t: Tensor | None,
+    own: OwnColumns | None,
+    extras: Extras = LOSS_ALONE,
+    first: int = 0,
+) -> tuple[Tensor, Statistics]:
+    """exp(z − m) of one tile of logits z (R, T), m its own maximum, and the tile's statistics.
+
+    t (R or 1, T) is the dense part of the target, None where there is none. Columns of `own` belong to
+    the target's own tile: they arrive masked, contribute nothing, and leave as zeros. `first` is the tile's
+    first class.
+    """
+    dtype = statistics_dtype(z.device)
+    if t is None and own is not None and not extras.of_scores:
+        # the mass lies in the own tile, beside which 1 + r is all that is ever needed of this one
+        m = z.amax(1)
+        z = o.exp(o.sub(z, finite_base(m)[:, None]))
+        zero = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
+        return z, Statistics(m.to(dtype), z.sum(1).to(dtype) - 1, zero, zero)
+    m, top = z.max(1)
+    masked = m == NEG_INF
+    all_masked = o.possible(masked)
+    z = o.sub(z, finite_base(m)[:, None])
+    if all_masked:
+        # all of them equally far below: at no distance from their own maximum
+        z = torch.where(masked[:, None], 0.0, z)
+    if own is not None:
+        z = own.put(o, z, 0.0)
+    a = d = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
+    if t is not None:
+        a = t.to(dtype).sum(1).expand(z.shape[0])
+        if own is not None:
+            here = own.take(t.expand(z.shape), 0.0).to(dtype)
+            # where no other class has mass nothing is left, not even rounding, which may lie at −inf
+            others = (t != 0).sum(1) - (here != 0).sum(1)
+            a = torch.where(others == 0, 0.0, a - here.sum(1))
+        d = masked_dot(o, t, z).to(dtype)
+    z = o.exp(z)
+    if own is not None:
+        z = own.put(o, z, 0.0)
+    z = o.scatter(z, top[:, None], 0.0)
+    r = torch.where(masked, -1.0, z.sum(1).to(dtype))
+    e = -torch.special.entr(z).sum(1).to(dtype) if extras.entropy else None  # Σ E log E, E = exp(z − m)
+    z = o.scatter(z, top[:, None], 1.0)
+    if all_masked:
+        z = torch.where(masked[:, None], 0.0, z)
+    return z, Statistics(m.to(dtype), r, d, a, e, first + top if extras.argmax else None)
+
+
+def summarise_row(
+    o: Arithmetic, z: Tensor, own: OwnColumns, mass: Tensor | None, absent: float | Tensor = torch.nan
+) -> tuple[Tensor, Tensor, Statistics]:
+    """`summarise` of a tile that holds every class, merged with the target's own tile (K = 1) in one go.
+
+    exp(z − m) with m the row's maximum, zero at the own class; the own logit (R, 1); the row's statistics.
+    `absent` is the own logit (R, 1) where no column is the own class.
+    With the own class apart, Σ exp(z − m) = 1 + r for r = Σ_{j≠y} exp(z_j − m) + expm1(z_y − m).
+    """
+    dtype = statistics_dtype(z.device)
+    own_z = own.take(z, absent)
+    z = own.put(o, z, NEG_INF)
+    top = torch.maximum(z.amax(1, keepdim=True), own_z)
+    z = o.exp(o.sub(z, finite_base(top)))
+    own_z, m = own_z.to(dtype), top[:, 0].to(dtype)
+    distance = own_z[:, 0] - finite_base(m)
+    r = z.sum(1).to(dtype) + torch.expm1(distance)
+    a = torch.ones_like(m) if mass is None else mass[:, 0]
+    d = distance if mass is None else product_with_zero(a, distance)
+    return z, own_z, Statistics(m=m, r=r, d=d, a=a)
+
+
+def masked_dot(o: Arithmetic, t: Tensor, z: Tensor) -> Tensor:
+    """Σ_c t_c z_c, (R or 1, T) and (R, T) -> (R,), with 0·(−inf) = 0."""
+    d = dot(t, z)
+    if o.possible(d.isnan()):
+        d = dot(t, torch.where(t == 0, 0.0, z))
+    return d
+
+
+def dot(t: Tensor, z: Tensor) -> Tensor:
+    """Σ_c t_c z_c. Targets of both signs cancel: the rounding of many terms averages out, that of few need
+    not, so few are multiplied and added in the statistics' own type. Some rows at a time, a third at most:
+    that much the scratch of a plan holds."""
+    (rows, classes), dtype = z.shape, statistics_dtype(z.device)
+    if classes > FEW or z.dtype == dtype or rows == 0:
+        return (t * z).sum(1)
+    size = min(CACHED // classes, -(-rows // 3))
+    parts = zip(t.expand(z.shape).split(size), z.split(size), strict=True)
+    return torch.cat([(some_t * some_z.to(dtype)).sum(1) for some_t, some_z in parts])
+
+
+@dataclass(frozen=True)
+class OwnColumns:
+    """Where the target's own classes lie within one class tile; selection, never multiplication."""
+
+    inside: Tensor | None  # (R, K) bool: this tile holds the class; None means that it holds them all
+    local: Tensor  # (R, K) int64 column; where outside, that of one inside, or 0
+    anchor: Tensor | None = None  # (R, 1) which of K > 1 that one is
+
+    @classmethod
+    def locate(cls, index: Tensor, classes: slice, *, holds_all: bool = False) -> OwnColumns:
+        """index (R, K): the classes of the target's own tile, all of them in this one if it is known to."""
+        if holds_all:
+            return cls(None, index)
+        local = index - classes.start
+        inside = (local >= 0) & (local < classes.stop - classes.start)
+        local = torch.where(inside, local, 0)
+        if index.shape[1] == 1:
+            return cls(inside, local)
+        # one that lies elsewhere does what another does that lies here, lest the two write different things
+        anchor = inside.to(torch.uint8).argmax(1, keepdim=True)
+        return cls(inside, torch.where(inside, local, local.gather(1, anchor)), anchor)
+
+    def take(self, z: Tensor, default: float | Tensor) -> Tensor:
+        """Entries of z (R, T) at the columns, `default` where they lie elsewhere: (R, K)."""
+        entries = z.gather(1, self.local)
+        return entries if self.inside is None else torch.where(self.inside, entries, default)
+
+    def here(self, values: Tensor) -> Tensor:
+        """Values (R, K) of the columns, zero where they lie elsewhere."""
+        return values if self.inside is None else torch.where(self.inside, values, 0.0)
+
+    def put(self, o: Arithmetic, z: Tensor, value: float | Tensor) -> Tensor:
+        """z (R, T) with `value` at the columns that lie here."""
+        if self.inside is not None:
+            value = torch.where(self.inside, value, z.gather(1, self.local))
+            if self.anchor is not None:
+                value = torch.where(self.inside, value, value.gather(1, self.anchor))
+        return o.scatter(z, self.local, value)

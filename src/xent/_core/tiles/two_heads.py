@@ -1,0 +1,346 @@
+"""KL(t ‖ p) of two linear heads over the same classes, tile by tile; neither's logits are kept.
+
+With t = softmax(z_T) and p = softmax(z_S), the teacher's and the student's, and δ = log p − log t:
+
+    KL = ⟨t, −δ⟩ = Σ_c t_c·φ(δ_c)        φ(δ) = e^δ − 1 − δ ≥ 0        (because Σ p = Σ t = 1)
+    ∂KL/∂z_S = p − t = t∘expm1(δ)        ∂KL/∂z_T = t∘(−δ − KL)
+
+The sum of φ cancels nowhere: equal heads are at 0 exactly, near ones keep their digits, and nothing is ever
+negative. Far from δ = 0 the term is written p − t − t·δ, which is p where t = 0. Row statistics of both heads
+are one product each a tile; the terms and gradients come from log p and log t, kept where the budget holds
+all classes of a chunk of rows for both heads, computed again where it does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from xent._core.logits import LinearHead, Room, Sink
+from xent._core.ops import Arithmetic, InPlace
+from xent._core.statistics import RunningUnion, Statistics, finite_base, statistics_dtype, summarise
+from xent._core.targets import Targets
+from xent._core.tiles.plan import Footprint, Plan
+from xent._core.tiles.sweep import Problem, Workspace
+
+NEAR = 0.5  # |δ| below which e^δ − 1 and δ cancel
+PIECE = 1 << 16  # elements of a tile at a time: what is made on the way stays in the cache
+TEMPORARIES = 12  # tensors of a piece that are alive at once
+
+Wants: TypeAlias = tuple[bool, bool, bool]  # of features, weight and bias
+Tile: TypeAlias = tuple[Tensor, Tensor]  # (R, T) of the student and of the teacher
+
+
+def phi(delta: Tensor) -> Tensor:
+    """φ(δ) = δ²·(1/2! + δ/3! + δ²/4! + …) for |δ| ≤ NEAR, to a few units in the last place."""
+    terms = 14 if delta.dtype == torch.float64 else 8
+    total = delta / math.factorial(terms + 1) + 1 / math.factorial(terms)
+    for k in reversed(range(2, terms)):
+        total = total * delta + 1 / math.factorial(k)
+    return delta * delta * total
+
+
+class Pair(NamedTuple):
+    """A student and a teacher, whose problems name the same rows and no target."""
+
+    student: LinearHead
+    teacher: LinearHead
+    targets: Targets
+    budget: int
+    arithmetic: Arithmetic = InPlace()
+
+    @property
+    def heads(self) -> tuple[LinearHead, LinearHead]:
+        return self.student, self.teacher
+
+    @property
+    def problem(self) -> Problem:
+        """The student's own, for what asks about one head."""
+        return Problem(self.student, self.targets, self.budget, self.arithmetic)
+
+    @property
+    def piece(self) -> int:
+        """Elements of a tile that are worked on at a time, within a quarter of the budget."""
+        fits = max(1, self.budget // (4 * TEMPORARIES * self.student.dtype.itemsize))
+        return min(PIECE, fits) if self.student.device.type == "cpu" else fits
+
+    def plan(self, *, resident: bool, buffers: int = 2, least_rows: int = 1) -> Plan:
+        """Tiles within the budget; `buffers` of their size are held at once."""
+        size = self.student.dtype.itemsize
+        gathered = self.targets.rows is not None
+        footprint = Footprint(
+            kept=size * buffers,
+            # a copy that becomes exp(z − m), with booleans where a row is wholly masked
+            scratch=2 * size + 1 + max(head.bytes_per_logit for head in self.heads),
+            per_row=sum(head.bytes_per_row(gathered) for head in self.heads),
+            per_class=max(head.bytes_per_class() for head in self.heads),
+            resident_rows=max(1, self.student.least_resident_rows // least_rows),
+            fixed=TEMPORARIES * size * self.piece,
+        )
+        if not self.arithmetic.buffered:
+            return Plan.of_all_rows(self.budget, self.targets.count, self.targets.classes, footprint)
+        return Plan.within(
+            self.budget, self.targets.count, self.targets.classes, footprint, resident=resident
+        )
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for head in self.heads:
+                problem = Problem(head, self.targets, self.budget, self.arithmetic)
+                stack.enter_context(problem.products())
+            yield
+
+    def load(self, chunk: slice) -> Tile:
+        """The features of both, in the types of their products."""
+        picked = self.targets.pick(chunk)
+        return self.student.load(picked), self.teacher.load(picked)
+
+    def workspace(self, plan: Plan, buffers: int = 2) -> Workspace:
+        return Workspace(self.problem, plan, slopes=False, buffers=buffers)
+
+    def tile(self, workspace: Workspace, chunk: slice, loaded: Tile, classes: slice) -> Tile:
+        """The logits of both over some classes."""
+        student, teacher = (
+            head.tile(self.arithmetic, x, classes, Room(workspace.tile(chunk, classes, number), None, False))[
+                0
+            ]
+            for number, (head, x) in enumerate(zip(self.heads, loaded, strict=True))
+        )
+        return student, teacher
+
+    def sinks(self, wants: tuple[Wants, Wants]) -> tuple[Sink, Sink]:
+        first, second = (
+            head.sink(self.arithmetic, want) for head, want in zip(self.heads, wants, strict=True)
+        )
+        return first, second
+
+
+class Found(NamedTuple):
+    """What a sweep keeps of M rows."""
+
+    student: Statistics
+    teacher: Statistics
+    kl: Tensor  # (M,)
+
+    def rows(self, chunk: slice) -> Found:
+        return Found(self.student.rows(chunk), self.teacher.rows(chunk), self.kl[chunk])
+
+    @staticmethod
+    def concatenate(parts: list[Found], pair: Pair) -> Found:
+        if not parts:
+            nothing = Statistics.identity(0, pair.student.device)
+            return Found(nothing, nothing, nothing.m)
+        student, teacher, kl = zip(*parts, strict=True)
+        return Found(Statistics.concatenate(student), Statistics.concatenate(teacher), torch.cat(kl))
+
+
+def values(pair: Pair) -> Found:
+    """KL of each row, and the statistics of both heads: two products a tile, or four."""
+    return _values(pair, pair.plan(resident=True))
+
+
+def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False) -> Found:
+    workspace = pair.workspace(plan)
+    parts = []
+    with pair.products():
+        for chunk in plan.row_chunks(pair.targets.count):
+            loaded = pair.load(chunk)
+            found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
+            if not statistics_alone:
+                found = _chunk_values(pair, plan, workspace, chunk, loaded, found, kept)
+            parts.append(found)
+    return Found.concatenate(parts, pair)
+
+
+def fused(
+    pair: Pair, coefficients: Callable[[slice], Tensor], wants: tuple[Wants, Wants]
+) -> tuple[Found, tuple[Sink, Sink]]:
+    """Values and gradients in one sweep; `coefficients` gives γ = ∂L/∂KL (R,) of a chunk of rows."""
+    plan = pair.plan(resident=True)
+    # the teacher's gradient starts from the row's value; with the student's alone the value comes by the way
+    frozen = not any(wants[1])
+    if not plan.resident:
+        found = _values(pair, plan, statistics_alone=frozen)
+        return gradient(pair, found, coefficients(slice(0, pair.targets.count)), wants)
+    workspace = pair.workspace(plan)
+    sinks = pair.sinks(wants)
+    parts = []
+    with pair.products():
+        for chunk in plan.row_chunks(pair.targets.count):
+            loaded = pair.load(chunk)
+            found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
+            if not frozen:
+                found = _chunk_values(pair, plan, workspace, chunk, loaded, found, kept)
+            gamma, kl = coefficients(chunk), found.kl
+            for classes, logs in kept:
+                here = _pull_back(pair, sinks, wants, chunk, loaded, classes, logs, found.kl, gamma)
+                kl = kl if here is None else kl + here
+            parts.append(found._replace(kl=kl))
+    return Found.concatenate(parts, pair), sinks
+
+
+def gradient(
+    pair: Pair,
+    found: Found,
+    gamma: Tensor,  # (M,) ∂L/∂KL
+    wants: tuple[Wants, Wants],
+) -> tuple[Found, tuple[Sink, Sink]]:
+    """Gradients from saved statistics, classes outermost; of the values, which the student's do without."""
+    plan = pair.plan(resident=False)
+    workspace = pair.workspace(plan)
+    sinks = pair.sinks(wants)
+    kl = pair.arithmetic.total(tuple(found.kl.shape), found.kl.dtype, found.kl.device)
+    with pair.products():
+        for classes in plan.class_tiles(pair.targets.classes):
+            for chunk in plan.row_chunks(pair.targets.count):
+                rows, loaded = found.rows(chunk), pair.load(chunk)
+                logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), rows)
+                here = _pull_back(pair, sinks, wants, chunk, loaded, classes, logs, rows.kl, gamma[chunk])
+                if here is not None:
+                    kl.add(chunk, here)
+    return (found if any(wants[1]) else found._replace(kl=kl.finish(None, found.kl.dtype))), sinks
+
+
+def _chunk_statistics(
+    pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Tile
+) -> tuple[Found, list[tuple[slice, Tile]]]:
+    """Statistics of a chunk of rows over all classes; log p and log t of the tiles that the plan keeps."""
+    o, kept = pair.arithmetic, []
+    unions: tuple[RunningUnion[Statistics], ...] = (RunningUnion(), RunningUnion())
+    for classes in plan.class_tiles(pair.targets.classes):
+        tile = pair.tile(workspace, chunk, loaded, classes)
+        for union, z in zip(unions, tile, strict=True):
+            union.add(summarise(o, z.clone() if plan.resident else z, None, None)[1])
+        if plan.resident:
+            kept.append((classes, tile))
+    student, teacher = (union.whole() for union in unions)
+    found = Found(student, teacher, torch.zeros_like(student.m))
+    return found, [(classes, log_probabilities(pair, tile, found)) for classes, tile in kept]
+
+
+def _chunk_values(
+    pair: Pair,
+    plan: Plan,
+    workspace: Workspace,
+    chunk: slice,
+    loaded: Tile,
+    found: Found,
+    kept: list[tuple[slice, Tile]],
+) -> Found:
+    """With KL, from the tiles that were kept or from the logits once more."""
+    kl = found.kl
+    for number, classes in enumerate(plan.class_tiles(pair.targets.classes)):
+        if plan.resident:
+            _, logs = kept[number]
+        else:
+            logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), found)
+        _, (here,) = over(pair, lambda log_p, log_t: terms(log_p, log_t)[:1], logs, (), places=0)
+        kl = kl + here
+    return found._replace(kl=kl)
+
+
+def log_probabilities(pair: Pair, tile: Tile, found: Found) -> Tile:
+    """log p and log t in the places of the logits; m is subtracted first: a common offset must cancel."""
+    o = pair.arithmetic
+    student, teacher = (
+        o.sub(o.sub(z, finite_base(part.m.to(z.dtype))[:, None]), part.log_partition.to(z.dtype)[:, None])
+        for z, part in zip(tile, (found.student, found.teacher), strict=True)
+    )
+    return student, teacher
+
+
+def terms(log_p: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+    """t·φ(δ), and ∂KL/∂z_S = p − t; near δ = 0 from δ, which has the digits that t and p have lost."""
+    t, delta = log_t.exp(), log_p - log_t
+    x, change = delta.clamp(-NEAR, NEAR), log_p.exp() - t
+    near, excess = delta.abs() < NEAR, phi(x)
+    # t·δ is nan where t = 0 lies infinitely far, or both are masked; a row without sense is nan in p or t too
+    far = change - (t * delta).nan_to_num(0.0, math.inf, -math.inf)
+    return torch.where(near, t * excess, far), torch.where(near, t * (excess + x), change)
+
+
+def slopes(log_p: Tensor, log_t: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
+    """∂KL/∂z_S = p − t and ∂KL/∂z_T = t∘(−δ − KL)."""
+    t = log_t.exp()
+    return terms(log_p, log_t)[1], torch.where(t == 0, 0.0, t * (log_t - log_p - kl))
+
+
+def _pull_back(
+    pair: Pair,
+    sinks: tuple[Sink, Sink],
+    wants: tuple[Wants, Wants],
+    chunk: slice,
+    loaded: Tile,
+    classes: slice,
+    logs: Tile,
+    kl: Tensor,  # (R,)
+    gamma: Tensor,  # (R,)
+) -> Tensor | None:
+    """A tile's gradients into the sinks; what it adds to KL (R,) where only the student learns."""
+    gamma = gamma * pair.student.transform.gain
+
+    def of_student(log_p: Tensor, log_t: Tensor, gamma: Tensor) -> Tile:
+        here, slope = terms(log_p, log_t)
+        return slope * gamma, here
+
+    def of_both(log_p: Tensor, log_t: Tensor, kl: Tensor, gamma: Tensor) -> Tile:
+        student, teacher = slopes(log_p, log_t, kl)
+        return student * gamma, teacher * gamma
+
+    if any(wants[1]):
+        gradients, added = over(pair, of_both, logs, (kl, gamma), places=2)
+    else:
+        gradients, added = over(pair, of_student, logs, (gamma,), places=1)
+    picked = pair.targets.pick(chunk)
+    for sink, want, x, g in zip(sinks, wants, loaded, gradients, strict=False):
+        if any(want):
+            sink.add(picked, x, classes, g)
+    return added[0] if added else None
+
+
+def over(
+    pair: Pair,
+    f: Callable[..., tuple[Tensor, ...]],
+    tiles: tuple[Tensor, ...],  # (R, T)
+    columns: tuple[Tensor, ...],  # (R,)
+    *,
+    places: int,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """f of tiles and columns, a piece at a time.
+
+    Its first `places` results in those of the first tiles, (R, T); the row sums of the others, (R,).
+    """
+    dtype = statistics_dtype(tiles[0].device)
+    columns = tuple(column.to(tiles[0].dtype)[:, None] for column in columns)
+    if not pair.arithmetic.buffered:
+        found = f(*tiles, *columns)
+        return found[:places], tuple(value.sum(1).to(dtype) for value in found[places:])
+    totals: list[Tensor] = []
+    for rows, classes in _pieces(tiles[0], pair.piece):
+        piece = [tile[rows, classes] for tile in tiles]
+        found = f(*piece, *(column[rows] for column in columns))
+        for place, value in zip(piece, found[:places], strict=False):
+            place.copy_(value)
+        if not totals:
+            totals = [
+                torch.zeros(len(tiles[0]), dtype=dtype, device=value.device) for value in found[places:]
+            ]
+        for total, value in zip(totals, found[places:], strict=True):
+            total[rows] += value.sum(1)
+    return tiles[:places], tuple(totals)
+
+
+def _pieces(tile: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
+    """A tile (R, T) cut into parts of at most `size` elements."""
+    rows, classes = tile.shape
+    width = min(classes, size)
+    height = max(1, size // width)
+    for row in range(0, rows, height):
+        for column in range(0, classes, width):
+            yield slice(row, row + height), slice(column, column + width)

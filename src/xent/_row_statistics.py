@@ -1,0 +1,321 @@
+"""What each row's softmax says, from one sweep over logits or straight from features.
+
+    ℓ = a·lse(z) − ⟨t, z⟩    log p_y    lse(z)    H(p) = lse(z) − ⟨p, z⟩    argmax z    the k largest p
+
+DPO and GRPO need log p_y, a z-loss lse, exploration bonuses and confidence H(p), accuracy the argmax: all of
+them are read off the same running statistics, each differentiable where that has meaning.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent._arguments import class_parallel
+from xent._arguments.call import Call, Options, Part
+from xent._autograd import chain, custom_ops, transforms
+from xent._autograd.chain import RowOutputs
+from xent._core.logits import compute_dtype
+from xent._core.ops import Functional
+from xent._core.statistics import Extras
+from xent._core.target import TopKTarget
+from xent._core.tiles import top_k as streaming
+from xent._core.validators import as_number, valid
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class RowStatistics(NamedTuple):
+    """What each row says, in the shape of the unreduced loss; nats; zeros in rows that are ignored."""
+
+    loss: Tensor | None  # as reduction="none"; None without a target
+    log_prob: (
+        Tensor | None
+    )  # log p of the target's class, whatever its weight; None unless a target is a class
+    logsumexp: Tensor
+    entropy: Tensor  # H(p)
+    argmax: Tensor  # int64, the lowest class of the largest logit; −1 in rows that are ignored
+    correct: Tensor | None  # bool, argmax is the target; None unless a target is a class
+
+
+def row_statistics(
+    input: Tensor,
+    target: Tensor | TopKTarget | None = None,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    check_targets: bool | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
+) -> RowStatistics:
+    r"""Loss, log-probability, logsumexp, entropy and argmax of each row, from one sweep over logits.
+
+    Every field but ``argmax`` and ``correct`` is differentiable, any of them twice; they are computed in
+    float64 and returned as float32 (float64 for float64 logits). Formula: mathematics page, §2.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        target: None, or as in :func:`xent.cross_entropy`.
+        weight, ignore_index, label_smoothing, softcap, temperature, check_targets, group: as in
+            :func:`xent.cross_entropy`. The logits of logsumexp, entropy and log_prob are those that enter
+            the softmax: after softcap and temperature.
+
+    Returns:
+        :class:`RowStatistics`, fields of shape (), (N,) or (N, d1, ...).
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`xent.cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> rows = xent.row_statistics(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor([2]))
+        >>> round(rows.log_prob.item(), 6), round(rows.entropy.item(), 6), rows.correct.item()
+        (-0.551445, 0.975328, True)
+    """
+    options = Options(
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        temperature=temperature,
+        check_targets=check_targets,
+        group=group,
+    )
+    return class_parallel.agreed(
+        lambda: _row_statistics(options.checked().of_spread_logits(input, target), options.ignored),
+        (group, None),
+        input,
+    )
+
+
+def linear_row_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | TopKTarget | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    check_targets: bool | None = None,
+    product_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
+) -> RowStatistics:
+    r"""What each row of a linear head says, straight from features: the logits never exist.
+
+    :func:`row_statistics` of ``input @ linear_weight.T + linear_bias``: one matrix product forward, three
+    more for the gradients of any of the fields together.
+
+    Args:
+        input, linear_weight, linear_bias, product_dtype, memory_budget, group: as in
+            :func:`xent.linear_cross_entropy`.
+        target, weight, ignore_index, label_smoothing, softcap, temperature, check_targets: as in
+            :func:`row_statistics`.
+
+    Returns:
+        :class:`RowStatistics`.
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`xent.linear_cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> policy, features = torch.zeros(5, 4, requires_grad=True), torch.randn(8, 4)
+        >>> rows = xent.linear_row_statistics(features, policy, torch.randint(5, (8,)))
+        >>> (rows.log_prob - 0.01 * rows.entropy).sum().backward()
+        >>> policy.grad.shape
+        torch.Size([5, 4])
+    """
+    options = Options(
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction="none",
+        label_smoothing=label_smoothing,
+        softcap=softcap,
+        temperature=temperature,
+        check_targets=check_targets,
+        product_dtype=product_dtype,
+        memory_budget=memory_budget,
+        group=group,
+    )
+    return class_parallel.agreed(
+        lambda: _row_statistics(
+            options.checked().of_spread_head(input, linear_weight, linear_bias, target), options.ignored
+        ),
+        (group, None),
+        linear_weight,
+    )
+
+
+def entropy(
+    input: Tensor, *, softcap: float | None = None, temperature: float = 1.0, bits: bool = False
+) -> Tensor:
+    r"""H(softmax(z)) of each row in nats, ``log1p(r) − e/(1 + r)`` relative to the row's maximum.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        softcap, temperature: as in :func:`xent.cross_entropy`.
+        bits: divide by log 2.
+
+    Returns:
+        (), (N,) or (N, d1, ...), of the type of ``input``; differentiable twice.
+
+    Example:
+        >>> import torch, xent
+        >>> xent.entropy(torch.tensor([1e8, 1e8]), bits=True).item()
+        1.0
+    """
+    bits = valid("bits", bits)
+    call = Options.of(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
+    (found,) = (row_outputs(part, Extras(entropy=True)) for part in call.parts)
+    assert found.entropy is not None
+    return call.stack([found.entropy / math.log(2.0) if bits else found.entropy])
+
+
+def top_k(
+    input: Tensor, k: int, *, softcap: float | None = None, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    r"""The k largest probabilities of each row and their classes, largest first.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        k: at most C.
+        softcap, temperature: as in :func:`xent.cross_entropy`.
+
+    Returns:
+        probabilities (..., k), no gradient, float32 or float64; indices (..., k) int64.
+
+    Raises:
+        NotImplementedError: ``torch.func`` or forward mode asks for a derivative, which would be a silent 0.
+
+    Example:
+        >>> import torch, xent
+        >>> probabilities, indices = xent.top_k(torch.tensor([0.1, 0.2, 0.7]).log(), 2)
+        >>> indices.tolist()
+        [2, 1]
+    """
+    call = Options.of(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
+    return _top_k(call, k)
+
+
+def linear_top_k(
+    input: Tensor,
+    linear_weight: Tensor,
+    k: int,
+    *,
+    linear_bias: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    product_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""The k largest probabilities of a linear head, streaming over the classes: the logits never exist.
+
+    Args:
+        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+            :func:`xent.linear_cross_entropy`.
+        k, softcap, temperature: as in :func:`top_k`.
+
+    Returns:
+        probabilities (..., k) and indices (..., k), as :func:`top_k`; what :class:`TopKTarget` takes.
+
+    Example:
+        >>> import torch, xent
+        >>> probabilities, indices = xent.linear_top_k(torch.randn(3, 8), torch.randn(1000, 8), 5)
+        >>> teacher = xent.TopKTarget(indices, probabilities)
+    """
+    options = Options.of(
+        reduction="none",
+        softcap=softcap,
+        temperature=temperature,
+        product_dtype=product_dtype,
+        memory_budget=memory_budget,
+    )
+    return _top_k(options.of_head(input, linear_weight, linear_bias, None), k)
+
+
+def _row_statistics(call: Call, ignored: int) -> RowStatistics:
+    target = call.target
+    is_index = isinstance(target, Tensor) and not target.is_floating_point()
+    extras = Extras(entropy=True, argmax=True, log_prob=is_index)
+    found = [row_outputs(part, extras) for part in call.parts]
+    dtype = compute_dtype(call.dtype)
+
+    def stacked(name: str) -> Tensor:
+        return call.stack([getattr(part, name) for part in found], dtype)
+
+    argmax = call.stack([_present(part.argmax) for part in found], torch.int64)
+    correct = None
+    if is_index:
+        assert isinstance(target, Tensor)
+        correct = (argmax == target) & (target != ignored)
+    return RowStatistics(
+        loss=None if target is None else stacked("loss"),
+        log_prob=stacked("log_prob") if is_index else None,
+        logsumexp=stacked("logsumexp"),
+        entropy=stacked("entropy"),
+        argmax=argmax,
+        correct=correct,
+    )
+
+
+def row_outputs(part: Part, extras: Extras) -> RowOutputs:
+    """What all N rows of a part say: zero, and −1 for argmax, in those that are left out."""
+    problem = part.problem._replace(extras=extras)
+    if part.opaque:
+        found = custom_ops.rows(problem, part.kept, part.check)
+    else:
+        found = chain.rows(problem)
+    rows = problem.targets.rows
+    values: list[Tensor | None] = []
+    for name, value in found._asdict().items():
+        nothing = -1 if name == "argmax" else 0
+        if value is not None and part.kept is not None:
+            value = value.masked_fill(~part.kept, nothing)
+        if value is not None and rows is not None:
+            value = value.new_full((problem.targets.total,), nothing).index_copy(0, rows, value)
+        values.append(value)
+    loss, logsumexp, *others = values
+    return RowOutputs(_present(loss), _present(logsumexp), *others)
+
+
+def _present(value: Tensor | None) -> Tensor:
+    assert value is not None
+    return value
+
+
+def _top_k(call: Call, k: int) -> tuple[Tensor, Tensor]:
+    classes, asked = call.parts[0].problem.targets.classes, as_number("k", k, "a whole number")
+    if not 1 <= asked <= classes:
+        raise ValueError(f"k must be between 1 and the number of classes, {classes}; got {k}")
+    k = valid("k", k)
+    with torch.no_grad():
+        found = [_top_k_of(part, k) for part in call.parts]
+    shape, dtype = (*call.rows_shape, k), compute_dtype(call.dtype)
+    probabilities, indices = (
+        columns[0] if len(found) == 1 else torch.stack(columns, dim=1)
+        for columns in map(list, zip(*found, strict=True))
+    )
+    return probabilities.to(dtype).reshape(shape), indices.reshape(shape)
+
+
+def _top_k_of(part: Part, k: int) -> tuple[Tensor, Tensor]:
+    if part.opaque:
+        return custom_ops.top_k(part.problem, k)
+    tensors = part.problem.scores.tensors
+    if transforms.followed(*tensors):  # torch.func would take what has no derivative for a derivative of 0
+        raise NotImplementedError("top_k has no derivative: pass tensors that are detached")
+    if transforms.batched(*tensors):
+        return streaming.top_k(part.problem._replace(arithmetic=Functional()), k)
+    return streaming.top_k(part.problem, k)

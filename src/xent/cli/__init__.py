@@ -1,0 +1,1 @@
+"""The command line: ``xent fit``, ``predict`` and ``verify``, a file a command."""

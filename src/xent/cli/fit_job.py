@@ -1,0 +1,281 @@
+"""From a table to a model and what to know about it: split, standardise, fit, evaluate, write.
+
+The yardstick beside every loss is label entropy: the loss of a model that ignores the features and answers
+with the class frequencies of the training rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xent._processes.group import ALONE, Ranks
+from xent._processes.leader import Lead
+from xent._util.atomic_write import aside, folder
+from xent._util.text import class_text, json_text, printable
+from xent.data import model_file
+from xent.data.labels import kind_of
+from xent.data.model_file import Model
+from xent.data.read import Table
+from xent.data.split import split
+from xent.errors import BadInput, needs
+from xent.linear_model.scaling import check_range, standardisation
+from xent.report.evaluation import COLUMNS, Evaluation, check_names, evaluate, write_predictions
+
+if TYPE_CHECKING:
+    from xent.linear_model.descent import Progress
+
+VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png")
+"""Files that not every fit writes."""
+
+MOST_SHOWN = 24
+"""Classes in the confusion figure; with more it shows the most confused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What ``fit`` is asked for; kept with the model."""
+
+    validation: float = 0.2  # share of the rows, 0 for none
+    l2: float = 1.0  # 1/C of the estimator
+    tol: float = 1e-4
+    max_iter: int = 1000
+    solver: str = "lbfgs"  # or "newton-cg"
+    seed: int = 0  # of the split
+    standardize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """A model and how it came about."""
+
+    model: Model
+    training: Evaluation
+    validation: Evaluation | None
+    validation_rows: np.ndarray  # (n,) positions in the file, ascending
+    training_curve: np.ndarray  # (iterations + 1,) nats, without the penalty
+    validation_curve: np.ndarray  # the same on the validation rows; empty without them
+    iterations: int
+    seconds: float
+    gradient_norm: float
+    converged: bool
+    advice: str  # why it has not converged, and what helps; empty where it has
+    interrupted: bool
+    skipped: tuple[str, ...]  # columns left out for not being numeric
+
+    @property
+    def judged(self) -> Evaluation:
+        """The validation rows where there are some, else the training rows."""
+        return self.training if self.validation is None else self.validation
+
+    def summary(self) -> dict[str, Any]:
+        """Everything worth reading, as plain JSON values."""
+        text = [class_text(value) for value in self.model.classes]
+        return {
+            "classes": len(text),
+            "features": len(self.model.feature_names),
+            "skipped": list(self.skipped),
+            "training": self.training.summary(),
+            "validation": None if self.validation is None else self.validation.summary(),
+            "iterations": self.iterations,
+            "seconds": self.seconds,
+            "gradient_norm": self.gradient_norm,
+            "converged": self.converged,
+            "interrupted": self.interrupted,
+            "most_confused": [
+                {"classes": [text[a], text[b]], "a_as_b": ab, "b_as_a": ba, "rows": rows}
+                for a, b, ab, ba, rows in self.judged.most_confused(3)
+            ],
+            "settings": self.model.settings,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outcome:
+    """What the solver came to, on rank 0."""
+
+    coef: np.ndarray
+    intercept: np.ndarray
+    training_curve: list[float]
+    validation_curve: list[float]
+    seconds: float
+    gradient_norm: float
+    converged: bool
+    advice: str
+    interrupted: bool
+
+
+def fit(
+    table: Table,
+    settings: Settings,
+    on_iteration: Callable[[Progress], None] | None = None,
+    ranks: Ranks = ALONE,
+) -> Fitted:
+    """Fit a softmax regression to a table with labels, of several ranks each with its share of the rows.
+
+    ``on_iteration`` sees every iteration, on rank 0. Ctrl-C during the iterations ends them: the result is
+    then the model of the last one, with ``interrupted`` set; before the first, ``KeyboardInterrupt`` goes on.
+
+    >>> from xent.data.sources import digits
+    >>> fitted = fit(digits(), Settings(seed=1))
+    >>> fitted.validation.accuracy > 0.94, fitted.validation.loss < fitted.validation.baseline / 10
+    (True, True)
+
+    Raises ``BadInput`` for one class only, too few rows to split, or a class called like a column of the
+    predictions.
+    """
+    with needs("probe"):
+        import pyarrow  # noqa: F401  (needed to write; a missing one is to be known before the work)
+        import safetensors  # noqa: F401
+        import sklearn  # noqa: F401
+
+        from xent.linear_model.advice import advice, command_words
+        from xent.linear_model.descent import Descent, threads
+        from xent.linear_model.objective import Objective
+    assert table.codes is not None
+    assert table.classes is not None
+    codes, classes = table.codes, len(table.classes)
+    ranks.alike("command line", settings)
+    if ranks.slices > classes:
+        raise BadInput(
+            f"--class-parallel {ranks.slices} is more than the {classes} classes; use fewer slices"
+        )
+    if ranks.slices > 1 and settings.solver == "newton-cg":
+        raise BadInput("--class-parallel does not go with --solver newton-cg; fit with --solver lbfgs")
+    training, validation = split(table, settings.validation, settings.seed, ranks)
+    check_names(table.classes, COLUMNS, table.source)
+    check_range(table, ranks)
+    own, held = table.own(training), table.own(validation)
+    mean, scale = standardisation(table.features[own], settings.standardize, ranks)
+    x, x_held = ((table.features[rows] - mean) / scale for rows in (own, held))
+
+    lead = Lead(ranks)
+    objective = Objective(
+        x, codes[own], None, classes, 1 / settings.l2 if settings.l2 else np.inf, True, lead
+    )
+    lead.teach("validation", lambda model: objective.loss(model, x_held, codes[held]))
+    descent = Descent(objective, settings.solver, settings.tol, settings.max_iter)
+    training_curve: list[float] = []
+    validation_curve: list[float] = []
+
+    def watch(now: Progress) -> None:
+        if len(validation):
+            model = np.concatenate([now.coef, now.intercept[:, None]], axis=1)
+            # not to be interrupted, so that both curves have a point
+            validation_curve.append(lead.ask("validation", model, interruptible=False)[0] / len(validation))
+        penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / len(training)
+        training_curve.append(now.objective - penalty)
+        if on_iteration is not None:
+            on_iteration(now)
+
+    words = command_words(ranks.slices > 1, settings.standardize)
+
+    def solve() -> _Outcome:
+        started, interrupted = time.perf_counter(), False
+        try:
+            descent.run(callback=watch)
+        except KeyboardInterrupt:
+            if not training_curve:
+                raise
+            interrupted = True
+        return _Outcome(
+            descent.coef,
+            descent.intercept,
+            training_curve,
+            validation_curve,
+            time.perf_counter() - started,
+            descent.gradient_norm,
+            descent.converged,
+            "" if descent.converged else advice(descent, words),
+            interrupted,
+        )
+
+    with threads(len(x), x.shape[1], classes):
+        done = lead.run(solve)
+
+    model = Model(
+        weight=done.coef,
+        bias=done.intercept,
+        mean=mean,
+        scale=scale,
+        classes=table.classes,
+        feature_names=table.feature_names,
+        label_name=table.label_name,
+        settings=dataclasses.asdict(settings),
+        kind=kind_of(table.classes),
+        width=table.width,
+    )
+    at_start = math.log(classes)  # W = 0: every class alike
+    frequencies = ranks.sum(np.bincount(codes[own], minlength=classes)) / len(training)
+    return Fitted(
+        model=model,
+        training=evaluate(model, table, codes, own, frequencies, ranks),
+        validation=evaluate(model, table, codes, held, frequencies, ranks) if len(validation) else None,
+        validation_rows=validation,
+        training_curve=np.array([at_start, *done.training_curve]),
+        validation_curve=np.array([at_start, *done.validation_curve] if len(validation) else []),
+        iterations=len(done.training_curve),
+        seconds=done.seconds,
+        gradient_norm=done.gradient_norm,
+        converged=done.converged,
+        advice=done.advice,
+        interrupted=done.interrupted,
+        skipped=table.skipped,
+    )
+
+
+def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list[Path]:
+    """Write the model, the validation predictions and the summary into ``out``; the paths, model first.
+
+    All of them are written aside before the first appears there. What an earlier fit left and this one does
+    not write goes: it would be taken for this model's.
+    """
+    names = ["model.safetensors", VALIDATION, "summary.json"]
+    paths = [out / name for name in names if name != VALIDATION or len(fitted.validation_rows)]
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            if ranks.first:
+                stack.enter_context(folder(out))
+                aside_of = {path: stack.enter_context(aside(path)) for path in paths}
+                model_file.save(fitted.model, aside_of[paths[0]])
+                summary = json_text(fitted.summary(), indent=2) + "\n"
+                aside_of[paths[-1]].write_text(summary, encoding="utf-8")
+        if len(fitted.validation_rows):
+            target = ranks.broadcast(aside_of[out / VALIDATION] if ranks.first else None)
+            assert target is not None
+            rows = table.own(fitted.validation_rows)
+            write_predictions(fitted.model, table, target, rows, ranks)
+        with ranks.together():
+            if ranks.first:
+                for name in (VALIDATION, *FIGURES):
+                    (out / name).unlink(missing_ok=True)
+            stack.close()
+    return paths
+
+
+def draw(fitted: Fitted, out: Path) -> list[Path]:
+    """Loss curve and confusion figure as PNG in ``out``. Raises ``MissingExtra`` without matplotlib."""
+    with needs("report"):
+        import matplotlib  # noqa: F401
+    from xent.report import figures
+
+    baseline = fitted.judged.baseline
+    assert baseline is not None
+    paths = [out / name for name in FIGURES]
+    with aside(paths[0]) as temporary:
+        figures.loss_curve(temporary, fitted.training_curve, fitted.validation_curve, baseline)
+    counts, shown = fitted.judged.confusion(MOST_SHOWN)
+    names = [printable(class_text(value)) for value in fitted.model.classes[shown]]
+    of = f"{fitted.judged.rows:,} {'training' if fitted.validation is None else 'validation'} rows"
+    with aside(paths[1]) as temporary:
+        figures.confusion(
+            temporary, counts, fitted.judged.per_class[shown], names, of, classes=len(fitted.model.classes)
+        )
+    return paths

@@ -1,0 +1,97 @@
+"""The Fisher information of a linear head, in three senses that are not the same matrix.
+
+type 2         γ·a·E_{y∼p}[(p − e_y)(p − e_y)ᵀ] ⊗ x xᵀ = γ·a·J ⊗ x xᵀ
+Monte Carlo    the same, E estimated from labels drawn once for each row
+empirical      γ·(a·p − t)(a·p − t)ᵀ ⊗ x xᵀ, at the targets given
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from xent._core.logits import LinearHead
+from xent._core.target import Target
+from xent._core.targets import of_one_class
+from xent._core.validators import valid
+from xent.curvature._batches import Batch
+from xent.curvature._heads import HeadOperator
+from xent.curvature._sampling import content_keys, sample, uniforms
+from xent.curvature._tiles import Curvature, Form
+
+
+class HeadFisher(HeadOperator):
+    """Fisher information of a linear head, in one of three senses that are not the same matrix.
+
+    Args:
+        kind: ``"type-2"``: the expectation over labels drawn from the model,
+            γ·a·E_{y∼p}[(p − e_y)(p − e_y)ᵀ] ⊗ x xᵀ in closed form: the Gauss–Newton matrix.
+            ``"monte-carlo"``: the same, estimated from ``samples`` labels drawn for each row.
+            ``"empirical"``: outer products of the gradients at the targets given,
+            γ·(a·p − t)(a·p − t)ᵀ ⊗ x xᵀ: a different matrix, which vanishes where the model is right.
+        samples, generator: of ``"monte-carlo"``: labels for each row, and what seeds them (None: torch's own,
+            which nothing else here draws from). The labels belong to the rows: of one tensor by their number,
+            of batches by their content, so that it is one matrix however a loader shuffles or splits them.
+            Rows of batches that are alike in every bit draw alike.
+        features, weight, target, ...: as in :class:`HeadHessian`; without ``z_loss``, which is no
+            likelihood.
+
+    Example:
+        >>> import torch, xent
+        >>> x, w, y = torch.randn(32, 4), torch.randn(3, 4), torch.randint(3, (32,))
+        >>> xent.curvature.HeadFisher(x, w, y, kind="empirical").trace().item() > 0
+        True
+    """
+
+    def __init__(
+        self,
+        features: Tensor | Iterable[Batch],
+        weight: Tensor,
+        target: Target = None,
+        *,
+        kind: Literal["type-2", "monte-carlo", "empirical"] = "type-2",
+        samples: int = 1,
+        generator: torch.Generator | None = None,
+        **options: Any,
+    ) -> None:
+        kind, samples = valid("kind", kind), valid("samples", samples)
+        generator = valid("generator", generator)
+        if valid("z_loss", options.get("z_loss", 0.0)):
+            raise ValueError("the Fisher information is that of a likelihood: z_loss must be 0")
+        if kind != "monte-carlo" and (samples != 1 or generator is not None):
+            raise ValueError(f"samples and generator are of kind='monte-carlo'; kind is {kind!r}")
+        self.kind, self.samples, self.seed = kind, samples, 0
+        self.form = Form.GAUSS_NEWTON if kind == "type-2" else Form.OUTER
+        if kind == "monte-carlo":
+            device = "cpu" if generator is None else generator.device
+            self.seed = int(torch.randint(1 << 62, (), generator=generator, device=device))
+        super().__init__(features, weight, target, **options)
+
+    def _of(self, curvature: Curvature) -> Iterator[Curvature]:
+        if self.kind != "monte-carlo":
+            yield curvature
+            return
+        problem, found = curvature.problem, curvature.found
+        u = uniforms(self._keys(curvature), self.samples, self.seed)
+        weight = curvature.weight * found.a / self.samples
+        for labels in sample(problem, found, u).unbind(1):
+            targets = of_one_class(problem.targets, labels)
+            yield Curvature(
+                problem._replace(targets=targets),
+                replace(found, a=torch.ones_like(found.a)),
+                self.form,
+                weight,
+            )
+
+    def _keys(self, curvature: Curvature) -> Tensor:
+        """What each of the M rows is known by, (M,) int64."""
+        scores, targets = curvature.problem.scores, curvature.problem.targets
+        assert isinstance(scores, LinearHead)
+        if not self.source.in_memory:
+            return content_keys(scores.x if targets.rows is None else scores.x[targets.rows])
+        numbers = torch.arange(targets.total, device=self.device)
+        return numbers if targets.rows is None else targets.rows

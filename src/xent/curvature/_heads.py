@@ -1,0 +1,394 @@
+"""Second derivatives of a linear head's loss as operators: products, diagonals, blocks, never a matrix.
+
+    H_W = Σ_n γ_n·a_n·J_n ⊗ x_n x_nᵀ        H_x = γ·a·Wᵀ J W        H_b = Σ_n γ_n·a_n·J_n
+
+equal, in W, x or b alone, to the Gauss–Newton matrix (z is linear in each) and to the type-2 Fisher
+information. Where W and x move together the Hessian has the indefinite cross term of ∂L/∂u beside it. Of
+z-loss and softcap Gauss–Newton leaves out what would make it indefinite. Formulas: `core.curvature`; where
+the rows come from: `source`; in what shapes right-hand sides do: `sides`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xent._arguments.call import Options
+from xent._arguments.validation import check_tensors
+from xent._autograd.transforms import plain
+from xent._core.logits import LinearHead, Tangents, compute_dtype
+from xent._core.statistics import statistics_dtype
+from xent._core.target import Target
+from xent._core.validators import OneOf
+from xent.curvature._batches import Batch, Source
+from xent.curvature._kronecker_sums import input_sum
+from xent.curvature._right_hand_sides import AT_ONCE, Sides, Stacks
+from xent.curvature._tiles import Curvature, Form
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator
+
+Wrt: TypeAlias = Literal["weight", "bias", "features"]
+PLACES = {"features": 0, "weight": 1, "bias": 2}  # among the tensors of a head
+LARGEST_DENSE = 1 << 28  # elements
+
+P = ParamSpec("P")
+Answer = TypeVar("Answer")
+Self = TypeVar("Self", bound="HeadOperator")
+
+
+def closed(method: Callable[Concatenate[Self, P], Answer]) -> Callable[Concatenate[Self, P], Answer]:
+    """A closed form: computed as its types say, whatever autocast would make of them, and no graph of it."""
+
+    @wraps(method)
+    def inner(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+        with plain(self.device):
+            return method(self, *args, **kwargs)
+
+    return inner
+
+
+class HeadOperator:
+    """What the operators share: the loss's options, right-hand sides of any shape, and what is made of them.
+
+    Not to be made itself: see :class:`HeadHessian`, :class:`HeadGGN`, :class:`HeadFisher`.
+    """
+
+    form: Form
+    _held: list[Curvature] | None = (
+        None  # of features that are all there; those of batches are made each time
+    )
+
+    def __init__(
+        self,
+        features: Tensor | Iterable[Batch],
+        weight: Tensor,
+        target: Target = None,
+        *,
+        bias: Tensor | None = None,
+        wrt: Wrt | Sequence[Wrt] = "weight",
+        reduction: str = "mean",
+        class_weight: Tensor | None = None,
+        ignore_index: int | None = -100,
+        label_smoothing: float = 0.0,
+        sample_weight: Tensor | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        temperature: float = 1.0,
+        denominator: float | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        OneOf(("mean", "sum"))("reduction", reduction)
+        check_tensors(class_weight=class_weight)  # which the loss calls weight
+        self.options = Options.of(
+            weight=class_weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            sample_weight=sample_weight,
+            z_loss=z_loss,
+            softcap=softcap,
+            temperature=temperature,
+            denominator=denominator,
+            memory_budget=memory_budget,
+        )
+        if not isinstance(wrt, str | tuple | list):
+            raise TypeError(f"wrt must be a name or several, got {type(wrt).__name__}")
+        self.wrt: tuple[Wrt, ...] = (wrt,) if isinstance(wrt, str) else tuple(wrt)
+        self._check_wrt(features, bias)
+        with plain(weight.device if isinstance(weight, Tensor) else torch.device("cpu")):
+            self.source = Source(features, weight, bias, target, self.options)
+            if self.source.in_memory:
+                self._held = list(self._fresh())
+
+    # ── what it is ──
+
+    @property
+    def weight(self) -> Tensor:
+        return self.source.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.source.bias
+
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Of the parameters, in the order of ``wrt``."""
+        of = {"weight": self.weight.shape, "bias": None if self.bias is None else self.bias.shape}
+        of["features"] = self.source.rows_shape
+        return tuple(shape for shape in (of[name] for name in self.wrt) if shape is not None)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        size = sum(shape.numel() for shape in self.shapes)
+        return size, size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def T(self) -> HeadOperator:
+        """Itself: it is symmetric."""
+        return self
+
+    def __repr__(self) -> str:
+        of = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(self.wrt, self.shapes, strict=True))
+        return f"{type(self).__name__}({of}; {self.shape[0]} × {self.shape[1]})"
+
+    # ── products ──
+
+    def __matmul__(self, v: Any) -> Any:
+        """H v for one v, or many in one sweep: answers in the shape that it was asked in.
+
+        One: the parameter's shape; flat (P,); for several parameters a tuple of their shapes. Many: columns
+        (P, K), which a matrix of P rows always is; or a stack (K, *shape) of three dimensions or more.
+        Differentiable in v.
+        """
+        return self._each(v, self._products)
+
+    def _each(self, v: Any, of: Callable[[Stacks], Stacks]) -> Any:
+        """A symmetric linear map of right-hand sides, some at once."""
+
+        def plainly(stacks: Stacks) -> Stacks:
+            with plain(self.device):
+                return of(stacks)
+
+        return Sides(self.shapes, self.dtype).through(v, plainly)
+
+    def _cut(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """(P,) as tensors of the parameters' shapes."""
+        return tuple(stack[0] for stack in Sides(self.shapes, self.dtype).cut(flat[None]))
+
+    def _products(self, stacks: Stacks) -> Stacks:
+        places = [PLACES[name] for name in self.wrt]
+        wants = tuple(place in places for place in range(3))
+        totals: list[Tensor] | None = None
+        for curvature in self._curvatures():
+            tangents: list[Tangents] = []
+            for side in zip(*stacks, strict=True):
+                along: list[Tensor | None] = [None, None, None]
+                for place, v in zip(places, side, strict=True):
+                    along[place] = v.reshape(v.shape[:-1].numel(), v.shape[-1]) if place == 0 else v
+                tangents.append(tuple(along))
+            products = curvature.products(tangents, wants)
+            parts = [_stack([_present(product[place]) for product in products]) for place in places]
+            totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
+        if totals is None:
+            return tuple(torch.zeros_like(stack) for stack in stacks)
+        return tuple(t.to(self.dtype).reshape(s.shape) for t, s in zip(totals, stacks, strict=True))
+
+    # ── what is read off it ──
+
+    @closed
+    def diagonal(self) -> Any:
+        """The exact diagonal, in the parameter's shape (a tuple of them for several)."""
+        wants = tuple(name in self.wrt for name in PLACES)
+        total: list[Tensor] | None = None
+        for curvature in self._curvatures():
+            found = curvature.diagonal(wants)
+            one = [_present(found[PLACES[name]]) for name in self.wrt]
+            total = one if total is None else [a + b for a, b in zip(total, one, strict=True)]
+        shaped = tuple(
+            torch.zeros(s, dtype=self.dtype, device=self.device)
+            if total is None
+            else total[i].to(self.dtype).reshape(s)
+            for i, s in enumerate(self.shapes)
+        )
+        return shaped if len(shaped) > 1 else shaped[0]
+
+    @closed
+    def trace(self) -> Tensor:
+        """The sum of the diagonal, a scalar; of weight and bias from one matrix product."""
+        total = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
+        for curvature in self._curvatures():
+            if "features" in self.wrt:
+                (dx, _, _) = curvature.diagonal((True, False, False))
+                total = total + _present(dx).to(total.dtype).sum()
+            if set(self.wrt) - {"features"}:
+                each = curvature.logit_traces().to(total.dtype)
+                if "weight" in self.wrt:
+                    total = total + (each * _squares(curvature)).sum()
+                if "bias" in self.wrt:
+                    total = total + each.sum()
+        return total.to(self.dtype)
+
+    @closed
+    def block(self, index: int) -> Tensor:
+        """A block of the diagonal: of class ``index`` (D, D), with its bias last where that is among ``wrt``
+        (D + 1, D + 1); with respect to features alone, of row ``index`` (D, D)."""
+        if self.wrt == ("features",):
+            assert self.source.rows_shape is not None
+            return self._feature_block(self._index(index, self.source.rows_shape[:-1].numel()))
+        index = self._index(index, self.weight.shape[0])
+        if "features" in self.wrt:
+            raise ValueError("blocks are those of classes, or of rows with respect to features alone")
+        features, one = "weight" in self.wrt, "bias" in self.wrt
+        size = features * self.weight.shape[1] + one
+        total = torch.zeros(size, size, dtype=compute_dtype(self.dtype), device=self.device)
+        for curvature in self._curvatures():
+            total += input_sum(curvature, curvature.class_diagonal(index), features=features, one=one)
+        return total.to(self.dtype)
+
+    @staticmethod
+    def _index(index: Any, count: int) -> int:
+        if isinstance(index, bool) or not hasattr(index, "__index__"):
+            raise TypeError(f"index, the number of a block, must be a whole number; got {index!r}")
+        at = operator.index(index)
+        if not 0 <= at < count:
+            raise IndexError(f"index: block {at} is outside 0..{count - 1}")
+        return at
+
+    def _feature_block(self, row: int) -> Tensor:
+        d = self.weight.shape[1]
+        total = torch.zeros(d, d, dtype=self.dtype, device=self.device)
+        for curvature in self._curvatures():
+            rows = curvature.problem.targets.rows
+            at = row if rows is None else int(torch.searchsorted(rows, row))
+            if rows is None or (at < len(rows) and int(rows[at]) == row):
+                total = total + curvature.feature_block(at).to(self.dtype)
+        return total
+
+    def to_dense(self) -> Tensor:
+        """(P, P), for small heads."""
+        size = self.shape[0]
+        if size**2 > LARGEST_DENSE:
+            raise ValueError(f"{size} × {size} is too large for a dense matrix: use products, or to_scipy()")
+        eye = torch.eye(size, dtype=self.dtype, device=self.device)
+        columns = [self @ part for part in eye.split(AT_ONCE, dim=1)]
+        return torch.cat(columns, dim=1) if columns else eye
+
+    def to_scipy(self) -> LinearOperator:
+        """A :class:`scipy.sparse.linalg.LinearOperator`, for ``eigsh``, ``cg`` and the like.
+
+        NumPy has no bfloat16: of half types it answers float32.
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        answered = compute_dtype(self.dtype)
+
+        def product(v: Any) -> Any:
+            if np.iscomplexobj(v):
+                return product(v.real) + 1j * product(v.imag)
+            right = torch.from_numpy(np.array(v)).to(self.device, self.dtype)  # SciPy's may be read-only
+            return (self @ right).to(answered).cpu().numpy()
+
+        return LinearOperator(
+            self.shape,
+            matvec=lambda v: product(v.reshape(-1)),
+            rmatvec=lambda v: product(v.reshape(-1)),
+            matmat=product,
+            rmatmat=product,
+            dtype=torch.empty(0, dtype=answered, device="cpu").numpy().dtype,
+        )
+
+    # ── where it comes from ──
+
+    def _check_wrt(self, features: object, bias: Tensor | None) -> None:
+        if (
+            not self.wrt
+            or len(set(self.wrt)) != len(self.wrt)
+            or any(name not in PLACES for name in self.wrt)
+        ):
+            raise ValueError(f"wrt must name different ones of 'weight', 'bias', 'features'; got {self.wrt}")
+        if "bias" in self.wrt and bias is None:
+            raise ValueError("wrt names the bias, and there is none: pass bias")
+        if "features" in self.wrt and not isinstance(features, Tensor):
+            raise ValueError("with respect to features these must be one tensor, not batches")
+
+    def _curvatures(self) -> Iterable[Curvature]:
+        self.source.check_unchanged()
+        return self._fresh() if self._held is None else self._held
+
+    def _fresh(self) -> Iterator[Curvature]:
+        for problem, row_weight in self.source.problems():
+            yield from self._of(
+                Curvature.of(problem, self.form, self.source.scale, row_weight, self.options.z_loss)
+            )
+
+    def _of(self, curvature: Curvature) -> Iterator[Curvature]:
+        """What a batch of rows adds: one curvature, or several."""
+        yield curvature
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def _squares(curvature: Curvature) -> Tensor:
+    """‖x‖², (M,)."""
+    scores, rows = curvature.problem.scores, curvature.problem.targets.rows
+    assert isinstance(scores, LinearHead)
+    norms = torch.linalg.vector_norm(scores.x, dim=1, dtype=statistics_dtype(scores.device))
+    return (norms if rows is None else norms[rows]).square()
+
+
+def _present(t: Tensor | None) -> Tensor:
+    assert t is not None
+    return t
+
+
+class HeadHessian(HeadOperator):
+    """The Hessian of a linear head's loss, as an operator.
+
+    ``H @ v`` costs three matrix products where the budget holds the probabilities and tangents of a chunk of
+    rows (five where not), each further right-hand side two; no (N, C) tensor is made.
+
+    Args:
+        features: (N, D) or (..., D), or batches ``(features, target[, sample_weight])`` of any number, in
+            something that can be gone through again and again; these are read in every product.
+        weight, bias: the head, (C, D) and (C,). All tensors are held constant, and must stay as they are.
+        target: as in :func:`xent.linear_cross_entropy`.
+        wrt: ``"weight"``, ``"bias"``, ``"features"``, or several, whose parameters then lie in that order.
+            With weight (or bias) and features together H is indefinite.
+        reduction: ``"mean"`` or ``"sum"``. ``denominator`` replaces the mean's divisor.
+        class_weight: (C,), ``weight`` of :func:`xent.linear_cross_entropy`.
+        ignore_index, label_smoothing, sample_weight, z_loss, softcap, temperature, memory_budget: as there.
+
+    Raises:
+        ValueError: shapes that do not fit; features that are not finite, naming the row.
+        TypeError: types that do not fit; an iterator in place of batches.
+        IndexError: a target, or a block, that is none.
+        RuntimeError: a tensor that was changed in place since.
+        NotImplementedError: torch.func differentiating in a tensor, or mapping over it (``H @ v`` has
+            derivatives in v).
+
+    Example:
+        >>> import torch, xent
+        >>> x, w, y = torch.randn(32, 4), torch.randn(3, 4), torch.randint(3, (32,))
+        >>> H = xent.curvature.HeadHessian(x, w, y)
+        >>> (H @ torch.ones(3, 4)).abs().max().item() < 1e-6  # one vector added to every row changes nothing
+        True
+        >>> H.diagonal().shape, H.block(1).shape, H.shape
+        (torch.Size([3, 4]), torch.Size([4, 4]), (12, 12))
+    """
+
+    form = Form.HESSIAN
+
+
+class HeadGGN(HeadOperator):
+    """The generalised Gauss–Newton matrix of a linear head's loss: Σ Jacᵀ (γ·a·J + 2λγ·p pᵀ) Jac.
+
+    Positive semidefinite where no mass is negative. Equal to :class:`HeadHessian` in weight, bias or features
+    alone, but for z-loss (of which it keeps 2λ·p pᵀ) and softcap (whose second derivative it drops), and but
+    for the cross term where they move together. Arguments and methods: as there.
+
+    Example:
+        >>> import torch, xent
+        >>> x, w, y = torch.randn(32, 4), torch.randn(3, 4), torch.randint(3, (32,))
+        >>> G = xent.curvature.HeadGGN(x, w, y, wrt=("weight", "features"))
+        >>> bool(torch.linalg.eigvalsh(G.to_dense()).min() > -1e-6)
+        True
+    """
+
+    form = Form.GAUSS_NEWTON

@@ -1,0 +1,88 @@
+"""A C × C matrix for every row of a batch, known by what it does to columns.
+
+    A: (..., C, C)        A @ v: (..., C) -> (..., C)        A @ V: (..., C, K) -> (..., C, K)
+
+The number of dimensions says which is meant, and nothing is broadcast: for a batch (N, C) a tensor (N, C) is
+one vector for each row, never a matrix, and (C, K) is an error instead of a guess.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from xent._arguments.validation import FLOATING, require_tensors
+from xent._core.logits import compute_dtype
+
+
+class Rowwise(ABC):
+    """What the operators of a batch have in common; half types are computed in float32, rounded once."""
+
+    def __init__(self, rows: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
+        self._rows = rows  # (..., C)
+        self._dtype = dtype
+        self._device = device
+
+    @abstractmethod
+    def _times(self, v: Tensor) -> Tensor:
+        """(..., C, K) -> (..., C, K), both in the type of the computation."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """(..., C, C)."""
+        return torch.Size((*self._rows, self._rows[-1]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the logits, and of every answer."""
+        return self._dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """A vector for each row, (..., C), or a matrix, (..., C, K): the number of dimensions says which."""
+        return self._answer(self._times, v, "v")
+
+    def to_dense(self) -> Tensor:
+        """The matrix itself, (..., C, C)."""
+        classes = self._rows[-1]
+        eye = torch.eye(classes, dtype=compute_dtype(self._dtype), device=self._device)
+        return self._round(self._times(eye.expand(self.shape)))
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self._dtype}, device='{self._device}')"
+        )
+
+    def _answer(self, f: Callable[[Tensor], Tensor], v: Tensor, name: str) -> Tensor:
+        """f of columns (..., C, K), for vectors or matrices as they were given."""
+        check_floating(name, v)
+        rows = tuple(self._rows)
+        is_vector = v.ndim == len(rows)
+        columns = v[..., None] if is_vector else v
+        if columns.shape[:-1] != self._rows:
+            raise ValueError(
+                f"{name} has shape {tuple(v.shape)}: for logits of shape {rows} it must be {rows}, one "
+                f"vector for each row, or ({', '.join(map(str, (*rows, 'K')))}), a matrix for each; expand "
+                "what is to serve several rows"
+            )
+        found = f(columns.to(compute_dtype(self._dtype)))
+        return self._round(found[..., 0] if is_vector else found)
+
+    def _round(self, value: Tensor) -> Tensor:
+        return value.to(self._dtype)
+
+
+def check_floating(name: str, value: object) -> None:
+    require_tensors(spread=False, **{name: value})
+    assert isinstance(value, Tensor)
+    if value.dtype not in FLOATING:
+        raise TypeError(
+            f"{name} must be of a floating type of 16, 32 or 64 bits, got {value.dtype}: convert it with "
+            f"{name}.to(torch.float32)"
+        )

@@ -1,0 +1,82 @@
+"""Labels drawn from each row's softmax, y ∼ p, tile by tile.
+
+    y = the first class with Σ_{c ≤ y} p_c > u        u uniform in [0, 1)
+
+by the inverse of the running sum, which the tiles carry on from one to the next: the statistics of the rows
+are known, so one sweep serves any number of draws. u is no stream of numbers, which the order of rows and
+threads would share out otherwise each time, but a hash of a seed, a key of the row and the draw's number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xent._core.statistics import CACHED, Statistics
+from xent._core.tiles.sweep import Problem, Workspace, revisit
+
+GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64 (Steele, Lea and Flood, 2014), as are its two factors
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def sample(problem: Problem, found: Statistics, u: Tensor) -> Tensor:
+    """Classes of the M rows for each of u (M, draws), int64."""
+    scores, targets = problem.scores, problem.targets
+    plan = problem.plan(resident=False, temporaries=2)
+    workspace = Workspace(problem, plan, slopes=False)
+    parts = []
+    with problem.products():
+        for chunk in plan.row_chunks(targets.count):
+            loaded, rows = scores.load(targets.pick(chunk)), found.rows(chunk)
+            some = u[chunk].to(scores.dtype)
+            count = chunk.stop - chunk.start
+            drawn = torch.full_like(some, -1, dtype=torch.int64)
+            last = torch.zeros(count, dtype=torch.int64, device=scores.device)
+            before = torch.zeros(count, 1, dtype=scores.dtype, device=scores.device)
+            for classes in plan.class_tiles(targets.classes):
+                _, shifted = revisit(problem, workspace, chunk, loaded, classes, rows)
+                p = shifted.exp_().mul_((1 / (1 + rows.r)).to(shifted.dtype)[:, None])
+                width = p.shape[1]
+                possible = (p > 0).any(1)
+                highest = width - 1 - (p > 0).flip(1).to(torch.uint8).argmax(1)
+                last = torch.where(possible, classes.start + highest, last)
+                sums = p.cumsum(1).add_(before)
+                at = torch.searchsorted(sums, some, right=True)
+                drawn = torch.where((drawn < 0) & (at < width), classes.start + at, drawn)
+                before = sums[:, -1:]
+            # u above the sum of all, which rounding may leave below 1
+            parts.append(torch.where(drawn < 0, last[:, None], drawn))
+    return torch.cat(parts) if parts else torch.empty_like(u, dtype=torch.int64)
+
+
+def uniforms(keys: Tensor, draws: int, seed: int) -> Tensor:
+    """Numbers in [0, 1) for each key (M,) int64 and draw, (M, draws) float64; the same for the same."""
+    numbers = torch.arange(1, draws + 1, device=keys.device)
+    mixed = _mixed(_mixed(keys + _signed(seed))[:, None] + numbers * _signed(GOLDEN))
+    return _shifted(mixed, 11).to(torch.float64) * 2.0**-53
+
+
+def content_keys(x: Tensor) -> Tensor:
+    """(M, D) -> (M,) int64: equal for rows that are equal in every bit, and as good as never for others."""
+    bits = x.contiguous().view(BITS[x.element_size()])
+    columns = torch.arange(1, x.shape[1] + 1, device=x.device)
+    factors = _mixed(columns * _signed(GOLDEN)) | 1
+    at_once = max(1, CACHED // max(1, x.shape[1]))
+    return torch.cat([(some.to(torch.int64) * factors).sum(1) for some in bits.split(at_once)])
+
+
+def _mixed(z: Tensor) -> Tensor:
+    """The finish of splitmix64, modulo 2⁶⁴."""
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shifted(z, 31)
+
+
+def _shifted(z: Tensor, by: int) -> Tensor:
+    """To the right, zeros from the left."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 of the same bits."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,0 +1,213 @@
+"""``.npz`` and ``.npy`` files to a ``Table``, through NumPy without pickle.
+
+An array's header is read first, and what it claims is held against what is there before anything is
+allocated. Of ``.npy`` files a share of the rows is read alone; an array in an archive is read whole, and the
+rest let go.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.lib import format as npy
+
+from xent._processes.group import Share
+from xent._util.text import quoted
+from xent.data.labels import numbered, numbered_text
+from xent.data.limits import MOST_NAME, check_columns, check_memory
+from xent.data.reading import reading
+from xent.data.table import Table, Wanted, check_finite, choose, no_label, some
+from xent.errors import BadInput
+
+
+def read_npz(path: Path, wanted: Wanted, share: Share) -> Table:
+    with open(path, "rb") as file:
+        if file.read(len(npy.MAGIC_PREFIX)) == npy.MAGIC_PREFIX:
+            raise BadInput(f"{path}: is a single array, not an archive of them; call it .npy")
+    with zipfile.ZipFile(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+        label = wanted.label if wanted.label in names else None
+        if wanted.label is not None and label is None and not wanted.label_optional:
+            raise BadInput(
+                f"{path}: no array {quoted(wanted.label)} for --label; its arrays are {some(names)}"
+            )
+        arrays = {name: _in_archive(path, archive, name) for name in names if name in ("X", label)}
+        if "X" not in arrays:
+            others = [_in_archive(path, archive, name) for name in names if name != label]
+            flat = [array for array in others if len(array.shape) == 2]
+            if len(flat) != 1:
+                raise BadInput(f"{path}: which array holds the features? Name it X; there are {some(names)}")
+            arrays["X"] = flat[0]
+        labels = None if label is None else arrays[label]
+        return _from_arrays(path, wanted, share, arrays["X"], labels)
+
+
+def read_npy(path: Path, wanted: Wanted, share: Share) -> Table:
+    features = _alone(path, share)
+    if wanted.label is None or wanted.label_optional:  # an optional label is a column's name, never a path
+        return _from_arrays(path, wanted, share, features, None)
+    if not wanted.label.endswith(".npy"):
+        raise BadInput(
+            f"{path}: the labels are a second file, --label y.npy; got --label {quoted(wanted.label)}"
+        )
+    label = Path(wanted.label)
+    if not label.is_file():
+        raise BadInput(f"{label}: no such file (--label)")
+    with reading(label, "NPY"):
+        table = _from_arrays(path, wanted, share, features, _alone(label, share))
+    return dataclasses.replace(table, label_name=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """An array of which the header is read and the rest is not."""
+
+    where: str  # in messages
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    load: Callable[[], np.ndarray]
+
+    @property
+    def rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def part(self, share: Share) -> np.ndarray:
+        """Load the share's rows."""
+        array = self.load()
+        return array if share.whole else np.array(array[share.of(self.rows)])
+
+
+def _alone(path: Path, share: Share) -> _Stored:
+    """Read the header of a ``.npy`` file."""
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\3\4":
+            raise BadInput(f"{path}: is an archive of arrays; call it .npz")
+        file.seek(0)
+        shape, dtype = _claims(file, path.stat().st_size, path, "")
+    whole = share.whole or not math.prod(shape)  # an empty array cannot be mapped
+    return _Stored(
+        str(path), shape, dtype, lambda: np.load(path, mmap_mode=None if whole else "r", allow_pickle=False)
+    )
+
+
+def _in_archive(path: Path, archive: zipfile.ZipFile, name: str) -> _Stored:
+    """Read the header of an array in a ``.npz`` file."""
+    about = archive.getinfo(name + ".npy")
+    with archive.open(about) as file:
+        shape, dtype = _claims(file, about.file_size, path, f" in array {quoted(name)}")
+
+    def load() -> np.ndarray:
+        with archive.open(about) as file:
+            return npy.read_array(file, allow_pickle=False)
+
+    return _Stored(f"{path}: array {quoted(name)}", shape, dtype, load)
+
+
+def _claims(file: IO[bytes], size: int, path: Path, inside: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Read an array's shape and type; raise ``BadInput`` unless as many bytes follow as they take."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python's parser, about a header in odd spelling
+        read = npy.read_array_header_1_0 if npy.read_magic(file) == (1, 0) else npy.read_array_header_2_0
+        shape, _, dtype = read(file)
+    if dtype.hasobject:
+        raise BadInput(f"{path}: holds Python objects{inside}; save plain arrays (objects are not read)")
+    said = f"an array of shape {shape} and type {dtype}{inside}"
+    claimed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
+    if claimed != there or min(shape, default=0) < 0 or not dtype.itemsize:
+        raise BadInput(
+            f"{path}: its header claims {said}, {claimed:,} bytes, and {there:,} follow; "
+            "it is cut short or damaged, save it again"
+        )
+    check_memory(path, claimed, said)
+    return shape, dtype
+
+
+def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labels: _Stored | None) -> Table:
+    shape, kind = stored.shape, stored.dtype.kind
+    if len(shape) != 2:
+        raise BadInput(f"{path}: the features are to be (rows, columns); this array has shape {shape}")
+    if kind not in "fiub":
+        raise BadInput(f"{path}: the features are of type {stored.dtype}, not real numbers")
+    check_columns(path, shape[1])
+    if labels is not None and labels.rows != stored.rows:
+        raise BadInput(
+            f"{path}: {stored.rows} rows, but {labels.where} holds {labels.rows} labels; "
+            f"bring them together, or {wanted.other_labels}"
+        )
+    names = [f"x{j}" for j in range(shape[1])]
+    # the label is another array, not one of these columns
+    features = choose(path, dataclasses.replace(wanted, label=None), names, [True] * len(names))
+    if wanted.width is not None and wanted.width != shape[1]:
+        raise BadInput(
+            f"{path}: has {shape[1]:,} columns, and {wanted.model} takes arrays of {wanted.width:,}; "
+            "bring the array to the same columns, in the same order"
+        )
+    dtype = np.dtype(np.float32 if kind == "f" and stored.dtype.itemsize <= 4 else np.float64)
+    rows = share.of(stored.rows)
+    said = f"an array of shape {shape} as {dtype}"
+    check_memory(path, (rows.stop - rows.start) * len(features) * dtype.itemsize, said)
+    array = stored.part(share)
+    if features != names:
+        array = array[:, [int(name[1:]) for name in features]]
+    with np.errstate(over="ignore"):  # what leaves the type is not finite, which is looked at next
+        matrix = np.ascontiguousarray(array, dtype=dtype)
+    check_finite(path, wanted, matrix, features, rows.start)
+    table = Table(str(path), matrix, tuple(features), start=rows.start, width=shape[1])
+    if labels is None:
+        return table
+    codes, classes = _array_labels(wanted, share, labels)
+    return dataclasses.replace(table, label_name=wanted.label, codes=codes, classes=classes)
+
+
+def _array_labels(wanted: Wanted, share: Share, stored: _Stored) -> tuple[np.ndarray, np.ndarray]:
+    where, shape, dtype = stored.where, stored.shape, stored.dtype
+    if len(shape) != 1 and shape[1:] != (1,):
+        raise BadInput(
+            f"{where}: labels are to be one-dimensional; this array has shape {shape}; "
+            f"make it one class a row, or {wanted.other_labels}"
+        )
+    if dtype.kind not in ("SUiub" if wanted.model is None else "SUiubf"):
+        raise BadInput(
+            f"{where}: labels are text, integers or booleans, not {dtype}; cast them first "
+            f"if they are classes, else {wanted.other_labels}"
+        )
+    length = dtype.itemsize // (4 if dtype.kind == "U" else 1)
+    if length > MOST_NAME:
+        raise BadInput(f"{where}: labels of {length:,} characters, more than {MOST_NAME:,}; shorten them")
+    labels = stored.part(share).reshape(-1)
+    start = share.of(stored.rows).start
+    values, codes = np.unique(labels, return_inverse=True)
+    codes = codes.astype(np.int64)
+    if dtype.kind in "SU":
+        codes, classes = numbered_text(where, codes, _texts(where, values))
+    else:
+        codes, classes = numbered(where, codes, values)
+    if wanted.every_row and (codes < 0).any():
+        raise no_label(where, start + int(np.flatnonzero(codes < 0)[0]))
+    return codes, classes
+
+
+def _texts(where: str, values: np.ndarray) -> list[str]:
+    """Decode labels: bytes are UTF-8, and numbers of characters are ones that there are."""
+    if values.dtype.kind == "S":
+        try:
+            return [value.decode() for value in values.tolist()]
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"{where}: the label {quoted(error.object)} is not UTF-8; save text, not bytes"
+            ) from error
+    points = np.ascontiguousarray(values, values.dtype.newbyteorder("=")).view(np.uint32)
+    if points.size and points.max() > 0x10FFFF:
+        raise BadInput(
+            f"{where}: a label holds {hex(int(points.max()))}, which is no character; "
+            "the file is damaged, save it again"
+        )
+    texts: list[str] = values.tolist()
+    return texts

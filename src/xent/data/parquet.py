@@ -1,0 +1,181 @@
+"""``.parquet`` files to a ``Table``, and Arrow tables in general.
+
+Of a share of the rows only the row groups are opened that hold some of them, and of these a batch at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xent._processes.group import Share
+from xent._util.text import quoted
+from xent.data.labels import numbered, numbered_text
+from xent.data.limits import check_columns, check_memory, check_names
+from xent.data.table import Table, Wanted, bad_number, check_finite, choose, no_label, skipped
+from xent.errors import BadInput, needs
+
+BATCH = 1 << 16
+"""Rows of a share that are decoded at a time."""
+
+
+def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
+    with needs("probe"):
+        from pyarrow import parquet
+    with parquet.ParquetFile(path) as file:
+        about, schema = file.metadata, file.schema_arrow
+        check_columns(path, len(schema.names))
+        check_names(path, schema.names)
+        features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
+    label = wanted.label if wanted.label in schema.names else None
+    columns = features if label is None else [*features, label]
+    rows = share.of(about.num_rows)
+    count = rows.stop - rows.start
+    # each number takes four bytes at least, and is there twice: Arrow's and in the matrix
+    check_memory(path, 8 * count * len(columns), f"{count:,} rows of {len(columns):,} columns")
+    # text of the file's dictionary is there once, however many rows have it
+    encoded = [name for name in columns if name == label and is_text(schema.field(name).type)]
+    with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded) as file:
+        arrow = file.read(columns=columns) if share.whole else _read_share(file, columns, share)
+    arrow.validate(full=True)  # text is UTF-8, and what points into a dictionary lies in it
+    return from_arrow(
+        path, wanted, arrow, features, label, skipped(wanted, schema.names, features), rows.start
+    )
+
+
+def _read_share(file: Any, columns: list[str], share: Share) -> Any:
+    """The share's rows as an Arrow table."""
+    import pyarrow as pa
+
+    about = file.metadata
+    ends = np.cumsum([about.row_group(i).num_rows for i in range(about.num_row_groups)], dtype=np.int64)
+    rows = share.of(about.num_rows)
+    low, high = np.searchsorted(ends, [rows.start, rows.stop - 1], side="right")
+    groups = list(range(low, high + 1)) if rows.stop > rows.start else []
+    before = int(ends[low - 1]) if low else 0
+    batches = file.iter_batches(BATCH, row_groups=groups, columns=columns)
+    schema = file.schema_arrow
+    wanted = pa.schema([schema.field(name) for name in columns])
+    return pa.Table.from_batches(list(within(batches, rows, before)), wanted).select(columns)
+
+
+def within(batches: Iterable[Any], rows: slice, position: int = 0) -> Iterator[Any]:
+    """What of some batches, the first of which begins at a position in the file, lies within the rows."""
+    for batch in batches:
+        if position >= rows.stop:
+            return
+        low, high = max(rows.start - position, 0), min(rows.stop - position, len(batch))
+        if low < high:
+            yield batch.slice(low, high - low)
+        position += len(batch)
+
+
+def is_number(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+def is_text(kind: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view")
+
+
+def from_arrow(
+    path: Path,
+    wanted: Wanted,
+    arrow: Any,
+    features: list[str],
+    label: str | None,
+    left_out: tuple[str, ...],
+    start: int,
+) -> Table:
+    import pyarrow as pa
+
+    kinds = [arrow.schema.field(name).type for name in features]
+    single = all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds)
+    matrix = np.empty((arrow.num_rows, len(features)), dtype=np.float32 if single else np.float64)
+    for j, (name, kind) in enumerate(zip(features, kinds, strict=True)):
+        column = arrow.column(name)
+        if not (is_number(kind) or pa.types.is_boolean(kind)):
+            raise BadInput(
+                f"{path}: column {quoted(name)} ({wanted.origin}) holds {kind}, not numbers; "
+                f"{wanted.without(name)}"
+            )
+        if column.null_count:
+            row = start + int(np.flatnonzero(column.is_null().to_numpy())[0])
+            raise bad_number(path, wanted, name, row, None)
+        if pa.types.is_boolean(kind):
+            column = column.cast(pa.int8())
+        if pa.types.is_decimal(kind):
+            column = column.cast(pa.float64())
+        matrix[:, j] = column.to_numpy()
+    check_finite(path, wanted, matrix, features, start)
+    if label is None:
+        return Table(str(path), matrix, tuple(features), skipped=left_out, start=start)
+    codes, classes = _arrow_labels(path, wanted, arrow.column(label), label, start)
+    return Table(str(path), matrix, tuple(features), label, codes, classes, left_out, start)
+
+
+def _is_blank(column: Any) -> bool:
+    """Whether no row has a value; data frames write such a column as null, or as nan whatever its type."""
+    import pyarrow as pa
+
+    if pa.types.is_floating(column.type):
+        return bool(np.isnan(column.to_numpy()).all())
+    return bool(column.null_count == len(column))
+
+
+def _arrow_labels(
+    path: Path, wanted: Wanted, column: Any, label: str, start: int
+) -> tuple[np.ndarray, np.ndarray]:
+    if len(column) and _is_blank(column):
+        if wanted.every_row:
+            raise no_label(path, start, label)
+        return np.full(len(column), -1), np.array([], dtype=str)
+    where = f"{path}: column {quoted(label)}"
+    codes, values = _encoded(path, wanted, column, label)
+    number = numbered_text if isinstance(values, list) else numbered
+    codes, classes = number(where, codes, values)
+    if wanted.every_row and (codes < 0).any():
+        raise no_label(path, start + int(np.flatnonzero(codes < 0)[0]), label)
+    return codes, classes
+
+
+def _encoded(path: Path, wanted: Wanted, column: Any, label: str) -> tuple[np.ndarray, Any]:
+    """Number a column's values, −1 for null. Text is a list, in which a long one makes no other longer."""
+    import pyarrow as pa
+
+    encoded = pa.types.is_dictionary(column.type)
+    kind = column.type.value_type if encoded else column.type
+    if encoded and not is_text(kind):
+        column = column.cast(kind)
+    if pa.types.is_floating(kind) and wanted.model is not None:
+        values, codes = np.unique(column.to_numpy(), return_inverse=True)
+        return codes.astype(np.int64), values
+    if pa.types.is_decimal(kind) and kind.scale == 0:
+        column, kind = column.cast(pa.int64()), pa.int64()
+    if not (is_text(kind) or pa.types.is_integer(kind) or pa.types.is_boolean(kind)):
+        raise BadInput(
+            f"{path}: label column {quoted(label)} holds {kind}; labels are text, integers, booleans: "
+            f"cast it first if it holds classes, else {wanted.other_labels}"
+        )
+    if str(kind) == "string_view" and not encoded:
+        column = column.cast(pa.large_string())
+    if not pa.types.is_dictionary(column.type):
+        column = column.dictionary_encode()
+    array = column.unify_dictionaries().combine_chunks()
+    if isinstance(array, pa.ChunkedArray):
+        array = array.chunk(0)
+    once = array.dictionary.dictionary_encode()  # a file's own dictionary may hold null, or a value twice
+    place = np.append(_indices(once), -1)
+    values = once.dictionary.to_pylist()
+    return place[_indices(array)], values if is_text(kind) else np.array(values)
+
+
+def _indices(encoded: Any) -> np.ndarray:
+    return encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -1,0 +1,55 @@
+"""Where labelled tables come from: a file, or the digits that scikit-learn ships."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xent._processes.group import ALONE, Ranks
+from xent._util.atomic_write import aside
+from xent.data import read
+from xent.data.read import Table
+from xent.errors import needs
+
+
+def read_labelled(
+    path: str | Path,
+    label: str,
+    features: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    ranks: Ranks = ALONE,
+) -> Table:
+    """A table of which every row has a label; see ``xent.data.read.read``."""
+    return read.read(path, read.Wanted(label=label, features=features or None, exclude=exclude), ranks)
+
+
+def digits(ranks: Ranks = ALONE) -> Table:
+    """1,797 handwritten digits, 8 × 8 pixels of 0 to 16, in the package itself: no network."""
+    with needs("probe"):
+        from sklearn.datasets import load_digits
+    found = load_digits()
+    rows = ranks.share.of(len(found.data))
+    return Table(
+        source="scikit-learn's digits",
+        features=found.data[rows],
+        feature_names=tuple(found.feature_names),
+        label_name="digit",
+        codes=found.target[rows].astype(np.int64),
+        classes=np.arange(10),
+        start=rows.start,
+    )
+
+
+def write_parquet(table: Table, rows: np.ndarray, path: Path) -> Path:
+    """Write those rows of the table as Parquet, the label last."""
+    with needs("probe"):
+        import pyarrow as pa
+        from pyarrow import parquet
+    columns = {name: table.features[rows, j] for j, name in enumerate(table.feature_names)}
+    if table.codes is not None and table.classes is not None:
+        columns[str(table.label_name)] = table.classes[table.codes[rows]]
+    with aside(path) as temporary:
+        parquet.write_table(pa.table(columns), temporary)
+    return path

@@ -1,0 +1,170 @@
+"""A ``Table``, which columns of a file become one, and what every reader refuses in the same words.
+
+Rows are counted from 1 in every message, a header line not counted.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import io
+import itertools
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xent._util.text import quoted
+from xent.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The rows of a file, or those of one share of it.
+
+    ``codes`` and ``classes`` are None where no label was asked for or, if it was optional, found; a code is
+    −1 where an optional label is missing.
+    """
+
+    source: str
+    features: np.ndarray  # (N, D) float32 or float64, finite
+    feature_names: tuple[str, ...]  # D
+    label_name: str | None = None  # the column; None too for labels that are a file of their own
+    codes: np.ndarray | None = None  # (N,) int64, positions in classes
+    classes: np.ndarray | None = None  # (C,) str, int or bool, sorted
+    skipped: tuple[str, ...] = ()  # columns that are neither, for not being numeric
+    start: int = 0  # the first row's position in the file
+    width: int | None = None  # columns of the array that the features are from; None where columns have names
+
+    def own(self, rows: np.ndarray) -> np.ndarray:
+        """Positions in this share of those of some rows, ascending positions in the file, that are in it."""
+        low, high = np.searchsorted(rows, [self.start, self.start + len(self.features)])
+        return rows[low:high] - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which columns to read.
+
+    ``features`` None: every numeric column but the label and ``exclude``. ``label`` None: no label.
+    ``label_optional``: the column, or a row's label, may be missing. ``model`` names the model file whose
+    features these are, in its order; labels are then there to be compared with its classes, so that a row may
+    lack one and numbers may be floats. ``width`` is that of the arrays it was fitted on.
+    """
+
+    label: str | None = None
+    features: Sequence[str] | None = None
+    exclude: Sequence[str] = ()
+    label_optional: bool = False
+    model: Path | None = None
+    width: int | None = None
+
+    @property
+    def origin(self) -> str:
+        """Who asks for the features."""
+        return "--features" if self.model is None else f"a feature of {self.model}"
+
+    @property
+    def every_row(self) -> bool:
+        """True where a row without a label is an error."""
+        return not self.label_optional and self.model is None
+
+    @property
+    def other_labels(self) -> str:
+        """The advice to a command that is to go on without these labels."""
+        if self.model is not None and self.label_optional:
+            return "rename it to predict without labels"
+        return "name another with --label"
+
+    def without(self, column: str) -> str:
+        """Return the advice to a command that is to go on without a column."""
+        if self.model is not None:
+            return "fit a model without the column"
+        if self.features is not None:
+            return "leave the column out of --features"
+        option = _as_option(column)
+        return f"leave the column out with --exclude {option if len(option) <= 200 else 'and its name'}"
+
+
+def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[bool]) -> list[str]:
+    """The feature columns, in the order asked for, else the file's."""
+    times = collections.Counter(names)
+    for name, count in times.items():
+        if count > 1:
+            raise BadInput(f"{path}: column {quoted(name)} is there {count} times; rename all but one")
+    for name, count in collections.Counter(wanted.features or ()).items():
+        if count > 1:
+            raise BadInput(
+                f"{path}: column {quoted(name)} is asked for {count} times ({wanted.origin}); once is enough"
+            )
+    if wanted.label is not None and wanted.label not in times and not wanted.label_optional:
+        raise BadInput(f"{path}: no column {quoted(wanted.label)} for --label; {_there_are(names)}")
+    for option, asked in (("--exclude", wanted.exclude), (wanted.origin, wanted.features or ())):
+        lacking = [name for name in asked if name not in times]
+        if lacking:
+            raise BadInput(f"{path}: no column {some(lacking)} ({option}); {_there_are(names)}")
+    if wanted.features is not None:
+        if wanted.label in wanted.features:
+            raise BadInput(
+                f"{path}: the label column {quoted(wanted.label)} cannot be a feature; "
+                + ("drop it from --features" if wanted.model is None else "name another column with --label")
+            )
+        return list(wanted.features)
+    passed_over = {wanted.label, *wanted.exclude}
+    chosen = [
+        name for name, is_number in zip(names, numeric, strict=True) if is_number and name not in passed_over
+    ]
+    if not chosen:
+        raise BadInput(f"{path}: no numeric column is left for features; {_there_are(names)}")
+    return chosen
+
+
+def skipped(wanted: Wanted, names: Sequence[str], chosen: Sequence[str]) -> tuple[str, ...]:
+    if wanted.features is not None:
+        return ()
+    accounted_for = {*chosen, wanted.label, *wanted.exclude}
+    return tuple(name for name in names if name not in accounted_for)
+
+
+def some(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(quoted(name) for name in itertools.islice(names, most))
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+def _there_are(names: Sequence[str]) -> str:
+    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+        return (
+            f"the header is one column, {quoted(names[0])}: separate columns by commas (.csv) or tabs (.tsv)"
+        )
+    return f"its columns are {some(names)}"
+
+
+def bad_number(path: Path, wanted: Wanted, column: str, row: int, value: object) -> BadInput:
+    said = "is missing" if value is None else f"holds {quoted(value)}"
+    return BadInput(
+        f"{path}: row {row + 1}, column {quoted(column)} {said} where a finite number is needed; "
+        f"correct or drop the row, or {wanted.without(column)}"
+    )
+
+
+def no_label(where: object, row: int, column: str | None = None) -> BadInput:
+    of = "" if column is None else f" in column {quoted(column)}"
+    return BadInput(f"{where}: row {row + 1} has no label{of}; fill it in or drop the row")
+
+
+def _as_option(name: str) -> str:
+    """The name as a shell and ``--exclude``, whose value is a row of CSV, read it."""
+    row = io.StringIO()
+    csv.writer(row, lineterminator="").writerow([name])
+    return shlex.quote(row.getvalue())
+
+
+def check_finite(path: Path, wanted: Wanted, matrix: np.ndarray, names: Sequence[str], start: int) -> None:
+    step = max(1, 2**22 // max(1, matrix.shape[1]))  # a flag a number, for a few million at a time
+    for i in range(0, len(matrix), step):
+        finite = np.isfinite(matrix[i : i + step])
+        if not finite.all():
+            row, j = np.argwhere(~finite)[0]
+            raise bad_number(path, wanted, names[j], start + i + int(row), float(matrix[i + row, j]))

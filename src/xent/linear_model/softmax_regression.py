@@ -1,0 +1,303 @@
+"""Multinomial logistic regression on the fused cross-entropy.
+
+    min over W, b of   C · Σ_n s_n ℓ(W x_n + b, t_n)  +  ½ ‖W‖²           ℓ = a·lse(z) − ⟨t, z⟩
+
+The objective is scikit-learn's, and so is its scale inside the solver: divided by C·Σ_n s_n a_n it is a mean
+loss in nats plus λ/2 ‖W‖², λ = 1/(C·Σ s a), and ``tol`` bounds the largest component of *its* gradient. The
+intercept b is not penalised.
+
+SciPy's L-BFGS-B minimises it over (V, c) instead of (W, b), where W = V/σ and b = c − W μ: the same objective
+at the same point, seen with centred features and, by the choice of σ, a Hessian whose diagonal is constant at
+W = 0. Raw features with scales from 1e-3 to 1e3 then need tens of iterations where (W, b) need thousands. X
+itself is not copied.
+
+Newton's method goes on where L-BFGS stalls, which sees a decrease only as a difference of two objectives: see
+`probe.newton_cg`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.special import expit, log_expit, log_softmax, softmax
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import accuracy_score
+from sklearn.utils.class_weight import compute_class_weight
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from xent._core.validators import valid
+from xent.linear_model.advice import ESTIMATOR, advice
+from xent.linear_model.descent import Descent, Progress, threads
+from xent.linear_model.inputs import cast_to, read_features, read_labels, read_sample_weight
+from xent.linear_model.objective import Objective
+
+
+class SoftmaxRegression(ClassifierMixin, BaseEstimator):
+    """Multinomial logistic regression with scikit-learn's parameters and objective, for hard and soft labels.
+
+    Parameters
+    ----------
+    C : float in (0, inf], default 1.0
+        Inverse strength of the penalty in ``C·Σ s_n ℓ_n + ½‖coef_‖²``; ``inf`` is no penalty.
+    tol : float, default 1e-4
+        Stop when no component of the scaled objective's gradient exceeds it, as ``LogisticRegression`` does.
+    max_iter : int, default 1000
+        Most iterations of the solver. scikit-learn's 100 is often too few at its own tolerance; a fit that
+        converges earlier costs nothing extra, one that does not warns.
+    fit_intercept : bool, default True
+    class_weight : dict, "balanced" or None
+        Multiplies the loss class by class; ``"balanced"`` is (total mass) / (classes · mass of the class).
+    solver : "lbfgs" or "newton-cg", default "lbfgs"
+        L-BFGS reaches the default ``tol`` soonest. Newton's method with conjugate gradients takes tens of
+        iterations to a gradient of 1e-10 in float64, where L-BFGS no longer resolves a decrease; each costs
+        as much as some products with X, and a standardised copy of X is kept.
+    warm_start : bool, default False
+        Start from the coefficients of the last ``fit``.
+    random_state : None
+        Accepted as a scikit-learn parameter; the solver draws nothing, so it has no effect.
+    verbose : int, default 0
+        Print a line each iteration when positive.
+
+    Attributes
+    ----------
+    classes_ : (C,) labels in sorted order; ``arange(C)`` for soft labels.
+    coef_ : (C, D), for two classes (1, D): one vector, logits (0, s).
+    intercept_ : (C,), for two classes (1,).
+    n_iter_ : int
+    loss_curve_ : (n_iter_ + 1,) the scaled objective in nats, at the start and after each iteration.
+    gradient_norm_ : float, the largest component of its gradient at the end.
+    converged_ : bool, whether ``gradient_norm_`` is at most ``tol``.
+    n_features_in_, feature_names_in_ : as scikit-learn has them.
+
+    Examples
+    --------
+    >>> from sklearn.datasets import load_iris
+    >>> X, y = load_iris(return_X_y=True)
+    >>> model = SoftmaxRegression().fit(X, y)
+    >>> model.predict(X[:3]).tolist(), round(model.score(X, y), 3)
+    ([0, 0, 0], 0.973)
+
+    Soft labels are rows of nonnegative numbers, one column a class:
+
+    >>> T = np.eye(3)[y] * 0.9 + 0.1 / 3
+    >>> SoftmaxRegression().fit(X, T).predict_proba(X[:1]).round(2).tolist()
+    [[0.92, 0.08, 0.0]]
+    """
+
+    classes_: np.ndarray
+    coef_: np.ndarray
+    intercept_: np.ndarray
+    n_iter_: int
+    loss_curve_: np.ndarray
+    gradient_norm_: float
+    converged_: bool
+
+    def __init__(
+        self,
+        C: float = 1.0,
+        *,
+        tol: float = 1e-4,
+        max_iter: int = 1000,
+        fit_intercept: bool = True,
+        class_weight: dict[Any, float] | str | None = None,
+        solver: str = "lbfgs",
+        warm_start: bool = False,
+        random_state: Any = None,
+        verbose: int = 0,
+    ) -> None:
+        self.C = C
+        self.tol = tol
+        self.max_iter = max_iter
+        self.fit_intercept = fit_intercept
+        self.class_weight = class_weight
+        self.solver = solver
+        self.warm_start = warm_start
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(
+        self, X: Any, y: Any, sample_weight: Any = None, *, callback: Callable[[Progress], None] | None = None
+    ) -> SoftmaxRegression:
+        """Fit to features X (N, D) and labels y.
+
+        Parameters
+        ----------
+        X : (N, D) dense, tensors too; computed in float32 when it is float32 or a half type, in float64
+            otherwise.
+        y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n.
+            Rows need not sum to one: a row of mass a counts a times, a row of zeros not at all. Columns of
+            whole numbers or bools must be one-hot, as they may be labels beside something else.
+        sample_weight : (N,) nonnegative, or None.
+        callback : called with a ``Progress`` after each iteration; raising ``StopIteration`` ends the fit.
+
+        Raises
+        ------
+        ValueError : fewer than two classes, labels that are missing, negative or non-finite entries, shapes
+            that do not match, a parameter out of range.
+        TypeError : X is sparse; a parameter of the wrong kind.
+        KeyboardInterrupt : passed on, with the coefficients of the last iteration in place.
+        """
+        asked = self._parameters()
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+        if y is None:
+            raise ValueError("SoftmaxRegression requires y to be passed, but the target y is None")
+        X = validate_data(self, read_features(X), dtype=[np.float64, np.float32], order="C")
+        y = read_labels(y, len(X))
+        soft = y.ndim == 2
+        if soft:
+            classes, target = np.arange(y.shape[1]), cast_to(y, X.dtype, "y")
+        else:
+            classes, target = np.unique(y, return_inverse=True)
+            if len(classes) < 2:
+                raise ValueError(
+                    f"SoftmaxRegression needs at least 2 classes; the labels hold one class: {classes[0]!r}"
+                )
+        weight = read_sample_weight(sample_weight, len(X), X.dtype)  # (N,) or None
+        if asked.class_weight is not None:
+            given = _class_weights(asked.class_weight, classes, target, weight)
+            per_class = cast_to(given, X.dtype, "class_weight", "class")  # (C,)
+            if soft:
+                target = target * per_class
+            else:
+                weight = per_class[target] if weight is None else weight * per_class[target]
+
+        # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
+        with torch.inference_mode(False), torch.enable_grad():
+            self._fit(asked, X, target, weight, classes, callback)
+        return self
+
+    def _parameters(self) -> SimpleNamespace:
+        """Return the parameters as plain Python objects; the error names one that does not fit."""
+        given = self.get_params(deep=False)
+        for name, value in given.items():
+            if isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} must be a plain value, got a tensor of shape {tuple(value.shape)}")
+        return SimpleNamespace(**{name: valid(name, value) for name, value in given.items()})
+
+    def _fit(
+        self,
+        asked: SimpleNamespace,
+        X: np.ndarray,  # (N, D)
+        target: np.ndarray,  # (N,) class numbers or (N, C) masses
+        weight: np.ndarray | None,  # (N,)
+        classes: np.ndarray,  # (C,)
+        callback: Callable[[Progress], None] | None,
+    ) -> None:
+        objective = Objective(X, target, weight, len(classes), asked.C, asked.fit_intercept)
+        start = np.zeros((objective.rows, X.shape[1] + 1))
+        if asked.warm_start and hasattr(self, "coef_"):
+            if self.coef_.shape != (objective.rows, X.shape[1]) or not np.array_equal(self.classes_, classes):
+                raise ValueError(
+                    f"warm_start: the last fit has coef_ {self.coef_.shape} for {len(self.classes_)} "
+                    f"classes, here {(objective.rows, X.shape[1])} for {len(classes)}; set warm_start=False"
+                )
+            start = objective.to_solver(self.coef_, self.intercept_)
+        self.classes_ = classes
+
+        def watch(now: Progress) -> None:
+            if asked.verbose > 0:
+                print(
+                    f"iteration {now.iteration}: objective {now.objective:.9g}, "
+                    f"gradient {now.gradient_norm:.3g}"
+                )
+            if callback is not None:
+                callback(now)
+
+        found = Descent(objective, asked.solver, asked.tol, asked.max_iter)
+        try:
+            with threads(X.shape[0], X.shape[1], len(classes)):
+                found.run(start, watch)
+        finally:  # also on Ctrl-C: what has been reached is kept
+            self.coef_, self.intercept_ = found.coef, found.intercept
+            self.n_iter_ = max(0, len(found.curve) - 1)
+            self.loss_curve_ = np.array(found.curve)
+            self.gradient_norm_ = found.gradient_norm
+            self.converged_ = found.converged
+        if not self.converged_ and not found.asked_to_stop:
+            warnings.warn(
+                f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient "
+                f"{self.gradient_norm_:.3g} above tol {asked.tol:.3g}: {advice(found, ESTIMATOR)}",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""
+        check_is_fitted(self)
+        X = validate_data(self, read_features(X), dtype=[np.float64, np.float32], reset=False)
+        logits: np.ndarray = X @ self.coef_.T + self.intercept_
+        return logits[:, 0] if logits.shape[1] == 1 else logits
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Probabilities (N, C), columns in the order of ``classes_``."""
+        z = self.decision_function(X)
+        if z.ndim == 1:
+            return np.stack([expit(-z), expit(z)], axis=1)
+        p: np.ndarray = softmax(z, axis=1)
+        return p
+
+    def predict_log_proba(self, X: Any) -> np.ndarray:
+        """Log-probabilities (N, C) in nats, from the logits: finite where a probability rounds to 0."""
+        z = self.decision_function(X)
+        if z.ndim == 1:
+            return np.stack([log_expit(-z), log_expit(z)], axis=1)
+        log_p: np.ndarray = log_softmax(z, axis=1)
+        return log_p
+
+    def predict(self, X: Any) -> np.ndarray:
+        """The most probable class of each row, (N,)."""
+        best = self._best(X)
+        chosen: np.ndarray = self.classes_[best]
+        return chosen
+
+    def _best(self, X: Any) -> np.ndarray:  # (N,) positions in classes_
+        z = self.decision_function(X)
+        best: np.ndarray = (z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)
+        return best
+
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
+        """Accuracy; for soft labels (N, C), the share of their mass that lies on the predicted classes.
+
+        Columns of soft labels are in the order of ``classes_``.
+        """
+        best = self._best(X)
+        y = read_labels(y, len(best))
+        weight = read_sample_weight(sample_weight, len(best), np.dtype(np.float64))
+        if y.ndim == 1:
+            return float(accuracy_score(y, self.classes_[best], sample_weight=weight))
+        if y.shape[1] != len(self.classes_):
+            raise ValueError(
+                f"y has {y.shape[1]} columns and the model {len(self.classes_)} classes; soft labels have "
+                f"one column for each, in the order of classes_"
+            )
+        mass = y.astype(np.float64)
+        mass /= max(float(mass.max()), 1.0)  # a share, whose sums stay in range
+        if weight is not None:
+            mass *= weight[:, None]
+        total = mass.sum()
+        if not total > 0:
+            raise ValueError("y has no mass on rows that count; a share of nothing is no score")
+        return float(mass[np.arange(len(best)), best].sum() / total)
+
+
+def _class_weights(
+    class_weight: dict[Any, float] | str, classes: np.ndarray, target: np.ndarray, weight: np.ndarray | None
+) -> np.ndarray:  # (C,)
+    if class_weight != "balanced":
+        given: np.ndarray = compute_class_weight(class_weight, classes=classes, y=classes)
+        return given
+    if target.ndim == 2:
+        mass = target.sum(axis=0) if weight is None else weight @ target
+    else:
+        mass = np.bincount(target, weights=weight, minlength=len(classes))
+    # a class without mass has no row to weigh
+    balanced: np.ndarray = np.zeros(len(classes))
+    np.divide(mass.sum(), len(classes) * mass, out=balanced, where=mass > 0)
+    return balanced

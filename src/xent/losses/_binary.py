@@ -1,0 +1,339 @@
+"""Losses over two classes, and the divergence of given log-probabilities, element by element.
+
+Binary cross-entropy is the formula ℓ = a·lse(z) − ⟨t, z⟩ over two classes, with logits z = (0, s) or
+probabilities (1 − p, p), and targets t = (1 − y, w₊·y) of mass a = t₀ + t₁. Relative to the larger logit,
+with h = 1 where s ≥ 0 and 0 elsewhere,
+
+    ℓ = a·log1p(e^−|s|) + (h·t₀ − (1 − h)·t₁)·s        ℓ = −t₀·log1p(−p) − t₁·log p
+
+What stands before s is what is asked of the class that the score speaks against: where it is 0 nothing is
+subtracted from anything, and a score that is right beyond all doubt keeps its digits. Of probabilities t
+and logarithms x,
+
+    KL = t·(log t − x)        or, t given as its logarithm,        eᵗ·(t − x)
+
+Throughout 0·∞ = 0, in values and gradients. Every step is an operation of torch that is smooth along the
+branch it is on, so all derivatives, in any mode and of any order, are torch's own.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xent._arguments.validation import FLOATING, autocasts, check_tensors, require_tensors
+from xent._autograd import transforms
+from xent._core.logits import compute_dtype
+from xent._core.validators import OneOf, valid
+
+KL_REDUCTIONS = OneOf(("none", "batchmean", "mean", "sum"))
+LOGITS = "logits go to binary_cross_entropy_with_logits"
+TARGETS = "targets of any sign go to binary_cross_entropy_with_logits"
+NEGATIVE = "pass log_target=True if the target holds logarithms of probabilities"
+LOGARITHMS = "the logarithm of no probability is −inf"
+
+
+def binary_cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    clamp: bool = False,
+) -> Tensor:
+    r"""Binary cross-entropy of probabilities, ``−y·log p − (1 − y)·log(1 − p)`` an element, in nats.
+
+    A drop-in for :func:`torch.nn.functional.binary_cross_entropy`, except that a probability of exactly 0 for
+    what is true costs +inf and not 100, and that gradients are the loss's own at every p. Where the logits
+    are at hand, :func:`binary_cross_entropy_with_logits` has digits that p near 1 cannot hold.
+    Formula: mathematics page, §§1, 3.
+
+    Args:
+        input: p, probabilities in [0, 1], of any shape.
+        target: y, in [0, 1], of the shape of ``input``. May require gradient.
+        weight: a factor for each element, of a shape that broadcasts to that of ``input``. No gradient. An
+            element of weight 0 is left out, whatever it holds.
+        reduction: ``"mean"`` (over all elements, whatever their weights; 0 over none), ``"sum"`` or
+            ``"none"``.
+        clamp: compute as torch does: no logarithm below −100, and a gradient in p whose divisor p(1 − p) is
+            at least 1e-12.
+
+    Returns:
+        A scalar, or the shape of ``input`` for ``"none"``, of the common type of ``input`` and ``target``
+        (float32 under autocast). Half types are computed in float32 and rounded once.
+
+    Raises:
+        ValueError: an input or target that is nan or outside [0, 1], naming position and value; on another
+            device than a CPU an asynchronous assertion fails instead, and in a graph or under ``vmap``, where
+            neither can be, it costs nan. Shapes or options that do not fit.
+        TypeError: tensors that are not floating.
+
+    Example:
+        >>> import torch, xent
+        >>> p, y = torch.tensor([0.7, 0.2]), torch.tensor([1.0, 0.0])
+        >>> xent.binary_cross_entropy(p, y, reduction="none")
+        tensor([0.3567, 0.2231])
+        >>> xent.binary_cross_entropy(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0]), reduction="none")
+        tensor([inf, 0.])
+    """
+    clamp = valid("clamp", clamp)
+    dtype = _check(input, target, weight, reduction)
+    input, target, weight = transforms.thawed(input), transforms.thawed(target), transforms.thawed(weight)
+    p, y = _leave_out(weight, (input, 0.5), (target, 0.5), dtype=dtype)
+    p = _within("input", p, 0.0, 1.0, LOGITS)
+    y = _within("target", y, 0.0, 1.0, TARGETS)
+    return _reduce(_clamped(p, y) if clamp else _of_probabilities(p, y), weight, reduction, dtype)
+
+
+def binary_cross_entropy_with_logits(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    pos_weight: Tensor | None = None,
+) -> Tensor:
+    r"""Binary cross-entropy of logits, ``−w₊·y·log σ(s) − (1 − y)·log σ(−s)`` an element, in nats.
+
+    A drop-in for :func:`torch.nn.functional.binary_cross_entropy_with_logits`, exact in both tails, of the
+    loss and of all its derivatives, and at infinite logits. Formula: mathematics page, §1.
+
+    Args:
+        input: s, logits, of any shape.
+        target: y, of the shape of ``input``: in [0, 1] if it is a probability, but any sign is scored. May
+            require gradient.
+        weight: a factor for each element, of a shape that broadcasts to that of ``input``. No gradient. An
+            element of weight 0 is left out, whatever it holds.
+        reduction: ``"mean"`` (over all elements, whatever their weights; 0 over none), ``"sum"`` or
+            ``"none"``.
+        pos_weight: w₊, a factor for the positive class, of a shape that broadcasts to that of ``input``. No
+            gradient.
+
+    Returns:
+        A scalar, or the shape of ``input`` for ``"none"``, of the common type of ``input`` and ``target``
+        (float32 under autocast). Half types are computed in float32 and rounded once.
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+        TypeError: tensors that are not floating.
+
+    Example:
+        >>> import torch, xent
+        >>> s, y = torch.tensor([40.0, -torch.inf], dtype=torch.float64), torch.tensor([1.0, 0.0])
+        >>> xent.binary_cross_entropy_with_logits(s, y, reduction="none").tolist()
+        [4.248354255291589e-18, 0.0]
+    """
+    dtype = _check(input, target, weight, reduction, pos_weight)
+    input, target = transforms.thawed(input), transforms.thawed(target)
+    weight, pos_weight = transforms.thawed(weight), transforms.thawed(pos_weight)
+    s, y = _leave_out(weight, (input, 0.0), (target, 0.0), dtype=dtype)
+    positive = None if pos_weight is None else pos_weight.to(s.dtype)
+    return _reduce(_of_logits(s, y, positive), weight, reduction, dtype)
+
+
+def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target: bool = False) -> Tensor:
+    r"""Kullback-Leibler divergence from logarithms of probabilities, ``t·(log t − x)`` an element, in nats.
+
+    A drop-in for :func:`torch.nn.functional.kl_div`, in which what has no probability costs nothing:
+    0·(−inf) = 0, also where ``target`` is given as logarithms. Formula: mathematics page, §3.
+
+    Args:
+        input: x, logarithms of probabilities (as ``log_softmax`` makes them), of any shape.
+        target: t, probabilities, or their logarithms with ``log_target``; of a shape that broadcasts with
+            that of ``input``. Any mass. May require gradient; at t = 0 that of t·log t, −inf, counts as 0.
+        reduction: ``"batchmean"`` divides the sum by ``input.size(0)``: the divergence of a batch of
+            distributions. ``"mean"`` divides by the number of elements, ``"sum"`` by nothing; ``"none"``. A
+            mean over nothing is 0.
+        log_target: whether ``target`` holds logarithms.
+
+    Returns:
+        A scalar, or the common shape for ``"none"``, of the common type of ``input`` and ``target`` (float32
+        under autocast). Half types are computed in float32 and rounded once.
+
+    Raises:
+        ValueError: a target that is nan, or negative without ``log_target``, naming position and value; on
+            another device than a CPU an asynchronous assertion fails instead, and in a graph or under
+            ``vmap``, where neither can be, it costs nan. Options that do not fit.
+        TypeError: tensors that are not floating.
+
+    Example:
+        >>> import torch, xent
+        >>> q, p = torch.tensor([[0.6, 0.4]]), torch.tensor([[0.5, 0.5]])
+        >>> round(xent.kl_div(p.log(), q, reduction="batchmean").item(), 6)
+        0.020136
+        >>> xent.kl_div(torch.tensor([0.0, -torch.inf]), torch.tensor([1.0, 0.0]), reduction="sum")
+        tensor(0.)
+    """
+    KL_REDUCTIONS("reduction", reduction)
+    log_target = valid("log_target", log_target)
+    require_tensors(input=input, target=target)
+    dtype = _loss_dtype(input, target)
+    at = compute_dtype(dtype)
+    x, t = transforms.thawed(input).to(at), transforms.thawed(target).to(at)
+    if log_target:
+        t = _within("target", t, -math.inf, math.inf, LOGARITHMS)
+    else:
+        t = _within("target", t, 0.0, math.inf, NEGATIVE)
+    values = _of_logarithms(x, t) if log_target else _of_masses(x, t)
+    if reduction != "batchmean":
+        return _reduce(values, None, reduction, dtype)
+    return (values.sum() / max(1, input.shape[0] if input.dim() else 1)).to(dtype)
+
+
+def _of_logits(s: Tensor, y: Tensor, positive: Tensor | None) -> Tensor:
+    """ℓ of logits s, targets y and the positive class's weights, elementwise."""
+    # a constant ±1 where |·| has a derivative of its own: 0 at s = 0, where the loss's is ½ a − t₁
+    sign = torch.copysign(s.detach().new_ones(()), s.detach())
+    h = sign.clamp(min=0)  # 1 where s ≥ 0, else 0
+    softplus = (-sign * s).exp().log1p()
+    if positive is None:
+        return softplus + _times(h - y, s)
+    t0, t1 = 1 - y, positive * y
+    return (t0 + t1) * softplus + _times(torch.where(sign > 0, t0, -t1), s)
+
+
+def _of_probabilities(p: Tensor, y: Tensor) -> Tensor:
+    """ℓ of probabilities p and targets y, elementwise."""
+    low, high = _bounds(p)
+    t0, p0, p1 = 1 - y, p, p
+    if high >= 1:
+        p0 = p.masked_fill((t0 == 0) & (p == 1), 0.0)
+    if low <= 0:
+        p1 = p.masked_fill((y == 0) & (p == 0), 1.0)
+    return -t0 * torch.log1p(-p0) - y * p1.log()
+
+
+def _clamped(p: Tensor, y: Tensor) -> Tensor:
+    """The same by torch's own function, which autocast would refuse though these are no half types."""
+    if not autocasts(p):
+        return F.binary_cross_entropy(p, y, reduction="none")
+    with torch.autocast(p.device.type, enabled=False):
+        return F.binary_cross_entropy(p, y, reduction="none")
+
+
+def _of_masses(x: Tensor, t: Tensor) -> Tensor:
+    """KL of logarithms x from probabilities t, elementwise."""
+    low, _ = _bounds(t)
+    logarithm = t
+    if low <= 0:
+        nothing = t == 0
+        x, logarithm = x.masked_fill(nothing & x.isinf(), 0.0), t.masked_fill(nothing, 1.0)
+    return t * (logarithm.log() - x)
+
+
+def _of_logarithms(x: Tensor, t: Tensor) -> Tensor:
+    """KL of logarithms x from logarithms t, elementwise."""
+    mass, gap = t.exp(), t - x
+    if not (_finite(x) and _finite(t)):
+        gap = gap.masked_fill(mass == 0, 0.0)
+    return mass * gap
+
+
+def _times(c: Tensor, u: Tensor) -> Tensor:
+    """c·u with 0·∞ = 0."""
+    return c * (u if _finite(u) else u.masked_fill((c == 0) & u.isinf(), 0.0))
+
+
+def _finite(t: Tensor) -> bool:
+    """Whether t is known to be finite."""
+    return all(math.isfinite(bound) for bound in _bounds(t))
+
+
+def _bounds(t: Tensor) -> tuple[float, float]:
+    """Values between which t is known to lie; nan where one of t is."""
+    if t.device.type != "cpu" or _blind(t) or t.numel() == 0:
+        return -math.inf, math.inf
+    low, high = t.detach().aminmax()  # a tenth of what selecting costs on a CPU; elsewhere it would wait
+    return low.item(), high.item()
+
+
+def _blind(t: Tensor) -> bool:
+    """Whether no question may be asked whose answer is data."""
+    return transforms.is_opaque(t) or transforms.batched(t)
+
+
+def _within(name: str, t: Tensor, low: float, high: float, way_out: str) -> Tensor:
+    """t, seen to lie in [low, high]; where data cannot be asked, nan in the place of what does not."""
+    least, most = _bounds(t)
+    if low <= least and most <= high and not _blind(t):
+        return t
+    good = (t.detach() >= low) & (t.detach() <= high)
+    if _blind(t):
+        return t.masked_fill(~good, math.nan)
+    range_ = f"outside [{low:g}, {high:g}]" if math.isfinite(high) else "negative"
+    if t.device.type != "cpu":
+        wrong = "nan" if math.isinf(low) else f"nan or {range_}"
+        torch._assert_async(good.all(), f"{name} is {wrong}; {way_out}")
+    elif not good.all():
+        at = tuple(good.logical_not().nonzero()[0].tolist())
+        where = "" if not at else f" at row {at[0]}" if len(at) == 1 else f" at position {at}"
+        value = t[at].item()
+        wrong = "is not a number" if math.isnan(value) else f"is {range_}"
+        raise ValueError(f"{name} {value:g}{where} {wrong}; {way_out}")
+    return t
+
+
+def _check(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    reduction: str,
+    pos_weight: Tensor | None = None,
+) -> torch.dtype:
+    """The type of the loss, of arguments that fit together."""
+    valid("reduction", reduction)
+    require_tensors(input=input, target=target)
+    check_tensors(weight=weight, pos_weight=pos_weight)
+    dtype = _loss_dtype(input, target)
+    if target.shape != input.shape:
+        raise ValueError(
+            f"target must have the shape of input, {tuple(input.shape)}; got {tuple(target.shape)}"
+        )
+    for name, factor in (("weight", weight), ("pos_weight", pos_weight)):
+        if factor is None:
+            continue
+        sizes = zip(reversed(factor.shape), reversed(input.shape), strict=False)
+        if factor.dim() > input.dim() or any(a != 1 and a != b for a, b in sizes):
+            raise ValueError(
+                f"{name} must broadcast to the shape of input, {tuple(input.shape)}; "
+                f"got {tuple(factor.shape)}"
+            )
+        if factor.requires_grad or transforms.has_tangent(factor):
+            raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
+    return dtype
+
+
+def _loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    for name, t in (("input", input), ("target", target)):
+        if t.dtype not in FLOATING:
+            raise TypeError(
+                f"{name} must be of a floating type of 16, 32 or 64 bits, got {t.dtype}: convert it with "
+                f"{name}.to(torch.float32)"
+            )
+    dtype = torch.promote_types(input.dtype, target.dtype)
+    return torch.float32 if autocasts(input) and dtype != torch.float64 else dtype
+
+
+def _leave_out(
+    weight: Tensor | None, *tensors: tuple[Tensor, float], dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """Each tensor in the type of the computation, with something harmless where the weight is 0."""
+    found = tuple(t.to(compute_dtype(dtype)) for t, _ in tensors)
+    if weight is None:
+        return found
+    out = weight == 0
+    if weight.device.type == "cpu" and not _blind(weight) and not out.any():
+        return found
+    return tuple(t.masked_fill(out, harmless) for t, (_, harmless) in zip(found, tensors, strict=True))
+
+
+def _reduce(values: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype) -> Tensor:
+    if weight is not None:
+        values = values * weight.to(values.dtype)
+    if reduction == "none":
+        return values.to(dtype)
+    total = values.sum()
+    return (total if reduction == "sum" else total / max(1, values.numel())).to(dtype)

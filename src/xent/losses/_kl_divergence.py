@@ -1,0 +1,409 @@
+"""KL(t ‖ softmax(z)) of given logits, and of two linear heads whose logits never exist.
+
+    KL = Σ t·(log t − log p) = Σ t·φ(log p − log(t/a)) + a·log a        a = Σ t, φ(δ) = e^δ − 1 − δ
+
+which adds what cannot cancel (every term of φ is at least 0), where the plain sum subtracts numbers of the
+size of an entropy to find a difference that may be a billionth of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from xent._arguments.call import Call, Options
+from xent._arguments.validation import (
+    check_devices,
+    check_floating,
+    check_tensors,
+    loss_dtype,
+    require_tensors,
+)
+from xent._autograd import transforms, two_heads, two_heads_ops
+from xent._core.logits import LinearHead, compute_dtype
+from xent._core.reduction import Kind, Scale
+from xent._core.statistics import statistics_dtype
+from xent._core.target import TopKTarget, thawed_target
+from xent._core.targets import no_targets
+from xent._core.tiles.two_heads import NEAR, PIECE, Pair, phi
+from xent._core.validators import valid
+
+Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+
+
+def kl_divergence(
+    *,
+    target: Tensor | TopKTarget,
+    input: Tensor,
+    target_is_logits: bool = False,
+    temperature: float = 1.0,
+    bits: bool = False,
+) -> Tensor:
+    r"""KL(t ‖ softmax(z/temperature)) of each row, ``Σ t·(log t − log p)``, in nats.
+
+    Differentiable in both arguments any number of times, in every mode of torch. Computed without
+    cancellation: of two logits it is never negative, equal ones are at 0, and distributions that differ by
+    1e-8 keep their digits, as do rows that are right beyond all doubt. Formula: mathematics page, §3.
+
+    Args:
+        target: t, the shape of ``input``: probabilities of any non-negative mass, 0·log 0 = 0 (the slope
+            there, asked for, is −inf); or with ``target_is_logits`` the teacher's logits. Or a
+            :class:`TopKTarget`, of which nothing is spread where its probabilities exceed 1.
+        input: logits z, (C,), (N, C) or (N, C, d1, ...). A class masked by −inf costs nothing without
+            target mass, and +inf with it.
+        target_is_logits: t is softmax(target/temperature): to be preferred where the teacher learns too, and
+            where teacher and student are nearly equal.
+        temperature: divides the logits. No gradient.
+        bits: divide by log 2.
+
+    Returns:
+        (), (N,) or (N, d1, ...), of the type of ``input`` (float32 under autocast).
+
+    Raises:
+        ValueError: shapes that differ; a temperature that is not positive and finite; on a CPU a probability
+            that is negative, infinite or nan, naming the place (elsewhere it costs nan).
+        TypeError: types that are not floating.
+
+    Example:
+        >>> import torch, xent
+        >>> even, odds = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.6, 0.4])
+        >>> round(xent.kl_divergence(target=odds, input=even).item(), 6)
+        0.020136
+    """
+    require_tensors(input=input)
+    if not isinstance(target, TopKTarget):
+        require_tensors(target=target)
+    temperature, bits = valid("temperature", temperature), valid("bits", bits)
+    target_is_logits = valid("target_is_logits", target_is_logits)
+    input, target = transforms.thawed(input), thawed_target(target)
+    if isinstance(target, TopKTarget):
+        target = _spelt_out(target, input, target_is_logits)
+    axis = _check(target, input)
+    dtype = compute_dtype(torch.promote_types(input.dtype, target.dtype))
+    if not target_is_logits:
+        _check_probabilities(target)
+    z, t = (v.movedim(axis, -1) for v in (input, target))
+    settings = _Settings(target_is_logits, temperature, dtype)
+    if input.numel() <= _at_a_time(z) or transforms.is_opaque(z, t) or transforms.transformed(z, t):
+        kl = _rows(t, z, settings)
+    else:
+        flat = (v.reshape(-1, v.shape[-1]) for v in (t, z))
+        kl = _ByChunks.apply(settings, *flat).reshape(z.shape[:-1])
+    return (kl / math.log(2) if bits else kl).to(loss_dtype(input))
+
+
+def linear_kl_divergence(
+    *,
+    student: Head,
+    teacher: Head,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""KL(teacher ‖ student) of two linear heads, straight from features: neither's logits ever exist.
+
+    ``kl_divergence(target=x_T @ w_T.T + b_T, input=x_S @ w_S.T + b_S, target_is_logits=True)`` for
+    distillation, visited in tiles of rows × classes. A frozen teacher, the usual case, costs one matrix
+    product of its own, and the student three where the budget holds 128 rows of both heads' logits; where it
+    does not, each head's logits are computed once more. Two derivatives in closed form. Formula: mathematics
+    page, §3; ``∂KL/∂z_S = p − t``, ``∂KL/∂z_T = t∘(log t − log p − KL)``.
+
+    Args:
+        student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,).
+        teacher: the same over the same rows and classes; its features may be of another width.
+        temperature: divides both heads' logits. Distillation often multiplies the loss by its square, so that
+            gradients keep their size; that is left to the caller.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ ``sample_weight``, or by the
+            number of rows, and is 0 over no rows.
+        sample_weight: (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
+        memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
+            whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
+
+    Returns:
+        A scalar in nats, or (...) for ``"none"``, of the type of the student's features (float32 under
+        autocast).
+
+    Raises:
+        ValueError: shapes or option values that do not fit together, naming the head.
+        TypeError: types that do not.
+        NotImplementedError: a third derivative; :func:`kl_divergence` of logits has any number of them.
+
+    Example:
+        >>> import torch, xent
+        >>> even, odds = torch.zeros(2, 1), torch.tensor([[0.6], [0.4]]).log()
+        >>> one = torch.ones(3, 1)
+        >>> round(xent.linear_kl_divergence(student=(one, even), teacher=(one, odds)).item(), 6)
+        0.020136
+    """
+    check_tensors(sample_weight=sample_weight)
+    sample_weight = transforms.thawed(sample_weight)
+    options = Options.of(reduction=reduction, temperature=temperature, memory_budget=memory_budget)
+    lesson = _lesson(_head("student", student, options), _head("teacher", teacher, options), sample_weight)
+    call, pair, weight, kept, in_graph = lesson
+    kind, targets = call.reduction.kind, pair.targets
+    scale = _scale(kind, weight, targets.count)
+    if kind != "none" and lesson.one_backward:
+        return two_heads.reduced(pair, weight, scale).to(call.dtype)
+    kl = two_heads_ops.rows(pair, kept) if in_graph else two_heads.rows(pair)
+    if kept is not None:  # select before weighing: 0·nan is not 0
+        kl = kl.masked_fill(~kept, 0.0)
+    if kind != "none":
+        return two_heads.total(kl, weight, scale).to(call.dtype)
+    kl = kl if weight is None else kl * weight
+    if targets.rows is not None:
+        kl = kl.new_zeros(targets.total).index_copy(0, targets.rows, kl)
+    return call.stack([kl])
+
+
+class _Lesson(NamedTuple):
+    """A call's arguments, resolved."""
+
+    call: Call  # the student's: reduction, shape of the rows, type of the loss
+    pair: Pair
+    weight: Tensor | None  # (M,)
+    kept: Tensor | None  # (N,) bool: rows that count, where they could not be selected beforehand
+    in_graph: bool  # whether the sweep is to be one operator
+
+    @property
+    def one_backward(self) -> bool:
+        """Whether a gradient formed in the forward sweep is what will be asked for."""
+        if self.kept is not None or self.in_graph or not torch.is_grad_enabled():
+            return False
+        tensors = (*self.pair.student.tensors, *self.pair.teacher.tensors)
+        if self.weight is not None and self.weight.requires_grad:
+            return False
+        if transforms.transformed(*tensors, self.weight):
+            return False
+        return any(t is not None and t.requires_grad for t in tensors)
+
+
+def _lesson(
+    one: tuple[Call, LinearHead], other: tuple[Call, LinearHead], sample_weight: Tensor | None
+) -> _Lesson:
+    """The student's and the teacher's head over the same rows, and the weights of those that take part."""
+    (call, student), (teaching, teacher) = one, other
+    rows_shape = tuple(call.rows_shape)
+    if call.rows_shape != teaching.rows_shape or student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student and teacher must have the same rows and classes; got rows {rows_shape} and "
+            f"{tuple(teaching.rows_shape)}, {student.shape[1]} and {teacher.shape[1]} classes"
+        )
+    if student.dtype != teacher.dtype:
+        raise TypeError(
+            f"the student is computed in {student.dtype} and the teacher in {teacher.dtype}: "
+            "convert one of them"
+        )
+    if sample_weight is not None and tuple(sample_weight.shape) != rows_shape:
+        raise ValueError(
+            f"sample_weight must have the shape of the rows, {rows_shape}; got {tuple(sample_weight.shape)}"
+        )
+    n, classes = student.shape
+    tensors = (*student.tensors, *teacher.tensors)
+    weight = None if sample_weight is None else sample_weight.reshape(n)
+    learnt = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+    fixed = None if learnt else weight  # a learnt weight of 0 still has a gradient
+    kept, in_graph = None, transforms.is_opaque(weight, *tensors)
+    if in_graph:
+        check_devices(weight, *tensors)
+    if fixed is not None and (in_graph or transforms.batched(weight, *tensors)):
+        # data cannot choose rows here: those that do not count become harmless, and are taken out later
+        kept, fixed = fixed != 0, None
+        if not in_graph:  # the operator selects for itself
+            student, teacher = student.select(kept), teacher.select(kept)
+    targets = no_targets(n, classes, student.device, fixed)
+    if fixed is not None:
+        weight = targets.row_weight
+    elif weight is not None:
+        weight = weight.to(statistics_dtype(weight.device))
+    (part,) = call.parts
+    return _Lesson(call, Pair(student, teacher, targets, part.problem.budget), weight, kept, in_graph)
+
+
+def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
+    """One over the divisor; 0 where there is nothing to divide."""
+    if kind != "mean":
+        return 1.0
+    if weight is None:
+        return 1.0 / max(1, count)
+    divisor = weight.sum()
+    nothing = divisor == 0
+    return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+
+
+def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
+    """A head as scores, by the door that every head goes through."""
+    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
+        raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")
+    features, weight, bias = (*given, None)[:3]
+    require_tensors(**{f"the {role}'s features": features, f"the {role}'s weight": weight})
+    assert weight is not None
+    if weight.dim() != 2:
+        raise ValueError(f"the {role}'s weight must be (C, D), got {tuple(weight.shape)}")
+    try:
+        call = options.of_head(features, weight, bias, None)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"the {role}: {error}") from None
+    (part,) = call.parts
+    return call, cast(LinearHead, part.problem.scores)
+
+
+def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Tensor:
+    """A sparse target in the shape of the logits, as which it is no larger than these."""
+    if target_is_logits:
+        raise ValueError("a TopKTarget holds probabilities: pass target_is_logits=False")
+    call = Options().of_logits(input, target)  # which checks shape and indices
+    (part,) = call.parts
+    classes = part.problem.targets.classes
+    q = target.probabilities.to(compute_dtype(torch.promote_types(input.dtype, target.probabilities.dtype)))
+    _check_probabilities(q)
+    t = TopKTarget(target.indices, q, target.remainder).to_dense(classes).clamp_min(0.0)
+    return t if input.dim() == 1 else t.movedim(-1, 1)
+
+
+def _check(target: Tensor, input: Tensor) -> int:
+    """The axis of the classes."""
+    if input.dim() == 0:
+        raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
+    if target.shape != input.shape:
+        raise ValueError(
+            f"target must have the shape of input, {tuple(input.shape)}; got {tuple(target.shape)}"
+        )
+    axis = 0 if input.dim() == 1 else 1
+    if input.shape[axis] == 0:
+        raise ValueError("there must be at least one class, got 0")
+    check_floating(input=input)
+    check_floating(target=target)
+    return axis
+
+
+def _check_probabilities(t: Tensor) -> None:
+    """Negative, infinite and nan ones are named where asking costs nothing and is possible."""
+    if t.device.type != "cpu" or not t.numel() or transforms.is_opaque(t) or transforms.batched(t):
+        return
+    low, high = t.detach().aminmax()
+    if low >= 0 and high < math.inf:  # nan is neither
+        return
+    bad = ~((t >= 0) & (t < math.inf))
+    at = tuple(bad.nonzero()[0].tolist())
+    raise ValueError(
+        f"target holds probabilities, which must be finite and not negative; got {t[at].item()} at {at} "
+        "(for logits pass target_is_logits=True)"
+    )
+
+
+class _Settings(NamedTuple):
+    logits: bool  # whether the target is
+    temperature: float
+    dtype: torch.dtype  # of the computation
+
+
+def _rows(target: Tensor, z: Tensor, settings: _Settings) -> Tensor:
+    """KL of each row, (..., C) and (..., C) -> (...), of torch's own operations."""
+    given, z = target.to(settings.dtype), z.to(settings.dtype)
+    log_p = _log_softmax(z, settings.temperature)
+    p, mass = log_p.exp(), None
+    if settings.logits:
+        log_t = _log_softmax(given, settings.temperature)
+        t = log_t.exp()
+    else:
+        t, mass = given, given.sum(-1, keepdim=True, dtype=statistics_dtype(given.device))
+        p = p * mass.to(p.dtype)
+        log_t = torch.where(t == 0, 1.0, t).log() - torch.where(mass == 0, 1.0, mass).log().to(t.dtype)
+    absent = t == 0
+    delta = torch.where(absent, 0.0, log_p - log_t)
+    if settings.logits:
+        delta = delta + _lost(delta, z, given, settings.temperature, log_t).masked_fill(absent, 0.0)
+    near = (delta.abs() < NEAR) & ~absent
+    terms = torch.where(near, t * phi(delta.clamp(-NEAR, NEAR)), p - t - t * delta)
+    if mass is None:
+        return terms.sum(-1, dtype=statistics_dtype(t.device))
+    # the slope of t·log t at 0
+    terms = terms - torch.special.entr(torch.where(absent & (p > 0), t, 1.0))
+    return terms.sum(-1, dtype=mass.dtype) - torch.special.entr(mass.squeeze(-1))
+
+
+class _ByChunks(torch.autograd.Function):
+    """`_rows` of many rows, some at a time and once more for their gradient: what it makes stays small."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: _Settings, target: Tensor, z: Tensor) -> Tensor:
+        ctx.settings = settings
+        ctx.save_for_backward(target, z)
+        return torch.cat([_rows(t, some, settings) for t, some in _chunks(target, z)])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        given = ctx.saved_tensors
+        wants = ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled() or transforms.batched(upstream) or transforms.transformed(upstream):
+
+            def again(target: Tensor, z: Tensor) -> Tensor:
+                return _rows(target, z, ctx.settings)
+
+            return None, *transforms.gradients_of(again, given, wants, upstream)
+        answers = [torch.empty_like(t) if want else None for t, want in zip(given, wants, strict=True)]
+        start = 0
+        for chunk in _chunks(*given):
+            rows = slice(start, start + len(chunk[0]))
+            start = rows.stop
+            with torch.enable_grad():
+                leaves = [t.detach().requires_grad_(want) for t, want in zip(chunk, wants, strict=True)]
+                kl = _rows(leaves[0], leaves[1], ctx.settings)
+            kl.backward(upstream[rows])
+            for answer, leaf in zip(answers, leaves, strict=True):
+                if answer is not None and leaf.grad is not None:
+                    answer[rows] = leaf.grad
+        return None, *answers
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(N, C) each, some rows at a time."""
+    n, classes = tensors[0].shape
+    size = max(1, _at_a_time(tensors[0]) // classes)
+    return zip(*(t.split(size) for t in tensors), strict=True) if n else iter([tensors])
+
+
+def _at_a_time(z: Tensor) -> int:
+    """Elements that are worth a step of their own: what a cache holds, or what keeps a device busy."""
+    return PIECE if z.device.type == "cpu" else 256 * PIECE
+
+
+def _log_softmax(z: Tensor, temperature: float) -> Tensor:
+    """(z − m)/T − log1p(r), (..., C): r leaves the maximum's own term out, for confident rows."""
+    m, top = z.max(-1, keepdim=True)
+    shifted = (z - m) / temperature
+    r = shifted.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True, dtype=statistics_dtype(z.device))
+    return shifted - torch.log1p(r).to(z.dtype)
+
+
+def _lost(direct: Tensor, z: Tensor, teacher: Tensor, temperature: float, log_t: Tensor) -> Tensor:
+    """What rounding took from δ = log p − log t: a constant, 0 where nothing is known to be better.
+
+    With k the teacher's first class and w = (z_c − z_k) − (y_c − y_k), y the teacher's logits, which loses
+    nothing: δ = w − log1p(Σ t·expm1(w)). Near logits lose log t's own rounding otherwise.
+    """
+    with torch.no_grad():
+        direct, z, teacher, log_t = (v.detach() for v in (direct, z, teacher, log_t))
+        k = teacher.argmax(-1, keepdim=True)
+        first, first_error = _difference(z, z.gather(-1, k))
+        second, second_error = _difference(teacher, teacher.gather(-1, k))
+        w = ((first - second) + (first_error - second_error)) / temperature
+        t = log_t.exp()
+        far = torch.exp(first / temperature + log_t.gather(-1, k)) - t  # the same, and finite where w is not
+        moved = torch.where(w.abs() < 1, t * torch.expm1(w), far)
+        change = moved.sum(-1, keepdim=True, dtype=statistics_dtype(z.device))
+        exact = w - torch.log1p(change).to(w.dtype)
+        better = (change.abs() < NEAR) & exact.isfinite() & direct.isfinite()
+        return torch.where(better, exact - direct, 0.0)
+
+
+def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a − b and its rounding error, exactly (Knuth)."""
+    d = a - b
+    other = a - d
+    return d, (a - (d + other)) + (other - b)

@@ -1,0 +1,71 @@
+"""The log-free surrogate of cross-entropy: a value without a logarithm, with cross-entropy's derivatives.
+
+    L₂ = ⟨a·p − t, z⟩ = ℓ − a·H(p)        ∂L₂/∂z := a·p − t        ∂²L₂/∂z² := a·J
+
+The derivatives are supplied, cross-entropy's in place of the value's own. As a function of z the value has
+the gradient a·p − t + a·J·z; with p held constant the first derivative is a·p − t, and the second would be 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xent._arguments.call import Options
+from xent._core.statistics import Extras
+from xent._core.target import TopKTarget
+from xent._row_statistics import row_outputs
+
+
+def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduction: str = "mean") -> Tensor:
+    r"""``Σ_c (a·p_c − t_c)·z_c`` a row, with cross-entropy's derivatives a·p − t and a·J supplied for it.
+
+    They are not the value's own, whose gradient is a·p − t + a·J·z: a finite difference finds that one. The
+    value equals ``cross_entropy − a·H(p)``, so it may be negative and is no measure of fit: a model that is
+    sure of nothing scores 0. What it is good for is to show that training needs no logarithm; the log 0 that
+    a logarithm is feared for has gone already where cross-entropy is computed from logits. Formula:
+    mathematics page, §7.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        target: as in :func:`xent.cross_entropy`; rows of class −100 are ignored. No gradient.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in :func:`xent.cross_entropy`.
+
+    Returns:
+        A scalar, or the shape of an index target for ``"none"``, of the type of ``input``. A masked (−inf)
+        class without target mass adds nothing; one with target mass costs +inf.
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`xent.cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> z = torch.tensor([[0.0, 200.0]], requires_grad=True)
+        >>> loss = xent.surrogate_cross_entropy(z, torch.tensor([0]))
+        >>> loss.item(), torch.autograd.grad(loss, z)[0].tolist()
+        (200.0, [[-1.0, 1.0]])
+    """
+    if isinstance(target, Tensor) and target.requires_grad:
+        raise ValueError("the surrogate's target is held constant: pass target.detach()")
+    call = Options.of(reduction=reduction).of_logits(input, target)
+    call.with_target()
+    (part,) = call.parts
+    found = row_outputs(part, Extras(entropy=True))
+    assert found.entropy is not None
+    rows = call.stack([found.loss], found.loss.dtype)
+    uncertain = call.stack([found.entropy], found.entropy.dtype).detach() * _mass(input, target)
+    values = rows - uncertain
+    if reduction == "none":
+        return values.to(call.dtype)
+    scale = call.reduction.scale([(part.problem.targets, part.row_weight)])
+    return call.reduction.total(values, scale).to(call.dtype)
+
+
+def _mass(input: Tensor, target: Tensor | TopKTarget) -> Tensor | float:
+    """a, in the shape of the rows."""
+    if isinstance(target, TopKTarget):
+        full = (
+            target.remainder == "spread" and target.indices.shape[-1] < input.shape[min(1, input.dim() - 1)]
+        )
+        return 1.0 if full else target.probabilities.sum(-1, dtype=torch.float64)
+    return target.sum(min(1, input.dim() - 1), dtype=torch.float64) if target.is_floating_point() else 1.0

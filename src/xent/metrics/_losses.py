@@ -1,0 +1,333 @@
+"""What predicted probabilities cost, in nats.
+
+    ℓ_n = −log p_n[y_n]                         log_loss = Σ s ℓ / Σ s
+    b_n = Σ_c (p_nc − [c = y_n])²               brier_score = Σ s b / Σ s, halved for two labels
+    H   = −Σ_c f_c log f_c                      f_c = Σ_{y_n = c} s_n / Σ s: what the best constant costs
+    D²  = 1 − log_loss / H
+
+ℓ is the formula page's loss of a class index, there for p the softmax of logits. The arithmetic is float64,
+whatever type the probabilities are stored in, and nothing is clipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xent._core.statistics import statistics_dtype
+from xent._core.validators import valid
+from xent.metrics._arrays import Rows, as_array
+from xent.metrics._comparison import Comparison, Rule, compare, read_weight, total
+from xent.metrics._labels import Labels, read_labels, shown
+
+
+class ClassLoss(NamedTuple):
+    """Log loss by true label; ``(loss * weight).sum() / weight.sum()`` over labels that occur is log_loss."""
+
+    labels: np.ndarray  # (C,) in the order of the columns
+    loss: np.ndarray  # (C,) float64: the mean over the rows of a label, in nats; nan where it has none
+    weight: np.ndarray  # (C,) float64: Σ s over the rows of a label, their number where there are no weights
+
+
+def log_loss(
+    y_true: Any,
+    y_pred: Any,
+    *,
+    normalize: bool = True,
+    sample_weight: Any = None,
+    labels: Any = None,
+    renormalize: bool = False,
+) -> float:
+    """Mean −log of the probability that was given to the true label, in nats.
+
+    scikit-learn's ``log_loss`` with its arguments; what differs: nothing is clipped, so that a true label
+    of probability 0 costs inf; columns follow ``labels`` in the order given; rows that are no
+    distribution are errors.
+
+    Args:
+        y_true: (N,) or (N, 1) labels (whole numbers, bools, strings), or (N, C) one-hot.
+        y_pred: (N, C) probabilities, NumPy, torch (any device), a data frame or lists; or (N,) or (N, 1), the
+            probabilities of the second of two labels. A row must sum to 1 by the digits it has: within √eps
+            of its type, or 1e-6, or C·5e-7 (six places), whichever is most.
+        normalize: False for the sum instead of the mean.
+        sample_weight: (N,), finite, not negative, not all 0. A row of weight 0 is left out of the sum (its
+            probabilities are still checked).
+        labels: (C,), what the columns of ``y_pred`` stand for; by default the labels in ``y_true``, sorted.
+        renormalize: True divides each row of ``y_pred`` by its sum, which may then be off 1 by up to 1e-3.
+
+    Returns:
+        Σ s·ℓ / Σ s, or Σ s·ℓ; inf where a row that counts gave its label no probability.
+
+    Raises:
+        ValueError: a probability outside 0..1, a row that does not sum to 1, a label that has no column, a
+            bad weight, naming row and value; shapes that do not fit; only one label and no ``labels``.
+        TypeError: probabilities or weights that are not real numbers.
+
+    Example:
+        >>> from xent.metrics import log_loss
+        >>> y_pred = [[0.1, 0.9], [0.9, 0.1], [0.8, 0.2], [0.35, 0.65]]
+        >>> round(log_loss(["spam", "ham", "ham", "spam"], y_pred), 11)
+        0.21616187468
+    """
+    normalize = valid("normalize", normalize)
+    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize)
+    return _average(compared, _log, normalize)
+
+
+def log_loss_per_sample(
+    y_true: Any, y_pred: Any, *, labels: Any = None, renormalize: bool = False
+) -> np.ndarray:
+    """−log of the probability that each row gave to its label: which rows does the model lose on?
+
+    It takes no weights: these belong to an average, which is yours to form.
+
+    Args:
+        y_true, y_pred, labels, renormalize: as in :func:`log_loss`.
+
+    Returns:
+        (N,) float64, in nats.
+
+    Raises:
+        ValueError, TypeError: as :func:`log_loss`.
+
+    Example:
+        >>> from xent.metrics import log_loss_per_sample
+        >>> log_loss_per_sample([1, 0], [[0.3, 0.7], [0.8, 0.2]]).round(6).tolist()
+        [0.356675, 0.223144]
+    """
+    compared = compare(y_true, y_pred, labels=labels, renormalize=renormalize)
+    losses = np.empty(compared.labels.count)
+    for part in compared.sweep(_log):
+        losses[part.rows] = part.loss.cpu().numpy()
+    return losses
+
+
+def log_loss_per_class(
+    y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None, renormalize: bool = False
+) -> ClassLoss:
+    """Log loss by true label: which classes does the model lose on?
+
+    The mean over labels is the balanced log loss, every class counting alike; ``weight`` puts the classes
+    together again.
+
+    Args:
+        y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`.
+
+    Returns:
+        ``(labels, loss, weight)``, each (C,), in the order of the columns; a loss in nats, nan for a label
+        that no row of positive weight has.
+
+    Raises:
+        ValueError, TypeError: as :func:`log_loss`.
+
+    Example:
+        >>> from xent.metrics import log_loss_per_class
+        >>> each = log_loss_per_class(["b", "a", "a"], [[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]])
+        >>> each.labels.tolist(), each.loss.round(6).tolist(), each.weight.tolist()
+        (['a', 'b'], [0.346574, 0.693147], [2.0, 1.0])
+    """
+    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize)
+    losses, weight = _by_class(compared)
+    with np.errstate(invalid="ignore"):  # 0 / 0 is nan
+        return ClassLoss(compared.labels.values, losses / weight, weight)
+
+
+def brier_score(
+    y_true: Any,
+    y_pred: Any,
+    *,
+    sample_weight: Any = None,
+    pos_label: Any = None,
+    labels: Any = None,
+    scale_by_half: bool | str = "auto",
+    renormalize: bool = False,
+) -> float:
+    """Mean squared distance of the probabilities from the one-hot truth: scikit-learn's ``brier_score_loss``.
+
+    Args:
+        y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`; with ``y_pred`` (N,),
+            labels 0 and 1, −1 and 1 or any two numbers are understood, one of the two may be missing, and
+            strings need ``pos_label`` or ``labels``.
+        pos_label: the label whose probabilities ``y_pred`` (N,) gives.
+        scale_by_half: True gives a score in 0..1, False one in 0..2; ``"auto"`` halves for two labels.
+
+    Returns:
+        Σ s·b / Σ s, halved or not. No nats: a squared probability has no unit.
+
+    Raises:
+        ValueError, TypeError: as :func:`log_loss`; a ``pos_label`` that is no label, or beside columns.
+
+    Example:
+        >>> from xent.metrics import brier_score
+        >>> round(brier_score([0, 1, 1, 0], [0.1, 0.9, 0.8, 0.3]), 6)
+        0.0375
+    """
+    scale_by_half = valid("scale_by_half", scale_by_half)
+    pos_label = _one_label(pos_label)
+
+    def split(known: Labels) -> Labels:
+        return known.split(_positive(known.values.tolist(), pos_label, labels))
+
+    compared = compare(
+        y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize, split=split
+    )
+    if pos_label is not None and not compared.predicted.single:
+        raise ValueError(
+            f"pos_label is for y_pred of shape (N,); here y_pred has {compared.predicted.classes} columns: "
+            f"say what they stand for with labels="
+        )
+    score = _average(compared, _squares, copied=True)
+    halved = compared.predicted.classes == 2 if scale_by_half == "auto" else scale_by_half
+    return score / 2 if halved else score
+
+
+def d2_log_loss(
+    y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None, renormalize: bool = False
+) -> float:
+    """The share of the label entropy that the predictions explain: scikit-learn's ``d2_log_loss_score``.
+
+    1 is perfect, 0 is as good as knowing the frequencies of the labels, and there is no lower bound.
+
+    Args:
+        y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`.
+
+    Returns:
+        1 − log_loss / label_entropy; nan where all rows that count have one label (there is nothing to
+        explain), −inf where the log loss is infinite.
+
+    Raises:
+        ValueError, TypeError: as :func:`log_loss`.
+
+    Example:
+        >>> from xent.metrics import d2_log_loss
+        >>> round(d2_log_loss([0, 1, 1, 1], [0.2, 0.9, 0.9, 0.8]), 4)
+        0.7079
+    """
+    compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize)
+    losses, weight = _by_class(compared)
+    entropy = _entropy(weight)
+    if entropy == 0:
+        return math.nan
+    return 1 - math.fsum(losses) / math.fsum(weight) / entropy
+
+
+def label_entropy(y: Any, *, sample_weight: Any = None) -> float:
+    """Entropy of the labels' frequencies, in nats: the log loss of the best constant prediction.
+
+    Args:
+        y: as ``y_true`` in :func:`log_loss`; a single label is fine, and has none.
+        sample_weight: (N,), finite, not negative, not all 0.
+
+    Returns:
+        −Σ f log f over the labels, f their share of the weight.
+
+    Raises:
+        ValueError, TypeError: as :func:`log_loss`.
+
+    Example:
+        >>> from xent.metrics import label_entropy
+        >>> round(label_entropy(["white"] * 6 + ["black"] * 4), 6)
+        0.673012
+    """
+    labels = read_labels(y, name="y")
+    weight = read_weight(sample_weight, labels.count)
+    mass = np.zeros(len(labels.values))
+    for part in labels.parts():
+        s = None if weight is None else weight[part].to("cpu", torch.float64).numpy()
+        mass += np.bincount(labels.codes(part), s, minlength=len(mass))
+    return _entropy(mass)
+
+
+# --- rules: p (R, C) or (R,), y (R,) → losses (R,) -------------------------------------------------------
+
+
+def _log(p: Tensor, y: Tensor) -> Tensor:
+    """ℓ = −log p_y; for the first of two labels −log1p(−p), which keeps the digits of a small p."""
+    wide = statistics_dtype(p.device)
+    if p.dim() == 1:
+        p = p.to(wide)
+        logs = torch.where(y == 1, p.log(), torch.log1p(-p))
+    else:
+        logs = p.gather(1, y[:, None]).squeeze(1).to(wide).log_()
+    return torch.rsub(logs, 0.0)  # not −logs: a certain row costs 0, not −0
+
+
+def _squares(p: Tensor, y: Tensor) -> Tensor:
+    """b = Σ_c (p_c − [c = y])², as it is written: Σp² − 2p_y + 1 would lose the digits of a good row."""
+    wide = statistics_dtype(p.device)
+    if p.dim() == 1:
+        return (p.to(wide) - y).square_().mul_(2)
+    errors = p.to(wide, copy=True)
+    errors.scatter_add_(1, y[:, None], torch.full_like(y, -1, dtype=wide)[:, None])
+    return errors.square_().sum(1)
+
+
+# --- reductions ------------------------------------------------------------------------------------------
+
+
+def _average(compared: Comparison, rule: Rule, normalize: bool = True, copied: bool = False) -> float:
+    """Σ s·ℓ / Σ s, or Σ s·ℓ."""
+    loss = total(part.loss for part in compared.sweep(rule, copied))
+    return loss / _mass(compared.weight, compared.labels.count) if normalize else loss
+
+
+def _mass(weight: Rows | None, count: int) -> float:
+    if weight is None:
+        return count
+    return total(weight[part].to(statistics_dtype(weight.device)) for part in weight.parts())
+
+
+def _by_class(compared: Comparison) -> tuple[np.ndarray, np.ndarray]:
+    """Σ s·ℓ (C,) and Σ s (C,) over the rows of each label."""
+    classes = len(compared.labels.values)
+    losses, weight = np.zeros(classes), np.zeros(classes)
+    for part in compared.sweep(_log):
+        losses += torch.bincount(part.y, part.loss, minlength=classes).cpu().numpy()
+        weight += torch.bincount(part.y, part.weight, minlength=classes).cpu().numpy()
+    return losses, weight
+
+
+def _entropy(mass: np.ndarray) -> float:  # (C,), not negative
+    """−Σ f log f; the largest f through what is left of 1, so that rare labels keep their digits."""
+    mass = np.sort(mass[mass > 0])
+    rest = math.fsum(mass[:-1])
+    whole = rest + mass[-1]
+    f = mass[:-1] / whole
+    return float(-math.fsum(f * np.log(f)) - (mass[-1] / whole) * math.log1p(-rest / whole))
+
+
+def _one_label(given: Any) -> Any:
+    """A label as a plain Python object; TypeError for what can be none."""
+    plain = as_array(given, "pos_label").item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    plain = plain.item() if isinstance(plain, np.ndarray | np.generic) and plain.ndim == 0 else plain
+    if isinstance(plain, Tensor) or not isinstance(plain, Hashable):
+        raise TypeError(f"pos_label must be one label, got {type(given).__name__}")
+    return plain
+
+
+def _positive(values: list[Any], pos_label: Any, labels: Any) -> list[bool]:
+    """Which of the labels a single column of probabilities is about."""
+    if len(values) > 2:
+        raise ValueError(
+            f"y_pred has one column, that of the second of two labels, but there are {len(values)} labels, "
+            f"{shown(np.asarray(values))}; give y_pred a column for each"
+        )
+    if pos_label is not None:
+        if pos_label not in values and len(values) == 2:
+            raise ValueError(f"pos_label {pos_label!r} is none of the labels {values!r}")
+        return [value == pos_label for value in values]
+    if labels is not None:
+        return [c == 1 for c in range(len(values))]
+    if any(isinstance(value, str) for value in values):
+        raise ValueError(
+            f"y_pred has one column, and the labels are {values!r}: say which it is about with pos_label= "
+            f"or labels=[negative, positive]"
+        )
+    # 0 and −1 are negative also where no row is positive
+    greatest = max(values)
+    return [value == greatest and not (len(values) == 1 and greatest in (0, -1)) for value in values]

@@ -1,0 +1,236 @@
+"""A model over the rows of a table, a chunk at a time: its loss, its errors, its predictions in a file.
+
+loss = mean −log p_y            baseline = mean −log f_y, f the class frequencies of the training rows
+
+Of several ranks each sees the rows of its share; sums and counts are merged, and rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xent._processes.group import ALONE, Ranks
+from xent._util.atomic_write import aside
+from xent._util.text import class_text
+from xent.data.model_file import Model
+from xent.data.read import Table
+from xent.errors import BadInput, needs
+
+CHUNK = 1 << 22
+"""Numbers (rows × classes) of logits that exist at a time."""
+
+COLUMNS = ("prediction", "row_number", "true_label")
+"""Of predictions, beside those named after the classes; the last two where a part of the rows is written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a model does on some rows."""
+
+    rows: int
+    loss: float  # nats, the mean over rows
+    baseline: float | None  # nats, of knowing only the class frequencies; None where these are not known
+    accuracy: float
+    errors: np.ndarray  # (E, 3): true class, class predicted for it, how often; the most frequent first
+    per_class: np.ndarray  # (C,) rows of each class
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "rows": self.rows,
+            "loss": self.loss,
+            "label_entropy": self.baseline,
+            "accuracy": self.accuracy,
+        }
+
+    def most_confused(self, most: int) -> list[tuple[int, int, int, int, int]]:
+        """Pairs of classes by how often one is taken for the other.
+
+        Each is (a, b, a taken for b, b taken for a, rows of the two); a is the one mistaken more often.
+        """
+        pairs: dict[tuple[int, int], int] = {}
+        for true, predicted, count in self.errors.tolist():
+            pairs[true, predicted] = count
+        together = {
+            (a, b): count + pairs.get((b, a), 0)
+            for (a, b), count in pairs.items()
+            if (count, b) > (pairs.get((b, a), 0), a)  # each pair once
+        }
+        chosen = sorted(together, key=lambda pair: (-together[pair], pair))[:most]
+        size = self.per_class
+        return [(a, b, pairs[a, b], pairs.get((b, a), 0), int(size[a] + size[b])) for a, b in chosen]
+
+    def confusion(self, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Counts (K, K), true by predicted, of the K ≤ most classes with most errors; and which these are."""
+        classes = len(self.per_class)
+        shown = np.arange(classes)
+        if classes > most:
+            part = np.zeros(classes, dtype=np.int64)
+            np.add.at(part, self.errors[:, 0], self.errors[:, 2])
+            np.add.at(part, self.errors[:, 1], self.errors[:, 2])
+            shown = np.sort(np.argsort(-part, kind="stable")[:most])
+        place = np.full(classes, -1, dtype=np.int64)
+        place[shown] = np.arange(len(shown))
+        counts = np.diag(self.per_class[shown])
+        for true, predicted, count in self.errors.tolist():
+            if place[true] >= 0:
+                counts[place[true], place[true]] -= count
+                if place[predicted] >= 0:
+                    counts[place[true], place[predicted]] = count
+        return counts, shown
+
+
+def chunks(model: Model, rows: int) -> Iterator[slice]:
+    """Parts of some rows whose logits, and whose labels as text, fit the chunk."""
+    step = max(1, CHUNK // max(len(model.classes), model.classes.dtype.itemsize // 8))
+    for i in range(0, rows, step):
+        yield slice(i, min(i + step, rows))
+
+
+def log_proba(model: Model, table: Table, part: np.ndarray) -> np.ndarray:  # (n, C)
+    """The model's log-probabilities of some rows; ``BadInput`` for one whose numbers are too large for it."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        log_p = model.log_proba(table.features[part])
+    finite = np.isfinite(log_p).all(axis=1)
+    if not finite.all():
+        row = int(part[np.flatnonzero(~finite)[0]])
+        raise BadInput(
+            f"{table.source}: row {table.start + row + 1} has no probabilities: its numbers, up to "
+            f"{np.abs(table.features[row]).max():.3g}, are too large for the model; correct or drop the row"
+        )
+    return log_p
+
+
+def evaluate(
+    model: Model,
+    table: Table,
+    codes: np.ndarray,  # (N,) positions in model.classes
+    rows: np.ndarray,  # positions in the table of those that count; over all ranks, at least one
+    frequencies: np.ndarray | None = None,  # (C,) of the training rows
+    ranks: Ranks = ALONE,
+) -> Evaluation:
+    """Loss, accuracy and errors of the model on the given rows."""
+    classes = len(model.classes)
+    with ranks.together():
+        total = 0.0
+        wrong = [np.empty(0, dtype=np.int64)]
+        for each in chunks(model, len(rows) if ranks.counts else 0):
+            y = codes[rows[each]]
+            log_p = log_proba(model, table, rows[each])
+            with np.errstate(
+                over="ignore"
+            ):  # of rows that are wrong beyond the largest number the sum is infinite
+                total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
+            predicted = log_p.argmax(axis=1)
+            wrong.append(y[predicted != y] * classes + predicted[predicted != y])
+        own = (total, *np.unique(np.concatenate(wrong), return_counts=True))
+    totals, found, times = zip(*ranks.gather(own), strict=True)
+    pairs, place = np.unique(np.concatenate(found), return_inverse=True)
+    counts = np.zeros(len(pairs), dtype=np.int64)
+    np.add.at(counts, place, np.concatenate(times))
+    order = np.argsort(-counts, kind="stable")
+    errors = np.stack([pairs // classes, pairs % classes, counts], axis=1)[order]
+    per_class = ranks.sum(np.bincount(codes[rows], minlength=classes)).astype(np.int64)
+    count = int(per_class.sum())
+    baseline = None
+    if frequencies is not None:
+        there = per_class > 0
+        baseline = float(-(per_class[there] @ np.log(frequencies[there])) / count)
+    return Evaluation(count, sum(totals) / count, baseline, 1 - int(counts.sum()) / count, errors, per_class)
+
+
+def write_predictions(
+    model: Model, table: Table, path: Path, rows: np.ndarray | None = None, ranks: Ranks = ALONE
+) -> None:
+    """One column of probabilities a class, and ``prediction``; ``.parquet`` or ``.csv`` by the suffix.
+
+    Probabilities are of the model's type, and read back from either as the same numbers.
+    With ``rows`` (positions in the table) only these are written, led by ``row_number``, counted from 1, and
+    ``true_label``. Shares follow each other in the file: while rank 0 writes a chunk, the next is computed.
+    """
+    chosen = np.arange(len(table.features)) if rows is None else rows
+    classes, dtype = len(model.classes), model.weight.dtype
+    with contextlib.ExitStack() as stack:
+        with ranks.together():
+            check_suffix(path)
+            check_names(model.classes, COLUMNS[:1] if rows is None else COLUMNS, table.source)
+            write: _Write = (
+                stack.enter_context(_opened(model, path, rows is not None)) if ranks.first else _no
+            )
+        ready = np.empty((0, classes), dtype), np.empty((0, 2), np.int64)
+        for share, count in enumerate(ranks.gather(len(chosen))):
+            for each in chunks(model, count):
+                p = about = None
+                with ranks.together():
+                    write(*ready)
+                    if ranks.counts and share == ranks.share.index:
+                        part = chosen[each]
+                        p = np.exp(log_proba(model, table, part)).astype(dtype, copy=False)
+                        true = np.zeros(len(part), np.int64) if table.codes is None else table.codes[part]
+                        about = np.stack([table.start + part, true], axis=1)
+                size = each.stop - each.start
+                ready = (
+                    ranks.send(p, share, (size, classes), dtype),
+                    ranks.send(about, share, (size, 2), np.int64),
+                )
+        with ranks.together():
+            write(*ready)
+            stack.close()
+
+
+_Write = Callable[[np.ndarray, np.ndarray], None]  # of probabilities (n, C); of rows and true classes (n, 2)
+
+
+def _no(p: np.ndarray, about: np.ndarray) -> None:
+    """What a rank writes that is not the first."""
+
+
+@contextlib.contextmanager
+def _opened(model: Model, path: Path, numbered: bool) -> Iterator[_Write]:
+    """A file of predictions, whole when the block ends."""
+    with needs("probe"):
+        import pyarrow as pa
+        from pyarrow import csv, parquet
+    kind = {"U": pa.string(), "b": pa.bool_()}.get(model.classes.dtype.kind, pa.int64())
+    text = path.suffix.lower() == ".csv"
+    # text is read as float64: the shortest text of a float32 is then another number
+    number = pa.float32() if model.weight.dtype == np.float32 and not text else pa.float64()
+    fields = [pa.field(class_text(value), number) for value in model.classes]
+    fields.append(pa.field("prediction", kind))
+    if numbered:
+        fields = [pa.field("row_number", pa.int64()), pa.field("true_label", kind), *fields]
+    schema = pa.schema(fields)
+    make = csv.CSVWriter if text else parquet.ParquetWriter
+
+    with aside(path) as temporary, make(temporary, schema) as writer:
+
+        def write(p: np.ndarray, about: np.ndarray) -> None:
+            columns = [pa.array(p[:, c], number) for c in range(p.shape[1])]
+            columns.append(pa.array(model.classes[p.argmax(axis=1)].tolist(), kind))
+            if numbered:
+                true = pa.array(model.classes[about[:, 1]].tolist(), kind)
+                columns = [pa.array(about[:, 0] + 1, pa.int64()), true, *columns]
+            if len(p):
+                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+
+        yield write
+
+
+def check_suffix(path: Path) -> None:
+    """Predictions are Parquet or CSV by their suffix; any other is a ``BadInput``."""
+    if path.suffix.lower() not in (".parquet", ".csv"):
+        raise BadInput(f"{path}: predictions are written as .parquet or .csv; choose one of these suffixes")
+
+
+def check_names(classes: np.ndarray, extra: tuple[str, ...], source: str) -> None:
+    """The predictions' columns are named after the classes; one called like the others cannot be."""
+    taken = [name for name in map(class_text, classes) if name in extra]
+    if taken:
+        raise BadInput(
+            f"{source}: a class is called {taken[0]!r}, as is a column of the predictions; rename it"
+        )

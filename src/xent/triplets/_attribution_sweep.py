@@ -1,0 +1,123 @@
+"""Which rivals carry a row's loss: cross-entropy taken apart exactly, streaming over class tiles.
+
+    CE = softplus(lse_{j≠y}(z) − z_y) = Σ_{j≠y} π_j·softplus(m_j − log π_j)        m_j = z_j − z_y
+
+with π the softmax over the rivals alone. m_j − log π_j = lse_{j≠y}(z) − z_y is the same for every j, so that
+each term is π_j·CE, and π_j the share of rival j in the row's loss. (p_j/(1 − p_y), which is the same number,
+is 0/0 on a row that is right beyond all doubt.)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent._core.logits import Room
+from xent._core.ops import cut
+from xent._core.statistics import (
+    NEG_INF,
+    OwnColumns,
+    RunningUnion,
+    Statistics,
+    finite_base,
+    statistics_dtype,
+    summarise,
+)
+from xent._core.tiles.sweep import Problem, Workspace
+from xent._core.tiles.top_k import Largest
+from xent.triplets._sweep import own_logits, softplus
+
+
+class Shares(NamedTuple):
+    """Of M rows; every number float64."""
+
+    classes: Tensor  # (M, k) int64, largest share first; −1 where a rival is masked
+    shares: Tensor  # (M, k) π of these
+    remainder: Tensor  # (M,) Σ π of the others
+    loss: Tensor  # (M,)
+
+
+def attribution(problem: Problem, k: int) -> Shares:
+    """The k < C rivals of each row with the largest shares; targets are one class a row, without weights."""
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    assert targets.own is not None
+    plan = problem.plan(resident=False, temporaries=1)
+    workspace = Workspace(problem, plan, slopes=False)
+    dtype = statistics_dtype(scores.device)
+    own_z = own_logits(problem)
+    parts = []
+    with problem.products():
+        for chunk in plan.row_chunks(targets.count):
+            loaded = scores.load(targets.pick(chunk))
+            union: RunningUnion[Statistics] = RunningUnion()
+            largest = Largest(k)
+            for classes in plan.class_tiles(targets.classes):
+                z, _ = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
+                own = OwnColumns.locate(cut(targets.own, chunk), classes)
+                z = own.put(o, z, NEG_INF)
+                largest.add(z, classes.start)
+                union.add(summarise(o, z, None, own)[1])
+            rivals, z_y = union.whole(), cut(own_z, chunk)[:, 0].to(dtype)
+            assert largest.values is not None
+            assert largest.classes is not None
+            masked = largest.values == NEG_INF
+            shares = torch.exp(rivals.log_prob(largest.values.to(dtype))).masked_fill(masked, 0.0)
+            parts.append(
+                Shares(
+                    classes=largest.classes.masked_fill(masked, -1),
+                    shares=shares,
+                    remainder=_remainder(shares, targets.classes),
+                    loss=rivals_loss(rivals, z_y),
+                )
+            )
+    if not parts:
+        empty = torch.empty(0, k, dtype=dtype, device=scores.device)
+        return Shares(empty.to(torch.int64), empty, empty.sum(1), empty.sum(1))
+    return Shares(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def rivals_loss(rivals: Statistics, own_z: Tensor) -> Tensor:
+    """CE of rows from the statistics of their rivals and their own logits, (R,)."""
+    # the maximum leaves first: a common offset must cancel
+    loss = softplus(finite_base(rivals.m) - finite_base(own_z), 1 + rivals.r)
+    lost = torch.where(rivals.m == NEG_INF, math.nan, math.inf)
+    return torch.where(own_z == NEG_INF, lost, loss)
+
+
+def _remainder(shares: Tensor, classes: int) -> Tensor:
+    """What the largest leave to the others: nothing where there are no others."""
+    if shares.shape[1] >= classes - 1:
+        return torch.zeros_like(shares[:, 0]) if shares.shape[1] else shares.sum(1)
+    return (1 - shares.sum(1)).clamp_min(0)
+
+
+def pair_losses(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Σ_n π_nj·CE_n over the rows of each own class: (C, C) float64, [y, j]; and the rows of each, (C,)."""
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    assert targets.own is not None
+    classes, dtype = targets.classes, statistics_dtype(scores.device)
+    y = targets.own[:, 0]
+    total = torch.zeros(classes, classes, dtype=dtype, device=scores.device)
+    own_z = own_logits(problem)
+    a_row = classes * (2 * scores.dtype.itemsize + 3 * dtype.itemsize + scores.bytes_per_logit)
+    rows = max(1, problem.budget // (a_row + scores.bytes_per_row(targets.rows is not None)))
+    with problem.products():
+        for start in range(0, targets.count, rows):
+            chunk = slice(start, min(start + rows, targets.count))
+            buffer = torch.empty(chunk.stop - start, classes, dtype=scores.dtype, device=scores.device)
+            room = Room(buffer, None, wants_slope=False)
+            z, _ = scores.tile(o, scores.load(targets.pick(chunk)), slice(0, classes), room)
+            own = OwnColumns.locate(cut(targets.own, chunk), slice(0, classes))
+            e, rivals = summarise(o, own.put(o, z, NEG_INF), None, own)
+            e = e.to(dtype)
+            whole = e.sum(1)  # in the type of the matrix, so that a row's shares add up to 1
+            loss = rivals_loss(replace(rivals, r=whole - 1), cut(own_z, chunk)[:, 0].to(dtype))
+            # select: a rival without a share carries nothing, be the loss infinite; nan is no 0
+            per_share = (loss / whole)[:, None]
+            carried = torch.where((e == 0) & ~loss.isnan()[:, None], 0.0, e * per_share)
+            total.index_add_(0, y[chunk], carried)
+    return total, torch.bincount(y, minlength=classes)

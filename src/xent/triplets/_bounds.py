@@ -1,0 +1,217 @@
+"""Margins, and the chain of bounds that the triplets of a row make around its cross-entropy.
+
+hinge(log C) ≤ smooth(log C) ≤ tight(log(C−1)) ≤ CE ≤ Σ softplus(m)        Jensen, with 1/C at softplus(0)
+softplus(max m) ≤ CE ≤ softplus(max m + log(C−1))
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xent._arguments.call import Call, Options
+from xent._core.logits import LinearHead, Logits, Room, compute_dtype
+from xent._core.ops import Functional
+from xent.triplets._arguments import described, no_autocast, one_class
+from xent.triplets._sweep import Bounds, chain
+
+
+def margins(
+    input: Tensor, target: Tensor, *, ignore_index: int | None = -100, check_targets: bool | None = None
+) -> Tensor:
+    r"""m_j = z_j − z_y: by how much each rival is ahead of the row's own class.
+
+    Differentiable any number of times, in every mode of torch. Formula: mathematics page, §6.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        target: class indices of any integer type, (), (N,) or (N, d1, ...).
+        ignore_index: rows with this target have margins of 0. None means −100.
+        check_targets: as in :func:`xent.cross_entropy`.
+
+    Returns:
+        (C − 1,), (N, C − 1) or (N, d1, ..., C − 1): the classes in order, without y. Float32 for half types.
+
+    Raises:
+        IndexError: a target outside 0..C−1, naming row and value.
+        ValueError, TypeError: as :func:`xent.cross_entropy`; a target that is not one class a row.
+
+    Example:
+        >>> import torch, xent
+        >>> xent.triplets.margins(torch.tensor([[3.0, 1.0, 7.0]]), torch.tensor([1]))
+        tensor([[2., 6.]])
+    """
+    one_class(target)
+    options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
+    return _margins(options.of_logits(input, target), options.ignored)
+
+
+def linear_margins(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    check_targets: bool | None = None,
+) -> Tensor:
+    r"""The margins of a linear head, which are as many as its logits.
+
+    Args:
+        input: features, (..., D).
+        linear_weight: (C, D), or (C, d1, ..., D).
+        linear_bias: (C,), or (C, d1, ...).
+        target, ignore_index, check_targets: as in :func:`margins`; (..., d1, ...).
+
+    Returns:
+        (..., d1, ..., C − 1), as :func:`margins`.
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`margins`.
+
+    Example:
+        >>> import torch, xent
+        >>> x, w = torch.tensor([[1.0, 2.0]]), torch.eye(2)
+        >>> xent.triplets.linear_margins(x, w, torch.tensor([0]))
+        tensor([[1.]])
+    """
+    one_class(target)
+    options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
+    call = options.of_head(input, linear_weight, linear_bias, target)
+    return _margins(call, options.ignored)
+
+
+def _margins(call: Call, ignored: int) -> Tensor:
+    assert isinstance(call.target, Tensor)
+    o, found = Functional(), []
+    n = call.rows_shape.numel() // len(call.parts)
+    columns = call.target.reshape(n, len(call.parts)).unbind(1)
+    for part, y in zip(call.parts, columns, strict=True):
+        scores = part.problem.scores
+        assert isinstance(scores, Logits | LinearHead)
+        classes = scores.shape[1]
+        kept = y != ignored
+        scores = scores.select(kept)
+        with no_autocast(scores.device):
+            z, _ = scores.tile(o, scores.load(slice(0, n)), slice(0, classes), Room(None, None, False))
+        inside = (y >= 0) & (y < classes)
+        y = torch.where(inside, y, 0)[:, None]
+        rivals = torch.arange(classes - 1, device=z.device).expand(n, -1)
+        m = z.gather(1, rivals + (rivals >= y)) - z.gather(1, y)
+        m = torch.where(inside[:, None], m, torch.nan)
+        found.append(torch.where(kept[:, None], m, torch.zeros_like(m)))
+    m = found[0] if len(found) == 1 else torch.stack(found, dim=1)
+    return m.reshape(*call.rows_shape, m.shape[-1])
+
+
+def bounds(
+    input: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int | None = -100,
+    reduction: str = "none",
+    sample_weight: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    check_targets: bool | None = None,
+) -> Bounds:
+    r"""Cross-entropy between triplet losses: the chain of bounds of each row, in nats.
+
+    ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``. The first three are
+    lower bounds and can be far below: cross-entropy smooths the hardest triplet, they the average one. With
+    one class there is no triplet, and all are 0. Formula: mathematics page, §6.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...). A rival masked by −inf adds nothing.
+        target: class indices of any integer type, (), (N,) or (N, d1, ...).
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``, of every field; they keep the order.
+        sample_weight: as in :func:`xent.cross_entropy`; not negative, if the order is to hold.
+        ignore_index, softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
+
+    Returns:
+        :class:`Bounds`, fields of shape (), (N,) or (N, d1, ...), float32 or float64, without gradient: the
+        losses to train are :func:`triplet_loss`, :func:`smooth_triplet_loss` and :func:`xent.cross_entropy`.
+
+    Raises:
+        IndexError: a target outside 0..C−1, naming row and value.
+        ValueError, TypeError: as :func:`xent.cross_entropy`; a target that is not one class a row.
+        NotImplementedError: under ``torch.func.grad``, in forward mode, in a graph.
+
+    Example:
+        >>> import torch, xent
+        >>> found = xent.triplets.bounds(torch.zeros(1, 10), torch.tensor([3]))
+        >>> round(found.smooth.item(), 6), round(found.loss.item(), 6)
+        (2.158106, 2.302585)
+    """
+    one_class(target)
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        softcap=softcap,
+        temperature=temperature,
+        check_targets=check_targets,
+    )
+    return _bounds(options.of_logits(input, target))
+
+
+def linear_bounds(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "none",
+    sample_weight: Tensor | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    check_targets: bool | None = None,
+    product_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> Bounds:
+    r"""The bounds of a linear head, straight from features in one sweep: the logits never exist.
+
+    :func:`bounds` of ``input @ linear_weight.T + linear_bias``, for one matrix product and one exponential a
+    logit, like the loss itself.
+
+    Args:
+        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+            :func:`xent.linear_cross_entropy`.
+        target, ignore_index, reduction, sample_weight, softcap, temperature, check_targets: as in
+            :func:`bounds`.
+
+    Returns:
+        :class:`Bounds`, as :func:`bounds`.
+
+    Raises:
+        IndexError, ValueError, TypeError, NotImplementedError: as :func:`bounds`.
+
+    Example:
+        >>> import torch, xent
+        >>> x, w, y = torch.randn(64, 16), torch.randn(1000, 16), torch.randint(1000, (64,))
+        >>> found = xent.triplets.linear_bounds(x, w, y, reduction="mean")
+        >>> bool(found.hinge <= found.smooth <= found.tight <= found.loss <= found.union)
+        True
+    """
+    one_class(target)
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        softcap=softcap,
+        temperature=temperature,
+        check_targets=check_targets,
+        product_dtype=product_dtype,
+        memory_budget=memory_budget,
+    )
+    return _bounds(options.of_head(input, linear_weight, linear_bias, target))
+
+
+def _bounds(call: Call) -> Bounds:
+    reduction, dtype = call.reduction, compute_dtype(call.dtype)
+    fields = zip(*described(call, chain), strict=True)
+    if reduction.kind == "none":
+        return Bounds(*(call.stack(parts, dtype) for parts in fields))
+    scale = reduction.scale([(part.problem.targets, part.row_weight) for part in call.parts])
+    return Bounds(*(reduction.total(torch.stack(parts), scale).to(dtype) for parts in fields))

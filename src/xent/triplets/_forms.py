@@ -1,0 +1,79 @@
+"""What a triplet loss is: φ of a row's margins, its negatives, and the geometry that its scores come from.
+
+    (1/(K+1)) Σ_j φ(m_j + margin)        φ = max(·, 0) or softplus        m_j = z_j − z_y over K negatives
+
+The score is an inner product; another geometry is an inner product of other vectors,
+
+    cosine: x/‖x‖, w/‖w‖        squared L2: 2x, w, bias −‖w‖²        −‖x − w‖² = 2⟨x, w⟩ − ‖w‖² − ‖x‖²
+
+so that squared L2 ranks like the inner product where all ‖w‖ are equal, or where the bias is −‖w‖²/2 (the
+factor is then 2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xent._core.statistics import NEG_INF, statistics_dtype
+
+EXACT = 40.0  # from here on log(1 + exp v) is v to every digit of float64
+
+
+def softplus(v: Tensor) -> Tensor:
+    return F.softplus(v, threshold=EXACT)
+
+
+@dataclass(frozen=True)
+class Form:
+    """Σ φ(m + margin) over K negatives, divided by K + 1."""
+
+    phi: Callable[[Tensor], Tensor]
+    margin: float | None  # None: log(K + 1)
+
+    def shift(self, negatives: int | Tensor) -> float | Tensor:
+        """The margin of K negatives, a number or (M,)."""
+        if self.margin is not None:
+            return self.margin
+        if isinstance(negatives, Tensor):
+            return torch.log1p(negatives.to(statistics_dtype(negatives.device)))
+        return math.log1p(negatives)
+
+    def sum(self, m: Tensor, shift: float | Tensor) -> Tensor:
+        """Σ φ(m + margin) of m (R, T), −inf where there is no negative, and a margin, one or (R,)."""
+        by = shift[:, None].to(m.dtype) if isinstance(shift, Tensor) else shift
+        return self.phi(m + by).sum(1).to(statistics_dtype(m.device))
+
+
+def of_negatives(z: Tensor, y: Tensor, negatives: int | Tensor) -> tuple[Tensor, int | Tensor]:
+    """Margins of the negatives, −inf where there is none, and how many there are; z (M, C), y (M, 1)."""
+    classes = z.shape[1]
+    inside = (y >= 0) & (y < classes)
+    y = torch.where(inside, y, 0)
+    z_y = torch.where(inside, z.gather(1, y), math.nan)
+    if isinstance(negatives, Tensor):
+        used = negatives != y
+        return torch.where(used, z.gather(1, negatives) - z_y, NEG_INF), used.sum(1)
+    own = torch.arange(classes, device=z.device) == y
+    m = torch.where(own, NEG_INF, z - z_y)
+    if negatives < classes - 1:
+        m = m.topk(negatives, dim=1).values
+    return m, min(negatives, classes - 1)
+
+
+def in_geometry(
+    geometry: str, x: Tensor, w: Tensor, b: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return features, weight and bias of the inner-product head whose margins are those of the geometry.
+
+    Rows of the cosine's are of length 1 already: lengths are divided out before any type is lowered.
+    """
+    if geometry != "squared_l2":
+        return x, w, b
+    norm = w.square().sum(1)  # −‖x‖² is the same for every class
+    return 2 * x, w, -norm if b is None else b - norm

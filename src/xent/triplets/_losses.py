@@ -1,0 +1,337 @@
+"""Triplet losses between a row and the classes, to be trained: from logits, or straight from features.
+
+    triplet        (1/(K+1)) Σ_j max(m_j + margin, 0)
+    smooth         (1/(K+1)) Σ_j softplus(m_j + margin)        m_j = z_j − z_y over K negatives
+
+Over all negatives with margin log C they are cross-entropy's lower bounds `hinge` and `smooth`.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from xent._arguments.call import Call, Options, Part
+from xent._autograd import transforms
+from xent._core.logits import LinearHead, Logits
+from xent._core.targets import holds_integers, widened
+from xent._core.validators import Whole, valid
+from xent.triplets import _tiles
+from xent.triplets._arguments import at_all_rows, no_autocast, one_class
+from xent.triplets._forms import Form, in_geometry, of_negatives, softplus
+
+Negatives: TypeAlias = str | int | Tensor
+
+
+def triplet_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    margin: float = 1.0,
+    negatives: Negatives = "all",
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    check_targets: bool | None = None,
+) -> Tensor:
+    r"""``(1/(K+1)) Σ max(z_j − z_y + margin, 0)`` over K negatives of each row.
+
+    Differentiable in every mode of torch. Over all negatives with margin log C it is the field ``hinge`` of
+    :func:`bounds`, a lower bound of cross-entropy. Formula: mathematics page, §6.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        target: class indices of any integer type, (), (N,) or (N, d1, ...).
+        margin: what a negative must stay behind by.
+        negatives: ``"all"`` C − 1; a number k: the k hardest of each row, all where there are no more; or
+            sampled ones: class indices (N, k) or (N, d1, ..., k). A sample that is the row's own class is
+            left out, and the row's K is then smaller.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ sample_weight over rows not
+            ignored, and is 0 over no rows.
+        ignore_index, sample_weight, check_targets: as in :func:`xent.cross_entropy`.
+
+    Returns:
+        A scalar, or the shape of the target for ``"none"``, of the type of ``input`` (float32 under
+        autocast).
+
+    Raises:
+        IndexError: a target or a sampled negative outside 0..C−1, naming it.
+        ValueError: shapes or option values that do not fit together.
+        TypeError: types that do not; a target that is not one class a row.
+
+    Example:
+        >>> import torch, xent
+        >>> z, y = torch.tensor([[3.0, 2.5, 1.0]]), torch.tensor([0])
+        >>> xent.triplets.triplet_loss(z, y).item()  # (0.5 + 0)/3
+        0.1666666716337204
+    """
+    one_class(target)
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        check_targets=check_targets,
+    )
+    return _loss(options.of_logits(input, target), Form(F.relu, valid("margin", margin)), negatives, options)
+
+
+def smooth_triplet_loss(
+    input: Tensor,
+    target: Tensor,
+    *,
+    margin: float | None = None,
+    negatives: Negatives = "all",
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    check_targets: bool | None = None,
+) -> Tensor:
+    r"""``(1/(K+1)) Σ softplus(z_j − z_y + margin)`` over K negatives of each row.
+
+    As :func:`triplet_loss`, with softplus for the hinge. Over all negatives it is the field ``smooth`` of
+    :func:`bounds`; over one, with margin 0, half the logistic loss of two scores' difference. Formula:
+    mathematics page, §6.
+
+    Args:
+        margin: None for log(K + 1), with which it is a lower bound of the cross-entropy over the row's own
+            class and its K negatives.
+        input, target, negatives, ignore_index, reduction, sample_weight, check_targets: as in
+            :func:`triplet_loss`.
+
+    Returns:
+        As :func:`triplet_loss`.
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`triplet_loss`.
+
+    Example:
+        >>> import torch, xent
+        >>> z, y = torch.zeros(1, 10), torch.tensor([3])
+        >>> round(xent.triplets.smooth_triplet_loss(z, y).item(), 6)  # of a cross-entropy of 2.302585
+        2.158106
+    """
+    one_class(target)
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        check_targets=check_targets,
+    )
+    return _loss(
+        options.of_logits(input, target),
+        Form(softplus, None if margin is None else valid("margin", margin)),
+        negatives,
+        options,
+    )
+
+
+def linear_triplet_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    geometry: str = "inner",
+    margin: float = 1.0,
+    negatives: Negatives = "all",
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    check_targets: bool | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""The triplet loss of a linear head, straight from features: no logits are kept.
+
+    Each tile of rows × classes is computed again in the backward pass: four matrix products in all. A second
+    derivative through ``create_graph`` keeps what it needs of every tile, and so is as large as the logits;
+    under ``torch.func`` transforms, in forward mode and in a graph the logits are there too.
+
+    Args:
+        input: features, (..., D).
+        linear_weight: (C, D), or (C, d1, ..., D): the class vectors.
+        target: class indices of any integer type, (..., d1, ...).
+        linear_bias: (C,), or (C, d1, ...), added to the scores.
+        geometry: the score of a row and a class: ``"inner"`` ⟨x, w⟩; ``"cosine"`` of the angle between them;
+            ``"squared_l2"`` −‖x − w‖². The last ranks like the first where all ‖w‖ are equal, or the first
+            has the bias −‖w‖²/2; its margins are then twice as large.
+        negatives: as in :func:`triplet_loss`; the vectors of the k hardest or sampled ones are gathered, some
+            rows at a time.
+        margin, ignore_index, reduction, sample_weight, check_targets: as in :func:`triplet_loss`.
+        memory_budget: bytes of working memory beside inputs, gradients and O(N·D); 64 MiB by default.
+
+    Returns:
+        As :func:`triplet_loss`.
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`triplet_loss`.
+
+    Example:
+        >>> import torch, xent
+        >>> x, prototypes = torch.randn(8, 16), torch.randn(1000, 16, requires_grad=True)
+        >>> loss = xent.triplets.linear_triplet_loss(
+        ...     x, prototypes, torch.randint(1000, (8,)), geometry="cosine", margin=0.2, negatives=10
+        ... )
+        >>> loss.backward()
+    """
+    one_class(target)
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        check_targets=check_targets,
+        memory_budget=memory_budget,
+        normalize=valid("geometry", geometry) == "cosine",
+    )
+    call = options.of_head(input, linear_weight, linear_bias, target)
+    return _loss(call, Form(F.relu, valid("margin", margin)), negatives, options, geometry)
+
+
+def linear_smooth_triplet_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    geometry: str = "inner",
+    margin: float | None = None,
+    negatives: Negatives = "all",
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    check_targets: bool | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""The smooth triplet loss of a linear head, straight from features: no logits are kept.
+
+    Args:
+        input, linear_weight, target, linear_bias, geometry, negatives, memory_budget: as in
+            :func:`linear_triplet_loss`.
+        margin: as in :func:`smooth_triplet_loss`.
+        ignore_index, reduction, sample_weight, check_targets: as in :func:`triplet_loss`.
+
+    Returns:
+        As :func:`triplet_loss`.
+
+    Raises:
+        IndexError, ValueError, TypeError: as :func:`triplet_loss`.
+
+    Example:
+        >>> import torch, xent
+        >>> x, w, y = torch.randn(8, 16), torch.randn(1000, 16), torch.randint(1000, (8,))
+        >>> loss = xent.triplets.linear_smooth_triplet_loss(x, w, y)
+        >>> bool(loss <= xent.linear_cross_entropy(x, w, y))
+        True
+    """
+    one_class(target)
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        check_targets=check_targets,
+        memory_budget=memory_budget,
+        normalize=valid("geometry", geometry) == "cosine",
+    )
+    call = options.of_head(input, linear_weight, linear_bias, target)
+    return _loss(
+        call,
+        Form(softplus, None if margin is None else valid("margin", margin)),
+        negatives,
+        options,
+        geometry,
+    )
+
+
+def _loss(call: Call, form: Form, negatives: Negatives, options: Options, geometry: str = "inner") -> Tensor:
+    parts, reduction, negatives = call.parts, call.reduction, transforms.thawed(negatives)
+    classes = parts[0].problem.targets.classes
+    chosen = _chosen(negatives, call, classes, options.check_targets)
+    with no_autocast(parts[0].problem.scores.device):
+        values = [_values(part, form, some, geometry) for part, some in zip(parts, chosen, strict=True)]
+        if reduction.kind == "none":
+            return call.stack([at_all_rows(part, value) for part, value in zip(parts, values, strict=True)])
+        scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts])
+        return reduction.total(torch.cat(values), scale).to(call.dtype)
+
+
+def _values(part: Part, form: Form, negatives: int | Tensor, geometry: str) -> Tensor:
+    """What each of the M rows adds to the loss, before the divisor; float64."""
+    scores, targets = part.problem.scores, part.problem.targets
+    assert targets.own is not None
+    assert isinstance(scores, Logits | LinearHead)
+    if part.opaque and part.kept is not None:
+        scores = scores.select(part.kept)
+    if isinstance(negatives, Tensor) and targets.rows is not None:
+        negatives = negatives[targets.rows]
+    first, *others = (t if t is None else t.to(scores.dtype) for t in scores.tensors)
+    assert first is not None
+    first = first if targets.rows is None else first[targets.rows]
+    if isinstance(scores, Logits):
+        total, count = _of_logits(first, targets.own, negatives, form)
+    else:
+        w, b = others
+        assert w is not None
+        x, w, b = in_geometry(geometry, first, w, b)
+        # no transform of torch allows a checkpoint
+        if part.opaque or part.kept is not None or transforms.transformed(x, w, b):
+            total, count = _of_logits(F.linear(x, w, b), targets.own, negatives, form)
+        else:
+            head = LinearHead(x, w, b)
+            total, count = _tiles.total(head, targets, negatives, form, part.problem.budget)
+    value = total / (count + 1)
+    if part.kept is not None:
+        value = value.masked_fill(~part.kept, 0.0)
+    return value if part.row_weight is None else value * part.row_weight
+
+
+def _of_logits(z: Tensor, own: Tensor, negatives: int | Tensor, form: Form) -> tuple[Tensor, int | Tensor]:
+    m, count = of_negatives(z, own, negatives)
+    return form.sum(m, form.shift(count)), count
+
+
+def _chosen(negatives: Negatives, call: Call, classes: int, check: bool | None) -> list[int | Tensor]:
+    """For each part how many of the hardest negatives, or which ones (N, k)."""
+    parts, rows_shape = len(call.parts), tuple(call.rows_shape)
+    if isinstance(negatives, Tensor) and negatives.dim() > 0:
+        if not holds_integers(negatives):
+            raise TypeError(f"sampled negatives must be of an integer type, got {negatives.dtype}")
+        if tuple(negatives.shape[:-1]) != rows_shape:
+            raise ValueError(
+                f"sampled negatives must have shape {(*rows_shape, 'k')}, got {tuple(negatives.shape)}"
+            )
+        k = negatives.shape[-1]
+        index = _checked(widened(negatives), classes, call.parts[0], check)
+        return list(index.reshape(call.rows_shape.numel() // parts, parts, k).unbind(1))
+    hardest = count_of_negatives(negatives)
+    return [classes if hardest is None else hardest] * parts
+
+
+def count_of_negatives(negatives: object) -> int | None:
+    """Return how many of the hardest negatives are meant, None for all."""
+    if isinstance(negatives, str) and negatives == "all":
+        return None
+    try:
+        count = Whole("at least 1", 1)("negatives", negatives)
+    except TypeError:
+        raise ValueError(
+            f"negatives must be 'all', how many of the hardest, or class indices; got {negatives!r}"
+        ) from None
+    assert count is not None
+    return count
+
+
+def _checked(negatives: Tensor, classes: int, part: Part, check: bool | None) -> Tensor:
+    """Return sampled negatives (..., k), int64; raise an IndexError that names the first that is no class."""
+    if part.opaque or part.kept is not None:  # where nothing can be asked: a bad one meets torch's own check
+        return negatives
+    good = (negatives >= 0) & (negatives < classes)
+    if check is None and negatives.device.type != "cpu":
+        torch._assert_async(
+            good.all(), f"a negative is outside 0..{classes - 1}; check_targets=True names it"
+        )
+    elif check is not False and not good.all():
+        at = tuple(good.logical_not().nonzero()[0].tolist())
+        raise IndexError(f"negatives{list(at)} is {int(negatives[at])}, outside 0..{classes - 1}")
+    return negatives

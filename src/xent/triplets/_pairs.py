@@ -1,0 +1,236 @@
+"""Which rival class carries the loss of which true class, over a data set.
+
+    M[y, j] = Σ_n [y_n = y]·π_nj·CE_n        Σ_j M[y, j] + remainder[y] = Σ_n [y_n = y]·CE_n
+
+Batches add up: `a + b` is the matrix of the rows of both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent._arguments.call import Call, Options
+from xent._core.statistics import statistics_dtype
+from xent._core.validators import valid
+from xent.triplets import _attribution_sweep
+from xent.triplets._arguments import eager, one_class
+from xent.triplets._attribution import carried
+
+MOST = 4096  # classes of a dense matrix: 128 MiB
+
+
+class Pair(NamedTuple):
+    """A true class, the rival that carries some of its loss, and how much: in nats, and of all loss."""
+
+    true: int
+    rival: int
+    loss: float
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class PairMatrix:
+    """The loss that each pair of true class and rival class carries; `+` joins disjoint sets of rows.
+
+    Attributes:
+        matrix: (C, C) float64, [true class, rival class], nats summed over rows; dense, or a coalesced sparse
+            COO tensor of the k largest shares of each row.
+        remainder: (C,) float64, what the other rivals carry; 0 in a dense matrix.
+        count: (C,) int64, the rows of each class.
+    """
+
+    matrix: Tensor
+    remainder: Tensor
+    count: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """(C,) float64: the loss of each class summed over its rows."""
+        rows = self.matrix.sum(1)
+        return (rows.to_dense() if rows.is_sparse else rows) + self.remainder
+
+    def largest(self, k: int = 10) -> list[Pair]:
+        """The k pairs that carry most, largest first, and only such as carry something.
+
+        Example:
+            >>> import torch, xent
+            >>> z = torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 0.0]])
+            >>> pair = xent.triplets.pair_matrix(z, torch.tensor([0, 1])).largest(1)[0]
+            >>> pair.true, pair.rival, round(pair.share, 2)
+            (0, 1, 0.59)
+        """
+        k = valid("k", k)
+        if self.matrix.is_sparse:
+            values, places = self.matrix.values(), self.matrix.indices().T
+        else:
+            values = self.matrix.flatten()
+            at = torch.arange(len(values), device=values.device)
+            places = torch.stack([at // len(self.count), at % len(self.count)], dim=1)
+        whole = self.loss.sum()
+        loss, order = values.topk(min(k, len(values)))
+        shares = (loss / whole).tolist()
+        return [
+            Pair(y, j, carries, share)
+            for (y, j), carries, share in zip(places[order].tolist(), loss.tolist(), shares, strict=True)
+            if carries > 0
+        ]
+
+    def __add__(self, other: PairMatrix) -> PairMatrix:
+        if not isinstance(other, PairMatrix):
+            return NotImplemented
+        kinds = [
+            f"{'sparse' if m.is_sparse else 'dense'} {tuple(m.shape)}" for m in (self.matrix, other.matrix)
+        ]
+        if kinds[0] != kinds[1]:
+            raise ValueError(
+                "pair matrices add up over the same classes, both dense or both of top_k; "
+                f"got {' and '.join(kinds)}"
+            )
+        matrix = self.matrix + other.matrix
+        return PairMatrix(
+            matrix.coalesce() if matrix.is_sparse else matrix,  # which a sum on CUDA is not
+            self.remainder + other.remainder,
+            self.count + other.count,
+        )
+
+
+def pair_matrix(
+    input: Tensor,
+    target: Tensor,
+    *,
+    top_k: int | None = None,
+    ignore_index: int | None = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    check_targets: bool | None = None,
+) -> PairMatrix:
+    r"""The loss that each pair of true class and rival class carries, summed over rows.
+
+    For a data set in batches, add the batches' matrices. Formula: mathematics page, §6.
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        target: class indices of any integer type, (), (N,) or (N, d1, ...).
+        top_k: None for all pairs, a dense matrix; or of each row only the k rivals with the largest shares,
+            a sparse one.
+        ignore_index, softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
+
+    Returns:
+        :class:`PairMatrix`, float64, without gradient.
+
+    Raises:
+        IndexError: a target outside 0..C−1, naming row and value.
+        ValueError: a dense matrix of more than 4,096 classes; else as :func:`xent.cross_entropy`.
+        TypeError: a target that is not one class a row; else as :func:`xent.cross_entropy`.
+        NotImplementedError: under ``torch.func`` transforms, in forward mode, in a graph.
+
+    Example:
+        >>> import torch, xent
+        >>> z, y = torch.randn(100, 10), torch.randint(10, (100,))
+        >>> whole = xent.triplets.pair_matrix(z, y)
+        >>> halves = xent.triplets.pair_matrix(z[:50], y[:50]) + xent.triplets.pair_matrix(z[50:], y[50:])
+        >>> torch.allclose(halves.matrix, whole.matrix), int(whole.count.sum())
+        (True, 100)
+    """
+    one_class(target)
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction="none",
+        softcap=softcap,
+        temperature=temperature,
+        check_targets=check_targets,
+    )
+    return _pair_matrix(options.of_logits(input, target), top_k)
+
+
+def linear_pair_matrix(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    top_k: int | None = None,
+    linear_bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    check_targets: bool | None = None,
+    product_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> PairMatrix:
+    r"""The pair matrix of a linear head, straight from features: rows × classes within the memory budget.
+
+    Args:
+        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+            :func:`xent.linear_cross_entropy`; the matrix itself comes beside the budget.
+        target, top_k, ignore_index, softcap, temperature, check_targets: as in :func:`pair_matrix`.
+
+    Returns:
+        :class:`PairMatrix`, as :func:`pair_matrix`.
+
+    Raises:
+        IndexError, ValueError, TypeError, NotImplementedError: as :func:`pair_matrix`.
+
+    Example:
+        >>> import torch, xent
+        >>> x, w, y = torch.randn(64, 16), torch.randn(20_000, 16), torch.randint(20_000, (64,))
+        >>> pairs = xent.triplets.linear_pair_matrix(x, w, y, top_k=5)
+        >>> pairs.matrix.is_sparse, len(pairs.largest(3))
+        (True, 3)
+    """
+    one_class(target)
+    options = Options.of(
+        ignore_index=ignore_index,
+        reduction="none",
+        softcap=softcap,
+        temperature=temperature,
+        check_targets=check_targets,
+        product_dtype=product_dtype,
+        memory_budget=memory_budget,
+    )
+    return _pair_matrix(options.of_head(input, linear_weight, linear_bias, target), top_k)
+
+
+def _pair_matrix(call: Call, top_k: int | None) -> PairMatrix:
+    classes = call.parts[0].problem.targets.classes
+    if top_k is None and classes > MOST:
+        raise ValueError(
+            f"a dense matrix of {classes} classes takes {8 * classes**2 / 2**30:.1f} GiB; "
+            f"with top_k each row's largest shares are kept, in a sparse one"
+        )
+    top_k = None if top_k is None else valid("top_k", top_k)
+    whole: PairMatrix | None = None
+    for part in call.parts:
+        problem = eager(part)
+        if part.kept is not None:
+            raise NotImplementedError("under vmap rows cannot be gathered by class: call this outside of it")
+        with torch.no_grad():
+            if top_k is None:
+                matrix, count = _attribution_sweep.pair_losses(problem)
+                found = PairMatrix(matrix, torch.zeros_like(matrix[0]), count)
+            else:
+                found = _sparse(
+                    _attribution_sweep.attribution(problem, min(top_k, classes - 1)),
+                    problem.targets.own,
+                    classes,
+                )
+        whole = found if whole is None else whole + found
+    assert whole is not None
+    return whole
+
+
+def _sparse(found: _attribution_sweep.Shares, own: Tensor | None, classes: int) -> PairMatrix:
+    assert own is not None
+    there = found.classes >= 0
+    places = torch.stack([own.expand_as(found.classes)[there], found.classes[there]])
+    losses = carried(found.shares, found.loss[:, None])[there]
+    matrix = torch.sparse_coo_tensor(
+        places, losses, (classes, classes), device=losses.device, check_invariants=True
+    )
+    y = own[:, 0]
+    remainder = torch.zeros(classes, dtype=statistics_dtype(own.device), device=own.device)
+    remainder.index_add_(0, y, carried(found.remainder, found.loss))
+    return PairMatrix(matrix.coalesce(), remainder, torch.bincount(y, minlength=classes))

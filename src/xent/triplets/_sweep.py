@@ -1,0 +1,210 @@
+"""The triplets inside cross-entropy, and the chain of bounds that they make, in one sweep.
+
+    m_j = z_j − z_y        CE = log(1 + Σ_{j≠y} exp m_j)        C − 1 rivals j of the own class y
+
+    (1/C) Σ max(m_j + log C, 0)  ≤  (1/C) Σ softplus(m_j + log C)
+        ≤  1/(C−1) Σ softplus(m_j + log(C−1))  ≤  CE  ≤  Σ softplus(m_j)
+    softplus(max m)  ≤  CE  ≤  softplus(max m + log(C−1))
+
+A softplus is taken in two parts, neither of which cancels or overflows,
+
+    softplus(m + log s) = max(m + log s, 0) + log1p(u)        v = s·exp m        u = min(v, 1/v) ≤ 1
+
+so that all of them share one exponential, a row that is right beyond all doubt keeps its digits (u = v is as
+exact as exp m) and Σ log1p(u) is the logarithm of a product of up to 64 factors that are at most 2.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent._core.ops import Arithmetic, cut
+from xent._core.statistics import NEG_INF, OwnColumns, RunningUnion, finite_base, statistics_dtype
+from xent._core.tiles.sweep import Problem, Workspace
+
+FAR = 80.0  # beyond it exp m nears float32's end, and log1p(1/v) < 2e-35 is nothing beside m
+HALVINGS = 6  # (1 + u) over 2⁶ factors is at most 2⁶⁴, a number of float32
+PIECE = 1 << 19  # elements of a tile that are worked on at a time: what is made of them stays in the cache
+
+
+class Bounds(NamedTuple):
+    """The bounds of each row or of their reduction, nats, in the order in which none is larger than the next;
+    and those by the hardest triplet alone, between which the loss lies too."""
+
+    hinge: Tensor  # (1/C) Σ max(m + log C, 0): the triplet loss with margin log C
+    smooth: Tensor  # (1/C) Σ softplus(m + log C)
+    tight: Tensor  # 1/(C−1) Σ softplus(m + log(C−1)): the loss where all m are equal
+    loss: Tensor  # cross-entropy
+    union: Tensor  # Σ softplus(m)
+    hardest_low: Tensor  # softplus(max m)
+    hardest_high: Tensor  # softplus(max m + log(C−1))
+
+
+class Sums(NamedTuple):
+    """What a set of rivals adds to the bounds; every field has shape (R,)."""
+
+    hinge: Tensor  # Σ max(m + log C, 0)
+    smooth: Tensor  # Σ softplus(m + log C)
+    tight: Tensor  # Σ softplus(m + log(C−1))
+    union: Tensor  # Σ softplus(m)
+    near: Tensor  # Σ exp m, of tiles in which none is beyond FAR
+    far: Tensor  # log Σ exp m of the others
+    top: Tensor  # max m
+
+    def merge(self, other: Sums) -> Sums:
+        """The sums over the union of two disjoint sets of rivals."""
+        return Sums(
+            hinge=self.hinge + other.hinge,
+            smooth=self.smooth + other.smooth,
+            tight=self.tight + other.tight,
+            union=self.union + other.union,
+            near=self.near + other.near,
+            far=torch.logaddexp(self.far, other.far),
+            top=torch.maximum(self.top, other.top),
+        )
+
+    def bounds(self, classes: int, own_z: Tensor) -> Bounds:
+        """The bounds of rows whose own class has the logit own_z (R,)."""
+        rivals = max(classes - 1, 1)
+        found = Bounds(
+            hinge=self.hinge / classes,
+            smooth=self.smooth / classes,
+            tight=self.tight / rivals,
+            loss=torch.logaddexp(self.far, torch.log1p(self.near)),
+            union=self.union,
+            hardest_low=softplus(self.top, 1),
+            hardest_high=softplus(self.top, rivals),
+        )
+        # a masked own class is infinitely far behind, unless every class is masked
+        masked, lost = own_z == NEG_INF, torch.where(self.top == NEG_INF, math.nan, math.inf)
+        return Bounds(*(torch.where(masked, lost, value) for value in found))
+
+
+def softplus(m: Tensor, by: Tensor | float) -> Tensor:
+    """softplus(m + log by)."""
+    return (m + _log(by)).clamp_min(0) + torch.log1p(_below_one(torch.exp(m.clamp_max(FAR)) * by))
+
+
+def _log(by: Tensor | float) -> Tensor | float:
+    if isinstance(by, Tensor):
+        return torch.log(by)
+    return math.log(by) if by else NEG_INF
+
+
+def _below_one(v: Tensor) -> Tensor:
+    """min(v, 1/v)."""
+    return v.reciprocal().clamp_max_(v)
+
+
+class Room:
+    """Where what is made of a piece may be written, three tensors at once: fresh ones cost as much as the
+    arithmetic, in pages that the system takes back and gives anew."""
+
+    def __init__(self, elements: int, like: Tensor) -> None:
+        self.buffers = [like.new_empty(elements) for _ in range(3)]
+
+    def piece(self, number: int, rows: int, classes: int) -> Tensor:
+        return self.buffers[number][: rows * classes].view(rows, classes)
+
+
+def _piece(room: Room | None, number: int, like: Tensor, classes: int | None = None) -> Tensor | None:
+    """Room for a tensor like one (R, T), or of fewer classes; None where it is to be a new one."""
+    return None if room is None else room.piece(number, like.shape[0], classes or like.shape[1])
+
+
+def sum_of_log1p(u: Tensor, room: Room | None = None, free: tuple[int, int] = (1, 2)) -> Tensor:
+    """Σ_j log1p(u_j) of 0 ≤ u ≤ 1, (R, T) -> (R,), by log Π(1 + u) with (1 + a)(1 + b) − 1 = a + b + ab.
+
+    `free`: the two tensors of the room to use, neither of which is u's.
+    """
+    total = torch.zeros((), dtype=u.dtype, device=u.device)
+    for halving in range(HALVINGS):
+        half = u.shape[1] // 2
+        if u.shape[1] % 2:
+            total = total + torch.log1p(u[:, -1])
+        if half == 0:
+            return total.expand(u.shape[0])
+        a, b = u[:, :half], u[:, half : 2 * half]
+        out = _piece(room, free[halving % 2], u, half)
+        u = torch.add(a, b, out=out).addcmul_(a, b)
+    return total + torch.log1p(u).sum(1)
+
+
+def chain(problem: Problem) -> Bounds:
+    """The bounds of the M rows that take part, float64; targets are one class a row, without weights."""
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    assert targets.own is not None
+    plan = problem.plan(resident=False, temporaries=3)
+    workspace = Workspace(problem, plan, slopes=False)
+    own_z = own_logits(problem)
+    parts, room = [], None
+    with problem.products():
+        for chunk in plan.row_chunks(targets.count):
+            loaded = scores.load(targets.pick(chunk))
+            z_y, own = cut(own_z, chunk), cut(targets.own, chunk)
+            union: RunningUnion[Sums] = RunningUnion()
+            for classes in plan.class_tiles(targets.classes):
+                z, _ = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
+                m = o.sub(z, finite_base(z_y))
+                m = OwnColumns.locate(own, classes).put(o, m, NEG_INF)
+                pieces = m.split(max(1, PIECE // m.shape[1])) if o.buffered else (m,)
+                if o.buffered and room is None:  # the first tile is the largest
+                    room = Room(max(min(PIECE, m.numel()), m.shape[1]), m)
+                found = [_sums(o, piece, targets.classes, room) for piece in pieces]
+                union.add(Sums(*map(torch.cat, zip(*found, strict=True))))
+            parts.append(union.whole().bounds(targets.classes, z_y[:, 0]))
+    if not parts:
+        return Bounds(*(torch.zeros(0, dtype=statistics_dtype(scores.device), device=scores.device),) * 7)
+    return Bounds(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def own_logits(problem: Problem) -> Tensor:
+    """z_y of the M rows, (M, 1); nan where y is no class."""
+    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    assert targets.own is not None
+    count = targets.count
+    a_row = scores.bytes_per_row(gathered=True) + 4 * scores.dtype.itemsize * (scores.depth + 4)
+    rows = max(1, problem.budget // a_row) if o.buffered else max(1, count)
+    found = []
+    for start in range(0, count, rows):
+        chunk = slice(start, min(start + rows, count))
+        own = cut(targets.own, chunk)
+        inside = (own >= 0) & (own < targets.classes)
+        z = scores.entries(scores.load(targets.pick(chunk)), torch.where(inside, own, 0))
+        found.append(torch.where(inside, z, math.nan))
+    return torch.cat(found) if found else torch.zeros(0, 1, dtype=scores.dtype, device=scores.device)
+
+
+def _sums(o: Arithmetic, m: Tensor, classes: int, room: Room | None) -> Sums:
+    """The sums over a tile of margins m (R, T), −inf where there is no rival."""
+    dtype = statistics_dtype(m.device)
+    top = m.amax(1)
+    e = torch.clamp_max(m, FAR, out=_piece(room, 0, m)).exp_()
+    near, far = e.sum(1).to(dtype), torch.full_like(top, NEG_INF, dtype=dtype)
+    beyond = top > FAR
+    if o.possible(beyond):
+        wide = (m - finite_base(top)[:, None]).exp_().sum(1).to(dtype).log_() + top
+        wide = torch.where(top == math.inf, math.inf, wide)  # a difference of finite logits may be infinite
+        near, far = torch.where(beyond, 0.0, near), torch.where(beyond, wide, far)
+    hinge, smooth = _softplus_sums(m, e, classes, room)
+    return Sums(
+        hinge=hinge.to(dtype),
+        smooth=smooth.to(dtype),
+        tight=_softplus_sums(m, e, classes - 1, room)[1].to(dtype),
+        union=_softplus_sums(m, e, 1, room)[1].to(dtype),
+        near=near,
+        far=far,
+        top=top.to(dtype),
+    )
+
+
+def _softplus_sums(m: Tensor, e: Tensor, by: int, room: Room | None) -> tuple[Tensor, Tensor]:
+    """Σ max(m + log by, 0) and Σ softplus(m + log by), (R,), of m (R, T) and e = exp m."""
+    hinge = torch.add(m, _log(by), out=_piece(room, 1, m)).clamp_min_(0).sum(1)
+    v = e if by == 1 else torch.mul(e, by, out=_piece(room, 1, m))
+    u = torch.reciprocal(v, out=_piece(room, 2, m)).clamp_max_(v)  # min(v, 1/v)
+    return hinge, hinge + sum_of_log1p(u, room)

@@ -1,0 +1,115 @@
+"""A triplet loss of a linear head without its logits: tiles that the backward pass computes again.
+
+    Σ_j φ(m_j + margin) = Σ_tiles Σ_{j in tile} φ(⟨x, w_j⟩ + b_j − z_y + margin)
+
+Ordinary operations inside a checkpoint, which torch differentiates any number of times. Rows and classes are
+taken by `split`, whose backward is one concatenation, where a slice would fill a gradient of the whole with
+zeros for every tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from xent._core.logits import LinearHead
+from xent._core.statistics import NEG_INF
+from xent._core.targets import Targets
+from xent._core.tiles.plan import Footprint, Plan
+from xent._core.tiles.sweep import Problem
+from xent.triplets import _attribution_sweep
+from xent.triplets._forms import Form
+
+LIVE = 6  # tile-sized tensors alive in a tile's backward
+
+
+def total(
+    head: LinearHead,
+    targets: Targets,  # of M rows, which are all that the head has
+    negatives: int | Tensor,  # how many of the hardest, or which, (M, k)
+    form: Form,
+    budget: int,
+) -> tuple[Tensor, int | Tensor]:
+    """Σ φ over the negatives of each row, (M,), and how many these are."""
+    classes, y = targets.classes, targets.own
+    assert y is not None
+    inside = (y >= 0) & (y < classes)
+    z_y = torch.where(inside, head.entries(head.x, torch.where(inside, y, 0)), torch.nan)
+    if isinstance(negatives, Tensor):
+        used = negatives != y
+        count = used.sum(1)
+        return _of_some(head, z_y, negatives, used, form, form.shift(count), budget), count
+    if negatives < classes - 1:
+        with torch.no_grad():
+            every_row = replace(targets, rows=None, total=targets.count)
+            detached = LinearHead(
+                head.x.detach(), head.w.detach(), None if head.b is None else head.b.detach()
+            )
+            hardest = _attribution_sweep.attribution(Problem(detached, every_row, budget), negatives).classes
+        there = hardest >= 0
+        hardest = torch.where(there, hardest, 0)
+        return _of_some(head, z_y, hardest, there, form, form.shift(negatives), budget), negatives
+    return _of_all(head, z_y, y, form, form.shift(classes - 1), budget), classes - 1
+
+
+def _of_all(
+    head: LinearHead, z_y: Tensor, y: Tensor, form: Form, shift: float | Tensor, budget: int
+) -> Tensor:
+    def tile(x: Tensor, w: Tensor, b: Tensor | None, z_y: Tensor, own: Tensor) -> Tensor:
+        m = F.linear(x, w, b) - z_y
+        columns = torch.arange(m.shape[1], device=m.device)
+        return form.sum(torch.where(columns == own, NEG_INF, m), shift)
+
+    plan = _plan(head, *head.shape, budget)
+    weights = head.w.split(plan.class_tile)
+    biases = (None,) * len(weights) if head.b is None else head.b.split(plan.class_tile)
+    sums = []
+    for x, at, own in zip(*(t.split(plan.row_chunk) for t in (head.x, z_y, y)), strict=True):
+        parts = [
+            _again(tile, x, w, b, at, own - number * plan.class_tile)
+            for number, (w, b) in enumerate(zip(weights, biases, strict=True))
+        ]
+        sums.append(torch.stack(parts).sum(0))
+    return torch.cat(sums)
+
+
+def _of_some(
+    head: LinearHead,
+    z_y: Tensor,  # (M, 1)
+    classes: Tensor,  # (M, k)
+    used: Tensor,  # (M, k) bool
+    form: Form,
+    shift: float | Tensor,
+    budget: int,
+) -> Tensor:
+    rows, k = classes.shape
+    shifts = torch.as_tensor(shift, dtype=z_y.dtype, device=z_y.device).expand(rows)
+
+    def some(
+        x: Tensor, w: Tensor, b: Tensor | None, z_y: Tensor, classes: Tensor, used: Tensor, shift: Tensor
+    ) -> Tensor:
+        m = LinearHead(x, w, b).entries(x, classes) - z_y
+        return form.sum(torch.where(used, m, NEG_INF), shift)
+
+    size = max(1, budget // (3 * head.dtype.itemsize * max(1, k * head.depth)))  # the gathered vectors
+    pieces = zip(*(t.split(size) for t in (head.x, z_y, classes, used, shifts)), strict=True)
+    return torch.cat([_again(some, x, head.w, head.b, *rest) for x, *rest in pieces])
+
+
+def _plan(head: LinearHead, rows: int, classes: int, budget: int) -> Plan:
+    size = head.dtype.itemsize
+    footprint = Footprint(kept=LIVE * size, scratch=0, per_row=0, per_class=0, resident_rows=1)
+    return Plan.within(budget, rows, classes, footprint, resident=False)
+
+
+def _again(f: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """f of tensors, whose intermediate results the backward pass computes again."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        found: Tensor = checkpoint(f, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return found
+    return f(*tensors)

@@ -1,0 +1,367 @@
+"""`xent verify`: every identity holds, and one that is broken is seen, named and told by the exit code."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+
+import matplotlib.image
+import pytest
+import torch
+from click.testing import CliRunner
+
+import xent
+from xent.cli.commands import cli
+from xent.verify import IDENTITIES, Setting, figures, registry, verify
+from xent.verify.data import batches, read_digits
+
+PAGE = {1, 2, 3, 4, 5, 6, 7}  # sections of the mathematics that are there to be checked
+
+
+def run(*arguments: object, code: int = 0):
+    done = CliRunner().invoke(cli, ["verify", *map(str, arguments)])
+    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
+    return done
+
+
+@pytest.fixture(scope="module")
+def setting():
+    device = torch.device("cpu")
+    return Setting(torch.float32, device, batches(torch.float32, device, read_digits()))
+
+
+def holds(name: str, setting: Setting) -> bool:
+    identity = IDENTITIES[name]
+    return max(deviation.units for deviation in identity.check(setting)) <= identity.allowed
+
+
+# What it finds
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "float16"])
+def test_every_identity_holds(dtype):
+    report = verify([dtype])
+    assert [(done.identity.name, done.worst) for done in report.failures] == []
+    assert report.holds
+    assert len(report.outcomes) == len(IDENTITIES) >= 30
+    assert {identity.section for identity in report.identities} == PAGE
+    assert report.data == ("random: 64 rows", "extreme: 12 rows", "digits: 1,797 rows")
+    assert report.missing is None
+
+
+BREAKS = {  # what is replaced -> which identities notice at least
+    "cross_entropy": [
+        *("cross-entropy", "label smoothing", "the best under smoothing", "the mean", "the gradient"),
+        *("the softmax Jacobian", "the slope in β = 1/T", "the loss in margins"),
+    ],
+    "linear_cross_entropy": ["a linear head", "gradients through the head", "through a feature extractor"],
+    "surrogate_cross_entropy": ["the surrogate", "the surrogate's gradient", "the surrogate's curvature"],
+    "binary_cross_entropy": ["maximum likelihood", "worked tables"],
+    "binary_cross_entropy_with_logits": ["two classes", "worked tables"],
+    "kl_div": ["smoothing as a prior"],
+    "kl_divergence": ["cross-entropy is entropy + KL", "the divergence's gradient"],
+    "entropy": ["cross-entropy with oneself", "the surrogate's own slope"],
+}
+
+
+@pytest.mark.parametrize("function", BREAKS)
+def test_an_error_of_a_thousandth_is_noticed(function, monkeypatch, setting):
+    right = getattr(xent, function)
+    monkeypatch.setattr(xent, function, lambda *args, **options: right(*args, **options) * 1.001)
+    assert [name for name in BREAKS[function] if holds(name, setting)] == []
+
+
+def test_an_error_of_a_thousandth_in_triplets_is_noticed(monkeypatch, setting):
+    for function, field, name in (
+        ("bounds", "hinge", "a chain of triplet bounds"),
+        ("bounds", "loss", "a chain of triplet bounds"),
+        ("bounds", "hardest_low", "a chain of triplet bounds"),
+        ("bounds", "hardest_high", "the loss in margins"),
+        ("attribution", "shares", "rivals that carry the loss"),
+        ("attribution", "losses", "rivals that carry the loss"),
+        ("attribution", "remainder", "rivals that carry the loss"),
+    ):
+        right = getattr(xent.triplets, function)
+
+        def wrong(*args, right=right, field=field):
+            found = right(*args)
+            return found._replace(**{field: getattr(found, field) * 1.001})
+
+        with monkeypatch.context() as broken:
+            broken.setattr(xent.triplets, function, wrong)
+            assert not holds(name, setting), field
+    margins = xent.triplets.margins
+    monkeypatch.setattr(xent.triplets, "margins", lambda z, y: 1.001 * margins(z, y))
+    assert not holds("the gradient in a margin", setting)
+    linear = xent.triplets.linear_margins
+    monkeypatch.setattr(xent.triplets, "linear_margins", lambda *t, **options: 1.001 * linear(*t, **options))
+    assert not holds("squared distances as scores", setting)
+
+
+def test_naive_code_is_noticed(monkeypatch, setting):
+    """What torch does: log 0, a masked class in a soft target, the mean over nothing."""
+    torchs = torch.nn.functional.cross_entropy
+
+    def naive(z, target, weight=None, *, sample_weight=None, **options):
+        return torchs(z, target, weight, **options)
+
+    monkeypatch.setattr(xent, "cross_entropy", naive)
+    found = {name: holds(name, setting) for name in ("log 0 is never met", "cross-entropy", "the mean")}
+    assert not any(found.values()), found
+
+
+EQUATIONS = {  # page -> equation -> the identity that checks it
+    "cross_entropy": {
+        "−log L / 10 = −[0.6·log p + 0.4·log(1 − p)]        0.673012 nats at p = 0.6": "maximum likelihood",
+        "CE(q, p) = H(q) + KL(q‖p)": "cross-entropy is entropy + KL",
+        "`CE(p, p) = H(p)`": "cross-entropy with oneself",
+        "(1 − ε)·e_y + ε/C": "label smoothing",
+        "ℓ_ε = (1 − ε)·ℓ + ε·CE(u, p) = (1 − ε)·ℓ + ε·(KL(u‖p) + log C)": "smoothing as a prior",
+        "the best p_y is 1 − ε + ε/C, and the best loss H": "the best under smoothing",
+        "derivative a⟨p, z⟩ − ⟨t, z⟩ and the curvature a·Var_p(z)": "the slope in β = 1/T",
+        "ℓ = a·lse(z) − ⟨t, z⟩": "cross-entropy",
+        "∂ℓ/∂z = a·p − t": "the gradient",
+        "`Wᵀ(a p − t)` to the features and as `(a p − t) xᵀ`": "gradients through the head",
+        "J·(−t/p) = a·p − t": "the chain through log p",
+        "`J·1 = 0`, and `0 ⪯ J ⪯ ½(I − 11ᵀ/C)`": "the softmax Jacobian",
+        "∂²ℓ/∂z² = a·J": "the second derivative",
+        "logistic function of z₁ − z₀": "two classes",
+        "⟨a·p − t, z⟩ and hands a·p − t": "the surrogate",
+        "a·p − t + a·J·z": "the surrogate's own slope",
+        "exactly a·H(p)": "the surrogate",
+        "ℓ = log(1 + Σ_{j≠y} exp(m_j))        ∂ℓ/∂m_j = p_j": "the loss in margins",
+        "∂ℓ/∂m_j = p_j": "the gradient in a margin",
+        "softplus(max m + log(C − 1))": "the loss in margins",
+    },
+    "triplets": {
+        "CE = log(1 + Σ_{j≠y} exp m_j)        ∂CE/∂m_j = p_j": "the loss in margins",
+        "CE = Σ_{j≠y} π_j·softplus(m_j − log π_j)        each term is π_j·CE": "rivals that carry the loss",
+        "(1/C) Σ max(m + log C, 0)": "a chain of triplet bounds",
+        "−‖x − w‖² = 2⟨x, w⟩ − ‖w‖² − ‖x‖²": "squared distances as scores",
+    },
+}
+
+
+@pytest.mark.parametrize("page", EQUATIONS)
+def test_equations_of_a_page_are_identities(page, request):
+    """The pages say so: an equation that is set on a line of its own stands here with its identity."""
+    text = (request.config.rootpath / "docs" / f"{page}.md").read_text()
+    for equation, name in EQUATIONS[page].items():
+        assert equation in text
+        assert name in IDENTITIES
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    for line in re.findall(r"^    (.*[=≤].*)$", prose, flags=re.MULTILINE):
+        assert any(equation in line for equation in EQUATIONS[page]), line
+
+
+# A deviation
+
+
+def test_a_deviation_counts_units_in_the_last_place(setting):
+    one = torch.ones(3)
+    eps = torch.finfo(torch.float32).eps
+    far = one + torch.tensor([0.0, 3 * eps, -eps])
+    assert setting.compare(far, 1.0, 1.0, "here") == registry.Deviation(pytest.approx(3), "here, row 1")
+    assert setting.compare(far, 1.0, 3.0, "here").units == pytest.approx(1)
+    assert setting.compare(far, 1.0, 1.0, "here", torch.float16).units < 1e-3
+    assert setting.compare(far[None].double(), 1.0, 1.0, "here").where == "here"
+    matrix = torch.zeros(2, 3, 3)
+    matrix[1, 2, 0] = eps
+    assert setting.compare(matrix, 0.0, 1.0, "here") == registry.Deviation(1.0, "here, row 1")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "units"),
+    [
+        (math.nan, 1.0, math.inf),
+        (1.0, math.nan, math.inf),
+        (math.nan, math.nan, math.inf),
+        (math.inf, 1.0, math.inf),
+        (math.inf, -math.inf, math.inf),
+        (math.inf, math.inf, 0.0),
+        (1.0, 1.0, 0.0),
+        (1e-45, 0.0, 1.0),  # the smallest number is a unit where the scale is 0
+    ],
+)
+def test_a_deviation_of_what_is_not_finite(setting, found, expected, units):
+    assert setting.compare(torch.tensor([found]), expected, 0.0, "").units == pytest.approx(units, rel=0.01)
+
+
+def test_nothing_compared_is_nothing_shown(setting):
+    assert setting.compare(torch.ones(0), 0.0, 1.0, "here").units == math.inf
+
+
+# The command
+
+
+def test_the_table():
+    said = run().stdout
+    lines = said.splitlines()
+    for identity in IDENTITIES.values():
+        (line,) = (line for line in lines if identity.name + "  " in line and identity.formula in line)
+        assert line.count("✓") == 2
+    assert "✗" not in said
+    assert f"all {len(IDENTITIES)} hold in float64 and float32 on cpu" in said
+    assert "digits: 1,797 rows" in said
+
+
+def test_json():
+    done = run("--json", "--dtype", "bfloat16", "--dtype", "float32", "--dtype", "bfloat16")  # once is enough
+    found = json.loads(done.stdout)
+    assert done.stdout.count("\n") == 1
+    assert set(found) == {
+        *("holds", "versions", "device", "dtypes", "data", "missing", "seconds", "identities", "files")
+    }
+    assert found["holds"] is True
+    assert found["versions"]["xent"] == xent.__version__
+    assert found["versions"]["torch"] == torch.__version__
+    assert {"numpy", "python", "machine"} < set(found["versions"])
+    assert found["dtypes"] == ["bfloat16", "float32"]
+    assert found["device"] == "cpu"
+    assert found["files"] == []
+    assert [each["name"] for each in found["identities"]] == sorted(
+        IDENTITIES, key=lambda name: IDENTITIES[name].section
+    )
+    for each in found["identities"]:
+        assert set(each) == {"name", "formula", "section", "allowed", "because", "results"}
+        assert [result["dtype"] for result in each["results"]] == ["bfloat16", "float32"]
+        for result in each["results"]:
+            assert set(result) == {"dtype", "holds", "error", "where", "seconds"}
+            assert result["holds"] is True
+            assert 0 <= result["error"] <= each["allowed"]
+
+
+def test_one_that_does_not_hold_is_named_and_ends_with_1(monkeypatch):
+    right = xent.entropy
+    monkeypatch.setattr(xent, "entropy", lambda z: right(z) + 1e-3)
+    done = run(code=1)
+    assert "✗ cross-entropy with oneself in float32: " in done.stdout
+    assert "✗ cross-entropy with oneself in float64: " in done.stdout
+    assert " at extreme, entropy, row 2\n" in done.stdout  # (0, 200): of no entropy at all
+    assert f"1 of {len(IDENTITIES)} do not hold" in done.stdout
+    found = json.loads(run("--json", code=1).stdout)
+    assert found["holds"] is False
+    broken = [each["name"] for each in found["identities"] if not all(r["holds"] for r in each["results"])]
+    assert broken == ["cross-entropy with oneself"]
+
+
+def test_one_that_cannot_be_computed_does_not_hold(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no [bold]such\nkernel")
+
+    monkeypatch.setattr(xent, "entropy", fail)
+    done = run("--dtype", "float32", code=1)
+    assert "✗ cross-entropy with oneself in float32: inf at RuntimeError: no [bold]such kernel" in done.stdout
+    found = json.loads(run("--dtype", "float32", "--json", code=1).stdout)
+    (each,) = (each for each in found["identities"] if each["name"] == "cross-entropy with oneself")
+    assert each["results"][0]["error"] is None  # JSON has no infinity
+    assert each["results"][0]["where"].startswith("RuntimeError")
+
+
+def test_an_identity_is_one_function(monkeypatch):
+    monkeypatch.setattr(registry, "IDENTITIES", dict(IDENTITIES))
+    monkeypatch.setattr("xent.verify.report.IDENTITIES", registry.IDENTITIES)
+
+    @registry.identity("one", "1 = 1", section=6, allowed=1, because="it is exact")
+    def one(s):
+        yield s.compare(s.tensor([1.0]), 1.0, 1.0, "anywhere")
+
+    @registry.identity("an empty one", "?", section=6, allowed=1, because="it compares nothing")
+    def empty(s):
+        yield from ()
+
+    with pytest.raises(AssertionError, match="there already"):
+        registry.identity("one", "2 = 2", section=6, allowed=1, because="")(one)
+    done = run("--dtype", "float32", code=1)
+    assert "0.00 ✓" in next(line for line in done.stdout.splitlines() if line.startswith("6  one "))
+    assert "✗ an empty one in float32: inf at nothing was compared" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "int8"], "'int8' is not one of"),
+        (["--device", "gpu"], "'gpu'"),
+        (["--device", "meta"], "hold no numbers"),
+        (["--figures", "file/figures"], "is a file, not a directory; name another place\n"),
+        (["everything"], "unexpected extra argument"),
+    ],
+)
+def test_bad_usage_ends_with_2(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    done = run(*arguments, code=2)
+    assert message in done.stderr
+    assert done.stderr.startswith("xent: ")
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_device_that_is_not_there():
+    assert "'cuda'" in run("--device", "cuda", code=2).stderr
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_cuda():
+    run(
+        "--device",
+        "cuda",
+        "--dtype",
+        "float32",
+        "--dtype",
+        "float64",
+        "--dtype",
+        "bfloat16",
+        "--dtype",
+        "float16",
+    )
+
+
+# Figures, and what may be missing
+
+
+def test_figures(tmp_path):
+    done = run("--dtype", "float32", "--figures", tmp_path / "new" / "figures", "--json")
+    made = sorted((tmp_path / "new" / "figures").iterdir())
+    assert [path.stem for path in made] == sorted(figures.FIGURES)
+    assert sorted(json.loads(done.stdout)["files"]) == [str(path) for path in made]
+    for path in made:
+        assert path.stat().st_size < 150_000
+        height, width, _ = matplotlib.image.imread(path).shape
+        assert 500 < height < width < 2000
+
+
+def test_the_committed_figures_are_these(tmp_path, request):
+    """By name: their pixels depend on fonts."""
+    folder = request.config.rootpath / "docs" / "figures"
+    assert {f"{name}.png" for name in figures.FIGURES} < {path.name for path in folder.iterdir()}
+
+
+def process(*arguments: str, without: tuple[str, ...]) -> subprocess.CompletedProcess:
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({without!r}))"
+    code = f"{hidden}; from xent.cli.commands import cli; cli()"
+    return subprocess.run(
+        [sys.executable, "-c", code, "verify", "--dtype", "float32", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_without_scikit_learn_the_digits_are_said_to_be_missing(tmp_path):
+    done = process(without=("sklearn",))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "not checked on digits: scikit-learn comes with pip install 'xent[probe]'" in done.stdout
+    assert "random: 64 rows; extreme: 12 rows\n" in done.stdout
+
+
+def test_without_matplotlib_there_are_no_figures(tmp_path):
+    done = process("--figures", str(tmp_path / "figures"), without=("matplotlib",))
+    assert done.returncode == 1
+    assert done.stderr == "xent: matplotlib is not installed; it comes with: pip install 'xent[report]'\n"
+    assert not (tmp_path / "figures").exists()
