@@ -37,7 +37,17 @@ def test_importing_xent_imports_no_compiler():
 
 def test_importing_xent_imports_no_extra():
     loaded = python("import sys, xent; print(*sys.modules)").split()
-    extras = {"sklearn", "scipy", "pyarrow", "safetensors", "click", "rich", "matplotlib", "jinja2", "pandas"}
+    extras = {
+        "sklearn",
+        "scipy",
+        "pyarrow",
+        "safetensors",
+        "click",
+        "rich",
+        "matplotlib",
+        "jinja2",
+        "pandas",
+    }
     assert not extras & set(loaded)
 
 

@@ -91,7 +91,7 @@ def fit_temperature(
         call = Options.of(ignore_index=ignore_index, sample_weight=sample_weight).of_logits(logits, target)
         call.with_target()
         problem = call.parts[0].problem
-        return _solve(_read(problem.scores.tensors[0], problem.targets))
+        return _solve(_read(problem.logits.tensors[0], problem.targets))
 
 
 class Rows(NamedTuple):
@@ -177,8 +177,8 @@ def _target_rows(targets: Targets, chunk: slice) -> Tensor:
         return t
     own = targets.own[chunk]
     mass = torch.ones_like(own, dtype=torch.float64)
-    if targets.own_mass is not None:
-        mass = targets.own_mass[chunk].to(torch.float64)
+    if targets.index_mass is not None:
+        mass = targets.index_mass[chunk].to(torch.float64)
     base = torch.zeros(rows, classes, dtype=torch.float64, device=own.device) if t is None else t
     return base.scatter(1, own, mass)
 

@@ -19,8 +19,8 @@ from xent._arguments.call import Call, Options, Part
 from xent._autograd import chain, custom_ops, transforms
 from xent._autograd.chain import RowOutputs
 from xent._core.logits import compute_dtype
-from xent._core.ops import Functional
-from xent._core.statistics import Extras
+from xent._core.ops import FunctionalOps
+from xent._core.statistics import RequestedOutputs
 from xent._core.target import TopKTarget
 from xent._core.tiles import top_k as streaming
 from xent._core.validators import as_number, valid
@@ -178,7 +178,7 @@ def entropy(
     """
     bits = valid("bits", bits)
     call = Options.of(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
-    (found,) = (row_outputs(part, Extras(entropy=True)) for part in call.parts)
+    (found,) = (row_outputs(part, RequestedOutputs(entropy=True)) for part in call.parts)
     assert found.entropy is not None
     return call.stack([found.entropy / math.log(2.0) if bits else found.entropy])
 
@@ -248,8 +248,8 @@ def linear_top_k(
 def _row_statistics(call: Call, ignored: int) -> RowStatistics:
     target = call.target
     is_index = isinstance(target, Tensor) and not target.is_floating_point()
-    extras = Extras(entropy=True, argmax=True, log_prob=is_index)
-    found = [row_outputs(part, extras) for part in call.parts]
+    requested = RequestedOutputs(entropy=True, argmax=True, log_prob=is_index)
+    found = [row_outputs(part, requested) for part in call.parts]
     dtype = compute_dtype(call.dtype)
 
     def stacked(name: str) -> Tensor:
@@ -270,9 +270,9 @@ def _row_statistics(call: Call, ignored: int) -> RowStatistics:
     )
 
 
-def row_outputs(part: Part, extras: Extras) -> RowOutputs:
+def row_outputs(part: Part, requested: RequestedOutputs) -> RowOutputs:
     """What all N rows of a part say: zero, and −1 for argmax, in those that are left out."""
-    problem = part.problem._replace(extras=extras)
+    problem = part.problem._replace(requested=requested)
     if part.opaque:
         found = custom_ops.rows(problem, part.kept, part.check)
     else:
@@ -313,9 +313,9 @@ def _top_k(call: Call, k: int) -> tuple[Tensor, Tensor]:
 def _top_k_of(part: Part, k: int) -> tuple[Tensor, Tensor]:
     if part.opaque:
         return custom_ops.top_k(part.problem, k)
-    tensors = part.problem.scores.tensors
+    tensors = part.problem.logits.tensors
     if transforms.followed(*tensors):  # torch.func would take what has no derivative for a derivative of 0
         raise NotImplementedError("top_k has no derivative: pass tensors that are detached")
     if transforms.batched(*tensors):
-        return streaming.top_k(part.problem._replace(arithmetic=Functional()), k)
+        return streaming.top_k(part.problem._replace(ops=FunctionalOps()), k)
     return streaming.top_k(part.problem, k)

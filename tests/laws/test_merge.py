@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xent._core.ops import InPlace
+from xent._core.ops import InPlaceOps
 from xent._core.statistics import Statistics, summarise
 
 logit = st.floats(-1e300, 1e300) | st.floats(-50, 50) | st.just(-math.inf)
@@ -18,7 +18,7 @@ tile = st.lists(st.tuples(logit, mass), min_size=1, max_size=6)
 
 def of(entries: list[tuple[float, float]]) -> Statistics:
     z, t = (torch.tensor([column], dtype=torch.float64) for column in zip(*entries, strict=True))
-    return summarise(InPlace(), z, t, None)[1]
+    return summarise(InPlaceOps(), z, t, None)[1]
 
 
 def agree(a: Statistics, b: Statistics, entries: list[tuple[float, float]]) -> None:

@@ -27,13 +27,13 @@ from xent._arguments.validation import (
     require_tensors,
 )
 from xent._autograd import transforms
-from xent._core.collectives import Ranks
+from xent._core.collectives import ClassGroup
 from xent._core.directions import unit
-from xent._core.logits import LinearHead, Logits, Scores, Transform, compute_dtype
-from xent._core.margin import Margin, OwnMove
+from xent._core.logits import DenseLogits, LinearHead, Logits, Transform, compute_dtype
+from xent._core.margin import Margin, TargetShift
 from xent._core.ops import BATCHED
 from xent._core.reduction import Kind, Reduction
-from xent._core.statistics import Extras, statistics_dtype
+from xent._core.statistics import RequestedOutputs, statistics_dtype
 from xent._core.target import (
     Target,
     TopKTarget,
@@ -45,7 +45,7 @@ from xent._core.target import (
 from xent._core.targets import (
     UNCHECKED,
     Checked,
-    Held,
+    ClassSlice,
     Targets,
     check_index,
     check_top_k,
@@ -83,15 +83,15 @@ class Part(NamedTuple):
     kept: Tensor | None  # (M,) bool: rows that count, where they could not be selected beforehand
     opaque: bool  # whether the sweep is to be one operator
     check: bool | None  # of targets, by that operator
-    move: OwnMove | None = None  # of the targets' own scores
+    move: TargetShift | None = None  # of the targets' own scores
     weighs: bool = False  # whether other processes know what some rows add to the divisor of a mean
 
     def asking(self) -> Problem:
         """The problem, asking for what a move, and the divisor of a mean, start from."""
         targets, moves = self.problem.targets, self.move is not None
         mass = self.weighs or (moves and targets.held is not None and targets.smoothing > 0)
-        extras = Extras(log_prob=moves, mass=mass)
-        return self.problem._replace(extras=extras) if any(extras) else self.problem
+        requested = RequestedOutputs(log_prob=moves, mass=mass)
+        return self.problem._replace(requested=requested) if any(requested) else self.problem
 
 
 class Call(NamedTuple):
@@ -216,8 +216,8 @@ class Options(NamedTuple):
             target = target.reshape(n)
         s = None if self.sample_weight is None else self.sample_weight.reshape(n)
         log_q = None if self.log_q is None else log_q_of(self.log_q, classes)
-        scores = Logits(input.movedim(axis, -1).reshape(n, classes), log_q, transform)
-        part = self._part(scores, target, checked, s, DEFAULT_BUDGET, ranks)
+        logits = DenseLogits(input.movedim(axis, -1).reshape(n, classes), log_q, transform)
+        part = self._part(logits, target, checked, s, DEFAULT_BUDGET, ranks)
         return Call([part], reduction, rows_shape, loss_dtype(input), given)
 
     def of_head(
@@ -332,7 +332,7 @@ class Options(NamedTuple):
 
     def _ranks(
         self, input: Tensor, features: int | None, held: int, rows_shape: torch.Size, target: Target
-    ) -> Ranks | None:
+    ) -> ClassGroup | None:
         """The processes that hold the other classes."""
         if self.group is None:
             return None
@@ -387,7 +387,7 @@ class Options(NamedTuple):
                 f"got {tuple(s.shape)}"
             )
 
-    def _check_classes(self, target: Target, classes: int, ranks: Ranks | None) -> Checked:
+    def _check_classes(self, target: Target, classes: int, ranks: ClassGroup | None) -> Checked:
         """What is known of class indices; where ranks have yet to agree on the classes, an error waits."""
         classes = classes if ranks is None else ranks.classes
         indices = target.indices if isinstance(target, TopKTarget) else target
@@ -489,12 +489,12 @@ class Options(NamedTuple):
 
     def _part(
         self,
-        scores: Scores,
+        logits: Logits,
         target: Target,  # (N,), (N, C), (N, k) or none
         checked: Checked,
         sample_weight: Tensor | None,  # (N,)
         budget: int,
-        ranks: Ranks | None,
+        ranks: ClassGroup | None,
     ) -> Part:
         """Scores with their targets, and the weights of the rows that take part."""
         learnt = sample_weight is not None and sample_weight.requires_grad and torch.is_grad_enabled()
@@ -502,10 +502,10 @@ class Options(NamedTuple):
         is_index = isinstance(target, Tensor) and not target.is_floating_point()
         kept = None
         given = (target.indices, target.probabilities) if isinstance(target, TopKTarget) else (target,)
-        in_graph = transforms.is_opaque(*given, *scores.tensors)
+        in_graph = transforms.is_opaque(*given, *logits.tensors)
         if in_graph:  # where no operation would notice, and the loss be anything
-            check_devices(*scores.tensors, *given, sample_weight, self.weight)
-        if in_graph or transforms.batched(*given, sample_weight, self.weight, *scores.tensors):
+            check_devices(*logits.tensors, *given, sample_weight, self.weight)
+        if in_graph or transforms.batched(*given, sample_weight, self.weight, *logits.tensors):
             # data cannot choose rows here: those that do not count become harmless, and are taken out later
             if is_index:
                 assert isinstance(target, Tensor)
@@ -513,31 +513,31 @@ class Options(NamedTuple):
                 target = target.masked_fill(~kept, 0)
                 checked = Checked(classes=False, none_ignored=True)
             else:
-                some = scores.tensors[0] if given[0] is None else given[0]
+                some = logits.tensors[0] if given[0] is None else given[0]
                 assert some is not None
                 kept = torch.ones_like(some[:, 0], dtype=torch.bool)
             if fixed is not None:
                 kept = kept & (fixed != 0)
             if not in_graph:  # the operator selects for itself
-                scores = scores.select(kept)
+                logits = logits.select(kept)
             weight = kept.to(statistics_dtype(kept.device)) if sample_weight is None else sample_weight
             sample_weight, fixed, learnt = weight.masked_fill(~kept, 0.0), None, True
-        held = None if ranks is None else Held(ranks.first, ranks.classes)
-        targets = self._targets(scores, target, checked, fixed, held)
-        problem = Problem(scores, targets, budget, ranks=ranks)
+        held = None if ranks is None else ClassSlice(ranks.first, ranks.classes)
+        targets = self._targets(logits, target, checked, fixed, held)
+        problem = Problem(logits, targets, budget, ranks=ranks)
         row_weight = targets.row_weight
         if learnt:
             assert sample_weight is not None
             row_weight = sample_weight.to(statistics_dtype(sample_weight.device))
             row_weight = row_weight if targets.rows is None else row_weight[targets.rows]
-        move = self._move(scores, targets, known=not in_graph and kept is None)
+        move = self._move(logits, targets, known=not in_graph and kept is None)
         weighs = is_index and held is not None and self.weight is not None
         return Part(problem, row_weight, kept, in_graph, self.check_targets, move, weighs)
 
-    def _move(self, scores: Scores, targets: Targets, *, known: bool) -> OwnMove | None:
+    def _move(self, logits: Logits, targets: Targets, *, known: bool) -> TargetShift | None:
         """How the targets' own scores move, which are those of single classes."""
         margin = as_margin(self.margin)
-        log_q = scores.log_q
+        log_q = logits.log_q
         if margin is None and log_q is None:
             return None
         size = 0.0 if margin is None else (abs(margin.cosine) + 2 * (margin.angle > 0)) / self.temperature
@@ -548,18 +548,18 @@ class Options(NamedTuple):
         assert targets.own is not None
         y = targets.own[:, 0]
         whole = targets.held is None  # else these come with the statistics
-        mass = targets.own_mass[:, 0] if whole and targets.own_mass is not None else None
-        rest = targets.own_rest[:, 0] if whole and targets.own_rest is not None else None
-        return OwnMove(
+        mass = targets.index_mass[:, 0] if whole and targets.index_mass is not None else None
+        rest = targets.other_mass[:, 0] if whole and targets.other_mass is not None else None
+        return TargetShift(
             margin,
             self.temperature,
-            torch.finfo(scores.dtype).eps,
+            torch.finfo(logits.dtype).eps,
             # one outside has a cost of nan already
             None if log_q is None else log_q[y.clamp(0, targets.classes - 1)],
             mass,
             rest,
-            check=known and scores.device.type == "cpu",
-            way_out=self._to_cosines(has_bias=isinstance(scores, LinearHead) and scores.b is not None),
+            check=known and logits.device.type == "cpu",
+            way_out=self._to_cosines(has_bias=isinstance(logits, LinearHead) and logits.b is not None),
         )
 
     def _to_cosines(self, *, has_bias: bool) -> str:
@@ -571,18 +571,18 @@ class Options(NamedTuple):
 
     def _targets(
         self,
-        scores: Scores,
+        logits: Logits,
         target: Target,
         checked: Checked,
         sample_weight: Tensor | None,
-        held: Held | None,
+        held: ClassSlice | None,
     ) -> Targets:
-        rows, classes = scores.shape
+        rows, classes = logits.shape
         shared: dict[str, Any] = dict(
             class_weight=self.weight, smoothing=self.label_smoothing, sample_weight=sample_weight, held=held
         )
         if target is None:
-            return no_targets(rows, classes, scores.device, sample_weight)
+            return no_targets(rows, classes, logits.device, sample_weight)
         if isinstance(target, TopKTarget):
             return top_k_targets(
                 target.indices,

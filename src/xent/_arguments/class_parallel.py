@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xent._core.collectives import Disagreement, Ranks
+from xent._core.collectives import ClassGroup, Disagreement
 
 T = TypeVar("T")
 
@@ -78,7 +78,7 @@ def _tell(group: Any, error: Exception) -> None:
 _outside_of_graphs = torch._disable_dynamo(_agreed)  # type: ignore[attr-defined]
 
 
-def ranks_of(group: Any, held: int, about: dict[str, Any]) -> Ranks | None:
+def ranks_of(group: Any, held: int, about: dict[str, Any]) -> ClassGroup | None:
     """The processes of a group, of which this one holds so many classes; None where it is alone.
 
     ``about``: what is to be the same on every rank, by the name under which an error says that it is not.
@@ -93,7 +93,7 @@ def ranks_of(group: Any, held: int, about: dict[str, Any]) -> Ranks | None:
         _expected[group] = known
     call = zlib.crc32(repr(about).encode())
     sizes = known.get(held) or (max(held, 1),) * size  # a guess, of a slice that is new
-    return Ranks(group, rank, sizes, held, call, about)
+    return ClassGroup(group, rank, sizes, held, call, about)
 
 
 def average_over(group: Any) -> Callable[[Tensor], Tensor]:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from xent._autograd.transforms import batched, gradients_of, is_one, plain, split, spread, transformed
 from xent._core.coefficients import Coefficients
-from xent._core.collectives import Ranks
-from xent._core.logits import Scores, Sink
-from xent._core.margin import OwnMove
-from xent._core.ops import arithmetic_for
+from xent._core.collectives import ClassGroup
+from xent._core.logits import GradientAccumulator, Logits
+from xent._core.margin import TargetShift
+from xent._core.ops import tile_ops_for
 from xent._core.reduction import Reduction, Scale
-from xent._core.statistics import Extras, Statistics
-from xent._core.targets import Held, Targets
+from xent._core.statistics import RequestedOutputs, Statistics
+from xent._core.targets import ClassSlice, Targets
 from xent._core.tiles import second_order, sweep
 from xent._core.tiles.sweep import Problem
 
@@ -55,15 +55,15 @@ SAVED = 4  # m, r, a and e, None where there is none
 class _Recipe:
     """A problem without its tensors, which autograd is to see: leaves (q, *scores) first, then the rest."""
 
-    make: Callable[..., Scores]
+    make: Callable[..., Logits]
     classes: int
     total: int
     smoothing: float
-    own_known: bool
+    index_checked: bool
     budget: int
-    extras: Extras
-    ranks: Ranks | None
-    held: Held | None
+    requested: RequestedOutputs
+    ranks: ClassGroup | None
+    held: ClassSlice | None
     leaves: int
     wants: tuple[
         bool, ...
@@ -76,17 +76,17 @@ class _Recipe:
 
     @classmethod
     def of(cls, problem: Problem) -> tuple[_Recipe, tuple[Tensor | None, ...]]:
-        scores, t = problem.scores, problem.targets
-        leaves = (t.probabilities, *scores.tensors)
-        rest = (t.rows, t.own, t.own_mass, t.own_rest, t.class_weight, t.spread)
+        logits, t = problem.logits, problem.targets
+        leaves = (t.probabilities, *logits.tensors)
+        rest = (t.rows, t.own, t.index_mass, t.other_mass, t.class_weight, t.spread)
         recipe = cls(
-            scores.make,
+            logits.make,
             t.classes,
             t.total,
             t.smoothing,
-            t.own_known,
+            t.index_checked,
             problem.budget,
-            problem.extras,
+            problem.requested,
             problem.ranks,
             t.held,
             len(leaves),
@@ -95,8 +95,8 @@ class _Recipe:
 
     def bind(self, tensors: tuple[Tensor | None, ...], *others: Tensor | None) -> Problem:
         """The problem again; `others` are tensors beside its own that may be batched."""
-        probabilities, *scores = tensors[: self.leaves]
-        rows, own, own_mass, own_rest, class_weight, spread = tensors[self.leaves :]
+        probabilities, *logits = tensors[: self.leaves]
+        rows, own, index_mass, other_mass, class_weight, spread = tensors[self.leaves :]
         targets = Targets(
             classes=self.classes,
             total=self.total,
@@ -104,17 +104,17 @@ class _Recipe:
             row_weight=None,
             mean_weight=None,
             own=own,
-            own_mass=own_mass,
-            own_rest=own_rest,
-            own_known=self.own_known,
+            index_mass=index_mass,
+            other_mass=other_mass,
+            index_checked=self.index_checked,
             probabilities=probabilities,
             class_weight=class_weight,
             smoothing=self.smoothing,
             spread=spread,
             held=self.held,
         )
-        arithmetic = arithmetic_for(*tensors, *others)
-        return Problem(self.make(*scores), targets, self.budget, arithmetic, self.extras, self.ranks)
+        ops = tile_ops_for(*tensors, *others)
+        return Problem(self.make(*logits), targets, self.budget, ops, self.requested, self.ranks)
 
 
 def rows(problem: Problem) -> RowOutputs:
@@ -123,31 +123,31 @@ def rows(problem: Problem) -> RowOutputs:
     if needs_gradient(problem) or transformed(*tensors):
         found = _Rows.apply(recipe, None, *tensors)
     else:
-        with plain(problem.scores.device):
+        with plain(problem.logits.device):
             found = _outputs(sweep.statistics(problem))
-    return _unpacked(found, problem.extras)
+    return _unpacked(found, problem.requested)
 
 
 def _outputs(found: Statistics) -> tuple[Tensor, ...]:
     """ℓ, lse, H, log p_y, then what derivatives start from, then k, t_y; without what was not asked for."""
     entropy = None if found.e is None else found.entropy
-    log_prob = None if found.own is None else found.own_log_prob
+    log_prob = None if found.own is None else found.target_log_prob
     saved = (t if t is None else t.clone() for t in (found.m, found.r, found.a, found.e))
     every = (found.loss, found.logsumexp, entropy, log_prob, *saved, found.k, found.mass)
     return tuple(t for t in every if t is not None)
 
 
-def _unpacked(outputs: tuple[Tensor, ...], extras: Extras) -> RowOutputs:
-    _, _, entropy, log_prob, saved = _arranged(outputs, extras)
-    rest = outputs[len(outputs) - extras.argmax - extras.mass :]
-    argmax, mass = spread(rest, (extras.argmax, extras.mass), 2)
-    of_target = saved[2] if extras.mass else None
+def _unpacked(outputs: tuple[Tensor, ...], requested: RequestedOutputs) -> RowOutputs:
+    _, _, entropy, log_prob, saved = _arranged(outputs, requested)
+    rest = outputs[len(outputs) - requested.argmax - requested.mass :]
+    argmax, mass = spread(rest, (requested.argmax, requested.mass), 2)
+    of_target = saved[2] if requested.mass else None
     return RowOutputs(outputs[0], outputs[1], entropy, log_prob, argmax, mass, of_target)
 
 
-def _arranged(outputs: tuple[Any, ...], extras: Extras) -> tuple[Any, ...]:
+def _arranged(outputs: tuple[Any, ...], requested: RequestedOutputs) -> tuple[Any, ...]:
     """(ℓ, lse, H or None, log p_y or None, the saved four) of `_outputs` or of something as long."""
-    wants = (True, True, extras.entropy, extras.log_prob, True, True, True, extras.entropy)
+    wants = (True, True, requested.entropy, requested.log_prob, True, True, True, requested.entropy)
     *upstream, m, r, a, e = spread(outputs, wants, len(wants))
     return *upstream, (m, r, a, e)
 
@@ -157,7 +157,7 @@ def reduced(
     reduction: Reduction,
     row_weight: Tensor | None,
     scale: Scale,
-    move: OwnMove | None = None,
+    move: TargetShift | None = None,
 ) -> Tensor:
     """Σ s·(ℓ + λ lse²)·scale, a float64 scalar, its gradient formed in the forward sweep."""
     recipe, tensors = _Recipe.of(problem)
@@ -173,7 +173,7 @@ class _Reduction:
     reduction: Reduction
     row_weight: Tensor | None
     scale: Scale
-    move: OwnMove | None
+    move: TargetShift | None
 
     def total(self, loss: Tensor, logsumexp: Tensor, log_prob: Tensor | None) -> Tensor:
         values = self.reduction.values(loss, logsumexp, log_prob, self.row_weight, self.move)
@@ -189,7 +189,7 @@ class _Reduction:
 
 
 def needs_gradient(problem: Problem) -> bool:
-    tensors = (problem.targets.probabilities, *problem.scores.tensors)
+    tensors = (problem.targets.probabilities, *problem.logits.tensors)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
@@ -203,23 +203,23 @@ class _Rows(torch.autograd.Function):
         if known is not None:
             return _outputs(known)
         problem = recipe.bind(tensors)
-        with plain(problem.scores.device):
+        with plain(problem.logits.device):
             return _outputs(sweep.statistics(problem))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.recipe, _, *tensors = inputs
-        extras = ctx.recipe.extras
-        ctx.mark_non_differentiable(*output[2 + extras.entropy + extras.log_prob :])
+        requested = ctx.recipe.requested
+        ctx.mark_non_differentiable(*output[2 + requested.entropy + requested.log_prob :])
         ctx.set_materialize_grads(False)
-        saved = _arranged(output, extras)[-1]
+        saved = _arranged(output, requested)[-1]
         ctx.save_for_backward(*saved, *tensors)
         ctx.save_for_forward(*saved, *tensors)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, tensors = split(ctx.saved_tensors, SAVED)
-        *asked, _ = _arranged(upstream, ctx.recipe.extras)
+        *asked, _ = _arranged(upstream, ctx.recipe.requested)
         wants = ctx.needs_input_grad[2 : 2 + ctx.recipe.leaves]
         if all(t is None for t in asked) or not any(wants):
             return (None,) * (2 + len(tensors))
@@ -231,9 +231,9 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         saved, tensors = split(ctx.saved_tensors, SAVED)
-        along, extras = tangents[2 : 2 + ctx.recipe.leaves], ctx.recipe.extras
+        along, requested = tangents[2 : 2 + ctx.recipe.leaves], ctx.recipe.requested
         found = _Tangent.apply(ctx.recipe, *saved, *along, *tensors)
-        return *found, *(None,) * (3 + extras.entropy + extras.argmax + extras.mass)
+        return *found, *(None,) * (3 + requested.entropy + requested.argmax + requested.mass)
 
 
 class _Gradient(torch.autograd.Function):
@@ -247,11 +247,11 @@ class _Gradient(torch.autograd.Function):
             return recipe.known
         asked, saved, tensors = split(inputs, UPSTREAM, SAVED)
         problem, wants = recipe.bind(tensors, *asked, *saved), recipe.wants
-        with plain(problem.scores.device):
-            sink, dq = sweep.gradient(
+        with plain(problem.logits.device):
+            accumulator, dq = sweep.gradient(
                 problem, _found(saved), _coefficients(asked), wants[1:], wants_target=wants[0]
             )
-            return _wanted(wants, problem, dq, sink)
+            return _wanted(wants, problem, dq, accumulator)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -300,7 +300,7 @@ class _Tangent(torch.autograd.Function):
     def forward(recipe: _Recipe, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         saved, (dq, *along), tensors = split(inputs, SAVED, recipe.leaves)
         problem = recipe.bind(tensors, *saved, dq, *along)
-        with plain(problem.scores.device):
+        with plain(problem.logits.device):
             out = second_order.tangent(problem, _found(saved), tuple(along), dq)
         return tuple(t for t in out.outputs if t is not None)
 
@@ -313,9 +313,9 @@ class _Tangent(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
-        n, extras = ctx.recipe.leaves, ctx.recipe.extras
+        n, requested = ctx.recipe.leaves, ctx.recipe.requested
         saved, along, tensors = split(ctx.saved_tensors, SAVED, n)
-        wants = (True, True, extras.entropy, extras.log_prob)
+        wants = (True, True, requested.entropy, requested.log_prob)
         asked = list(spread(upstream, wants, UPSTREAM))
         if asked[0] is None:
             asked[0] = torch.zeros_like(saved[0])
@@ -347,11 +347,11 @@ class _Product(torch.autograd.Function):
         problem = recipe.bind(tensors, *asked, *saved, dq, *along)
         of_rows, wants = recipe.wants[:UPSTREAM], recipe.wants[UPSTREAM:]
         gradients: tuple[Tensor, ...] = ()
-        with plain(problem.scores.device):
+        with plain(problem.logits.device):
             if not any(wants):
                 part = second_order.tangent(problem, _found(saved), tuple(along), dq)
             else:
-                part, sink, q_part = second_order.product(
+                part, accumulator, q_part = second_order.product(
                     problem,
                     _found(saved),
                     _coefficients(asked),
@@ -360,7 +360,7 @@ class _Product(torch.autograd.Function):
                     wants[1:],
                     wants_target=wants[0],
                 )
-                gradients = _wanted(wants, problem, q_part, sink)
+                gradients = _wanted(wants, problem, q_part, accumulator)
         scalars = tuple(v for want, v in zip(of_rows, part.outputs, strict=True) if want and v is not None)
         return scalars + gradients
 
@@ -391,15 +391,15 @@ class _Reduced(torch.autograd.Function):
         row_weight: Tensor | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        with plain(problem.scores.device):
-            found, ctx.early = sweep.fused(
+        with plain(problem.logits.device):
+            found, ctx.gradient_in_forward = sweep.fused(
                 problem, how.coefficients, ctx.needs_input_grad[5 : 4 + recipe.leaves]
             )
         ctx.recipe, ctx.how, ctx.found = recipe, how, found
         ctx.save_for_backward(row_weight, *tensors)
         loss = found.loss
         logsumexp = loss if how.straight else found.logsumexp
-        return how.total(loss, logsumexp, None if found.own is None else found.own_log_prob)
+        return how.total(loss, logsumexp, None if found.own is None else found.target_log_prob)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -408,10 +408,12 @@ class _Reduced(torch.autograd.Function):
         n = ctx.recipe.leaves
         wants = ctx.needs_input_grad[4 : 4 + n]
         rest = (None,) * (len(tensors) - n)
-        early, ctx.early = ctx.early, None
-        if early is not None and not (batched(upstream) or transformed(upstream)):
+        gradient_in_forward, ctx.gradient_in_forward = ctx.gradient_in_forward, None
+        if gradient_in_forward is not None and not (batched(upstream) or transformed(upstream)):
             with torch.no_grad():
-                formed: tuple[Tensor | None, ...] = early.finish(None if is_one(upstream) else upstream)
+                formed: tuple[Tensor | None, ...] = gradient_in_forward.finish(
+                    None if is_one(upstream) else upstream
+                )
             if not torch.is_grad_enabled():
                 return *(None,) * 5, *formed, *rest
         else:
@@ -421,7 +423,7 @@ class _Reduced(torch.autograd.Function):
 
             def again(*tensors: Tensor | None) -> Tensor:
                 outputs = _Rows.apply(ctx.recipe, ctx.found, *tensors)
-                found = _unpacked(outputs, ctx.recipe.extras)
+                found = _unpacked(outputs, ctx.recipe.requested)
                 return ctx.how.total(found.loss, found.logsumexp, found.log_prob)
 
             return *(None,) * 4, *gradients_of(again, tensors, wants, upstream), *rest
@@ -448,12 +450,14 @@ def _found(saved: tuple[Tensor | None, ...]) -> Statistics:
     return Statistics(m=m, r=r, d=torch.zeros_like(m), a=a, e=e)
 
 
-def _wanted(wants: tuple[bool, ...], problem: Problem, dq: Any, sink: Sink) -> tuple[Tensor, ...]:
+def _wanted(
+    wants: tuple[bool, ...], problem: Problem, dq: Any, accumulator: GradientAccumulator
+) -> tuple[Tensor, ...]:
     """Gradients of the leaves that are wanted, in order; zero where nothing reached one."""
     q = problem.targets.probabilities
     of_q = None if dq is None or q is None else dq.finish(None, q.dtype)
-    found = (of_q, *sink.finish(None))
-    leaves = (q, *problem.scores.tensors)
+    found = (of_q, *accumulator.finish(None))
+    leaves = (q, *problem.logits.tensors)
     answers = []
     for want, g, leaf in zip(wants, found, leaves, strict=True):
         if want:

@@ -16,8 +16,8 @@ from torch import Tensor
 from xent._autograd.chain import RowOutputs
 from xent._autograd.transforms import refuse_derivatives, refuse_tangents
 from xent._core.coefficients import Coefficients
-from xent._core.logits import LinearHead, Logits, Scores, Transform
-from xent._core.statistics import LOSS_ALONE, Extras, Statistics, statistics_dtype
+from xent._core.logits import DenseLogits, LinearHead, Logits, Transform
+from xent._core.statistics import LOSS_ONLY, RequestedOutputs, Statistics, statistics_dtype
 from xent._core.targets import Targets, check_index, check_top_k
 from xent._core.tiles import sweep
 from xent._core.tiles import top_k as streaming
@@ -27,41 +27,41 @@ from xent._core.tiles.sweep import Problem
 def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> RowOutputs:
     """What each row says, (N,), zero (argmax −1) in the rows that are not kept (N,); differentiable once."""
     refuse_derivatives()
-    scores, t = problem.scores, problem.targets
-    x, *head = scores.tensors[:3]
-    w, b = head if isinstance(scores, LinearHead) else (None, None)
+    logits, t = problem.logits, problem.targets
+    x, *head = logits.tensors[:3]
+    w, b = head if isinstance(logits, LinearHead) else (None, None)
     assert x is not None
-    extras = problem.extras
+    requested = problem.requested
     of_rows, _, argmax = torch.ops.xent.rows(
         x,
         w,
         b,
         t.probabilities,
         t.own,
-        t.own_mass,
-        t.own_rest,
+        t.index_mass,
+        t.other_mass,
         t.class_weight,
         t.spread,
-        scores.log_q,
+        logits.log_q,
         kept,
         t.classes,
         t.smoothing,
-        scores.transform.softcap,
-        scores.transform.temperature,
-        scores.product_dtype if isinstance(scores, LinearHead) else None,
+        logits.transform.softcap,
+        logits.transform.temperature,
+        logits.product_dtype if isinstance(logits, LinearHead) else None,
         problem.budget,
-        extras.entropy,
-        extras.log_prob,
-        extras.argmax,
+        requested.entropy,
+        requested.log_prob,
+        requested.argmax,
         check is not False,
     )
     loss, logsumexp, entropy, log_prob = of_rows
     return RowOutputs(
         loss,
         logsumexp,
-        entropy if extras.entropy else None,
-        log_prob if extras.log_prob else None,
-        argmax if extras.argmax else None,
+        entropy if requested.entropy else None,
+        log_prob if requested.log_prob else None,
+        argmax if requested.argmax else None,
     )
 
 
@@ -72,8 +72,8 @@ def _rows(
     b: Tensor | None,  # (C,)
     q: Tensor | None,  # (N, C)
     own: Tensor | None,  # (N, K)
-    own_mass: Tensor | None,  # (N, K)
-    own_rest: Tensor | None,  # (N, K)
+    index_mass: Tensor | None,  # (N, K)
+    other_mass: Tensor | None,  # (N, K)
     class_weight: Tensor | None,  # (C,)
     spread: Tensor | None,  # (N, 1)
     log_q: Tensor | None,  # (C,)
@@ -102,8 +102,8 @@ def _rows(
         b,
         q,
         own,
-        own_mass,
-        own_rest,
+        index_mass,
+        other_mass,
         class_weight,
         spread,
         log_q,
@@ -114,11 +114,11 @@ def _rows(
         temperature,
         product_dtype,
         budget,
-        Extras(entropy, argmax, log_prob),
+        RequestedOutputs(entropy, argmax, log_prob),
     )
     found = sweep.statistics(problem)
     zero = torch.zeros_like(found.m)
-    of_class = zero if found.own is None else found.own_log_prob
+    of_class = zero if found.own is None else found.target_log_prob
     out = torch.stack((found.loss, found.logsumexp, zero if found.e is None else found.entropy, of_class))
     saved = torch.stack((found.m, found.r, found.a, zero if found.e is None else found.e))
     k = torch.zeros_like(zero, dtype=torch.int64) if found.k is None else found.k
@@ -146,8 +146,8 @@ def _rows_gradient(
     b: Tensor | None,
     q: Tensor | None,
     own: Tensor | None,
-    own_mass: Tensor | None,
-    own_rest: Tensor | None,
+    index_mass: Tensor | None,
+    other_mass: Tensor | None,
     class_weight: Tensor | None,
     spread: Tensor | None,
     log_q: Tensor | None,
@@ -167,8 +167,8 @@ def _rows_gradient(
         b,
         q,
         own,
-        own_mass,
-        own_rest,
+        index_mass,
+        other_mass,
         class_weight,
         spread,
         log_q,
@@ -179,21 +179,21 @@ def _rows_gradient(
         temperature,
         product_dtype,
         budget,
-        Extras(entropy, False, log_prob),
+        RequestedOutputs(entropy, False, log_prob),
     )
     of_rows = torch.cat((upstream, statistics))
     if problem.targets.rows is not None:
         of_rows = of_rows[:, problem.targets.rows]
     loss, logsumexp, of_entropy, of_class, m, r, a, e = of_rows
     found = Statistics(m=m, r=r, d=torch.zeros_like(m), a=a, e=e if entropy else None)
-    sink, dq = sweep.gradient(
+    accumulator, dq = sweep.gradient(
         problem,
         found,
         Coefficients(loss, logsumexp, of_entropy if entropy else None, of_class if log_prob else None),
-        (*wants[: 1 if w is None else 3], False)[: len(problem.scores.tensors)],
+        (*wants[: 1 if w is None else 3], False)[: len(problem.logits.tensors)],
         wants_target=wants[3],
     )
-    gradients = [*sink.finish(None), None, None][:3]
+    gradients = [*accumulator.finish(None), None, None][:3]
     gradients.append(None if dq is None or q is None else dq.finish(None, q.dtype))
     return [
         torch.zeros_like(t) if g is None else g
@@ -220,8 +220,8 @@ def _(
 def top_k(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     """Probabilities and classes (N, k), which have no derivative."""
     refuse_derivatives()
-    scores = problem.scores
-    x, w, b = (None if t is None else t.detach() for t in (*scores.tensors, None, None)[:3])
+    logits = problem.logits
+    x, w, b = (None if t is None else t.detach() for t in (*logits.tensors, None, None)[:3])
     assert x is not None
     found: tuple[Tensor, Tensor] = torch.ops.xent.top_k(
         x,
@@ -229,9 +229,9 @@ def top_k(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
         b,
         k,
         problem.targets.classes,
-        scores.transform.softcap,
-        scores.transform.temperature,
-        scores.product_dtype if isinstance(scores, LinearHead) else None,
+        logits.transform.softcap,
+        logits.transform.temperature,
+        logits.product_dtype if isinstance(logits, LinearHead) else None,
         problem.budget,
     )
     return found
@@ -251,7 +251,7 @@ def _top_k(
 ) -> tuple[Tensor, Tensor]:
     nothing = (None,) * 8  # no target, no sample of the classes, and all rows
     return streaming.top_k(
-        _problem(x, w, b, *nothing, classes, 0.0, softcap, temperature, product_dtype, budget, LOSS_ALONE), k
+        _problem(x, w, b, *nothing, classes, 0.0, softcap, temperature, product_dtype, budget, LOSS_ONLY), k
     )
 
 
@@ -267,8 +267,8 @@ def _problem(
     b: Tensor | None,
     q: Tensor | None,
     own: Tensor | None,
-    own_mass: Tensor | None,
-    own_rest: Tensor | None,
+    index_mass: Tensor | None,
+    other_mass: Tensor | None,
     class_weight: Tensor | None,
     spread: Tensor | None,
     log_q: Tensor | None,
@@ -279,12 +279,14 @@ def _problem(
     temperature: float,
     product_dtype: torch.dtype | None,
     budget: int,
-    extras: Extras,
+    requested: RequestedOutputs,
 ) -> Problem:
     transform = Transform(softcap, temperature)
-    scores: Scores
-    scores = (
-        Logits(x, log_q, transform) if w is None else LinearHead(x, w, b, log_q, transform, product_dtype)
+    logits: Logits
+    logits = (
+        DenseLogits(x, log_q, transform)
+        if w is None
+        else LinearHead(x, w, b, log_q, transform, product_dtype)
     )
     targets = Targets(
         classes=classes,
@@ -293,9 +295,9 @@ def _problem(
         row_weight=None,
         mean_weight=None,
         own=own,
-        own_mass=own_mass,
-        own_rest=own_rest,
-        own_known=False,
+        index_mass=index_mass,
+        other_mass=other_mass,
+        index_checked=False,
         probabilities=q,
         class_weight=class_weight,
         smoothing=smoothing,
@@ -307,11 +309,11 @@ def _problem(
             targets,
             rows=chosen,
             own=None if own is None else own[chosen],
-            own_mass=None if own_mass is None else own_mass[chosen],
-            own_rest=None if own_rest is None else own_rest[chosen],
+            index_mass=None if index_mass is None else index_mass[chosen],
+            other_mass=None if other_mass is None else other_mass[chosen],
             spread=None if spread is None else spread[chosen],
         )
-    return Problem(scores, targets, budget, extras=extras)
+    return Problem(logits, targets, budget, requested=requested)
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -134,10 +134,10 @@ class _Small(torch.autograd.Function):
         z.mul_((scale / whole).to(z.dtype))
         z.scatter_(1, y[:, None], torch.expm1(log_p).mul_(scale).to(z.dtype))
         if w is None:
-            ctx.early = (z, None, None)
+            ctx.gradient_in_forward = (z, None, None)
         else:
             _, _, wants_x, wants_w, wants_b, _ = ctx.needs_input_grad
-            ctx.early = (
+            ctx.gradient_in_forward = (
                 torch.mm(z, w) if wants_x else None,
                 torch.mm(z.t(), x) if wants_w else None,
                 z.sum(0) if wants_b else None,
@@ -151,13 +151,15 @@ class _Small(torch.autograd.Function):
         # asked for even where unused: it is what notices a freed graph, and tensors that have changed
         tensors = ctx.saved_tensors
         wants = ctx.needs_input_grad[2:5]
-        early, ctx.early = ctx.early, None
-        if early is not None and not torch.is_grad_enabled():
+        gradient_in_forward, ctx.gradient_in_forward = ctx.gradient_in_forward, None
+        if gradient_in_forward is not None and not torch.is_grad_enabled():
             if batched(upstream) or transformed(upstream):  # more than one number
-                early = tuple(None if g is None else g * upstream for g in early)
+                gradient_in_forward = tuple(None if g is None else g * upstream for g in gradient_in_forward)
             elif upstream.item() != 1.0:
-                early = tuple(None if g is None else g.mul_(upstream) for g in early)
-            return None, None, *early, None
+                gradient_in_forward = tuple(
+                    None if g is None else g.mul_(upstream) for g in gradient_in_forward
+                )
+            return None, None, *gradient_in_forward, None
         with torch.autocast("cpu", enabled=False):  # as it was on the way forward
             found = gradients_of(partial(ctx.general, ctx.reduction), tensors, wants, upstream)
         return None, None, *found, None

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from xent._autograd.transforms import batched, is_one, plain, split, spread, transformed
-from xent._core.logits import LinearHead, Sink
-from xent._core.ops import arithmetic_for
+from xent._core.logits import GradientAccumulator, LinearHead
+from xent._core.ops import tile_ops_for
 from xent._core.statistics import Statistics, statistics_dtype
 from xent._core.targets import no_targets
 from xent._core.tiles import two_heads, two_heads_second_order
@@ -61,7 +61,7 @@ class _Recipe:
         student, teacher = self.student(*tensors[:3]), self.teacher(*tensors[3:LEAVES])
         targets = no_targets(self.total, self.classes, student.device, None)
         targets = replace(targets, rows=tensors[LEAVES])
-        return Pair(student, teacher, targets, self.budget, arithmetic_for(*tensors, *others))
+        return Pair(student, teacher, targets, self.budget, tile_ops_for(*tensors, *others))
 
 
 def rows(pair: Pair) -> Tensor:
@@ -132,8 +132,8 @@ class _Gradient(torch.autograd.Function):
         (gamma,), saved, tensors = split(inputs, 1, SAVED)
         pair = recipe.bind(tensors, gamma, *saved)
         with plain(pair.student.device):
-            _, sinks = two_heads.gradient(pair, found_of(saved), gamma, both(recipe.wants))
-            return wanted(recipe.wants, sinks, tensors)
+            _, accumulators = two_heads.gradient(pair, found_of(saved), gamma, both(recipe.wants))
+            return wanted(recipe.wants, accumulators, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -223,8 +223,8 @@ class _Product(torch.autograd.Function):
         with plain(pair.student.device):
             if not any(wants):
                 return (two_heads_second_order.tangent(pair, found, both(along)),)
-            kl, sinks = two_heads_second_order.product(pair, found, gamma, both(along), both(wants))
-            return *((kl,) if wants_gamma else ()), *wanted(wants, sinks, tensors)
+            kl, accumulators = two_heads_second_order.product(pair, found, gamma, both(along), both(wants))
+            return *((kl,) if wants_gamma else ()), *wanted(wants, accumulators, tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -256,7 +256,7 @@ class _Reduced(torch.autograd.Function):
         gamma = _gamma(pair, weight, scale)
         wants = both(ctx.needs_input_grad[4 : 4 + LEAVES])
         with plain(pair.student.device):
-            found, ctx.early = two_heads.fused(pair, lambda chunk: gamma[chunk], wants)
+            found, ctx.gradient_in_forward = two_heads.fused(pair, lambda chunk: gamma[chunk], wants)
         ctx.recipe, ctx.found, ctx.gamma = recipe, found, gamma
         ctx.save_for_backward(*tensors)
         return total(found.kl, weight, scale)
@@ -266,12 +266,12 @@ class _Reduced(torch.autograd.Function):
         # asked for even where unused: it is what notices a freed graph, and tensors that have changed
         tensors = ctx.saved_tensors
         wants = ctx.needs_input_grad[4 : 4 + LEAVES]
-        early, ctx.early = ctx.early, None
+        gradient_in_forward, ctx.gradient_in_forward = ctx.gradient_in_forward, None
         known = None
-        if early is not None and not (batched(upstream) or transformed(upstream)):
+        if gradient_in_forward is not None and not (batched(upstream) or transformed(upstream)):
             with torch.no_grad():
                 factor = None if is_one(upstream) else upstream
-                formed = tuple(g for sink in early for g in sink.finish(factor))
+                formed = tuple(g for accumulator in gradient_in_forward for g in accumulator.finish(factor))
             if not torch.is_grad_enabled():
                 return *(None,) * 4, *formed, None
             known = chosen(wants, formed)
@@ -310,9 +310,11 @@ def chosen(wants: Sequence[bool], tensors: Sequence[Tensor | None]) -> tuple[Ten
 
 
 def wanted(
-    wants: Sequence[bool], sinks: tuple[Sink, Sink], tensors: Sequence[Tensor | None]
+    wants: Sequence[bool],
+    accumulators: tuple[GradientAccumulator, GradientAccumulator],
+    tensors: Sequence[Tensor | None],
 ) -> tuple[Tensor, ...]:
     """Gradients of the leaves that are wanted, in order."""
-    every = zip((g for sink in sinks for g in sink.finish(None)), tensors, strict=False)
+    every = zip((g for accumulator in accumulators for g in accumulator.finish(None)), tensors, strict=False)
     filled = [torch.zeros_like(t) if g is None and t is not None else g for g, t in every]
     return chosen(wants, filled)

@@ -90,8 +90,8 @@ def _kl_rows_gradient(
     pair = _pair(leaves, kept, temperature, product_dtype, teacher_product_dtype, budget)
     if pair.targets.rows is not None:
         upstream, saved = upstream[pair.targets.rows], saved[:, pair.targets.rows]
-    _, sinks = two_heads.gradient(pair, found_of(saved.unbind()), upstream, both(wants))
-    return list(wanted(wants, sinks, leaves))
+    _, accumulators = two_heads.gradient(pair, found_of(saved.unbind()), upstream, both(wants))
+    return list(wanted(wants, accumulators, leaves))
 
 
 @_kl_rows_gradient.register_fake

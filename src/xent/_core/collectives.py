@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xent._core.ops import Sent
-from xent._core.statistics import Shares, Statistics
+from xent._core.statistics import PartialSums, Statistics
 
 BLOCK = 4 << 20  # bytes of features whose gradient is summed at a time, while the next is computed
 MOST_BLOCKS = 16
@@ -30,7 +30,7 @@ MOST_BLOCKS = 16
 class Disagreement(Exception):
     """Some rank did not expect another's slice, or call; raised on all of them."""
 
-    def __init__(self, ranks: Ranks, sizes: tuple[int, ...], *, same: bool) -> None:
+    def __init__(self, ranks: ClassGroup, sizes: tuple[int, ...], *, same: bool) -> None:
         super().__init__("the ranks hold other slices of the classes than expected")
         self.ranks = ranks
         self.sizes = sizes  # the true ones
@@ -38,7 +38,7 @@ class Disagreement(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Ranks:
+class ClassGroup:
     """The processes of a group, as the one of number ``rank`` sees them."""
 
     group: Any  # torch.distributed.ProcessGroup
@@ -67,7 +67,7 @@ class Ranks:
         present = [part for part in (*shares, k) if part is not None]
         summed = iter(self.sum(torch.stack(present)).unbind(0))
         *whole, k = (None if part is None else next(summed) for part in (*shares, k))
-        shares = Shares(*whole)  # type: ignore[arg-type]  # None where it was None
+        shares = PartialSums(*whole)  # type: ignore[arg-type]  # None where it was None
         if found.k is not None and (shares.top > 1).any():  # the class of a shared maximum is the lowest
             k = torch.where(found.m == m, found.k, self.classes)
             dist.all_reduce(k, op=dist.ReduceOp.MIN, group=self.group)

@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from xent._core.collectives import Ranks
-from xent._core.ops import Arithmetic, Functional, cut, take
+from xent._core.collectives import ClassGroup
+from xent._core.ops import FunctionalOps, TileOps, cut, take
 
 Rows: TypeAlias = slice | Tensor  # consecutive rows, or (R,) int64
 Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
@@ -46,16 +46,16 @@ class Transform:
     def curved(self) -> bool:
         return self.softcap is not None
 
-    def apply(self, o: Arithmetic, u: Tensor, room: Room) -> tuple[Tensor, Tensor | None]:
+    def apply(self, ops: TileOps, u: Tensor, buffers: TileBuffers) -> tuple[Tensor, Tensor | None]:
         """z (R, T) and, where the transform is curved and the slope is wanted, dz/du ÷ gain."""
         z, slope = u, None
         if self.softcap is not None:
-            z = o.tanh(o.div(z, self.softcap))
-            if room.wants_slope:
-                slope = o.one_minus_square(z, room.slope)
-            z = o.mul(z, self.softcap)
+            z = ops.tanh(ops.div(z, self.softcap))
+            if buffers.wants_slope:
+                slope = ops.one_minus_square(z, buffers.slope)
+            z = ops.mul(z, self.softcap)
         if self.temperature != 1.0:
-            z = o.div(z, self.temperature)
+            z = ops.div(z, self.temperature)
         return z, slope
 
     def bend(self, z: Tensor, slope: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class Transform:
         return z * (-2.0 * self.temperature / self.softcap**2) * slope
 
 
-class Room(NamedTuple):
+class TileBuffers(NamedTuple):
     """Where a tile of logits, and of slopes where they are wanted, may be written."""
 
     z: Tensor | None  # (R, T)
@@ -72,7 +72,7 @@ class Room(NamedTuple):
     wants_slope: bool
 
 
-class Scores(Protocol):
+class Logits(Protocol):
     """What a sweep asks of the logits of N rows over C classes."""
 
     @property
@@ -82,7 +82,7 @@ class Scores(Protocol):
     def log_q(self) -> Tensor | None: ...
 
     @property
-    def make(self) -> Callable[..., Scores]:
+    def make(self) -> Callable[..., Logits]:
         """The same scores of other tensors, which `make` does not hold."""
         ...
 
@@ -105,7 +105,7 @@ class Scores(Protocol):
     def least_resident_rows(self) -> int: ...
 
     @property
-    def early(self) -> bool: ...
+    def gradient_in_forward(self) -> bool: ...
 
     def bytes_per_row(self, gathered: bool) -> int: ...
 
@@ -118,9 +118,9 @@ class Scores(Protocol):
 
     def load(self, rows: Rows) -> Tensor: ...
 
-    def select(self, kept: Tensor) -> Scores: ...
+    def select(self, kept: Tensor) -> Logits: ...
 
-    def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile: ...
+    def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile: ...
 
     def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
         """d²z/du² ÷ gain of a tile."""
@@ -130,7 +130,7 @@ class Scores(Protocol):
 
     def push(
         self,
-        o: Arithmetic,
+        ops: TileOps,
         rows: Rows,
         loaded: Tensor,
         tangents: Tangents,
@@ -138,10 +138,10 @@ class Scores(Protocol):
         out: Tensor | None,
     ) -> Tensor: ...
 
-    def sink(self, o: Arithmetic, wants: tuple[bool, ...]) -> Sink: ...
+    def accumulator(self, ops: TileOps, wants: tuple[bool, ...]) -> GradientAccumulator: ...
 
 
-class Sink(Protocol):
+class GradientAccumulator(Protocol):
     """Accumulates tiles of ∂L/∂u; `finish` gives one gradient for each of `Scores.tensors`."""
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None: ...
@@ -150,14 +150,14 @@ class Sink(Protocol):
 
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None: ...
 
-    def share(self, rows: Rows, ranks: Ranks) -> None: ...
+    def share(self, rows: Rows, ranks: ClassGroup) -> None: ...
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]: ...
 
 
-def _corrected(o: Arithmetic, z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
+def _corrected(ops: TileOps, z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
     """z − log Q of a tile."""
-    return z if log_q is None else o.sub(z, cut(log_q, classes).to(z.dtype))
+    return z if log_q is None else ops.sub(z, cut(log_q, classes).to(z.dtype))
 
 
 def _before(z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
@@ -166,7 +166,7 @@ def _before(z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Logits:
+class DenseLogits:
     """Scores that are given: u = input."""
 
     u: Tensor  # (N, C)
@@ -174,8 +174,8 @@ class Logits:
     transform: Transform = Transform()
 
     @property
-    def make(self) -> Callable[..., Logits]:
-        return partial(Logits, transform=self.transform)
+    def make(self) -> Callable[..., DenseLogits]:
+        return partial(DenseLogits, transform=self.transform)
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -203,7 +203,7 @@ class Logits:
         return 1  # nothing is multiplied, so a chunk of one row is as good as any
 
     @property
-    def early(self) -> bool:
+    def gradient_in_forward(self) -> bool:
         # a half gradient must not be rounded before it is scaled, and in float32 it would be twice the input
         return self.u.dtype == self.dtype
 
@@ -220,13 +220,13 @@ class Logits:
     def load(self, rows: Rows) -> Tensor:
         return take(self.u, rows)
 
-    def select(self, kept: Tensor) -> Logits:
+    def select(self, kept: Tensor) -> DenseLogits:
         """With zeros in the rows that are not kept (N,), whatever they held."""
         return replace(self, u=torch.where(kept[:, None], self.u, 0.0))
 
-    def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile:
-        z, slope = self.transform.apply(o, o.copy(loaded[:, classes].to(self.dtype), room.z), room)
-        return _corrected(o, z, self.log_q, classes), slope
+    def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile:
+        z, slope = self.transform.apply(ops, ops.copy(loaded[:, classes].to(self.dtype), buffers.z), buffers)
+        return _corrected(ops, z, self.log_q, classes), slope
 
     def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
         return self.transform.bend(_before(z, self.log_q, classes), slope)
@@ -234,11 +234,11 @@ class Logits:
     def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
         """z of some classes (R, K) of each row."""
         z = loaded.gather(1, classes).to(self.dtype)
-        return self.transform.apply(Functional(), z, Room(None, None, False))[0]
+        return self.transform.apply(FunctionalOps(), z, TileBuffers(None, None, False))[0]
 
     def push(
         self,
-        o: Arithmetic,
+        ops: TileOps,
         rows: Rows,
         loaded: Tensor,
         tangents: Tangents,
@@ -248,18 +248,18 @@ class Logits:
         """The tangent of u over a tile."""
         du, *_ = tangents
         assert du is not None
-        return o.copy(du[rows, classes].to(self.dtype), out)
+        return ops.copy(du[rows, classes].to(self.dtype), out)
 
-    def sink(self, o: Arithmetic, wants: tuple[bool, ...]) -> Sink:
-        return _LogitsSink(self, o)
+    def accumulator(self, ops: TileOps, wants: tuple[bool, ...]) -> GradientAccumulator:
+        return _DenseLogitsAccumulator(self, ops)
 
 
-class _LogitsSink:
-    def __init__(self, scores: Logits, o: Arithmetic) -> None:
+class _DenseLogitsAccumulator:
+    def __init__(self, logits: DenseLogits, ops: TileOps) -> None:
         # every entry is written once, so it may be rounded at once
-        self.dtype = scores.u.dtype
-        self.nothing = (None,) * (len(scores.tensors) - 1)
-        self.du = o.total(scores.shape, self.dtype, scores.device, dim=1)
+        self.dtype = logits.u.dtype
+        self.nothing = (None,) * (len(logits.tensors) - 1)
+        self.du = ops.total(logits.shape, self.dtype, logits.device, dim=1)
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
         self.du.put((rows, classes), g)
@@ -270,7 +270,7 @@ class _LogitsSink:
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
         pass
 
-    def share(self, rows: Rows, ranks: Ranks) -> None:
+    def share(self, rows: Rows, ranks: ClassGroup) -> None:
         pass  # each process has logits of its own
 
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -321,7 +321,7 @@ class LinearHead:
         return 128  # fewer rows make the products slower than a fourth product costs
 
     @property
-    def early(self) -> bool:
+    def gradient_in_forward(self) -> bool:
         return True
 
     def bytes_per_row(self, gathered: bool) -> int:
@@ -347,12 +347,12 @@ class LinearHead:
         """With zeros in the rows that are not kept (N,), whatever they held."""
         return replace(self, x=torch.where(kept[:, None], self.x, 0.0))
 
-    def tile(self, o: Arithmetic, loaded: Tensor, classes: slice, room: Room) -> Tile:
-        u = o.product(loaded, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, room.z)
+    def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile:
+        u = ops.product(loaded, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, buffers.z)
         if self.b is not None:
-            u = o.add(u, cut(self.b, classes).to(self.dtype))
-        z, slope = self.transform.apply(o, u, room)
-        return _corrected(o, z, self.log_q, classes), slope
+            u = ops.add(u, cut(self.b, classes).to(self.dtype))
+        z, slope = self.transform.apply(ops, u, buffers)
+        return _corrected(ops, z, self.log_q, classes), slope
 
     def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
         return self.transform.bend(_before(z, self.log_q, classes), slope)
@@ -363,11 +363,11 @@ class LinearHead:
         u = (factors @ loaded[:, :, None])[:, :, 0].to(self.dtype)
         if self.b is not None:
             u = u + self.b[classes].to(self.dtype)
-        return self.transform.apply(Functional(), u, Room(None, None, False))[0]
+        return self.transform.apply(FunctionalOps(), u, TileBuffers(None, None, False))[0]
 
     def push(
         self,
-        o: Arithmetic,
+        ops: TileOps,
         rows: Rows,
         loaded: Tensor,
         tangents: Tangents,
@@ -379,34 +379,36 @@ class LinearHead:
         v = None
         if dx is not None:
             x, w = take(dx, rows).to(self.factor_dtype), cut(self.w, classes).to(self.factor_dtype)
-            v = o.product(x, w.t(), self.dtype, out)
+            v = ops.product(x, w.t(), self.dtype, out)
         if dw is not None:
             w = cut(dw, classes).to(self.factor_dtype).t()
-            v = o.product(loaded, w, self.dtype, out) if v is None else o.add_product(v, loaded, w)
+            v = ops.product(loaded, w, self.dtype, out) if v is None else ops.add_product(v, loaded, w)
         if db is not None:
             b = db[classes].to(self.dtype)
-            v = o.copy(b.expand(loaded.shape[0], -1), out) if v is None else o.add(v, b)
+            v = ops.copy(b.expand(loaded.shape[0], -1), out) if v is None else ops.add(v, b)
         assert v is not None
         return v
 
-    def sink(self, o: Arithmetic, wants: tuple[bool, ...]) -> Sink:
-        return _HeadSink(self, o, wants)
+    def accumulator(self, ops: TileOps, wants: tuple[bool, ...]) -> GradientAccumulator:
+        return _LinearHeadAccumulator(self, ops, wants)
 
 
-class _HeadSink:
+class _LinearHeadAccumulator:
     """Accumulates in the type of the computation; a gradient is rounded to its own type once, at the end."""
 
-    def __init__(self, scores: LinearHead, o: Arithmetic, wants: tuple[bool, ...]) -> None:
-        self.scores = scores
+    def __init__(self, logits: LinearHead, ops: TileOps, wants: tuple[bool, ...]) -> None:
+        self.logits = logits
         self.dx, self.dw, self.db = (
-            o.total(tuple(tensor.shape), scores.dtype, scores.device) if want and tensor is not None else None
-            for want, tensor in zip(wants[:3], scores.tensors[:3], strict=True)
+            ops.total(tuple(tensor.shape), logits.dtype, logits.device)
+            if want and tensor is not None
+            else None
+            for want, tensor in zip(wants[:3], logits.tensors[:3], strict=True)
         )
 
     def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
-        factor = g.to(self.scores.factor_dtype)
+        factor = g.to(self.logits.factor_dtype)
         if self.dx is not None:
-            self.dx.add_product(rows, factor, cut(self.scores.w, classes).to(factor.dtype))
+            self.dx.add_product(rows, factor, cut(self.logits.w, classes).to(factor.dtype))
         if self.dw is not None:
             self.dw.add_product(classes, factor.t(), loaded)
         if self.db is not None:
@@ -420,13 +422,13 @@ class _HeadSink:
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
         """What a tile of ∂L/∂u̇ adds where u̇ = ẋ Wᵀ + x Ẇᵀ + ḃ is itself a function of x and W."""
         dx, dw, *_ = tangents
-        factor = g.to(self.scores.factor_dtype)
+        factor = g.to(self.logits.factor_dtype)
         if self.dx is not None and dw is not None:
             self.dx.add_product(rows, factor, cut(dw, classes).to(factor.dtype))
         if self.dw is not None and dx is not None:
             self.dw.add_product(classes, factor.t(), take(dx, rows).to(factor.dtype))
 
-    def share(self, rows: Rows, ranks: Ranks) -> None:
+    def share(self, rows: Rows, ranks: ClassGroup) -> None:
         """The features' gradient of rows to which all classes here have been added is that of all classes.
 
         It is sent in the background, so nothing may be added to these rows any more.
@@ -437,6 +439,6 @@ class _HeadSink:
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         found = tuple(
             None if total is None or tensor is None else total.finish(scale, tensor.dtype)
-            for total, tensor in zip((self.dx, self.dw, self.db), self.scores.tensors[:3], strict=True)
+            for total, tensor in zip((self.dx, self.dw, self.db), self.logits.tensors[:3], strict=True)
         )
-        return found + (None,) * (len(self.scores.tensors) - 3)
+        return found + (None,) * (len(self.logits.tensors) - 3)

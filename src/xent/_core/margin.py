@@ -67,7 +67,7 @@ class Margin:
         return torch.where(beyond, -self.angle * math.sin(self.angle), turned) - self.cosine
 
 
-class OwnMove(NamedTuple):
+class TargetShift(NamedTuple):
     """The moves of M rows' own scores, and how much of each row's loss is the own class's."""
 
     margin: Margin | None
@@ -91,7 +91,7 @@ class OwnMove(NamedTuple):
             own = own + others + self.rest * onward
         return own, logsumexp + onward
 
-    def rows(self, rows: slice) -> OwnMove:
+    def rows(self, rows: slice) -> TargetShift:
         some = (None if t is None else cut(t, rows) for t in (self.log_q, self.mass, self.rest))
         log_q, mass, rest = some
         return self._replace(log_q=log_q, mass=mass, rest=rest)

@@ -30,7 +30,7 @@ def take(t: Tensor, rows: slice | Tensor) -> Tensor:
     return cut(t, rows) if isinstance(rows, slice) else t[rows]
 
 
-class Arithmetic(Protocol):
+class TileOps(Protocol):
     """Steps that return their result; they may overwrite their first tensor, or write into `out`."""
 
     buffered: bool
@@ -63,7 +63,7 @@ class Arithmetic(Protocol):
 
     def total(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0
-    ) -> Total: ...
+    ) -> Accumulator: ...
 
 
 class Sent(Protocol):
@@ -72,7 +72,7 @@ class Sent(Protocol):
     def wait(self) -> Any: ...
 
 
-class Total(Protocol):
+class Accumulator(Protocol):
     """A gradient in the making: a tensor to whose parts tiles are added."""
 
     def add(self, at: slice, value: Tensor) -> None: ...
@@ -86,7 +86,7 @@ class Total(Protocol):
     def finish(self, scale: Tensor | None, dtype: torch.dtype) -> Tensor: ...
 
 
-class InPlace:
+class InPlaceOps:
     """On buffers: nothing is allocated, and questions may be asked of the data."""
 
     buffered = True
@@ -135,11 +135,13 @@ class InPlace:
     def possible(self, mask: Tensor) -> bool:
         return bool(mask.any())
 
-    def total(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0) -> Total:
-        return _Accumulator(shape, dtype, device)
+    def total(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0
+    ) -> Accumulator:
+        return _InPlaceAccumulator(shape, dtype, device)
 
 
-class _Accumulator:
+class _InPlaceAccumulator:
     """Parts are written where they come first and added to afterwards, so that nothing is filled with zeros.
 
     A sweep visits all rows and classes in slices that do not change, or picks rows by index.
@@ -215,7 +217,7 @@ class _Accumulator:
         self.begun = None
 
 
-class Functional:
+class FunctionalOps:
     """For tensors that `vmap` has batched: new tensors, and the general case wherever there is a choice."""
 
     buffered = False
@@ -259,11 +261,13 @@ class Functional:
     def possible(self, mask: Tensor) -> bool:
         return True
 
-    def total(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0) -> Total:
-        return _Parts(shape, dtype, device, dim)
+    def total(
+        self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0
+    ) -> Accumulator:
+        return _FunctionalAccumulator(shape, dtype, device, dim)
 
 
-class _Parts:
+class _FunctionalAccumulator:
     """Sums kept apart by where they start along one dimension, joined at the end."""
 
     def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int) -> None:
@@ -311,8 +315,8 @@ def is_batched(t: Tensor) -> bool:
     return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
-def arithmetic_for(*tensors: Tensor | None) -> Arithmetic:
+def tile_ops_for(*tensors: Tensor | None) -> TileOps:
     """Functional where `vmap` has batched any of the tensors, else in place."""
     if any(t is not None and is_batched(t) for t in tensors):
-        return Functional()
-    return InPlace()
+        return FunctionalOps()
+    return InPlaceOps()

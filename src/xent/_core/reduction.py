@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from xent._core.coefficients import Coefficients
-from xent._core.margin import OwnMove
+from xent._core.margin import TargetShift
 from xent._core.statistics import Statistics, statistics_dtype
 from xent._core.targets import Targets
 
@@ -41,7 +41,7 @@ class Reduction:
         logsumexp: Tensor,
         log_prob: Tensor | None,
         row_weight: Tensor | None,
-        move: OwnMove | None = None,
+        move: TargetShift | None = None,
     ) -> Tensor:
         """What each row adds, before the divisor: (M,); log_prob is asked for by a move alone."""
         if move is not None:
@@ -91,7 +91,7 @@ class Reduction:
         row_weight: Tensor | None,
         scale: Scale,
         chunk: slice,
-        move: OwnMove | None = None,
+        move: TargetShift | None = None,
     ) -> Coefficients:
         """∂L/∂(ℓ, lse, log p_y) of a chunk of rows, whose statistics `found` are."""
         if move is not None:
@@ -105,10 +105,10 @@ class Reduction:
         return Coefficients(loss, 2 * self.z_loss * found.logsumexp * loss if self.z_loss != 0.0 else None)
 
     def _moved_coefficients(
-        self, found: Statistics, row_weight: Tensor | None, scale: Scale, chunk: slice, move: OwnMove
+        self, found: Statistics, row_weight: Tensor | None, scale: Scale, chunk: slice, move: TargetShift
     ) -> Coefficients:
         """The same by autograd, of a few numbers a row."""
-        rows = tuple(t.detach() for t in (found.loss, found.logsumexp, found.own_log_prob))
+        rows = tuple(t.detach() for t in (found.loss, found.logsumexp, found.target_log_prob))
         with torch.enable_grad():
             loss, logsumexp, log_prob = (t.requires_grad_() for t in rows)
             s = None if row_weight is None else row_weight.detach()[chunk]

@@ -24,7 +24,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from xent._core.ops import Arithmetic
+from xent._core.ops import TileOps
 
 NEG_INF = -math.inf
 FEW = 64  # classes of a tile whose ⟨t, z⟩ is worth a wider type
@@ -41,7 +41,7 @@ def product_with_zero(a: Tensor, shift: Tensor) -> Tensor:
     return torch.where(a == 0, 0.0, a * shift)
 
 
-class Extras(NamedTuple):
+class RequestedOutputs(NamedTuple):
     """What is accumulated beside a loss."""
 
     entropy: bool = False
@@ -55,7 +55,7 @@ class Extras(NamedTuple):
         return self.entropy or self.argmax or self.log_prob
 
 
-LOSS_ALONE = Extras()
+LOSS_ONLY = RequestedOutputs()
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Statistics:
     mass: Tensor | None = None  # (R,) t there, else 0
 
     @classmethod
-    def identity(cls, rows: int, device: torch.device, extras: Extras = LOSS_ALONE) -> Statistics:
+    def identity(cls, rows: int, device: torch.device, requested: RequestedOutputs = LOSS_ONLY) -> Statistics:
         """The statistics of no classes at all: the neutral element of `merge`."""
         zero = torch.zeros(rows, dtype=statistics_dtype(device), device=device)
         return cls(
@@ -80,10 +80,10 @@ class Statistics:
             r=zero - 1,
             d=zero,
             a=zero,
-            e=zero if extras.entropy else None,
-            k=zero.to(torch.int64) if extras.argmax else None,
-            own=zero if extras.log_prob else None,
-            mass=zero if extras.mass else None,
+            e=zero if requested.entropy else None,
+            k=zero.to(torch.int64) if requested.argmax else None,
+            own=zero if requested.log_prob else None,
+            mass=zero if requested.mass else None,
         )
 
     def merge(self, other: Statistics) -> Statistics:
@@ -91,7 +91,7 @@ class Statistics:
         m = torch.maximum(self.m, other.m)
         return (self.shares(m) + other.shares(m)).at(m, _lowest(self, other))
 
-    def shares(self, m: Tensor) -> Shares:
+    def shares(self, m: Tensor) -> PartialSums:
         """What these classes add to a union whose largest logit is m (R,), no lower than theirs."""
         attained = self.m == m
         # −inf − (−inf) is no distance at all: two sets of masked classes lie at the same place
@@ -100,7 +100,7 @@ class Statistics:
         e = None
         if self.e is not None:
             e = torch.where(shift == NEG_INF, 0.0, near * (self.e + shift * whole))
-        return Shares(
+        return PartialSums(
             attained.to(m.dtype),
             torch.where(attained, self.r, near * whole),
             self.d + product_with_zero(self.a, shift),
@@ -133,7 +133,7 @@ class Statistics:
         return loss.masked_fill(self.m.isinf(), math.nan)
 
     @property
-    def own_log_prob(self) -> Tensor:
+    def target_log_prob(self) -> Tensor:
         """log p_y, (R,)."""
         assert self.own is not None
         return self.log_prob(self.own[:, None])[:, 0]
@@ -161,7 +161,7 @@ class Statistics:
         return Statistics(**{name: f(getattr(self, name)) for name in names})
 
 
-class Shares(NamedTuple):
+class PartialSums(NamedTuple):
     """What disjoint sets of classes add to their union, relative to its largest logit m; each (R,)."""
 
     top: Tensor  # how many of the sets attain m
@@ -172,9 +172,9 @@ class Shares(NamedTuple):
     own: Tensor | None
     mass: Tensor | None
 
-    def __add__(self, other: Shares) -> Shares:  # type: ignore[override]
+    def __add__(self, other: PartialSums) -> PartialSums:  # type: ignore[override]
         both = zip(self, other, strict=True)
-        return Shares(*(None if x is None or y is None else x + y for x, y in both))  # type: ignore[arg-type]
+        return PartialSums(*(None if x is None or y is None else x + y for x, y in both))  # type: ignore[arg-type]
 
     def at(self, m: Tensor, k: Tensor | None) -> Statistics:
         """The union's statistics: of all the terms of m that were left out, one stays so."""
@@ -199,7 +199,7 @@ class Mergeable(Protocol):
     def merge(self: S, other: S, /) -> S: ...
 
 
-class RunningUnion(Generic[S]):
+class PairwiseMerge(Generic[S]):
     """Disjoint sets of classes merged as they come, in pairs of as many sets each.
 
     So every number passes log₂ T merges on its way and not T: in float64, which no wider type stands
@@ -230,11 +230,11 @@ def finite_base(m: Tensor) -> Tensor:
 
 
 def summarise(
-    o: Arithmetic,
+    ops: TileOps,
     z: Tensor,
     t: Tensor | None,
-    own: OwnColumns | None,
-    extras: Extras = LOSS_ALONE,
+    own: TargetColumns | None,
+    requested: RequestedOutputs = LOSS_ONLY,
     first: int = 0,
 ) -> tuple[Tensor, Statistics]:
     """exp(z − m) of one tile of logits z (R, T), m its own maximum, and the tile's statistics.
@@ -244,21 +244,21 @@ def summarise(
     first class.
     """
     dtype = statistics_dtype(z.device)
-    if t is None and own is not None and not extras.of_scores:
+    if t is None and own is not None and not requested.of_scores:
         # the mass lies in the own tile, beside which 1 + r is all that is ever needed of this one
         m = z.amax(1)
-        z = o.exp(o.sub(z, finite_base(m)[:, None]))
+        z = ops.exp(ops.sub(z, finite_base(m)[:, None]))
         zero = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
         return z, Statistics(m.to(dtype), z.sum(1).to(dtype) - 1, zero, zero)
     m, top = z.max(1)
     masked = m == NEG_INF
-    all_masked = o.possible(masked)
-    z = o.sub(z, finite_base(m)[:, None])
+    all_masked = ops.possible(masked)
+    z = ops.sub(z, finite_base(m)[:, None])
     if all_masked:
         # all of them equally far below: at no distance from their own maximum
         z = torch.where(masked[:, None], 0.0, z)
     if own is not None:
-        z = own.put(o, z, 0.0)
+        z = own.put(ops, z, 0.0)
     a = d = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
     if t is not None:
         a = t.to(dtype).sum(1).expand(z.shape[0])
@@ -267,21 +267,21 @@ def summarise(
             # where no other class has mass nothing is left, not even rounding, which may lie at −inf
             others = (t != 0).sum(1) - (here != 0).sum(1)
             a = torch.where(others == 0, 0.0, a - here.sum(1))
-        d = masked_dot(o, t, z).to(dtype)
-    z = o.exp(z)
+        d = masked_dot(ops, t, z).to(dtype)
+    z = ops.exp(z)
     if own is not None:
-        z = own.put(o, z, 0.0)
-    z = o.scatter(z, top[:, None], 0.0)
+        z = own.put(ops, z, 0.0)
+    z = ops.scatter(z, top[:, None], 0.0)
     r = torch.where(masked, -1.0, z.sum(1).to(dtype))
-    e = -torch.special.entr(z).sum(1).to(dtype) if extras.entropy else None  # Σ E log E, E = exp(z − m)
-    z = o.scatter(z, top[:, None], 1.0)
+    e = -torch.special.entr(z).sum(1).to(dtype) if requested.entropy else None  # Σ E log E, E = exp(z − m)
+    z = ops.scatter(z, top[:, None], 1.0)
     if all_masked:
         z = torch.where(masked[:, None], 0.0, z)
-    return z, Statistics(m.to(dtype), r, d, a, e, first + top if extras.argmax else None)
+    return z, Statistics(m.to(dtype), r, d, a, e, first + top if requested.argmax else None)
 
 
 def summarise_row(
-    o: Arithmetic, z: Tensor, own: OwnColumns, mass: Tensor | None, absent: float | Tensor = torch.nan
+    ops: TileOps, z: Tensor, own: TargetColumns, mass: Tensor | None, absent: float | Tensor = torch.nan
 ) -> tuple[Tensor, Tensor, Statistics]:
     """`summarise` of a tile that holds every class, merged with the target's own tile (K = 1) in one go.
 
@@ -291,9 +291,9 @@ def summarise_row(
     """
     dtype = statistics_dtype(z.device)
     own_z = own.take(z, absent)
-    z = own.put(o, z, NEG_INF)
+    z = own.put(ops, z, NEG_INF)
     top = torch.maximum(z.amax(1, keepdim=True), own_z)
-    z = o.exp(o.sub(z, finite_base(top)))
+    z = ops.exp(ops.sub(z, finite_base(top)))
     own_z, m = own_z.to(dtype), top[:, 0].to(dtype)
     distance = own_z[:, 0] - finite_base(m)
     r = z.sum(1).to(dtype) + torch.expm1(distance)
@@ -302,10 +302,10 @@ def summarise_row(
     return z, own_z, Statistics(m=m, r=r, d=d, a=a)
 
 
-def masked_dot(o: Arithmetic, t: Tensor, z: Tensor) -> Tensor:
+def masked_dot(ops: TileOps, t: Tensor, z: Tensor) -> Tensor:
     """Σ_c t_c z_c, (R or 1, T) and (R, T) -> (R,), with 0·(−inf) = 0."""
     d = dot(t, z)
-    if o.possible(d.isnan()):
+    if ops.possible(d.isnan()):
         d = dot(t, torch.where(t == 0, 0.0, z))
     return d
 
@@ -323,7 +323,7 @@ def dot(t: Tensor, z: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class OwnColumns:
+class TargetColumns:
     """Where the target's own classes lie within one class tile; selection, never multiplication."""
 
     inside: Tensor | None  # (R, K) bool: this tile holds the class; None means that it holds them all
@@ -331,7 +331,7 @@ class OwnColumns:
     anchor: Tensor | None = None  # (R, 1) which of K > 1 that one is
 
     @classmethod
-    def locate(cls, index: Tensor, classes: slice, *, holds_all: bool = False) -> OwnColumns:
+    def locate(cls, index: Tensor, classes: slice, *, holds_all: bool = False) -> TargetColumns:
         """index (R, K): the classes of the target's own tile, all of them in this one if it is known to."""
         if holds_all:
             return cls(None, index)
@@ -353,10 +353,10 @@ class OwnColumns:
         """Values (R, K) of the columns, zero where they lie elsewhere."""
         return values if self.inside is None else torch.where(self.inside, values, 0.0)
 
-    def put(self, o: Arithmetic, z: Tensor, value: float | Tensor) -> Tensor:
+    def put(self, ops: TileOps, z: Tensor, value: float | Tensor) -> Tensor:
         """z (R, T) with `value` at the columns that lie here."""
         if self.inside is not None:
             value = torch.where(self.inside, value, z.gather(1, self.local))
             if self.anchor is not None:
                 value = torch.where(self.inside, value, value.gather(1, self.anchor))
-        return o.scatter(z, self.local, value)
+        return ops.scatter(z, self.local, value)

@@ -25,7 +25,7 @@ from xent._core.ops import cut
 from xent._core.statistics import statistics_dtype
 
 
-class Held(NamedTuple):
+class ClassSlice(NamedTuple):
     """The slice of all classes that this process holds."""
 
     start: int
@@ -44,14 +44,14 @@ class Targets:
         Tensor | None
     )  # (M,) what a row adds to the divisor of `mean`, over its row_weight; None means 1
     own: Tensor | None  # (M, K) int64: classes of the own tile, counted from the first one here
-    own_mass: Tensor | None  # (M, K) all of t at these classes; None means 1
-    own_rest: Tensor | None  # (M, 1) a − Σ own_mass, exactly; None means 0
-    own_known: bool  # each of `own` has been seen to be a class
+    index_mass: Tensor | None  # (M, K) all of t at these classes; None means 1
+    other_mass: Tensor | None  # (M, 1) a − Σ own_mass, exactly; None means 0
+    index_checked: bool  # each of `own` has been seen to be a class
     probabilities: Tensor | None  # (N, C)
     class_weight: Tensor | None  # (C,) float64
     smoothing: float
     spread: Tensor | None = None  # (M, 1) what every class has, before smoothing and class weights
-    held: Held | None = None  # which of all classes these are; None means all
+    held: ClassSlice | None = None  # which of all classes these are; None means all
 
     @property
     def uniform(self) -> float:
@@ -67,12 +67,12 @@ class Targets:
 
     def completed(self, a: Tensor) -> Targets:
         """The same, once the mass a (M,) of all classes is known."""
-        if self.held is None or self.own is None or self.own_rest is not None:
+        if self.held is None or self.own is None or self.other_mass is not None:
             return self
         if self.own.shape[1] == 1 and not self.dense:
             return self
-        assert self.own_mass is not None
-        return replace(self, own_rest=a[:, None] - self.own_mass)
+        assert self.index_mass is not None
+        return replace(self, other_mass=a[:, None] - self.index_mass)
 
     def weighed(self, mass: Tensor) -> Targets:
         """The same, once t_y (M,) of all rows is known: what each adds to the divisor of a mean is w_y."""
@@ -154,7 +154,7 @@ def index_targets(
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
     checked: Checked = UNCHECKED,
-    held: Held | None = None,
+    held: ClassSlice | None = None,
 ) -> Targets:
     """Targets given as class indices; one outside the classes costs nan (see `check_index`)."""
     rows, weight = None, sample_weight
@@ -165,24 +165,24 @@ def index_targets(
     own = target if rows is None else target[rows]
     dtype = statistics_dtype(target.device)
     w = None if class_weight is None else class_weight.detach().to(dtype)
-    mean_weight = own_mass = own_rest = None
+    mean_weight = index_mass = other_mass = None
     if held is not None:
         own = own - held.start
     if w is not None:
         mean_weight = _at(w, own)
-        own_mass = mean_weight[:, None]
+        index_mass = mean_weight[:, None]
     if smoothing or held is not None:
-        mass = torch.ones_like(own, dtype=dtype)[:, None] if own_mass is None else own_mass
+        mass = torch.ones_like(own, dtype=dtype)[:, None] if index_mass is None else index_mass
         uniform = smoothing / (classes if held is None else held.total)
-        own_mass = mass * (1 - smoothing) + mass * uniform
+        index_mass = mass * (1 - smoothing) + mass * uniform
         if held is None:
             spread = uniform * (classes if w is None else w.sum())  # Σ of the smooth part
-            own_rest = spread - mass * uniform
+            other_mass = spread - mass * uniform
         else:
-            own_mass = torch.where(_inside(own, classes)[:, None], own_mass, 0.0)
+            index_mass = torch.where(_inside(own, classes)[:, None], index_mass, 0.0)
             mean_weight = None  # of other processes' classes: it comes with the statistics
             if w is None and smoothing:
-                own_rest = torch.full_like(own_mass, uniform * (held.total - 1))
+                other_mass = torch.full_like(index_mass, uniform * (held.total - 1))
     return Targets(
         classes=classes,
         total=target.numel(),
@@ -190,9 +190,9 @@ def index_targets(
         row_weight=weight,
         mean_weight=mean_weight,
         own=own[:, None],
-        own_mass=own_mass,
-        own_rest=own_rest,
-        own_known=checked.classes and held is None,
+        index_mass=index_mass,
+        other_mass=other_mass,
+        index_checked=checked.classes and held is None,
         probabilities=None,
         class_weight=w,
         smoothing=smoothing,
@@ -215,7 +215,7 @@ def probability_targets(
     class_weight: Tensor | None = None,  # (C,)
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
-    held: Held | None = None,
+    held: ClassSlice | None = None,
 ) -> Targets:
     """Targets given as one probability (of any sign and mass) for every class."""
     total, classes = target.shape
@@ -230,9 +230,9 @@ def probability_targets(
         row_weight=weight,
         mean_weight=None,
         own=None,
-        own_mass=None,
-        own_rest=None,
-        own_known=False,
+        index_mass=None,
+        other_mass=None,
+        index_checked=False,
         probabilities=target,
         class_weight=None if class_weight is None else class_weight.detach().to(dtype),
         smoothing=smoothing,
@@ -250,7 +250,7 @@ def top_k_targets(
     smoothing: float = 0.0,
     sample_weight: Tensor | None = None,  # (N,)
     checked: Checked = UNCHECKED,
-    held: Held | None = None,
+    held: ClassSlice | None = None,
 ) -> Targets:
     """Targets given by k classes a row: all of these are the own tile.
 
@@ -291,9 +291,9 @@ def top_k_targets(
         row_weight=weight,
         mean_weight=None,
         own=own,
-        own_mass=mass,
-        own_rest=rest,
-        own_known=checked.classes and held is None,
+        index_mass=mass,
+        other_mass=rest,
+        index_checked=checked.classes and held is None,
         probabilities=None,
         class_weight=class_weight,
         smoothing=smoothing,
@@ -307,9 +307,9 @@ def of_one_class(targets: Targets, labels: Tensor) -> Targets:
     return replace(
         targets,
         own=labels[:, None],
-        own_mass=None,
-        own_rest=None,
-        own_known=True,
+        index_mass=None,
+        other_mass=None,
+        index_checked=True,
         probabilities=None,
         class_weight=None,
         smoothing=0.0,
@@ -329,9 +329,9 @@ def no_targets(rows: int, classes: int, device: torch.device, sample_weight: Ten
         row_weight=weight,
         mean_weight=None,
         own=None,
-        own_mass=None,
-        own_rest=None,
-        own_known=False,
+        index_mass=None,
+        other_mass=None,
+        index_checked=False,
         probabilities=None,
         class_weight=None,
         smoothing=0.0,

@@ -114,9 +114,9 @@ class Source:
         for number, call in enumerate(self._calls()):
             (part,) = call.parts
             self._check_finite(part.problem, number)
-            scores = part.problem.scores
-            assert isinstance(scores, LinearHead)
-            yield part.problem._replace(scores=replace(scores, w=w, b=b)), part.row_weight
+            logits = part.problem.logits
+            assert isinstance(logits, LinearHead)
+            yield part.problem._replace(logits=replace(logits, w=w, b=b)), part.row_weight
 
     def _calls(self) -> Iterator[Call]:
         for number, batch in enumerate(self.batches):
@@ -148,7 +148,7 @@ class Source:
         return 0.0 if divisor == 0.0 else 1.0 / divisor
 
     def _check_finite(self, problem: Problem, batch: int) -> None:
-        x, rows = problem.scores.tensors[0], problem.targets.rows
+        x, rows = problem.logits.tensors[0], problem.targets.rows
         assert x is not None
         good = (x if rows is None else x[rows]).isfinite().all(1)
         if not good.all():

@@ -89,9 +89,9 @@ class HeadFisher(HeadOperator):
 
     def _keys(self, curvature: Curvature) -> Tensor:
         """What each of the M rows is known by, (M,) int64."""
-        scores, targets = curvature.problem.scores, curvature.problem.targets
-        assert isinstance(scores, LinearHead)
+        logits, targets = curvature.problem.logits, curvature.problem.targets
+        assert isinstance(logits, LinearHead)
         if not self.source.in_memory:
-            return content_keys(scores.x if targets.rows is None else scores.x[targets.rows])
+            return content_keys(logits.x if targets.rows is None else logits.x[targets.rows])
         numbers = torch.arange(targets.total, device=self.device)
         return numbers if targets.rows is None else targets.rows

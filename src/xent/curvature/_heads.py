@@ -327,9 +327,9 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 def _squares(curvature: Curvature) -> Tensor:
     """‖x‖², (M,)."""
-    scores, rows = curvature.problem.scores, curvature.problem.targets.rows
-    assert isinstance(scores, LinearHead)
-    norms = torch.linalg.vector_norm(scores.x, dim=1, dtype=statistics_dtype(scores.device))
+    logits, rows = curvature.problem.logits, curvature.problem.targets.rows
+    assert isinstance(logits, LinearHead)
+    norms = torch.linalg.vector_norm(logits.x, dim=1, dtype=statistics_dtype(logits.device))
     return (norms if rows is None else norms[rows]).square()
 
 

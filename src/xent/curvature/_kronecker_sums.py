@@ -26,14 +26,14 @@ HELD = 8  # tensors of a chunk of rows by all classes, at most, in `second_momen
 def logit_sum(curvature: Curvature) -> Tensor:
     """Σ_n H_n, (C, C), a chunk of rows at a time."""
     problem = curvature.problem
-    scores, classes = problem.scores, problem.targets.classes
-    total = torch.zeros(classes, classes, dtype=scores.dtype, device=scores.device)
-    diagonal = torch.zeros(classes, dtype=scores.dtype, device=scores.device)
+    logits, classes = problem.logits, problem.targets.classes
+    total = torch.zeros(classes, classes, dtype=logits.dtype, device=logits.device)
+    diagonal = torch.zeros(classes, dtype=logits.dtype, device=logits.device)
     visit = Visit(curvature, curvature.plan(resident=True), crosses=False)
     with problem.products():
         for chunk in visit.plan.row_chunks(problem.targets.count):
             rows = visit.enter(chunk)
-            rank_one = (rows.beta - rows.alpha).to(scores.dtype)[:, None]
+            rank_one = (rows.beta - rows.alpha).to(logits.dtype)[:, None]
             for i, at in enumerate(visit.classes):
                 tile = visit.seen(i)
                 diagonal[at] += curvature.tile_diagonal(tile, rows).sum(0)
@@ -63,9 +63,9 @@ def input_sum(curvature: Curvature, weight: Tensor, *, features: bool, one: bool
 
 def inputs(curvature: Curvature, chunk: slice, *, features: bool, one: bool) -> Tensor:
     """x̃ of a chunk of rows, (R, D̃)."""
-    scores = curvature.problem.scores
-    assert isinstance(scores, LinearHead)
-    x = scores.load(curvature.problem.targets.pick(chunk)).to(scores.dtype)
+    logits = curvature.problem.logits
+    assert isinstance(logits, LinearHead)
+    x = logits.load(curvature.problem.targets.pick(chunk)).to(logits.dtype)
     if not one:
         return x if features else x[:, :0]
     ones = x.new_ones(x.shape[0], 1)
@@ -82,7 +82,7 @@ def second_moments(
 ) -> Tensor:
     """Λ, (K, E)."""
     problem = curvature.problem
-    dtype, classes = problem.scores.dtype, problem.targets.classes
+    dtype, classes = problem.logits.dtype, problem.targets.classes
     total = torch.zeros(u.shape[1], v.shape[1], dtype=dtype, device=u.device)
     most = max(1, problem.budget // (HELD * max(1, classes) * dtype.itemsize))
     plan = curvature.plan(resident=True)

@@ -201,7 +201,7 @@ def _of_outputs(
         (part,) = call.parts
         scale = call.reduction.scale([(part.problem.targets, part.row_weight)])
         of_logits = Curvature.of(part.problem, Form.GAUSS_NEWTON, scale, part.row_weight, settings.z_loss)
-    axis, rows = min(1, out.dim() - 1), part.problem.scores.shape
+    axis, rows = min(1, out.dim() - 1), part.problem.logits.shape
 
     def product(stacks: Stacks) -> Stacks:
         sides = stacks[0].movedim(1 + axis, -1)

@@ -113,9 +113,9 @@ def _of_rows(
 
 def _inputs(curvature: Curvature) -> Tensor:
     """x of the M rows, (M, D), in the type of the computation."""
-    scores, rows = curvature.problem.scores, curvature.problem.targets.rows
-    assert isinstance(scores, LinearHead)
-    return (scores.x if rows is None else scores.x[rows]).to(scores.dtype)
+    logits, rows = curvature.problem.logits, curvature.problem.targets.rows
+    assert isinstance(logits, LinearHead)
+    return (logits.x if rows is None else logits.x[rows]).to(logits.dtype)
 
 
 def _spread(values: Tensor, part: Part) -> Tensor:

@@ -21,18 +21,18 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def sample(problem: Problem, found: Statistics, u: Tensor) -> Tensor:
     """Classes of the M rows for each of u (M, draws), int64."""
-    scores, targets = problem.scores, problem.targets
+    logits, targets = problem.logits, problem.targets
     plan = problem.plan(resident=False, temporaries=2)
     workspace = Workspace(problem, plan, slopes=False)
     parts = []
     with problem.products():
         for chunk in plan.row_chunks(targets.count):
-            loaded, rows = scores.load(targets.pick(chunk)), found.rows(chunk)
-            some = u[chunk].to(scores.dtype)
+            loaded, rows = logits.load(targets.pick(chunk)), found.rows(chunk)
+            some = u[chunk].to(logits.dtype)
             count = chunk.stop - chunk.start
             drawn = torch.full_like(some, -1, dtype=torch.int64)
-            last = torch.zeros(count, dtype=torch.int64, device=scores.device)
-            before = torch.zeros(count, 1, dtype=scores.dtype, device=scores.device)
+            last = torch.zeros(count, dtype=torch.int64, device=logits.device)
+            before = torch.zeros(count, 1, dtype=logits.dtype, device=logits.device)
             for classes in plan.class_tiles(targets.classes):
                 _, shifted = revisit(problem, workspace, chunk, loaded, classes, rows)
                 p = shifted.exp_().mul_((1 / (1 + rows.r)).to(shifted.dtype)[:, None])

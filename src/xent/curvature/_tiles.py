@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 
 from xent._core.coefficients import Coefficients
-from xent._core.logits import LinearHead, Sink, Tangents
+from xent._core.logits import GradientAccumulator, LinearHead, Tangents
 from xent._core.ops import cut
-from xent._core.statistics import Extras, OwnColumns, Statistics, statistics_dtype
+from xent._core.statistics import RequestedOutputs, Statistics, TargetColumns, statistics_dtype
 from xent._core.tiles.plan import Plan
 from xent._core.tiles.sweep import (
     Problem,
@@ -67,7 +67,7 @@ class Rows(NamedTuple):
 
 class Tile(NamedTuple):
     classes: slice
-    top: OwnColumns  # where the rows' most probable classes lie
+    top: TargetColumns  # where the rows' most probable classes lie
     p: Tensor  # (R, T)
     slope: Tensor | None  # (R, T) what is not constant of s
     epsilon: Tensor | None  # (R, T)
@@ -104,7 +104,7 @@ class Curvature:
                 "curvature is of a head whose classes are all here, not spread over processes: gather the "
                 "weight and the bias, or the logits, first"
             )
-        found = statistics(problem._replace(extras=Extras(argmax=True)))
+        found = statistics(problem._replace(requested=RequestedOutputs(argmax=True)))
         weight = torch.ones_like(found.m) * scale
         return cls(problem, found, form, weight if row_weight is None else weight * row_weight, z_loss)
 
@@ -112,30 +112,30 @@ class Curvature:
         self, tangents: Sequence[Tangents], wants: tuple[bool, ...]
     ) -> list[tuple[Tensor | None, ...]]:
         """H·(ẋ, V, v_b) for each of the tangents: one tensor for each of the scores' that is wanted."""
-        scores, targets, o = self.problem.scores, self.problem.targets, self.problem.arithmetic
-        sinks = [scores.sink(o, wants) for _ in tangents]
+        logits, targets, ops = self.problem.logits, self.problem.targets, self.problem.ops
+        accumulators = [logits.accumulator(ops, wants) for _ in tangents]
         crosses = self.form is Form.HESSIAN and any(
-            sink.crosses(along) for sink, along in zip(sinks, tangents, strict=True)
+            accumulator.crosses(along) for accumulator, along in zip(accumulators, tangents, strict=True)
         )
         plan = self.plan(resident=True, crosses=crosses)
         visit = Visit(self, plan, crosses)
         with self.problem.products():
             for chunk in plan.row_chunks(targets.count):
                 visit.enter(chunk)
-                for along, sink in zip(tangents, sinks, strict=True):
-                    visit.product(along, sink)
-        return [sink.finish(None) for sink in sinks]
+                for along, accumulator in zip(tangents, accumulators, strict=True):
+                    visit.product(along, accumulator)
+        return [accumulator.finish(None) for accumulator in accumulators]
 
     def diagonal(self, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """The diagonal of H in features, weight and bias, of their shapes, where wanted.
 
         W: hᵀ x² and b: hᵀ 1 with h the diagonal of H_u; x: its forms along W's columns.
         """
-        scores, targets, o = self.problem.scores, self.problem.targets, self.problem.arithmetic
-        assert isinstance(scores, LinearHead)
+        logits, targets, ops = self.problem.logits, self.problem.targets, self.problem.ops
+        assert isinstance(logits, LinearHead)
         dx, dw, db = (
-            o.total(tuple(t.shape), scores.dtype, scores.device) if want and t is not None else None
-            for want, t in zip(wants, scores.tensors[:3], strict=True)
+            ops.total(tuple(t.shape), logits.dtype, logits.device) if want and t is not None else None
+            for want, t in zip(wants, logits.tensors[:3], strict=True)
         )
         plan = self.plan(resident=False)
         visit = Visit(self, plan, crosses=False)
@@ -143,7 +143,7 @@ class Curvature:
             for chunk in plan.row_chunks(targets.count):
                 rows = visit.enter(chunk)
                 squares = visit.loaded.square()
-                forms = None if dx is None else Forms(self, rows, scores.w)
+                forms = None if dx is None else Forms(self, rows, logits.w)
                 for classes in visit.classes:
                     tile = visit.tile(classes)
                     if dw is not None or db is not None:
@@ -156,13 +156,13 @@ class Curvature:
                         forms.add(tile)
                 if dx is not None and forms is not None:
                     dx.put(targets.pick(chunk), forms.value())
-        return tuple(None if total is None else total.finish(None, scores.dtype) for total in (dx, dw, db))
+        return tuple(None if total is None else total.finish(None, logits.dtype) for total in (dx, dw, db))
 
     def feature_block(self, row: int) -> Tensor:
         """∂²L/∂x∂x of the row-th of the M rows, (D, D): α·Σ p (ζ − ρ)(ζ − ρ)ᵀ + β·⟨p, ζ⟩⟨p, ζ⟩ᵀ + Wᵀ ε W
         with ζ = s∘W, (C, D), and ρ = Σ p ζ: a sum of squares, which rounding does not make negative."""
-        scores = self.problem.scores
-        assert isinstance(scores, LinearHead)
+        logits = self.problem.logits
+        assert isinstance(logits, LinearHead)
         visit = Visit(self, self.plan(resident=True), crosses=False)
         rows = visit.enter(slice(row, row + 1))
         assert rows.found.k is not None
@@ -170,10 +170,10 @@ class Curvature:
 
         def seen(number: int) -> tuple[Tile, Tensor, Tensor]:
             tile = visit.seen(number)
-            w = cut(scores.w, tile.classes).to(scores.dtype)
+            w = cut(logits.w, tile.classes).to(logits.dtype)
             return tile, w, w if tile.slope is None else w * tile.slope.t()
 
-        zero = torch.zeros(scores.w.shape[1], dtype=scores.dtype, device=scores.device)
+        zero = torch.zeros(logits.w.shape[1], dtype=logits.dtype, device=logits.device)
         at_top, away, mean = zero, zero, zero
         with self.problem.products():
             for number in numbers:
@@ -203,8 +203,8 @@ class Curvature:
     def gradients(self) -> Tensor:
         """∂ℓ/∂u, (M, C), where outer products are taken of it."""
         assert self.form is Form.OUTER
-        scores, targets = self.problem.scores, self.problem.targets
-        whole = torch.empty(targets.count, targets.classes, dtype=scores.dtype, device=scores.device)
+        logits, targets = self.problem.logits, self.problem.targets
+        whole = torch.empty(targets.count, targets.classes, dtype=logits.dtype, device=logits.device)
         for chunk, _, tile in self._tiles():
             whole[chunk, tile.classes] = tile.p
         return whole
@@ -235,7 +235,7 @@ class Curvature:
             self.tile_diagonal(visit.tile(classes), rows)[:, 0].clone()
             for rows in map(visit.enter, plan.row_chunks(self.problem.targets.count))
         ]
-        return torch.cat(parts) if parts else self.weight.to(self.problem.scores.dtype)
+        return torch.cat(parts) if parts else self.weight.to(self.problem.logits.dtype)
 
     def tile_diagonal(self, tile: Tile, rows: Rows) -> Tensor:
         """h of a tile (R, T): s²∘(α·p(1 − p) + β·p²) + ε."""
@@ -243,7 +243,7 @@ class Curvature:
         beta = rows.beta.to(dtype)[:, None]
         if self.form is Form.OUTER:
             return p.square() * beta
-        h = tile.top.put(self.problem.arithmetic, 1 - p, rows.others.to(dtype)[:, None])
+        h = tile.top.put(self.problem.ops, 1 - p, rows.others.to(dtype)[:, None])
         h.mul_(p).mul_(rows.alpha.to(dtype)[:, None])
         if self.z_loss:
             h.add_(p.square() * beta)
@@ -253,14 +253,14 @@ class Curvature:
 
     def _bent(self, tile: Tile, t: Tensor, rows: Rows, mean: Tensor, away: Tensor) -> Tensor:
         """R of a tile, in the place of T; mean is ρ, (R,), and away ρ − ζ_k."""
-        o, dtype = self.problem.arithmetic, t.dtype
+        ops, dtype = self.problem.ops, t.dtype
         alpha, beta, mean, away = (v.to(dtype)[:, None] for v in (rows.alpha, rows.beta * mean, mean, away))
         if self.form is Form.OUTER:
             return torch.mul(tile.p, beta, out=t)
         curved = None if tile.epsilon is None else t * tile.epsilon
         if tile.slope is not None:
             t.mul_(tile.slope)
-        t = tile.top.put(o, t.sub_(mean), -away).mul_(alpha)
+        t = tile.top.put(ops, t.sub_(mean), -away).mul_(alpha)
         if self.z_loss:
             t.add_(beta)
         t.mul_(tile.q)
@@ -272,13 +272,13 @@ class Curvature:
         one = torch.ones_like(gamma)
         if self.form is Form.OUTER:
             return Rows(found, one * 0, gamma, Coefficients(one, kappa * lse if kappa else None))
-        square = self.problem.scores.transform.gain**2
+        square = self.problem.logits.transform.gain**2
         mass = found.a + kappa * lse if self.form is Form.HESSIAN else found.a
         asked = Coefficients(gamma, kappa * lse * gamma if kappa else None)
         return Rows(found, gamma * mass * square, gamma * kappa * square, asked)
 
     def plan(self, *, resident: bool, crosses: bool = False) -> Plan:
-        curved = self.problem.scores.transform.curved
+        curved = self.problem.logits.transform.curved
         # P and T, and what the full Hessian wants beside them; then what comes and goes
         extra = (1 + curved) * (self.form is Form.HESSIAN and (curved or crosses))
         return self.problem.plan(
@@ -294,12 +294,12 @@ class Visit:
         problem = curvature.problem
         self.classes = list(plan.class_tiles(problem.targets.classes))
         self.workspace = Workspace(
-            problem, plan, slopes=problem.scores.transform.curved, buffers=2, slope_at=2
+            problem, plan, slopes=problem.logits.transform.curved, buffers=2, slope_at=2
         )
 
     def enter(self, chunk: slice) -> Rows:
         self.chunk = chunk
-        self.loaded = self.of.problem.scores.load(self.of.problem.targets.pick(chunk))
+        self.loaded = self.of.problem.logits.load(self.of.problem.targets.pick(chunk))
         self.rows = self.of.rows(chunk)
         self.kept = [self.tile(classes) for classes in self.classes] if self.plan.resident else None
         return self.rows
@@ -308,16 +308,16 @@ class Visit:
         """The number-th of a chunk's tiles; the next one may be written in its place."""
         return self.tile(self.classes[number]) if self.kept is None else self.kept[number]
 
-    def product(self, along: Tangents, sink: Sink) -> None:
+    def product(self, along: Tangents, accumulator: GradientAccumulator) -> None:
         picked, count = self.of.problem.targets.pick(self.chunk), len(self.classes)
-        o = self.of.problem.arithmetic
+        ops = self.of.problem.ops
         others = own = at_top = torch.zeros_like(self.rows.alpha)
         held = []
         for number in range(count):
             tile, t = self._pushed(number, along)
             share = tile.q * t  # vecdot takes many times as long
             own = own + tile.top.take(share, 0.0)[:, 0]
-            others = others + tile.top.put(o, share, 0.0).sum(1)
+            others = others + tile.top.put(ops, share, 0.0).sum(1)
             zeta = tile.top.take(t, 0.0)
             at_top = at_top + (zeta if tile.slope is None else zeta * tile.top.take(tile.slope, 0.0))[:, 0]
             if self.kept is not None:
@@ -326,16 +326,16 @@ class Visit:
         for number in range(count):
             tile, t = held[number] if held else self._pushed(number, along)
             if tile.g is not None:
-                sink.add_tangent(picked, along, tile.classes, tile.g)
-            sink.add(picked, self.loaded, tile.classes, self.of._bent(tile, t, self.rows, mean, away))
+                accumulator.add_tangent(picked, along, tile.classes, tile.g)
+            accumulator.add(picked, self.loaded, tile.classes, self.of._bent(tile, t, self.rows, mean, away))
 
     def _pushed(self, number: int, along: Tangents) -> tuple[Tile, Tensor]:
         classes = self.classes[number]
         tile = self.seen(number)
-        room = self.workspace.tile(self.chunk, classes, 1)
+        buffers = self.workspace.tile(self.chunk, classes, 1)
         problem = self.of.problem
-        t = problem.scores.push(
-            problem.arithmetic, problem.targets.pick(self.chunk), self.loaded, along, classes, room
+        t = problem.logits.push(
+            problem.ops, problem.targets.pick(self.chunk), self.loaded, along, classes, buffers
         )
         return tile, t
 
@@ -346,11 +346,11 @@ class Visit:
         bend = None
         if seen.slope is not None and of.form is Form.HESSIAN:
             z = shifted + found.m.to(shifted.dtype)[:, None]
-            bend = problem.scores.bend(z, seen.slope, classes)
+            bend = problem.logits.bend(z, seen.slope, classes)
         seen = seen._replace(z=shifted.exp_())
         assert found.k is not None
         whole = classes == slice(0, problem.targets.classes)
-        top = OwnColumns.locate(found.k[:, None], classes, holds_all=whole)
+        top = TargetColumns.locate(found.k[:, None], classes, holds_all=whole)
         if of.form is Form.OUTER:
             return Tile(
                 classes, top, differentiate(problem, chunk, seen, found, rows.asked), None, None, None
@@ -381,10 +381,10 @@ class Forms:
     """
 
     def __init__(self, curvature: Curvature, rows: Rows, columns: Tensor) -> None:
-        scores, dtype = curvature.problem.scores, curvature.problem.scores.dtype
-        self.o, self.rows, self.columns = curvature.problem.arithmetic, rows, columns
+        logits, dtype = curvature.problem.logits, curvature.problem.logits.dtype
+        self.ops, self.rows, self.columns = curvature.problem.ops, rows, columns
         # where nothing sees a common part it is taken off: a large one would leave no digits of a difference
-        self.curved, seen = scores.transform.curved, curvature.form is Form.OUTER or scores.transform.curved
+        self.curved, seen = logits.transform.curved, curvature.form is Form.OUTER or logits.transform.curved
         self.centre = torch.zeros_like(columns[0], dtype=dtype) if seen else columns.mean(0, dtype=dtype)
         assert rows.found.k is not None
         self.at_top = columns[rows.found.k].to(dtype).sub_(self.centre)  # (R, K), as yet without s_k
@@ -396,7 +396,7 @@ class Forms:
         u = cut(self.columns, tile.classes).to(dtype) - self.centre
         q = tile.p.clone() if tile.slope is None else tile.q
         self.own = self.own + top.take(q, 0.0)
-        q = top.put(self.o, q, 0.0)
+        q = top.put(self.ops, q, 0.0)
         self.first = self.first + q @ u
         if tile.slope is not None:
             self.slope = self.slope + top.take(tile.slope, 0.0)

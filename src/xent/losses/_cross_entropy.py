@@ -250,11 +250,15 @@ def _forms_early(part: Part) -> bool:
     """Whether the gradient is to be formed in the forward sweep: not where that would not pay or not do."""
     problem, s = part.problem, part.row_weight
     q = problem.targets.probabilities
-    if part.opaque or not problem.scores.early or any(t is not None and t.requires_grad for t in (s, q)):
+    if (
+        part.opaque
+        or not problem.logits.gradient_in_forward
+        or any(t is not None and t.requires_grad for t in (s, q))
+    ):
         return False
     if problem.ranks is not None:  # whose statistics come when the last tile has been seen
         return False
-    return chain.needs_gradient(problem) and not transforms.transformed(*problem.scores.tensors, q, s)
+    return chain.needs_gradient(problem) and not transforms.transformed(*problem.logits.tensors, q, s)
 
 
 def _values(part: Part, reduction: Reduction) -> tuple[Tensor, Targets]:

@@ -249,7 +249,7 @@ def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
     except (ValueError, TypeError) as error:
         raise type(error)(f"the {role}: {error}") from None
     (part,) = call.parts
-    return call, cast(LinearHead, part.problem.scores)
+    return call, cast(LinearHead, part.problem.logits)
 
 
 def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Tensor:

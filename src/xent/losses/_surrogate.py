@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xent._arguments.call import Options
-from xent._core.statistics import Extras
+from xent._core.statistics import RequestedOutputs
 from xent._core.target import TopKTarget
 from xent._row_statistics import row_outputs
 
@@ -50,7 +50,7 @@ def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduc
     call = Options.of(reduction=reduction).of_logits(input, target)
     call.with_target()
     (part,) = call.parts
-    found = row_outputs(part, Extras(entropy=True))
+    found = row_outputs(part, RequestedOutputs(entropy=True))
     assert found.entropy is not None
     rows = call.stack([found.loss], found.loss.dtype)
     uncertain = call.stack([found.entropy], found.entropy.dtype).detach() * _mass(input, target)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xent._arguments.call import Call, Part
 from xent._autograd import transforms
-from xent._core.ops import arithmetic_for
+from xent._core.ops import tile_ops_for
 from xent._core.tiles.sweep import Problem
 
 
@@ -31,7 +31,7 @@ def described(call: Call, describe: Callable[[Problem], Sequence[Tensor]]) -> li
 
 def _described(part: Part, describe: Callable[[Problem], Sequence[Tensor]]) -> list[Tensor]:
     problem = eager(part)
-    with transforms.plain(problem.scores.device):
+    with transforms.plain(problem.logits.device):
         found = []
         for value in describe(problem):
             if part.row_weight is not None and value.is_floating_point():
@@ -52,7 +52,7 @@ def eager(part: Part) -> Problem:
             "a description by triplets has no derivative: differentiate xent.cross_entropy, "
             "xent.triplets.triplet_loss or xent.triplets.smooth_triplet_loss"
         )
-    return problem._replace(arithmetic=arithmetic_for(*problem.scores.tensors, problem.targets.own))
+    return problem._replace(ops=tile_ops_for(*problem.logits.tensors, problem.targets.own))
 
 
 def at_all_rows(part: Part, value: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._core.logits import Room
+from xent._core.logits import TileBuffers
 from xent._core.ops import cut
 from xent._core.statistics import (
     NEG_INF,
-    OwnColumns,
-    RunningUnion,
+    PairwiseMerge,
     Statistics,
+    TargetColumns,
     finite_base,
     statistics_dtype,
     summarise,
@@ -32,7 +32,7 @@ from xent._core.tiles.top_k import Largest
 from xent.triplets._sweep import own_logits, softplus
 
 
-class Shares(NamedTuple):
+class PartialSums(NamedTuple):
     """Of M rows; every number float64."""
 
     classes: Tensor  # (M, k) int64, largest share first; −1 where a rival is masked
@@ -41,33 +41,33 @@ class Shares(NamedTuple):
     loss: Tensor  # (M,)
 
 
-def attribution(problem: Problem, k: int) -> Shares:
+def attribution(problem: Problem, k: int) -> PartialSums:
     """The k < C rivals of each row with the largest shares; targets are one class a row, without weights."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     assert targets.own is not None
     plan = problem.plan(resident=False, temporaries=1)
     workspace = Workspace(problem, plan, slopes=False)
-    dtype = statistics_dtype(scores.device)
+    dtype = statistics_dtype(logits.device)
     own_z = own_logits(problem)
     parts = []
     with problem.products():
         for chunk in plan.row_chunks(targets.count):
-            loaded = scores.load(targets.pick(chunk))
-            union: RunningUnion[Statistics] = RunningUnion()
+            loaded = logits.load(targets.pick(chunk))
+            union: PairwiseMerge[Statistics] = PairwiseMerge()
             largest = Largest(k)
             for classes in plan.class_tiles(targets.classes):
-                z, _ = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
-                own = OwnColumns.locate(cut(targets.own, chunk), classes)
-                z = own.put(o, z, NEG_INF)
+                z, _ = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
+                own = TargetColumns.locate(cut(targets.own, chunk), classes)
+                z = own.put(ops, z, NEG_INF)
                 largest.add(z, classes.start)
-                union.add(summarise(o, z, None, own)[1])
+                union.add(summarise(ops, z, None, own)[1])
             rivals, z_y = union.whole(), cut(own_z, chunk)[:, 0].to(dtype)
             assert largest.values is not None
             assert largest.classes is not None
             masked = largest.values == NEG_INF
             shares = torch.exp(rivals.log_prob(largest.values.to(dtype))).masked_fill(masked, 0.0)
             parts.append(
-                Shares(
+                PartialSums(
                     classes=largest.classes.masked_fill(masked, -1),
                     shares=shares,
                     remainder=_remainder(shares, targets.classes),
@@ -75,9 +75,9 @@ def attribution(problem: Problem, k: int) -> Shares:
                 )
             )
     if not parts:
-        empty = torch.empty(0, k, dtype=dtype, device=scores.device)
-        return Shares(empty.to(torch.int64), empty, empty.sum(1), empty.sum(1))
-    return Shares(*map(torch.cat, zip(*parts, strict=True)))
+        empty = torch.empty(0, k, dtype=dtype, device=logits.device)
+        return PartialSums(empty.to(torch.int64), empty, empty.sum(1), empty.sum(1))
+    return PartialSums(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def rivals_loss(rivals: Statistics, own_z: Tensor) -> Tensor:
@@ -97,22 +97,22 @@ def _remainder(shares: Tensor, classes: int) -> Tensor:
 
 def pair_losses(problem: Problem) -> tuple[Tensor, Tensor]:
     """Σ_n π_nj·CE_n over the rows of each own class: (C, C) float64, [y, j]; and the rows of each, (C,)."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     assert targets.own is not None
-    classes, dtype = targets.classes, statistics_dtype(scores.device)
+    classes, dtype = targets.classes, statistics_dtype(logits.device)
     y = targets.own[:, 0]
-    total = torch.zeros(classes, classes, dtype=dtype, device=scores.device)
+    total = torch.zeros(classes, classes, dtype=dtype, device=logits.device)
     own_z = own_logits(problem)
-    a_row = classes * (2 * scores.dtype.itemsize + 3 * dtype.itemsize + scores.bytes_per_logit)
-    rows = max(1, problem.budget // (a_row + scores.bytes_per_row(targets.rows is not None)))
+    a_row = classes * (2 * logits.dtype.itemsize + 3 * dtype.itemsize + logits.bytes_per_logit)
+    rows = max(1, problem.budget // (a_row + logits.bytes_per_row(targets.rows is not None)))
     with problem.products():
         for start in range(0, targets.count, rows):
             chunk = slice(start, min(start + rows, targets.count))
-            buffer = torch.empty(chunk.stop - start, classes, dtype=scores.dtype, device=scores.device)
-            room = Room(buffer, None, wants_slope=False)
-            z, _ = scores.tile(o, scores.load(targets.pick(chunk)), slice(0, classes), room)
-            own = OwnColumns.locate(cut(targets.own, chunk), slice(0, classes))
-            e, rivals = summarise(o, own.put(o, z, NEG_INF), None, own)
+            buffer = torch.empty(chunk.stop - start, classes, dtype=logits.dtype, device=logits.device)
+            buffers = TileBuffers(buffer, None, wants_slope=False)
+            z, _ = logits.tile(ops, logits.load(targets.pick(chunk)), slice(0, classes), buffers)
+            own = TargetColumns.locate(cut(targets.own, chunk), slice(0, classes))
+            e, rivals = summarise(ops, own.put(ops, z, NEG_INF), None, own)
             e = e.to(dtype)
             whole = e.sum(1)  # in the type of the matrix, so that a row's shares add up to 1
             loss = rivals_loss(replace(rivals, r=whole - 1), cut(own_z, chunk)[:, 0].to(dtype))

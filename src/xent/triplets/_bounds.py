@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from xent._arguments.call import Call, Options
-from xent._core.logits import LinearHead, Logits, Room, compute_dtype
-from xent._core.ops import Functional
+from xent._core.logits import DenseLogits, LinearHead, TileBuffers, compute_dtype
+from xent._core.ops import FunctionalOps
 from xent.triplets._arguments import described, no_autocast, one_class
 from xent.triplets._sweep import Bounds, chain
 
@@ -83,17 +83,19 @@ def linear_margins(
 
 def _margins(call: Call, ignored: int) -> Tensor:
     assert isinstance(call.target, Tensor)
-    o, found = Functional(), []
+    ops, found = FunctionalOps(), []
     n = call.rows_shape.numel() // len(call.parts)
     columns = call.target.reshape(n, len(call.parts)).unbind(1)
     for part, y in zip(call.parts, columns, strict=True):
-        scores = part.problem.scores
-        assert isinstance(scores, Logits | LinearHead)
-        classes = scores.shape[1]
+        logits = part.problem.logits
+        assert isinstance(logits, DenseLogits | LinearHead)
+        classes = logits.shape[1]
         kept = y != ignored
-        scores = scores.select(kept)
-        with no_autocast(scores.device):
-            z, _ = scores.tile(o, scores.load(slice(0, n)), slice(0, classes), Room(None, None, False))
+        logits = logits.select(kept)
+        with no_autocast(logits.device):
+            z, _ = logits.tile(
+                ops, logits.load(slice(0, n)), slice(0, classes), TileBuffers(None, None, False)
+            )
         inside = (y >= 0) & (y < classes)
         y = torch.where(inside, y, 0)[:, None]
         rivals = torch.arange(classes - 1, device=z.device).expand(n, -1)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from xent._arguments.call import Call, Options, Part
 from xent._autograd import transforms
-from xent._core.logits import LinearHead, Logits
+from xent._core.logits import DenseLogits, LinearHead
 from xent._core.targets import holds_integers, widened
 from xent._core.validators import Whole, valid
 from xent.triplets import _tiles
@@ -248,7 +248,7 @@ def _loss(call: Call, form: Form, negatives: Negatives, options: Options, geomet
     parts, reduction, negatives = call.parts, call.reduction, transforms.thawed(negatives)
     classes = parts[0].problem.targets.classes
     chosen = _chosen(negatives, call, classes, options.check_targets)
-    with no_autocast(parts[0].problem.scores.device):
+    with no_autocast(parts[0].problem.logits.device):
         values = [_values(part, form, some, geometry) for part, some in zip(parts, chosen, strict=True)]
         if reduction.kind == "none":
             return call.stack([at_all_rows(part, value) for part, value in zip(parts, values, strict=True)])
@@ -258,17 +258,17 @@ def _loss(call: Call, form: Form, negatives: Negatives, options: Options, geomet
 
 def _values(part: Part, form: Form, negatives: int | Tensor, geometry: str) -> Tensor:
     """What each of the M rows adds to the loss, before the divisor; float64."""
-    scores, targets = part.problem.scores, part.problem.targets
+    logits, targets = part.problem.logits, part.problem.targets
     assert targets.own is not None
-    assert isinstance(scores, Logits | LinearHead)
+    assert isinstance(logits, DenseLogits | LinearHead)
     if part.opaque and part.kept is not None:
-        scores = scores.select(part.kept)
+        logits = logits.select(part.kept)
     if isinstance(negatives, Tensor) and targets.rows is not None:
         negatives = negatives[targets.rows]
-    first, *others = (t if t is None else t.to(scores.dtype) for t in scores.tensors)
+    first, *others = (t if t is None else t.to(logits.dtype) for t in logits.tensors)
     assert first is not None
     first = first if targets.rows is None else first[targets.rows]
-    if isinstance(scores, Logits):
+    if isinstance(logits, DenseLogits):
         total, count = _of_logits(first, targets.own, negatives, form)
     else:
         w, b = others

@@ -222,7 +222,7 @@ def _pair_matrix(call: Call, top_k: int | None) -> PairMatrix:
     return whole
 
 
-def _sparse(found: _attribution_sweep.Shares, own: Tensor | None, classes: int) -> PairMatrix:
+def _sparse(found: _attribution_sweep.PartialSums, own: Tensor | None, classes: int) -> PairMatrix:
     assert own is not None
     there = found.classes >= 0
     places = torch.stack([own.expand_as(found.classes)[there], found.classes[there]])

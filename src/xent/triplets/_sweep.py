@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._core.ops import Arithmetic, cut
-from xent._core.statistics import NEG_INF, OwnColumns, RunningUnion, finite_base, statistics_dtype
+from xent._core.ops import TileOps, cut
+from xent._core.statistics import NEG_INF, PairwiseMerge, TargetColumns, finite_base, statistics_dtype
 from xent._core.tiles.sweep import Problem, Workspace
 
 FAR = 80.0  # beyond it exp m nears float32's end, and log1p(1/v) < 2e-35 is nothing beside m
@@ -100,7 +100,7 @@ def _below_one(v: Tensor) -> Tensor:
     return v.reciprocal().clamp_max_(v)
 
 
-class Room:
+class TileBuffers:
     """Where what is made of a piece may be written, three tensors at once: fresh ones cost as much as the
     arithmetic, in pages that the system takes back and gives anew."""
 
@@ -111,12 +111,14 @@ class Room:
         return self.buffers[number][: rows * classes].view(rows, classes)
 
 
-def _piece(room: Room | None, number: int, like: Tensor, classes: int | None = None) -> Tensor | None:
+def _piece(
+    buffers: TileBuffers | None, number: int, like: Tensor, classes: int | None = None
+) -> Tensor | None:
     """Room for a tensor like one (R, T), or of fewer classes; None where it is to be a new one."""
-    return None if room is None else room.piece(number, like.shape[0], classes or like.shape[1])
+    return None if buffers is None else buffers.piece(number, like.shape[0], classes or like.shape[1])
 
 
-def sum_of_log1p(u: Tensor, room: Room | None = None, free: tuple[int, int] = (1, 2)) -> Tensor:
+def sum_of_log1p(u: Tensor, buffers: TileBuffers | None = None, free: tuple[int, int] = (1, 2)) -> Tensor:
     """Σ_j log1p(u_j) of 0 ≤ u ≤ 1, (R, T) -> (R,), by log Π(1 + u) with (1 + a)(1 + b) − 1 = a + b + ab.
 
     `free`: the two tensors of the room to use, neither of which is u's.
@@ -129,82 +131,82 @@ def sum_of_log1p(u: Tensor, room: Room | None = None, free: tuple[int, int] = (1
         if half == 0:
             return total.expand(u.shape[0])
         a, b = u[:, :half], u[:, half : 2 * half]
-        out = _piece(room, free[halving % 2], u, half)
+        out = _piece(buffers, free[halving % 2], u, half)
         u = torch.add(a, b, out=out).addcmul_(a, b)
     return total + torch.log1p(u).sum(1)
 
 
 def chain(problem: Problem) -> Bounds:
     """The bounds of the M rows that take part, float64; targets are one class a row, without weights."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     assert targets.own is not None
     plan = problem.plan(resident=False, temporaries=3)
     workspace = Workspace(problem, plan, slopes=False)
     own_z = own_logits(problem)
-    parts, room = [], None
+    parts, buffers = [], None
     with problem.products():
         for chunk in plan.row_chunks(targets.count):
-            loaded = scores.load(targets.pick(chunk))
+            loaded = logits.load(targets.pick(chunk))
             z_y, own = cut(own_z, chunk), cut(targets.own, chunk)
-            union: RunningUnion[Sums] = RunningUnion()
+            union: PairwiseMerge[Sums] = PairwiseMerge()
             for classes in plan.class_tiles(targets.classes):
-                z, _ = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
-                m = o.sub(z, finite_base(z_y))
-                m = OwnColumns.locate(own, classes).put(o, m, NEG_INF)
-                pieces = m.split(max(1, PIECE // m.shape[1])) if o.buffered else (m,)
-                if o.buffered and room is None:  # the first tile is the largest
-                    room = Room(max(min(PIECE, m.numel()), m.shape[1]), m)
-                found = [_sums(o, piece, targets.classes, room) for piece in pieces]
+                z, _ = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
+                m = ops.sub(z, finite_base(z_y))
+                m = TargetColumns.locate(own, classes).put(ops, m, NEG_INF)
+                pieces = m.split(max(1, PIECE // m.shape[1])) if ops.buffered else (m,)
+                if ops.buffered and buffers is None:  # the first tile is the largest
+                    buffers = TileBuffers(max(min(PIECE, m.numel()), m.shape[1]), m)
+                found = [_sums(ops, piece, targets.classes, buffers) for piece in pieces]
                 union.add(Sums(*map(torch.cat, zip(*found, strict=True))))
             parts.append(union.whole().bounds(targets.classes, z_y[:, 0]))
     if not parts:
-        return Bounds(*(torch.zeros(0, dtype=statistics_dtype(scores.device), device=scores.device),) * 7)
+        return Bounds(*(torch.zeros(0, dtype=statistics_dtype(logits.device), device=logits.device),) * 7)
     return Bounds(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def own_logits(problem: Problem) -> Tensor:
     """z_y of the M rows, (M, 1); nan where y is no class."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     assert targets.own is not None
     count = targets.count
-    a_row = scores.bytes_per_row(gathered=True) + 4 * scores.dtype.itemsize * (scores.depth + 4)
-    rows = max(1, problem.budget // a_row) if o.buffered else max(1, count)
+    a_row = logits.bytes_per_row(gathered=True) + 4 * logits.dtype.itemsize * (logits.depth + 4)
+    rows = max(1, problem.budget // a_row) if ops.buffered else max(1, count)
     found = []
     for start in range(0, count, rows):
         chunk = slice(start, min(start + rows, count))
         own = cut(targets.own, chunk)
         inside = (own >= 0) & (own < targets.classes)
-        z = scores.entries(scores.load(targets.pick(chunk)), torch.where(inside, own, 0))
+        z = logits.entries(logits.load(targets.pick(chunk)), torch.where(inside, own, 0))
         found.append(torch.where(inside, z, math.nan))
-    return torch.cat(found) if found else torch.zeros(0, 1, dtype=scores.dtype, device=scores.device)
+    return torch.cat(found) if found else torch.zeros(0, 1, dtype=logits.dtype, device=logits.device)
 
 
-def _sums(o: Arithmetic, m: Tensor, classes: int, room: Room | None) -> Sums:
+def _sums(ops: TileOps, m: Tensor, classes: int, buffers: TileBuffers | None) -> Sums:
     """The sums over a tile of margins m (R, T), −inf where there is no rival."""
     dtype = statistics_dtype(m.device)
     top = m.amax(1)
-    e = torch.clamp_max(m, FAR, out=_piece(room, 0, m)).exp_()
+    e = torch.clamp_max(m, FAR, out=_piece(buffers, 0, m)).exp_()
     near, far = e.sum(1).to(dtype), torch.full_like(top, NEG_INF, dtype=dtype)
     beyond = top > FAR
-    if o.possible(beyond):
+    if ops.possible(beyond):
         wide = (m - finite_base(top)[:, None]).exp_().sum(1).to(dtype).log_() + top
         wide = torch.where(top == math.inf, math.inf, wide)  # a difference of finite logits may be infinite
         near, far = torch.where(beyond, 0.0, near), torch.where(beyond, wide, far)
-    hinge, smooth = _softplus_sums(m, e, classes, room)
+    hinge, smooth = _softplus_sums(m, e, classes, buffers)
     return Sums(
         hinge=hinge.to(dtype),
         smooth=smooth.to(dtype),
-        tight=_softplus_sums(m, e, classes - 1, room)[1].to(dtype),
-        union=_softplus_sums(m, e, 1, room)[1].to(dtype),
+        tight=_softplus_sums(m, e, classes - 1, buffers)[1].to(dtype),
+        union=_softplus_sums(m, e, 1, buffers)[1].to(dtype),
         near=near,
         far=far,
         top=top.to(dtype),
     )
 
 
-def _softplus_sums(m: Tensor, e: Tensor, by: int, room: Room | None) -> tuple[Tensor, Tensor]:
+def _softplus_sums(m: Tensor, e: Tensor, by: int, buffers: TileBuffers | None) -> tuple[Tensor, Tensor]:
     """Σ max(m + log by, 0) and Σ softplus(m + log by), (R,), of m (R, T) and e = exp m."""
-    hinge = torch.add(m, _log(by), out=_piece(room, 1, m)).clamp_min_(0).sum(1)
-    v = e if by == 1 else torch.mul(e, by, out=_piece(room, 1, m))
-    u = torch.reciprocal(v, out=_piece(room, 2, m)).clamp_max_(v)  # min(v, 1/v)
-    return hinge, hinge + sum_of_log1p(u, room)
+    hinge = torch.add(m, _log(by), out=_piece(buffers, 1, m)).clamp_min_(0).sum(1)
+    v = e if by == 1 else torch.mul(e, by, out=_piece(buffers, 1, m))
+    u = torch.reciprocal(v, out=_piece(buffers, 2, m)).clamp_max_(v)  # min(v, 1/v)
+    return hinge, hinge + sum_of_log1p(u, buffers)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import xent
-from xent._core.logits import Logits
+from xent._core.logits import DenseLogits
 from xent._core.statistics import Statistics
 from xent._core.targets import probability_targets
 from xent._core.tiles import sweep
@@ -147,9 +147,9 @@ def ignored(s: Setting) -> Iterator[Deviation]:
 
 @identity("two classes", "softmax of (0, s) = binary, of s", section=1, allowed=8, because=TWICE)
 def two_classes(s: Setting) -> Iterator[Deviation]:
-    scores = [0.0, 1e-3, -0.5, 3.0, -7.0, 20.125, 40.0, -40.0, 89.0, 1000.0, -1000.0]
-    score = s.tensor([v for v in scores for _ in range(3)])
-    y = s.tensor([0.0, 0.25, 1.0] * len(scores))
+    logits = [0.0, 1e-3, -0.5, 3.0, -7.0, 20.125, 40.0, -40.0, 89.0, 1000.0, -1000.0]
+    score = s.tensor([v for v in logits for _ in range(3)])
+    y = s.tensor([0.0, 0.25, 1.0] * len(logits))
     z = torch.stack([torch.zeros_like(score), score], dim=1)
     for weight in (None, 3.0):
         binary = xent.binary_cross_entropy_with_logits(
@@ -191,7 +191,7 @@ def log_zero(s: Setting) -> Iterator[Deviation]:
 
 
 def _statistics(z: Tensor, q: Tensor) -> Statistics:
-    return sweep.statistics(sweep.Problem(Logits(z), probability_targets(q), DEFAULT_BUDGET))
+    return sweep.statistics(sweep.Problem(DenseLogits(z), probability_targets(q), DEFAULT_BUDGET))
 
 
 @identity(

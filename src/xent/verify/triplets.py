@@ -143,7 +143,7 @@ def squared_distances(s: Setting) -> Iterator[Deviation]:
         bias = -w.square().sum(1) / 2
         found = 2 * xent.triplets.linear_margins(x, w, y, linear_bias=bias)
         x64, w64, own = x.cpu().double(), w.cpu().double(), batch.one_hot.bool()
-        scores = -(x64[:, None] - w64).square().sum(2)
+        logits = -(x64[:, None] - w64).square().sum(2)
         size = x64.square().sum(1, keepdim=True) + 2 * x64.abs() @ w64.abs().T + w64.square().sum(1)
-        expected, scale = (scores - scores[own][:, None])[~own], (size + size[own][:, None])[~own]
+        expected, scale = (logits - logits[own][:, None])[~own], (size + size[own][:, None])[~own]
         yield s.compare(found, expected.view_as(found), scale.view_as(found), batch.name, s.dtype)

@@ -42,17 +42,17 @@ class Plan:
     def within(budget: int, rows: int, classes: int, footprint: Footprint, *, resident: bool) -> Plan:
         """The largest useful tile of `rows` × `classes` whose footprint is at most `budget` bytes."""
         f = footprint
-        room = budget - f.fixed
+        buffers = budget - f.fixed
         rows = max(rows, 1)
         tile = min(max(classes, 1), CLASS_TILE)
         if resident:
-            held = (room - tile * f.per_class) // (classes * f.kept + tile * f.scratch + f.per_row)
+            held = (buffers - tile * f.per_class) // (classes * f.kept + tile * f.scratch + f.per_row)
             if held >= min(rows, f.resident_rows):
                 return Plan(
                     _even(rows, min(held, TILE_ELEMENTS // tile)), _even(classes, tile), resident=True
                 )
         while True:
-            fits = (room - tile * f.per_class) // (tile * (f.kept + f.scratch) + f.per_row)
+            fits = (buffers - tile * f.per_class) // (tile * (f.kept + f.scratch) + f.per_row)
             if fits >= min(rows, FEWEST_ROWS) or tile == 1:
                 break
             tile = (tile + 1) // 2

@@ -27,18 +27,18 @@ import torch
 from torch import Tensor
 
 from xent._core.coefficients import Coefficients
-from xent._core.collectives import Ranks
-from xent._core.logits import Rows, Sink, Tangents
-from xent._core.ops import Total, cut
-from xent._core.statistics import Extras, OwnColumns, Statistics
+from xent._core.collectives import ClassGroup
+from xent._core.logits import GradientAccumulator, Rows, Tangents
+from xent._core.ops import Accumulator, cut
+from xent._core.statistics import RequestedOutputs, Statistics, TargetColumns
 from xent._core.tiles.plan import Plan
 from xent._core.tiles.sweep import (
     Problem,
     Tile,
     Workspace,
     differentiate_logits,
-    own_residual,
     revisit,
+    target_residual,
     target_total,
 )
 
@@ -90,7 +90,7 @@ def tangent(problem: Problem, found: Statistics, tangents: Tangents, dq: Tensor 
             _chunk_tangent(problem, plan, workspace, chunk, found.rows(chunk), tangents, dq)[0]
             for chunk in plan.row_chunks(problem.targets.count)
         ]
-    part = _concatenate(parts, found, problem.extras)
+    part = _concatenate(parts, found, problem.requested)
     return part if problem.ranks is None else _of_all_classes(part, problem.ranks)
 
 
@@ -103,22 +103,22 @@ def product(
     wants: tuple[bool, ...],
     *,
     wants_target: bool,
-) -> tuple[RowTangent, Sink, Total | None]:
+) -> tuple[RowTangent, GradientAccumulator, Accumulator | None]:
     """Row tangents, and the derivative of ⟨gradient, tangents⟩ in the scores' tensors and in q."""
     problem = problem.completed(found)
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     # where other processes hold classes too, a row's tangent is not known when its own tiles have been seen
     whole = None if problem.ranks is None else tangent(problem, found, tangents, dq)
     plan = _plan(problem, resident=whole is None)
     workspace = _workspace(problem, plan)
-    sink = scores.sink(o, wants)
+    accumulator = logits.accumulator(ops, wants)
     q_part = target_total(problem) if wants_target else None
-    wants_g = scores.transform.curved or sink.crosses(tangents)
+    wants_g = logits.transform.curved or accumulator.crosses(tangents)
     parts = []
 
     def visit(chunk: slice) -> None:
         picked = targets.pick(chunk)
-        loaded = scores.load(picked)
+        loaded = logits.load(picked)
         rows = found.rows(chunk)
         asked = coefficients.rows(chunk)
         if whole is None:
@@ -143,16 +143,16 @@ def product(
                     assert pushed.bend is not None
                     r = r * slope + g * pushed.bend * pushed.du
                     g = g * slope
-                sink.add_tangent(picked, tangents, classes, g)
-            sink.add(picked, loaded, classes, r)
+                accumulator.add_tangent(picked, tangents, classes, g)
+            accumulator.add(picked, loaded, classes, r)
 
     with problem.products():
         for block in problem.blocks():
             for chunk in plan.row_chunks(block.stop, block.start):
                 visit(chunk)
             if problem.ranks is not None:
-                sink.share(targets.pick(block), problem.ranks)
-    return _concatenate(parts, found, problem.extras) if whole is None else whole, sink, q_part
+                accumulator.share(targets.pick(block), problem.ranks)
+    return _concatenate(parts, found, problem.requested) if whole is None else whole, accumulator, q_part
 
 
 def _chunk_tangent(
@@ -165,9 +165,9 @@ def _chunk_tangent(
     dq: Tensor | None,
 ) -> tuple[RowTangent, list[_Pushed]]:
     """Row tangents of a chunk; its tiles, where the plan keeps them."""
-    scores, targets = problem.scores, problem.targets
+    logits, targets = problem.logits, problem.targets
     picked = targets.pick(chunk)
-    loaded = scores.load(picked)
+    loaded = logits.load(picked)
     p_zeta = slope = surprise = mass = p_zeta_z = centred = torch.zeros_like(found.m)
     apart = left = at_sure = p_zeta
     sure = torch.full_like(found.m, -1, dtype=torch.int64)
@@ -187,7 +187,7 @@ def _chunk_tangent(
         if own is not None:
             assert pushed.tile.own_z is not None
             log_p = found.log_prob(pushed.tile.own_z)
-            excess = own_residual(targets, chunk, found.a, log_p)
+            excess = target_residual(targets, chunk, found.a, log_p)
             here = own.take(zeta, 0.0).to(found.m.dtype)
             slope = slope + own.here(excess * here).sum(1)
             of_own = own.here(torch.exp(log_p) * here).sum(1)
@@ -195,7 +195,7 @@ def _chunk_tangent(
             left = left + own.here(torch.exp(log_p)).sum(1)
             # (1 − p_y)·ζ_y − Σ_{j≠y} p_j·ζ_j: of a row that is sure, all that is left of ζ_y − ⟨p, ζ⟩
             centred = centred - own.here(torch.expm1(log_p) * here).sum(1)
-        if problem.extras.entropy:
+        if problem.requested.entropy:
             bent = torch.special.entr(pushed.tile.z) * zeta  # −p∘(z − m)∘ζ, times 1 + r
             p_zeta_z = p_zeta_z - bent.sum(1).to(found.m.dtype) / (1 + found.r)
         if dq is not None:
@@ -207,7 +207,7 @@ def _chunk_tangent(
         if plan.resident:
             kept.append(pushed)
     entropy = None if found.e is None else found.e / (1 + found.r) * p_zeta - p_zeta_z
-    log_prob = centred if problem.extras.log_prob else None
+    log_prob = centred if problem.requested.log_prob else None
     one = targets.own is not None and targets.own.shape[1] == 1
     out = RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob, centred if one else None)
     return out._replace(apart=apart, left=left, at_sure=at_sure, sure=sure), kept
@@ -225,25 +225,25 @@ class _Part(NamedTuple):
 
 def _part_of_tile(problem: Problem, pushed: _Pushed, found: Statistics) -> tuple[_Pushed, _Part]:
     """The tile, as it was, and its part."""
-    o, tile, zeta = problem.arithmetic, pushed.tile, pushed.zeta
+    ops, tile, zeta = problem.ops, pushed.tile, pushed.zeta
     own, dtype, whole = tile.own, found.m.dtype, 1 + found.r
     of_own = None if own is None else own.take(tile.z, 0.0)
-    e = tile.z if own is None else own.put(o, tile.z, 0.0)
+    e = tile.z if own is None else own.put(ops, tile.z, 0.0)
     most, top = e.max(1, keepdim=True)
     is_sure = most > 0.5 * whole[:, None]
-    e = o.scatter(e, top, torch.where(is_sure, 0.0, most))
+    e = ops.scatter(e, top, torch.where(is_sure, 0.0, most))
     rest, left = (e * zeta).sum(1).to(dtype) / whole, e.sum(1).to(dtype) / whole
-    e = o.scatter(e, top, most)
-    e = e if own is None or of_own is None else own.put(o, e, of_own)
+    e = ops.scatter(e, top, most)
+    e = e if own is None or of_own is None else own.put(ops, e, of_own)
     of_sure = torch.where(is_sure, most, 0.0)[:, 0].to(dtype) / whole
     at_sure = torch.where(is_sure, zeta.gather(1, top), 0.0)[:, 0].to(dtype)
     sure = torch.where(is_sure, tile.classes.start + top, -1)[:, 0]
     return pushed._replace(tile=tile._replace(z=e)), _Part(rest, left, of_sure, at_sure, sure)
 
 
-def _others(problem: Problem, own: OwnColumns | None, values: Tensor) -> Tensor:
+def _others(problem: Problem, own: TargetColumns | None, values: Tensor) -> Tensor:
     """Σ over the classes of a tile (R, T) that are not the target's own."""
-    return (values if own is None else own.put(problem.arithmetic, values, 0.0)).sum(1)
+    return (values if own is None else own.put(problem.ops, values, 0.0)).sum(1)
 
 
 def _push(
@@ -257,22 +257,22 @@ def _push(
     tangents: Tangents,
 ) -> _Pushed:
     """A tile with its tangents."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     tile, shifted = revisit(problem, workspace, chunk, loaded, classes, found)
     bend = None
     if tile.slope is not None:
-        bend = scores.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope, classes)
-    wanted = targets.probabilities is not None or problem.extras.entropy
+        bend = logits.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope, classes)
+    wanted = targets.probabilities is not None or problem.requested.entropy
     saved = shifted.clone() if wanted else None
-    tile = tile._replace(z=o.exp(shifted))
+    tile = tile._replace(z=ops.exp(shifted))
     du = zeta = torch.zeros_like(tile.z)
     if any(t is not None for t in tangents):
-        du = scores.push(o, picked, loaded, tangents, classes, workspace.tile(chunk, classes, 1))
-        gain = scores.transform.gain
+        du = logits.push(ops, picked, loaded, tangents, classes, workspace.tile(chunk, classes, 1))
+        gain = logits.transform.gain
         if tile.slope is not None:
             zeta = du * tile.slope * gain
         else:
-            zeta = du if gain == 1.0 else o.mul(du, gain)
+            zeta = du if gain == 1.0 else ops.mul(du, gain)
     return _Pushed(tile, saved, du, zeta, bend)
 
 
@@ -286,16 +286,16 @@ def _hessian_tile(
     dq: Tensor | None,
 ) -> Tensor:
     """gain·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇)), in the place of ζ."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     dtype = pushed.zeta.dtype
-    asked = asked.scaled(scores.transform.gain)
+    asked = asked.scaled(logits.transform.gain)
     gamma, alpha = asked.loss, asked.alpha(found.a)
-    r = o.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
+    r = ops.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
     if part.centred is not None and pushed.tile.own is not None:
-        r = pushed.tile.own.put(o, r, part.centred.to(dtype)[:, None])
+        r = pushed.tile.own.put(ops, r, part.centred.to(dtype)[:, None])
     if part.sure is not None:
-        sure = OwnColumns.locate(part.sure[:, None], pushed.tile.classes)
-        r = sure.put(o, r, -part.away.to(dtype)[:, None])
+        sure = TargetColumns.locate(part.sure[:, None], pushed.tile.classes)
+        r = sure.put(ops, r, -part.away.to(dtype)[:, None])
     of_entropy = None
     if asked.entropy is not None:
         assert found.e is not None
@@ -305,7 +305,7 @@ def _hessian_tile(
         far = torch.where(pushed.tile.z == 0, 0.0, far)  # a masked class is infinitely far, and has no share
         of_entropy = r * far + r + part.entropy.to(dtype)[:, None]
         of_entropy = of_entropy * pushed.tile.z * (asked.entropy / (1 + found.r)).to(dtype)[:, None]
-    r = o.mul(o.mul(r, pushed.tile.z), (alpha / (1 + found.r)).to(dtype)[:, None])
+    r = ops.mul(ops.mul(r, pushed.tile.z), (alpha / (1 + found.r)).to(dtype)[:, None])
     if of_entropy is not None:
         r = r - of_entropy
     if dq is not None:
@@ -318,8 +318,8 @@ def _hessian_tile(
 
 def _plan(problem: Problem, *, resident: bool) -> Plan:
     # kept: probabilities and tangents, and where the transform is curved its slopes, bends and ζ beside u̇
-    curved, soft = problem.scores.transform.curved, problem.targets.probabilities is not None
-    entropy = problem.extras.entropy
+    curved, soft = problem.logits.transform.curved, problem.targets.probabilities is not None
+    entropy = problem.requested.entropy
     kept = 2 + 2 * curved + (soft or entropy)
     # those of a tile live on while the next tile makes its own
     passing = 1 + 6 * curved + 3 * soft + 4 * entropy
@@ -327,10 +327,10 @@ def _plan(problem: Problem, *, resident: bool) -> Plan:
 
 
 def _workspace(problem: Problem, plan: Plan) -> Workspace:
-    return Workspace(problem, plan, slopes=problem.scores.transform.curved, buffers=2, slope_at=2)
+    return Workspace(problem, plan, slopes=problem.logits.transform.curved, buffers=2, slope_at=2)
 
 
-def _of_all_classes(part: RowTangent, ranks: Ranks) -> RowTangent:
+def _of_all_classes(part: RowTangent, ranks: ClassGroup) -> RowTangent:
     """Every number of a row's tangent is a sum over classes; the rank that holds a sure one knows it."""
     numbers = part._replace(sure=None)
     summed = iter(ranks.sum(torch.stack([t for t in numbers if t is not None])).unbind(0))
@@ -338,10 +338,10 @@ def _of_all_classes(part: RowTangent, ranks: Ranks) -> RowTangent:
     return whole._replace(sure=part.sure)
 
 
-def _concatenate(parts: list[RowTangent], found: Statistics, extras: Extras) -> RowTangent:
+def _concatenate(parts: list[RowTangent], found: Statistics, requested: RequestedOutputs) -> RowTangent:
     if not parts:
         loss, logsumexp, mass, entropy, log_prob = (found.a.clone() for _ in range(5))
-        wanted = entropy if extras.entropy else None, log_prob if extras.log_prob else None
+        wanted = entropy if requested.entropy else None, log_prob if requested.log_prob else None
         return RowTangent(loss, logsumexp, mass, *wanted)
     if len(parts) == 1:
         return parts[0]

@@ -24,16 +24,16 @@ import torch
 from torch import Tensor
 
 from xent._core.coefficients import Coefficients
-from xent._core.collectives import Ranks
-from xent._core.logits import Room, Scores, Sink
+from xent._core.collectives import ClassGroup
+from xent._core.logits import GradientAccumulator, Logits, TileBuffers
 from xent._core.matmul import fast_products
-from xent._core.ops import BATCHED, Arithmetic, InPlace, Total, cut
+from xent._core.ops import BATCHED, Accumulator, InPlaceOps, TileOps, cut
 from xent._core.statistics import (
-    LOSS_ALONE,
-    Extras,
-    OwnColumns,
-    RunningUnion,
+    LOSS_ONLY,
+    PairwiseMerge,
+    RequestedOutputs,
     Statistics,
+    TargetColumns,
     finite_base,
     statistics_dtype,
     summarise,
@@ -48,12 +48,12 @@ LOG_HALF = -0.69
 class Problem(NamedTuple):
     """Scores, targets, the bytes of working memory, which body of a tile to use, and what is asked for."""
 
-    scores: Scores
+    logits: Logits
     targets: Targets
     budget: int
-    arithmetic: Arithmetic = InPlace()
-    extras: Extras = LOSS_ALONE
-    ranks: Ranks | None = None  # the processes that hold the other classes
+    ops: TileOps = InPlaceOps()
+    requested: RequestedOutputs = LOSS_ONLY
+    ranks: ClassGroup | None = None  # the processes that hold the other classes
 
     @property
     def first(self) -> int:
@@ -67,31 +67,32 @@ class Problem(NamedTuple):
 
     def check_sent(self) -> None:
         """Processes send tensors, not what `vmap` makes of them."""
-        if self.ranks is not None and not self.arithmetic.buffered:
+        if self.ranks is not None and not self.ops.buffered:
             raise NotImplementedError(BATCHED)
 
     def blocks(self) -> Iterator[slice]:
         """Rows whose part of a gradient is finished before that of others is begun."""
-        rows, scores = self.targets.count, self.scores
+        rows, logits = self.targets.count, self.logits
         if self.ranks is None:
             return iter((slice(0, rows),))
-        return self.ranks.blocks(rows, scores.depth * scores.dtype.itemsize)
+        return self.ranks.blocks(rows, logits.depth * logits.dtype.itemsize)
 
     def plan(self, *, resident: bool, buffers: int = 1, temporaries: int = 0, least_rows: int = 1) -> Plan:
         """Tiles within the budget; `buffers` tile-sized tensors are held at once and `temporaries` come and
         go, `least_rows` divides the fewest rows for which it pays to keep a chunk's tiles."""
-        scores, targets = self.scores, self.targets
-        size = scores.dtype.itemsize
+        logits, targets = self.logits, self.targets
+        size = logits.dtype.itemsize
         footprint = Footprint(
-            kept=size * (buffers + scores.transform.curved),
-            scratch=size * (temporaries + 2 * self.extras.entropy)  # E log E, and its product with a number
+            kept=size * (buffers + logits.transform.curved),
+            scratch=size
+            * (temporaries + 2 * self.requested.entropy)  # E log E, and its product with a number
             + self._of_dense_targets(size)
-            + scores.bytes_per_logit,
-            per_row=scores.bytes_per_row(targets.rows is not None),
-            per_class=scores.bytes_per_class(),
-            resident_rows=max(1, scores.least_resident_rows // least_rows),
+            + logits.bytes_per_logit,
+            per_row=logits.bytes_per_row(targets.rows is not None),
+            per_class=logits.bytes_per_class(),
+            resident_rows=max(1, logits.least_resident_rows // least_rows),
         )
-        if not self.arithmetic.buffered:
+        if not self.ops.buffered:
             return Plan.of_all_rows(self.budget, targets.count, targets.classes, footprint)
         return Plan.within(self.budget, targets.count, targets.classes, footprint, resident=resident)
 
@@ -102,8 +103,8 @@ class Problem(NamedTuple):
         return (3 if self.targets.probabilities is not None else 2) * size + 1
 
     def products(self) -> AbstractContextManager[None]:
-        rows, classes = self.scores.shape
-        return fast_products(self.scores.device, self.scores.dtype, rows * classes * self.scores.depth)
+        rows, classes = self.logits.shape
+        return fast_products(self.logits.device, self.logits.dtype, rows * classes * self.logits.depth)
 
 
 def statistics(problem: Problem) -> Statistics:
@@ -114,7 +115,7 @@ def statistics(problem: Problem) -> Statistics:
     with problem.products():
         parts = [
             chunk_statistics(
-                problem, plan, workspace, chunk, problem.scores.load(problem.targets.pick(chunk))
+                problem, plan, workspace, chunk, problem.logits.load(problem.targets.pick(chunk))
             )[0]
             for chunk in plan.row_chunks(problem.targets.count)
         ]
@@ -124,27 +125,27 @@ def statistics(problem: Problem) -> Statistics:
 
 def fused(
     problem: Problem, coefficients: Callable[[Statistics, slice], Coefficients], wants: tuple[bool, ...]
-) -> tuple[Statistics, Sink]:
+) -> tuple[Statistics, GradientAccumulator]:
     """Statistics and gradient in one sweep; `coefficients` is asked as each chunk's statistics are known."""
     assert problem.ranks is None  # whose statistics come after the last tile
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     plan = problem.plan(resident=True)
     if not plan.resident:
         found = statistics(problem)
         return found, gradient(problem, found, coefficients(found, slice(None)), wants)[0]
-    workspace = Workspace(problem, plan, slopes=scores.transform.curved)
-    sink = scores.sink(o, wants)
+    workspace = Workspace(problem, plan, slopes=logits.transform.curved)
+    accumulator = logits.accumulator(ops, wants)
     parts = []
     with problem.products():
         for chunk in plan.row_chunks(targets.count):
-            loaded = scores.load(targets.pick(chunk))
+            loaded = logits.load(targets.pick(chunk))
             found, tiles = chunk_statistics(problem, plan, workspace, chunk, loaded)
             parts.append(found)
             asked = coefficients(found, chunk)
             for tile in tiles:
                 g = differentiate(problem, chunk, tile, found, asked)
-                sink.add(targets.pick(chunk), loaded, tile.classes, g)
-    return _concatenate(parts, problem), sink
+                accumulator.add(targets.pick(chunk), loaded, tile.classes, g)
+    return _concatenate(parts, problem), accumulator
 
 
 def gradient(
@@ -154,20 +155,20 @@ def gradient(
     wants: tuple[bool, ...],
     *,
     wants_target: bool = False,
-) -> tuple[Sink, Total | None]:
+) -> tuple[GradientAccumulator, Accumulator | None]:
     """The gradient from saved statistics: the logits are computed once more, classes outermost."""
     problem = problem.completed(found)
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     plan = problem.plan(resident=False)
-    workspace = Workspace(problem, plan, slopes=scores.transform.curved)
-    sink = scores.sink(o, wants)
+    workspace = Workspace(problem, plan, slopes=logits.transform.curved)
+    accumulator = logits.accumulator(ops, wants)
     dq = target_total(problem) if wants_target else None
     with problem.products():
         for block in problem.blocks():
             for classes in plan.class_tiles(targets.classes):
                 for chunk in plan.row_chunks(block.stop, block.start):
                     picked = targets.pick(chunk)
-                    loaded = scores.load(picked)
+                    loaded = logits.load(picked)
                     rows = found.rows(chunk)
                     asked = coefficients.rows(chunk)
                     tile, shifted = revisit(problem, workspace, chunk, loaded, classes, rows)
@@ -176,12 +177,12 @@ def gradient(
                         surprise = rows.log_partition.to(shifted.dtype)[:, None] - shifted
                         factor = targets.probability_factor(classes, shifted.dtype)
                         dq.put((picked, classes), surprise * factor * asked.loss.to(shifted.dtype)[:, None])
-                    tile = tile._replace(z=o.exp(shifted))
+                    tile = tile._replace(z=ops.exp(shifted))
                     g = differentiate(problem, chunk, tile, rows, asked)
-                    sink.add(picked, loaded, classes, g)
+                    accumulator.add(picked, loaded, classes, g)
             if problem.ranks is not None:
-                sink.share(targets.pick(block), problem.ranks)
-    return sink, dq
+                accumulator.share(targets.pick(block), problem.ranks)
+    return accumulator, dq
 
 
 class Tile(NamedTuple):
@@ -189,7 +190,7 @@ class Tile(NamedTuple):
     z: Tensor  # (R, T) exp(z − base)
     slope: Tensor | None  # (R, T)
     base: Tensor  # (R,) what was subtracted before exp
-    own: OwnColumns | None
+    own: TargetColumns | None
     own_z: Tensor | None  # (R, K) logits of the own classes, where this tile holds them
 
 
@@ -207,9 +208,9 @@ class Workspace:
         self.rows = plan.row_chunk
         self.resident = plan.resident
         self.buffer = None
-        if problem.arithmetic.buffered:
+        if problem.ops.buffered:
             size = self.rows * self.width * (buffers + slopes)
-            self.buffer = torch.empty(size, dtype=problem.scores.dtype, device=problem.scores.device)
+            self.buffer = torch.empty(size, dtype=problem.logits.dtype, device=problem.logits.device)
 
     def tile(self, chunk: slice, classes: slice, number: int = 0) -> Tensor | None:
         """Room for one tile; `number` tells apart those that are held at once."""
@@ -219,57 +220,57 @@ class Workspace:
         start = number * self.rows * self.width + (classes.start * self.rows if self.resident else 0)
         return self.buffer[start : start + rows * width].view(rows, width)
 
-    def room(self, chunk: slice, classes: slice) -> Room:
+    def buffers(self, chunk: slice, classes: slice) -> TileBuffers:
         slope = self.tile(chunk, classes, self.slope_at) if self.slopes else None
-        return Room(self.tile(chunk, classes), slope, self.slopes)
+        return TileBuffers(self.tile(chunk, classes), slope, self.slopes)
 
 
 def chunk_statistics(
     problem: Problem, plan: Plan, workspace: Workspace, chunk: slice, loaded: Tensor
 ) -> tuple[Statistics, list[Tile]]:
     """Statistics of a chunk of rows over all classes; the tiles hold exp(z − base) if the plan keeps them."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
-    union: RunningUnion[Statistics] = RunningUnion()
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
+    union: PairwiseMerge[Statistics] = PairwiseMerge()
     own_z = None
     tiles = []
     elsewhere = targets.elsewhere(chunk)
     absent = (
-        torch.nan if elsewhere is None else torch.where(elsewhere, -torch.inf, torch.nan).to(scores.dtype)
+        torch.nan if elsewhere is None else torch.where(elsewhere, -torch.inf, torch.nan).to(logits.dtype)
     )
     for classes in plan.class_tiles(targets.classes):
-        z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
-        own = _own_columns(targets, chunk, classes)
+        z, slope = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
+        own = _target_columns(targets, chunk, classes)
         whole_row = classes == slice(0, targets.classes)
-        simple = not targets.dense and not problem.extras.of_scores
+        simple = not targets.dense and not problem.requested.of_scores
         if own is not None and own.local.shape[1] == 1 and simple and whole_row:
-            mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
-            z, row_own_z, whole = summarise_row(o, z, own, mass, absent)
-            if problem.extras.mass:
+            mass = None if targets.index_mass is None else cut(targets.index_mass, chunk)
+            z, row_own_z, whole = summarise_row(ops, z, own, mass, absent)
+            if problem.requested.mass:
                 whole = replace(whole, mass=whole.a)
             return whole, [Tile(classes, z, slope, whole.m, own, row_own_z)]
         here = None
         if own is not None:
             here = own.take(z, absent).to(statistics_dtype(z.device))
             own_z = here if own_z is None or own.inside is None else torch.where(own.inside, here, own_z)
-            z = own.put(o, z, -torch.inf)
+            z = own.put(ops, z, -torch.inf)
         t = targets.tile(chunk, classes, z.dtype)
-        z, part = summarise(o, z, t, own, problem.extras, problem.first + classes.start)
+        z, part = summarise(ops, z, t, own, problem.requested, problem.first + classes.start)
         union.add(part)
         if plan.resident:
             tiles.append(Tile(classes, z, slope, part.m, own, here))
     if not union.parts:  # a process that holds no class
         rows = chunk.stop - chunk.start
-        return Statistics.identity(rows, scores.device, problem.extras), tiles
+        return Statistics.identity(rows, logits.device, problem.requested), tiles
     found = union.whole()
     if own_z is not None:
-        mass = None if targets.own_mass is None else cut(targets.own_mass, chunk)
+        mass = None if targets.index_mass is None else cut(targets.index_mass, chunk)
         assert targets.own is not None
         index = cut(targets.own, chunk) + problem.first
-        found = found.merge(_own_statistics(o, own_z, mass, index, problem.extras))
-        if problem.extras.log_prob:
+        found = found.merge(_target_statistics(ops, own_z, mass, index, problem.requested))
+        if problem.requested.log_prob:
             own_z = own_z if elsewhere is None else own_z.masked_fill(elsewhere, 0.0)
             found = replace(found, own=own_z[:, 0])
-        if problem.extras.mass:
+        if problem.requested.mass:
             assert mass is not None
             found = replace(found, mass=mass[:, 0])
     return found, tiles
@@ -279,11 +280,11 @@ def revisit(
     problem: Problem, workspace: Workspace, chunk: slice, loaded: Tensor, classes: slice, found: Statistics
 ) -> tuple[Tile, Tensor]:
     """A tile of rows whose statistics are known, and z − m, whose exponential the tile still wants."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
-    z, slope = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
-    own = _own_columns(targets, chunk, classes)
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
+    z, slope = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
+    own = _target_columns(targets, chunk, classes)
     own_z = None if own is None else own.take(z, 0.0).to(found.m.dtype)
-    shifted = o.sub(z, finite_base(found.m.to(z.dtype))[:, None])
+    shifted = ops.sub(z, finite_base(found.m.to(z.dtype))[:, None])
     return Tile(classes, shifted, slope, found.m, own, own_z), shifted
 
 
@@ -292,15 +293,15 @@ def differentiate(
 ) -> Tensor:
     """∂L/∂u (R, T) of a tile, in the place of its exponentials."""
     g = differentiate_logits(problem, chunk, tile, found, asked)
-    return g if tile.slope is None else problem.arithmetic.mul(g, tile.slope)
+    return g if tile.slope is None else problem.ops.mul(g, tile.slope)
 
 
 def differentiate_logits(
     problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
 ) -> Tensor:
     """gain·(α·p − γ·t) (R, T) of a tile."""
-    targets, o = problem.targets, problem.arithmetic
-    asked = asked.scaled(problem.scores.transform.gain)
+    targets, ops = problem.targets, problem.ops
+    asked = asked.scaled(problem.logits.transform.gain)
     alpha, gamma, eta = asked.alpha(found.a), asked.loss, asked.entropy
     share, bent = alpha / (1 + found.r), None
     # what lies between the row's maximum and the one that was subtracted from this tile
@@ -315,17 +316,17 @@ def differentiate_logits(
         if eta is not None:
             share, eta = torch.where(behind == -torch.inf, 0.0, share), eta * near
     dtype = tile.z.dtype
-    g = o.mul(tile.z, share.to(dtype)[:, None])
+    g = ops.mul(tile.z, share.to(dtype)[:, None])
     if bent is not None:
         assert eta is not None
-        g = o.add(g, bent * (eta / (1 + found.r)).to(dtype)[:, None])
+        g = ops.add(g, bent * (eta / (1 + found.r)).to(dtype)[:, None])
     t = targets.tile(chunk, tile.classes, dtype)
     if t is not None:
-        g = o.subtract_scaled(g, t, gamma.to(dtype)[:, None])
+        g = ops.subtract_scaled(g, t, gamma.to(dtype)[:, None])
     if tile.own is not None:
         assert tile.own_z is not None
         log_p = found.log_prob(tile.own_z)
-        at_own = gamma[:, None] * own_residual(targets, chunk, found.a, log_p)
+        at_own = gamma[:, None] * target_residual(targets, chunk, found.a, log_p)
         if asked.logsumexp is not None:
             at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
         if asked.log_prob is not None:
@@ -334,21 +335,21 @@ def differentiate_logits(
             distance = _mean_shift(found)[:, None] - (tile.own_z - found.m[:, None])
             of_entropy = asked.entropy[:, None] * torch.exp(log_p) * distance
             at_own = at_own + torch.where(tile.own_z == -torch.inf, 0.0, of_entropy)
-        g = tile.own.put(o, g, at_own.to(dtype))
+        g = tile.own.put(ops, g, at_own.to(dtype))
     return g
 
 
-def own_residual(targets: Targets, chunk: slice, a: Tensor, log_p: Tensor) -> Tensor:
+def target_residual(targets: Targets, chunk: slice, a: Tensor, log_p: Tensor) -> Tensor:
     """Return a·p_y − t_y at the own classes of a chunk, (R, K), from a (R,) and log p_y (R, K).
 
     Where p_y is near 1 the difference is a·expm1(log p_y) + (a − t_y), elsewhere what it says.
     """
     near = a[:, None] * torch.expm1(log_p)
-    if targets.own_rest is None:  # t_y = a
+    if targets.other_mass is None:  # t_y = a
         return near
-    mass = 1.0 if targets.own_mass is None else cut(targets.own_mass, chunk)
+    mass = 1.0 if targets.index_mass is None else cut(targets.index_mass, chunk)
     far = a[:, None] * torch.exp(log_p) - mass
-    return torch.where(log_p < LOG_HALF, far, near + cut(targets.own_rest, chunk))
+    return torch.where(log_p < LOG_HALF, far, near + cut(targets.other_mass, chunk))
 
 
 def _mean_shift(found: Statistics) -> Tensor:
@@ -357,27 +358,27 @@ def _mean_shift(found: Statistics) -> Tensor:
     return found.e / (1 + found.r)
 
 
-def target_total(problem: Problem) -> Total:
+def target_total(problem: Problem) -> Accumulator:
     """Where ∂L/∂q is collected."""
     q = problem.targets.probabilities
     assert q is not None
-    return problem.arithmetic.total(tuple(q.shape), q.dtype, q.device, dim=1)
+    return problem.ops.total(tuple(q.shape), q.dtype, q.device, dim=1)
 
 
-def _own_columns(targets: Targets, chunk: slice, classes: slice) -> OwnColumns | None:
+def _target_columns(targets: Targets, chunk: slice, classes: slice) -> TargetColumns | None:
     if targets.own is None:
         return None
-    holds_all = targets.own_known and classes == slice(0, targets.classes)
-    return OwnColumns.locate(cut(targets.own, chunk), classes, holds_all=holds_all)
+    holds_all = targets.index_checked and classes == slice(0, targets.classes)
+    return TargetColumns.locate(cut(targets.own, chunk), classes, holds_all=holds_all)
 
 
-def _own_statistics(
-    o: Arithmetic, z: Tensor, mass: Tensor | None, index: Tensor, extras: Extras
+def _target_statistics(
+    ops: TileOps, z: Tensor, mass: Tensor | None, index: Tensor, requested: RequestedOutputs
 ) -> Statistics:
     """The own tile's statistics, z, mass and index (R, K); of one class r = 0, d = 0 and e = 0."""
     if z.shape[1] > 1:
         assert mass is not None
-        part = summarise(o, z.clone(), mass, None, extras)[1]
+        part = summarise(ops, z.clone(), mass, None, requested)[1]
         if part.k is None:
             return part
         top = torch.where(z == part.m[:, None], index, torch.iinfo(index.dtype).max)
@@ -389,8 +390,8 @@ def _own_statistics(
         r=torch.where(z == -torch.inf, -1.0, zero),
         d=zero,
         a=torch.ones_like(z) if mass is None else mass[:, 0],
-        e=zero if extras.entropy else None,
-        k=index[:, 0] if extras.argmax else None,
+        e=zero if requested.entropy else None,
+        k=index[:, 0] if requested.argmax else None,
     )
 
 
@@ -398,5 +399,5 @@ def _concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
     return (
         Statistics.concatenate(parts)
         if parts
-        else Statistics.identity(0, problem.scores.device, problem.extras)
+        else Statistics.identity(0, problem.logits.device, problem.requested)
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xent._core.statistics import RunningUnion, Statistics, statistics_dtype, summarise
+from xent._core.statistics import PairwiseMerge, Statistics, statistics_dtype, summarise
 from xent._core.tiles.sweep import Problem, Workspace
 
 BLOCK = 64  # classes: of a tile of 4096, as many blocks as one holds classes
@@ -53,25 +53,25 @@ def _candidates(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def top_k(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     """Probabilities (N, k) float64, largest first, and their classes (N, k) int64; targets play no part."""
-    scores, targets, o = problem.scores, problem.targets, problem.arithmetic
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
     plan = problem.plan(resident=False, temporaries=1)
     workspace = Workspace(problem, plan, slopes=False)
-    dtype = statistics_dtype(scores.device)
+    dtype = statistics_dtype(logits.device)
     found = []
     with problem.products():
         for chunk in plan.row_chunks(targets.count):
-            loaded = scores.load(targets.pick(chunk))
-            union: RunningUnion[Statistics] = RunningUnion()
+            loaded = logits.load(targets.pick(chunk))
+            union: PairwiseMerge[Statistics] = PairwiseMerge()
             largest = Largest(k)
             for classes in plan.class_tiles(targets.classes):
-                z, _ = scores.tile(o, loaded, classes, workspace.room(chunk, classes))
+                z, _ = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
                 largest.add(z, classes.start)
-                union.add(summarise(o, z, None, None)[1])
+                union.add(summarise(ops, z, None, None)[1])
             assert largest.values is not None
             assert largest.classes is not None
             found.append((_probabilities(union.whole(), largest.values.to(dtype)), largest.classes))
     if not found:
-        empty = torch.empty(0, k, dtype=dtype, device=scores.device)
+        empty = torch.empty(0, k, dtype=dtype, device=logits.device)
         return empty, empty.to(torch.int64)
     probabilities, classes_of = zip(*found, strict=True)
     return torch.cat(probabilities), torch.cat(classes_of)

@@ -21,9 +21,9 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from xent._core.logits import LinearHead, Room, Sink
-from xent._core.ops import Arithmetic, InPlace
-from xent._core.statistics import RunningUnion, Statistics, finite_base, statistics_dtype, summarise
+from xent._core.logits import GradientAccumulator, LinearHead, TileBuffers
+from xent._core.ops import InPlaceOps, TileOps
+from xent._core.statistics import PairwiseMerge, Statistics, finite_base, statistics_dtype, summarise
 from xent._core.targets import Targets
 from xent._core.tiles.plan import Footprint, Plan
 from xent._core.tiles.sweep import Problem, Workspace
@@ -52,7 +52,7 @@ class Pair(NamedTuple):
     teacher: LinearHead
     targets: Targets
     budget: int
-    arithmetic: Arithmetic = InPlace()
+    ops: TileOps = InPlaceOps()
 
     @property
     def heads(self) -> tuple[LinearHead, LinearHead]:
@@ -61,7 +61,7 @@ class Pair(NamedTuple):
     @property
     def problem(self) -> Problem:
         """The student's own, for what asks about one head."""
-        return Problem(self.student, self.targets, self.budget, self.arithmetic)
+        return Problem(self.student, self.targets, self.budget, self.ops)
 
     @property
     def piece(self) -> int:
@@ -82,7 +82,7 @@ class Pair(NamedTuple):
             resident_rows=max(1, self.student.least_resident_rows // least_rows),
             fixed=TEMPORARIES * size * self.piece,
         )
-        if not self.arithmetic.buffered:
+        if not self.ops.buffered:
             return Plan.of_all_rows(self.budget, self.targets.count, self.targets.classes, footprint)
         return Plan.within(
             self.budget, self.targets.count, self.targets.classes, footprint, resident=resident
@@ -92,7 +92,7 @@ class Pair(NamedTuple):
     def products(self) -> Iterator[None]:
         with ExitStack() as stack:
             for head in self.heads:
-                problem = Problem(head, self.targets, self.budget, self.arithmetic)
+                problem = Problem(head, self.targets, self.budget, self.ops)
                 stack.enter_context(problem.products())
             yield
 
@@ -107,16 +107,16 @@ class Pair(NamedTuple):
     def tile(self, workspace: Workspace, chunk: slice, loaded: Tile, classes: slice) -> Tile:
         """The logits of both over some classes."""
         student, teacher = (
-            head.tile(self.arithmetic, x, classes, Room(workspace.tile(chunk, classes, number), None, False))[
+            head.tile(self.ops, x, classes, TileBuffers(workspace.tile(chunk, classes, number), None, False))[
                 0
             ]
             for number, (head, x) in enumerate(zip(self.heads, loaded, strict=True))
         )
         return student, teacher
 
-    def sinks(self, wants: tuple[Wants, Wants]) -> tuple[Sink, Sink]:
+    def accumulators(self, wants: tuple[Wants, Wants]) -> tuple[GradientAccumulator, GradientAccumulator]:
         first, second = (
-            head.sink(self.arithmetic, want) for head, want in zip(self.heads, wants, strict=True)
+            head.accumulator(self.ops, want) for head, want in zip(self.heads, wants, strict=True)
         )
         return first, second
 
@@ -160,7 +160,7 @@ def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False) -> Found:
 
 def fused(
     pair: Pair, coefficients: Callable[[slice], Tensor], wants: tuple[Wants, Wants]
-) -> tuple[Found, tuple[Sink, Sink]]:
+) -> tuple[Found, tuple[GradientAccumulator, GradientAccumulator]]:
     """Values and gradients in one sweep; `coefficients` gives γ = ∂L/∂KL (R,) of a chunk of rows."""
     plan = pair.plan(resident=True)
     # the teacher's gradient starts from the row's value; with the student's alone the value comes by the way
@@ -169,7 +169,7 @@ def fused(
         found = _values(pair, plan, statistics_alone=frozen)
         return gradient(pair, found, coefficients(slice(0, pair.targets.count)), wants)
     workspace = pair.workspace(plan)
-    sinks = pair.sinks(wants)
+    accumulators = pair.accumulators(wants)
     parts = []
     with pair.products():
         for chunk in plan.row_chunks(pair.targets.count):
@@ -179,10 +179,10 @@ def fused(
                 found = _chunk_values(pair, plan, workspace, chunk, loaded, found, kept)
             gamma, kl = coefficients(chunk), found.kl
             for classes, logs in kept:
-                here = _pull_back(pair, sinks, wants, chunk, loaded, classes, logs, found.kl, gamma)
+                here = _pull_back(pair, accumulators, wants, chunk, loaded, classes, logs, found.kl, gamma)
                 kl = kl if here is None else kl + here
             parts.append(found._replace(kl=kl))
-    return Found.concatenate(parts, pair), sinks
+    return Found.concatenate(parts, pair), accumulators
 
 
 def gradient(
@@ -190,33 +190,35 @@ def gradient(
     found: Found,
     gamma: Tensor,  # (M,) ∂L/∂KL
     wants: tuple[Wants, Wants],
-) -> tuple[Found, tuple[Sink, Sink]]:
+) -> tuple[Found, tuple[GradientAccumulator, GradientAccumulator]]:
     """Gradients from saved statistics, classes outermost; of the values, which the student's do without."""
     plan = pair.plan(resident=False)
     workspace = pair.workspace(plan)
-    sinks = pair.sinks(wants)
-    kl = pair.arithmetic.total(tuple(found.kl.shape), found.kl.dtype, found.kl.device)
+    accumulators = pair.accumulators(wants)
+    kl = pair.ops.total(tuple(found.kl.shape), found.kl.dtype, found.kl.device)
     with pair.products():
         for classes in plan.class_tiles(pair.targets.classes):
             for chunk in plan.row_chunks(pair.targets.count):
                 rows, loaded = found.rows(chunk), pair.load(chunk)
                 logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), rows)
-                here = _pull_back(pair, sinks, wants, chunk, loaded, classes, logs, rows.kl, gamma[chunk])
+                here = _pull_back(
+                    pair, accumulators, wants, chunk, loaded, classes, logs, rows.kl, gamma[chunk]
+                )
                 if here is not None:
                     kl.add(chunk, here)
-    return (found if any(wants[1]) else found._replace(kl=kl.finish(None, found.kl.dtype))), sinks
+    return (found if any(wants[1]) else found._replace(kl=kl.finish(None, found.kl.dtype))), accumulators
 
 
 def _chunk_statistics(
     pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Tile
 ) -> tuple[Found, list[tuple[slice, Tile]]]:
     """Statistics of a chunk of rows over all classes; log p and log t of the tiles that the plan keeps."""
-    o, kept = pair.arithmetic, []
-    unions: tuple[RunningUnion[Statistics], ...] = (RunningUnion(), RunningUnion())
+    ops, kept = pair.ops, []
+    unions: tuple[PairwiseMerge[Statistics], ...] = (PairwiseMerge(), PairwiseMerge())
     for classes in plan.class_tiles(pair.targets.classes):
         tile = pair.tile(workspace, chunk, loaded, classes)
         for union, z in zip(unions, tile, strict=True):
-            union.add(summarise(o, z.clone() if plan.resident else z, None, None)[1])
+            union.add(summarise(ops, z.clone() if plan.resident else z, None, None)[1])
         if plan.resident:
             kept.append((classes, tile))
     student, teacher = (union.whole() for union in unions)
@@ -247,9 +249,9 @@ def _chunk_values(
 
 def log_probabilities(pair: Pair, tile: Tile, found: Found) -> Tile:
     """log p and log t in the places of the logits; m is subtracted first: a common offset must cancel."""
-    o = pair.arithmetic
+    ops = pair.ops
     student, teacher = (
-        o.sub(o.sub(z, finite_base(part.m.to(z.dtype))[:, None]), part.log_partition.to(z.dtype)[:, None])
+        ops.sub(ops.sub(z, finite_base(part.m.to(z.dtype))[:, None]), part.log_partition.to(z.dtype)[:, None])
         for z, part in zip(tile, (found.student, found.teacher), strict=True)
     )
     return student, teacher
@@ -273,7 +275,7 @@ def slopes(log_p: Tensor, log_t: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pull_back(
     pair: Pair,
-    sinks: tuple[Sink, Sink],
+    accumulators: tuple[GradientAccumulator, GradientAccumulator],
     wants: tuple[Wants, Wants],
     chunk: slice,
     loaded: Tile,
@@ -298,9 +300,9 @@ def _pull_back(
     else:
         gradients, added = over(pair, of_student, logs, (gamma,), places=1)
     picked = pair.targets.pick(chunk)
-    for sink, want, x, g in zip(sinks, wants, loaded, gradients, strict=False):
+    for accumulator, want, x, g in zip(accumulators, wants, loaded, gradients, strict=False):
         if any(want):
-            sink.add(picked, x, classes, g)
+            accumulator.add(picked, x, classes, g)
     return added[0] if added else None
 
 
@@ -318,7 +320,7 @@ def over(
     """
     dtype = statistics_dtype(tiles[0].device)
     columns = tuple(column.to(tiles[0].dtype)[:, None] for column in columns)
-    if not pair.arithmetic.buffered:
+    if not pair.ops.buffered:
         found = f(*tiles, *columns)
         return found[:places], tuple(value.sum(1).to(dtype) for value in found[places:])
     totals: list[Tensor] = []

@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from xent._core.logits import Sink, Tangents
+from xent._core.logits import GradientAccumulator, Tangents
 from xent._core.tiles.plan import Plan
 from xent._core.tiles.sweep import Workspace
 from xent._core.tiles.two_heads import Found, Pair, Tile, Wants, log_probabilities, over, slopes
@@ -59,11 +59,11 @@ def product(
     gamma: Tensor,  # (M,) ∂L/∂KL
     tangents: BothTangents,
     wants: tuple[Wants, Wants],
-) -> tuple[Tensor, tuple[Sink, Sink]]:
+) -> tuple[Tensor, tuple[GradientAccumulator, GradientAccumulator]]:
     """KL˙ (M,), and the derivative of ⟨gradient, tangents⟩ in both heads' tensors."""
     plan = pair.plan(resident=True, buffers=BUFFERS, least_rows=2)
     workspace = pair.workspace(plan, BUFFERS)
-    sinks = pair.sinks(wants)
+    accumulators = pair.accumulators(wants)
     gain = pair.student.transform.gain
     parts = []
     with pair.products():
@@ -77,8 +77,8 @@ def product(
                     pushed = kept[number]
                 else:
                     pushed = _push(pair, workspace, chunk, loaded, classes, rows, tangents)
-                _pull_back(pair, sinks, wants, chunk, loaded, pushed, columns, tangents)
-    return torch.cat(parts) if parts else torch.zeros_like(found.kl), sinks
+                _pull_back(pair, accumulators, wants, chunk, loaded, pushed, columns, tangents)
+    return torch.cat(parts) if parts else torch.zeros_like(found.kl), accumulators
 
 
 def _chunk(
@@ -112,16 +112,16 @@ def _push(
     tangents: BothTangents,
 ) -> _Pushed:
     """log p and log t of a tile, and ζ of both heads."""
-    o, picked = pair.arithmetic, pair.targets.pick(chunk)
+    ops, picked = pair.ops, pair.targets.pick(chunk)
     logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), found)
     zeta = []
     for number, (head, x, along) in enumerate(zip(pair.heads, loaded, tangents, strict=True)):
-        room = workspace.tile(chunk, classes, 2 + number)
+        buffers = workspace.tile(chunk, classes, 2 + number)
         if any(t is not None for t in along):
-            du = head.push(o, picked, x, along, classes, room)
-            zeta.append(du if head.transform.gain == 1.0 else o.mul(du, head.transform.gain))
+            du = head.push(ops, picked, x, along, classes, buffers)
+            zeta.append(du if head.transform.gain == 1.0 else ops.mul(du, head.transform.gain))
         else:
-            zeta.append(o.copy(logs[0].new_zeros(()).expand(logs[0].shape), room))
+            zeta.append(ops.copy(logs[0].new_zeros(()).expand(logs[0].shape), buffers))
     return _Pushed(classes, logs, (zeta[0], zeta[1]))
 
 
@@ -155,7 +155,7 @@ def _second(
 
 def _pull_back(
     pair: Pair,
-    sinks: tuple[Sink, Sink],
+    accumulators: tuple[GradientAccumulator, GradientAccumulator],
     wants: tuple[Wants, Wants],
     chunk: slice,
     loaded: Tile,
@@ -166,9 +166,9 @@ def _pull_back(
     found, _ = over(pair, _second, (*pushed.zeta, *pushed.logs), columns, places=4)
     second_s, second_t, first_s, first_t = found
     picked = pair.targets.pick(chunk)
-    every = zip(sinks, wants, loaded, (second_s, second_t), (first_s, first_t), tangents, strict=True)
-    for sink, want, x, second, first, along in every:
+    every = zip(accumulators, wants, loaded, (second_s, second_t), (first_s, first_t), tangents, strict=True)
+    for accumulator, want, x, second, first, along in every:
         if any(want):
-            sink.add(picked, x, pushed.classes, second)
-            if sink.crosses(along):
-                sink.add_tangent(picked, along, pushed.classes, first)
+            accumulator.add(picked, x, pushed.classes, second)
+            if accumulator.crosses(along):
+                accumulator.add_tangent(picked, along, pushed.classes, first)
