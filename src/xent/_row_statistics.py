@@ -271,21 +271,16 @@ def _row_statistics(call: Call, ignored: int) -> RowStatistics:
 
 
 def row_outputs(part: Part, requested: RequestedOutputs) -> RowOutputs:
-    """What all N rows of a part say: zero, and −1 for argmax, in those that are left out."""
+    """Return the outputs of all N rows of a part: zero, and −1 for argmax, in those that are left out."""
     problem = part.problem._replace(requested=requested)
     if part.opaque:
         found = custom_ops.rows(problem, part.kept, part.check)
     else:
         found = chain.rows(problem)
-    rows = problem.targets.rows
-    values: list[Tensor | None] = []
-    for name, value in found._asdict().items():
-        nothing = -1 if name == "argmax" else 0
-        if value is not None and part.kept is not None:
-            value = value.masked_fill(~part.kept, nothing)
-        if value is not None and rows is not None:
-            value = value.new_full((problem.targets.total,), nothing).index_copy(0, rows, value)
-        values.append(value)
+    values = [
+        None if value is None else part.selection.scatter(value, -1 if name == "argmax" else 0)
+        for name, value in found._asdict().items()
+    ]
     loss, logsumexp, *others = values
     return RowOutputs(_present(loss), _present(logsumexp), *others)
 

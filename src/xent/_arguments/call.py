@@ -33,6 +33,7 @@ from xent._core.logits import DenseLogits, LinearHead, Logits, Transform, comput
 from xent._core.margin import Margin, TargetShift
 from xent._core.ops import BATCHED
 from xent._core.reduction import Kind, Reduction
+from xent._core.selection import Selection
 from xent._core.statistics import RequestedOutputs, statistics_dtype
 from xent._core.target import (
     Target,
@@ -85,6 +86,12 @@ class Part(NamedTuple):
     check: bool | None  # of targets, by that operator
     move: TargetShift | None = None  # of the targets' own scores
     weighs: bool = False  # whether other processes know what some rows add to the divisor of a mean
+
+    @property
+    def selection(self) -> Selection:
+        """The rows that count."""
+        targets = self.problem.targets
+        return Selection(targets.total, targets.rows, self.kept)
 
     def asking(self) -> Problem:
         """The problem, asking for what a move, and the divisor of a mean, start from."""

@@ -17,6 +17,7 @@ from xent._autograd.chain import RowOutputs
 from xent._autograd.transforms import refuse_derivatives, refuse_tangents
 from xent._core.coefficients import Coefficients
 from xent._core.logits import DenseLogits, LinearHead, Logits, Transform
+from xent._core.selection import Selection
 from xent._core.statistics import LOSS_ONLY, RequestedOutputs, Statistics, statistics_dtype
 from xent._core.targets import Targets, check_index, check_top_k
 from xent._core.tiles import sweep
@@ -119,14 +120,12 @@ def _rows(
     found = sweep.statistics(problem)
     zero = torch.zeros_like(found.m)
     of_class = zero if found.own is None else found.target_log_prob
-    out = torch.stack((found.loss, found.logsumexp, zero if found.e is None else found.entropy, of_class))
-    saved = torch.stack((found.m, found.r, found.a, zero if found.e is None else found.e))
+    outputs = (found.loss, found.logsumexp, zero if found.e is None else found.entropy, of_class)
+    saved = (found.m, found.r, found.a, zero if found.e is None else found.e)
     k = torch.zeros_like(zero, dtype=torch.int64) if found.k is None else found.k
-    chosen = problem.targets.rows
-    if chosen is not None:
-        out, saved = (t.new_zeros(4, x.shape[0]).index_copy(1, chosen, t) for t in (out, saved))
-        k = k.new_full((x.shape[0],), -1).index_copy(0, chosen, k)
-    return out, saved, k
+    selection = Selection(x.shape[0], problem.targets.rows)
+    out, stacked = (torch.stack([selection.scatter(t) for t in some]) for some in (outputs, saved))
+    return out, stacked, selection.scatter(k, -1)
 
 
 @_rows.register_fake
@@ -303,8 +302,8 @@ def _problem(
         smoothing=smoothing,
         spread=spread,
     )
-    if kept is not None and not kept.all():
-        chosen = kept.nonzero().squeeze(1)
+    chosen = Selection(x.shape[0], mask=kept).resolved().index
+    if chosen is not None:
         targets = replace(
             targets,
             rows=chosen,

@@ -17,6 +17,7 @@ from torch import Tensor
 from xent._autograd.transforms import refuse_derivatives, refuse_tangents, spread
 from xent._autograd.two_heads import LEAVES, SAVED, Leaves, both, chosen, found_of, saved_of, wanted
 from xent._core.logits import LinearHead, Transform
+from xent._core.selection import Selection
 from xent._core.statistics import statistics_dtype
 from xent._core.targets import no_targets
 from xent._core.tiles import two_heads
@@ -57,9 +58,8 @@ def _kl_rows(
     refuse_tangents(*leaves)
     pair = _pair(leaves, kept, temperature, product_dtype, teacher_product_dtype, budget)
     found = two_heads.values(pair)
-    saved = torch.stack(saved_of(found))
-    if pair.targets.rows is not None:
-        saved = saved.new_zeros(SAVED, x.shape[0]).index_copy(1, pair.targets.rows, saved)
+    selection = Selection(x.shape[0], pair.targets.rows)
+    saved = torch.stack([selection.scatter(t) for t in saved_of(found)])
     return saved[-1].clone(), saved
 
 
@@ -113,7 +113,7 @@ def _pair(
     assert w is not None
     assert teacher_x is not None
     assert teacher_w is not None
-    picked = None if kept is None or bool(kept.all()) else kept.nonzero().squeeze(1)
+    picked = Selection(x.shape[0], mask=kept).resolved().index
     targets = no_targets(x.shape[0], w.shape[0], x.device, None)
     return Pair(
         LinearHead(x, w, b, transform=transform, product_dtype=product_dtype),

@@ -50,7 +50,7 @@ def row_gradient_norms(
         of_inputs = norms(_inputs(curvature))
         if bias is not None:
             of_inputs = torch.hypot(of_inputs, torch.ones_like(of_inputs))
-        return call.stack([_spread(found * of_inputs, part)])
+        return call.stack([part.selection.scatter(found * of_inputs)])
 
 
 def row_gradients(
@@ -80,8 +80,8 @@ def row_gradients(
         if part.row_weight is not None:
             g = g * part.row_weight.to(g.dtype)[:, None]
         x = _inputs(curvature)
-        gradients = _spread((g[:, :, None] * x[:, None, :]).to(call.dtype), part)
-        return gradients if bias is None else (gradients, _spread(g.to(call.dtype), part))
+        gradients = part.selection.scatter((g[:, :, None] * x[:, None, :]).to(call.dtype))
+        return gradients if bias is None else (gradients, part.selection.scatter(g.to(call.dtype)))
 
 
 def _of_rows(
@@ -116,9 +116,3 @@ def _inputs(curvature: Curvature) -> Tensor:
     logits, rows = curvature.problem.logits, curvature.problem.targets.rows
     assert isinstance(logits, LinearHead)
     return (logits.x if rows is None else logits.x[rows]).to(logits.dtype)
-
-
-def _spread(values: Tensor, part: Part) -> Tensor:
-    """(M, ...) to (N, ...), 0 for rows that are left out."""
-    rows, total = part.problem.targets.rows, part.problem.targets.total
-    return values if rows is None else values.new_zeros(total, *values.shape[1:]).index_copy(0, rows, values)

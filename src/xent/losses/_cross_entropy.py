@@ -267,9 +267,9 @@ def _values(part: Part, reduction: Reduction) -> tuple[Tensor, Targets]:
     targets = problem.targets
     found = custom_ops.rows(problem, part.kept, part.check) if part.opaque else chain.rows(problem)
     nll, logsumexp, log_prob = found.loss, found.logsumexp, found.log_prob
-    if part.kept is not None:  # select before weighing: 0·nan is not 0
-        nll, logsumexp = (v.masked_fill(~part.kept, 0.0) for v in (nll, logsumexp))
-        log_prob = None if log_prob is None else log_prob.masked_fill(~part.kept, 0.0)
+    # select before weighing: 0·nan is not 0
+    nll, logsumexp = part.selection.masked(nll), part.selection.masked(logsumexp)
+    log_prob = None if log_prob is None else part.selection.masked(log_prob)
     move = part.move
     if found.mass is not None:  # of all processes' classes
         targets = targets.weighed(found.mass) if part.weighs else targets
@@ -280,9 +280,6 @@ def _values(part: Part, reduction: Reduction) -> tuple[Tensor, Targets]:
 
 
 def _unreduced(part: Part, reduction: Reduction) -> Tensor:
-    """Losses of all N rows of a part, zero where a row is left out."""
-    targets = part.problem.targets
+    """Return the losses of all N rows of a part, zero where a row is left out."""
     values, _ = _values(part, reduction)
-    if targets.rows is None:
-        return values
-    return values.new_zeros(targets.total).index_copy(0, targets.rows, values)
+    return part.selection.scatter(values)

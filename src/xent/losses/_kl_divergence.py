@@ -26,6 +26,7 @@ from xent._arguments.validation import (
 from xent._autograd import transforms, two_heads, two_heads_ops
 from xent._core.logits import LinearHead, compute_dtype
 from xent._core.reduction import Kind, Scale
+from xent._core.selection import Selection
 from xent._core.statistics import statistics_dtype
 from xent._core.target import TopKTarget, thawed_target
 from xent._core.targets import no_targets
@@ -150,14 +151,12 @@ def linear_kl_divergence(
     if kind != "none" and lesson.one_backward:
         return two_heads.reduced(pair, weight, scale).to(call.dtype)
     kl = two_heads_ops.rows(pair, kept) if in_graph else two_heads.rows(pair)
-    if kept is not None:  # select before weighing: 0·nan is not 0
-        kl = kl.masked_fill(~kept, 0.0)
+    selection = Selection(targets.total, targets.rows, kept)
+    kl = selection.masked(kl)  # before weighing: 0·nan is not 0
     if kind != "none":
         return two_heads.total(kl, weight, scale).to(call.dtype)
     kl = kl if weight is None else kl * weight
-    if targets.rows is not None:
-        kl = kl.new_zeros(targets.total).index_copy(0, targets.rows, kl)
-    return call.stack([kl])
+    return call.stack([selection.scatter(kl)])
 
 
 class _Lesson(NamedTuple):

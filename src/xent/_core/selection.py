@@ -1,0 +1,46 @@
+"""Which of N rows count: all, some by their index, or some by a mask.
+
+    scatter: (M, ...) → (N, ...)        M = N, or as many as the index has
+
+A row that does not count is left out, never multiplied by zero: 0·nan is nan. Where data may decide, the rows
+that count are an index, and no others are read. Where it may not (in a graph, under ``vmap``), all N rows are
+computed, with harmless contents in those that do not count, and a mask takes these out of the results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The rows that count, of N; M of them are computed."""
+
+    n_rows: int  # N
+    index: Tensor | None = None  # (M,) int64, ascending
+    mask: Tensor | None = None  # (M,) bool
+
+    def masked(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Return (M, ...) with `fill` in the rows that the mask takes out."""
+        if self.mask is None:
+            return values
+        return values.masked_fill(~self.mask.reshape(-1, *(1,) * (values.dim() - 1)), fill)
+
+    def scatter(self, values: Tensor, fill: float = 0.0) -> Tensor:
+        """Return (N, ...) from (M, ...), with `fill` in the rows that do not count."""
+        values = self.masked(values, fill)
+        if self.index is None:
+            return values
+        return values.new_full((self.n_rows, *values.shape[1:]), fill).index_copy(0, self.index, values)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return the rows of (N, ...) that are computed, (M, ...)."""
+        return values if self.index is None else values[self.index]
+
+    def resolved(self) -> Selection:
+        """Return the same rows by index, for code that may look at data."""
+        if self.mask is None or bool(self.mask.all()):
+            return Selection(self.n_rows, self.index)
+        return Selection(self.n_rows, self.mask.nonzero().squeeze(1))
