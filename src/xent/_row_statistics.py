@@ -1,4 +1,4 @@
-"""What each row's softmax says, from one sweep over logits or straight from features.
+"""Loss, log-probability, entropy and the like of each row, from one sweep over logits or features.
 
     ℓ = a·lse(z) − ⟨t, z⟩    log p_y    lse(z)    H(p) = lse(z) − ⟨p, z⟩    argmax z    the k largest p
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class RowStatistics(NamedTuple):
-    """What each row says, in the shape of the unreduced loss; nats; zeros in rows that are ignored."""
+    """The statistics of each row, in the shape of the unreduced loss; nats; zeros in ignored rows."""
 
     loss: Tensor | None  # as reduction="none"; None without a target
     log_prob: (
@@ -58,7 +58,7 @@ def row_statistics(
     r"""Loss, log-probability, logsumexp, entropy and argmax of each row, from one sweep over logits.
 
     Every field but ``argmax`` and ``correct`` is differentiable, any of them twice; they are computed in
-    float64 and returned as float32 (float64 for float64 logits). Formula: mathematics page, §2.
+    float64 and returned as float32 (float64 for float64 logits).
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
@@ -112,7 +112,7 @@ def linear_row_statistics(
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> RowStatistics:
-    r"""What each row of a linear head says, straight from features: the logits never exist.
+    r"""Return the statistics of each row of a linear head, straight from features: the logits never exist.
 
     :func:`row_statistics` of ``input @ linear_weight.T + linear_bias``: one matrix product forward, three
     more for the gradients of any of the fields together.

@@ -1,1 +1,1 @@
-"""What a public function does with its arguments: options validated, targets resolved, one Problem made."""
+"""The arguments of a public function: options validated, targets resolved, one problem made."""

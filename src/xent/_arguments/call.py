@@ -164,7 +164,7 @@ class Options(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        """Whether the loss is a plain one, for which there is a shorter way."""
+        """The absence of every option, for which there is a shorter way."""
         return (
             self.weight is None
             and self.sample_weight is None
@@ -395,7 +395,7 @@ class Options(NamedTuple):
             )
 
     def _check_classes(self, target: Target, classes: int, ranks: ClassGroup | None) -> Checked:
-        """What is known of class indices; where ranks have yet to agree on the classes, an error waits."""
+        """Return what is known of class indices; an error waits until ranks agree on the classes."""
         classes = classes if ranks is None else ranks.classes
         indices = target.indices if isinstance(target, TopKTarget) else target
         try:

@@ -68,7 +68,7 @@ def _agreed(run: Callable[[], T], group: Any) -> T:
 
 
 def _tell(group: Any, error: Exception) -> None:
-    """Where the ranks are about to compare what they have, they wait for this one, too."""
+    """Send this rank's error to the others, which wait for it where they are about to compare."""
     group = process_group(group, "group")
     if group not in _expected and dist.get_world_size(group) > 1:
         with contextlib.suppress(RanksDisagree):
@@ -179,12 +179,12 @@ def is_dtensor(tensor: object) -> bool:
 
 
 def here(tensor: Any) -> Any:
-    """What this process holds of a tensor that all hold."""
+    """Return this process's part of a tensor that all processes hold."""
     return tensor.to_local() if is_dtensor(tensor) else tensor
 
 
 def localised(group: Any, **given: tuple[Any, int | None]) -> tuple[tuple[Any, ...], Any]:
-    """What this rank holds of DTensors, and their group.
+    """Return this rank's parts of DTensors, and their group.
 
     Each is given with the dimension of its classes, None where it has none. Gradients come back placed as the
     tensors are. An ordinary tensor is what this rank holds already.

@@ -193,7 +193,7 @@ def log_q_of(log_q: Tensor, columns: int) -> Tensor:
 
 
 def _asks(tensor: Tensor, check: bool | None) -> bool:
-    """Whether data may be asked here: on a CPU, or told to, and where there is data to ask."""
+    """Return whether data may be read here: on a CPU or with ``check=True``, and where there is data."""
     if check is False or transforms.is_opaque(tensor) or transforms.batched(tensor):
         return False
     return check is True or tensor.device.type == "cpu"

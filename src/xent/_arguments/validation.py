@@ -1,4 +1,4 @@
-"""What the tensors of a call may be, each error naming the argument; and what autocast makes of them."""
+"""Checks of a call's tensors, each error naming the argument; and the types that autocast gives them."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
 
 
 def lower(tensor: Tensor) -> Tensor:
-    """What autocast does to a factor of a product: every floating type but float64 becomes its half type."""
+    """Return a factor of a product as autocast has it: in its half type, float64 apart."""
     if not autocasts(tensor):
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))

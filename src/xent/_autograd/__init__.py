@@ -1,1 +1,1 @@
-"""Where the sweeps meet torch's differentiation: Functions, custom operators, and the modes torch is in."""
+"""The sweeps inside torch's differentiation: Functions, custom operators, and the modes torch is in."""

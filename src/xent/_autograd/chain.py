@@ -1,4 +1,4 @@
-"""Where the sweeps meet torch's differentiation; wiring only, no formula.
+"""The sweeps inside torch's differentiation; wiring only, no formula.
 
     rows  ── backward ──▶  gradient  ── backward, jvp ──▶  Hessian product
       └──── jvp ──▶ tangent
@@ -35,7 +35,7 @@ THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn
 
 
 class RowOutputs(NamedTuple):
-    """What a row says, each (M,): float64, differentiable, None where it was not asked for; argmax int64."""
+    """The outputs of M rows, each (M,): float64, differentiable, None where not requested; argmax int64."""
 
     loss: Tensor
     logsumexp: Tensor
@@ -118,7 +118,7 @@ class _Recipe:
 
 
 def rows(problem: Problem) -> RowOutputs:
-    """What each row says, differentiable twice in every tensor of scores and in probabilities."""
+    """Return the outputs of each row, differentiable twice in the logits' tensors and in probabilities."""
     recipe, tensors = _Recipe.of(problem)
     if needs_gradient(problem) or transformed(*tensors):
         found = _Rows.apply(recipe, None, *tensors)
@@ -184,7 +184,7 @@ class _Reduction:
 
     @property
     def straight(self) -> bool:
-        """Whether its derivatives in what the rows say are constant."""
+        """The case that its derivatives in the rows' outputs are constant."""
         return self.reduction.z_loss == 0.0 and self.move is None
 
 

@@ -1,4 +1,4 @@
-"""What the rows say as custom operators, for `torch.compile`, `torch.export`, and tensors without data.
+"""The rows' outputs as custom operators, for `torch.compile`, `torch.export`, and tensors without data.
 
 The tile loop must not be unrolled into a graph, so there the two sweeps are operators that a graph holds as
 they are: ``xent::rows`` and its derivative ``xent::rows_gradient``. They have one derivative and no rule for
@@ -26,7 +26,7 @@ from xent._core.tiles.sweep import Problem
 
 
 def rows(problem: Problem, kept: Tensor | None, check: bool | None) -> RowOutputs:
-    """What each row says, (N,), zero (argmax −1) in the rows that are not kept (N,); differentiable once."""
+    """Return each row's outputs (N,), zero (argmax −1) in the rows not kept (N,); differentiable once."""
     refuse_derivatives()
     logits, t = problem.logits, problem.targets
     x, *head = logits.tensors[:3]

@@ -27,7 +27,7 @@ DERIVED = (
 
 
 def is_opaque(*tensors: Tensor | None) -> bool:
-    """Whether a graph is being made, or a tensor has a shape but no data."""
+    """Return whether a graph is being made, or a tensor has a shape but no data."""
     if torch.compiler.is_compiling():
         return True
     fake = torch._subclasses.fake_tensor.FakeTensor
@@ -35,7 +35,7 @@ def is_opaque(*tensors: Tensor | None) -> bool:
 
 
 def derived() -> bool:
-    """Whether a derivative is being taken that an operator would answer with a silent zero, or not at all."""
+    """Return whether a derivative is taken for which an operator would give a silent zero."""
     transforms = torch._C._functorch.get_interpreter_stack() or ()
     vmap = torch._C._functorch.TransformType.Vmap
     return forward_ad._current_level >= 0 or any(t.key() != vmap for t in transforms)
@@ -58,7 +58,7 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func is at work, or forward mode is looking at any of the tensors."""
+    """Return whether torch.func is at work, or forward mode differentiates in any of the tensors."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return (
             True  # at these tensors or not: under a transform torch takes a Function with a rule of its own
@@ -67,7 +67,7 @@ def transformed(*tensors: Tensor | None) -> bool:
 
 
 def batched(*tensors: Tensor | None) -> bool:
-    """Whether `vmap` has batched any of the tensors, at any level."""
+    """Return whether `vmap` has batched any of the tensors, at any level."""
     functorch = torch._C._functorch
     for t in tensors:
         while t is not None and not is_batched(t) and functorch.is_functorch_wrapped_tensor(t):
@@ -97,7 +97,7 @@ def gradients_of(
 
 
 def is_one(upstream: Tensor) -> bool:
-    """Whether scaling changes nothing, where asking costs nothing."""
+    """Return whether scaling is known to change nothing, where reading the number costs nothing."""
     return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1.0
 
 

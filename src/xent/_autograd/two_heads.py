@@ -1,4 +1,4 @@
-"""Where the divergence of two heads meets torch's differentiation; wiring only, no formula.
+"""The divergence of two heads inside torch's differentiation; wiring only, no formula.
 
     rows  ── backward ──▶  gradient  ── backward, jvp ──▶  Hessian product
       └──── jvp ──▶ tangent

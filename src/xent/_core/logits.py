@@ -1,4 +1,4 @@
-"""Where logits come from: `Logits` that exist, or a `LinearHead` z = W x + b whose logits never do.
+"""The sources of logits: `DenseLogits` that exist, or a `LinearHead` z = W x + b whose logits never do.
 
     inner logits u → softcap k·tanh(u/k) → ÷ temperature → − log Q (of sampled classes) → z
 
@@ -65,7 +65,7 @@ class Transform:
 
 
 class TileBuffers(NamedTuple):
-    """Where a tile of logits, and of slopes where they are wanted, may be written."""
+    """The memory for a tile of logits, and for its slopes where they are wanted."""
 
     z: Tensor | None  # (R, T)
     slope: Tensor | None  # (R, T)
@@ -73,7 +73,7 @@ class TileBuffers(NamedTuple):
 
 
 class Logits(Protocol):
-    """What a sweep asks of the logits of N rows over C classes."""
+    """The logits of N rows over C classes, as a sweep uses them."""
 
     @property
     def transform(self) -> Transform: ...
@@ -113,7 +113,7 @@ class Logits(Protocol):
 
     @property
     def bytes_per_logit(self) -> int:
-        """Of a tile while it is worked on, beside the tile itself."""
+        """Bytes per logit of a tile while it is worked on, beside the tile itself."""
         ...
 
     def load(self, rows: Rows) -> Tensor: ...
@@ -161,7 +161,7 @@ def _corrected(ops: TileOps, z: Tensor, log_q: Tensor | None, classes: slice) ->
 
 
 def _before(z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
-    """What was corrected."""
+    """Return the logits before the correction."""
     return z if log_q is None else z + cut(log_q, classes).to(z.dtype)
 
 
@@ -415,12 +415,12 @@ class _LinearHeadAccumulator:
             self.db.add(classes, g.sum(0))
 
     def crosses(self, tangents: Tangents) -> bool:
-        """Whether `add_tangent` has anything to add."""
+        """Return whether `add_tangent` has anything to add."""
         dx, dw, *_ = tangents
         return (self.dx is not None and dw is not None) or (self.dw is not None and dx is not None)
 
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
-        """What a tile of ∂L/∂u̇ adds where u̇ = ẋ Wᵀ + x Ẇᵀ + ḃ is itself a function of x and W."""
+        """Add the part of a tile of ∂L/∂u̇ that comes from u̇ = ẋ Wᵀ + x Ẇᵀ + ḃ as a function of x and W."""
         dx, dw, *_ = tangents
         factor = g.to(self.logits.factor_dtype)
         if self.dx is not None and dw is not None:

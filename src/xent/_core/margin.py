@@ -1,4 +1,4 @@
-"""What moving the target's own score by δ does to a row, from what the row says where it stands.
+"""Loss and logsumexp of a row after the target's logit is shifted by δ, from row statistics alone.
 
     z_y → z_y + δ multiplies the odds against the target, e^ℓ − 1 = Σ_{j≠y} exp(z_j − z_y), by e^−δ:
 

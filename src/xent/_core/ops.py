@@ -194,7 +194,7 @@ class _InPlaceAccumulator:
         return self.value.to(dtype)
 
     def _begin(self, at: slice) -> bool:
-        """Whether nothing has been written here yet."""
+        """Note that these rows are written; return whether they are for the first time."""
         if self.begun is None:
             return False
         stop = self.begun.get(at.start)
@@ -310,7 +310,7 @@ class _FunctionalAccumulator:
 
 
 def is_batched(t: Tensor) -> bool:
-    """Whether the outermost wrapper of a tensor is vmap's (that of `is_grads_batched` is its own kind)."""
+    """Return whether a tensor's outermost wrapper is vmap's (that of `is_grads_batched` is its own kind)."""
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 

@@ -1,4 +1,4 @@
-"""What becomes of the rows' losses: L = Σ s·(ℓ + λ·lse²) / divisor, and its derivatives in ℓ and lse.
+"""From the rows' losses to the loss: L = Σ s·(ℓ + λ·lse²) / divisor, and its derivatives in ℓ and lse.
 
     ∂L/∂ℓ = s / divisor        ∂L/∂lse = 2λ·lse·s / divisor
 
@@ -43,7 +43,7 @@ class Reduction:
         row_weight: Tensor | None,
         move: TargetShift | None = None,
     ) -> Tensor:
-        """What each row adds, before the divisor: (M,); log_prob is asked for by a move alone."""
+        """Return what each row adds, before the divisor: (M,). Only a shift of the target needs log_prob."""
         if move is not None:
             assert log_prob is not None
             nll, logsumexp = move(nll, logsumexp, log_prob)
@@ -119,7 +119,7 @@ class Reduction:
 
 
 def _weighted(parts: Sequence[tuple[Targets, Tensor | None]]) -> bool:
-    """Whether anything but the number of rows decides the divisor."""
+    """Return whether anything but the number of rows decides the divisor."""
     return any(weight is not None or targets.mean_weight is not None for targets, weight in parts)
 
 

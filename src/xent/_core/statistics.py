@@ -42,7 +42,7 @@ def product_with_zero(a: Tensor, shift: Tensor) -> Tensor:
 
 
 class RequestedOutputs(NamedTuple):
-    """What is accumulated beside a loss."""
+    """The outputs that are accumulated beside a loss."""
 
     entropy: bool = False
     argmax: bool = False
@@ -51,7 +51,7 @@ class RequestedOutputs(NamedTuple):
 
     @property
     def of_scores(self) -> bool:
-        """Whether a tile is asked for more than its part of a loss."""
+        """The need for more of a tile than its part of a loss."""
         return self.entropy or self.argmax or self.log_prob
 
 
@@ -92,7 +92,7 @@ class Statistics:
         return (self.shares(m) + other.shares(m)).at(m, _lowest(self, other))
 
     def shares(self, m: Tensor) -> PartialSums:
-        """What these classes add to a union whose largest logit is m (R,), no lower than theirs."""
+        """Return what these classes add to a union whose largest logit is m (R,), no lower than theirs."""
         attained = self.m == m
         # −inf − (−inf) is no distance at all: two sets of masked classes lie at the same place
         shift = torch.where(attained, 0.0, self.m - m)
@@ -162,7 +162,7 @@ class Statistics:
 
 
 class PartialSums(NamedTuple):
-    """What disjoint sets of classes add to their union, relative to its largest logit m; each (R,)."""
+    """The parts that disjoint sets of classes add to their union, relative to its largest logit m; each (R,)."""
 
     top: Tensor  # how many of the sets attain m
     rest: Tensor  # Σ exp(z − m), one term of m left out of each set that attains it
@@ -225,7 +225,7 @@ class PairwiseMerge(Generic[S]):
 
 
 def finite_base(m: Tensor) -> Tensor:
-    """What to subtract from a row whose maximum is m: a wholly masked row stays at −inf instead of nan."""
+    """Return what to subtract from rows of maximum m: wholly masked ones stay at −inf, not nan."""
     return m.clamp_min(torch.finfo(m.dtype).min)
 
 
@@ -324,7 +324,7 @@ def dot(t: Tensor, z: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class TargetColumns:
-    """Where the target's own classes lie within one class tile; selection, never multiplication."""
+    """The columns of the target's classes within one class tile; by selection, never by multiplication."""
 
     inside: Tensor | None  # (R, K) bool: this tile holds the class; None means that it holds them all
     local: Tensor  # (R, K) int64 column; where outside, that of one inside, or 0

@@ -1,4 +1,4 @@
-"""What a row may be compared with: class indices, probabilities, or the probabilities of k classes."""
+"""The targets of a row: a class index, probabilities, or the probabilities of k classes."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[
 
 
 def tensors_of(target: Target) -> tuple[Tensor, ...]:
-    """What a target is made of."""
+    """Return the tensors of a target."""
     if isinstance(target, TopKTarget):
         return target.indices, target.probabilities
     return () if target is None else (target,)

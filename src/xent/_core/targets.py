@@ -1,4 +1,4 @@
-"""What a row is compared with, as one row t of the formula ℓ = a·lse(z) − ⟨t, z⟩; every option ends here.
+"""The target of a row as the t of ℓ = a·lse(z) − ⟨t, z⟩; every option about targets ends here.
 
     class index y          t = (1 − ε)·w_y·e_y + (ε/C)·w
     probabilities q        t = w∘((1 − ε)·q + ε/C)
@@ -89,7 +89,7 @@ class Targets:
 
     @property
     def dense(self) -> bool:
-        """Whether `tile` has anything to say."""
+        """The presence of a dense part of t."""
         return self.probabilities is not None or self.spread is not None or self.smoothing > 0
 
     def tile(self, chunk: slice, classes: slice, dtype: torch.dtype) -> Tensor | None:
@@ -120,7 +120,7 @@ class Targets:
 
 
 class Checked(NamedTuple):
-    """What is known of class indices."""
+    """The facts known of class indices."""
 
     classes: bool  # each is a class, or to be ignored
     none_ignored: bool
@@ -205,7 +205,7 @@ def _inside(own: Tensor, classes: int) -> Tensor:
 
 
 def _at(w: Tensor, own: Tensor) -> Tensor:
-    """w (C,) of classes own, whatever it is of one that is none: that one's logit sees to it."""
+    """Gather w (C,) at the target classes; out-of-range ones are clamped, and their loss is nan anyway."""
     return w[own.clamp(0, len(w) - 1)] if len(w) else w.new_zeros(own.shape)
 
 

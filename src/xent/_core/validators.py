@@ -1,4 +1,4 @@
-"""What each option of the public functions takes: one table, and one error for a value that does not fit.
+"""The values that each option of the public functions takes: one table, and one error for the others.
 
     valid("temperature", np.float32(2)) = 2.0        valid("temperature", None) → a TypeError
 

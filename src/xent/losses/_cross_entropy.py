@@ -46,7 +46,7 @@ def cross_entropy(
     r"""Softmax cross-entropy of logits, ``a·lse(z) − ⟨t, z⟩`` a row, in nats.
 
     A drop-in for :func:`torch.nn.functional.cross_entropy`, computed relative to each row's maximum, so that
-    large logits, confident rows and masked (−inf) classes keep their digits. Formula: mathematics page, §1.
+    large logits, confident rows and masked (−inf) classes keep their digits.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
@@ -147,7 +147,7 @@ def linear_cross_entropy(
     ``cross_entropy(input @ linear_weight.T + linear_bias, target)``, visited in tiles of rows × classes. For
     ``"mean"`` and ``"sum"`` the gradient is formed in the forward sweep (three matrix products in all where
     the budget holds 128 rows of logits, else four); ignored rows are left out before the products; a frozen
-    input or weight costs nothing. Formula: mathematics page, §§1, 2, 4.
+    input or weight costs nothing.
 
     Args:
         input: features, (..., D): any number of leading batch dimensions.
@@ -247,7 +247,7 @@ def _loss(call: Call) -> Tensor:
 
 
 def _forms_early(part: Part) -> bool:
-    """Whether the gradient is to be formed in the forward sweep: not where that would not pay or not do."""
+    """Return whether to form the gradient in the forward sweep: only where that is right and pays."""
     problem, s = part.problem, part.row_weight
     q = problem.targets.probabilities
     if (
@@ -262,7 +262,7 @@ def _forms_early(part: Part) -> bool:
 
 
 def _values(part: Part, reduction: Reduction) -> tuple[Tensor, Targets]:
-    """What each of the M rows adds to the loss, before the divisor; and the targets, which say that."""
+    """Return what each of the M rows adds to the loss, before the divisor; and the targets that give it."""
     problem = part.asking()
     targets = problem.targets
     found = custom_ops.rows(problem, part.kept, part.check) if part.opaque else chain.rows(problem)

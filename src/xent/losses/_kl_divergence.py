@@ -48,7 +48,7 @@ def kl_divergence(
 
     Differentiable in both arguments any number of times, in every mode of torch. Computed without
     cancellation: of two logits it is never negative, equal ones are at 0, and distributions that differ by
-    1e-8 keep their digits, as do rows that are right beyond all doubt. Formula: mathematics page, §3.
+    1e-8 keep their digits, as do rows that are right beyond all doubt.
 
     Args:
         target: t, the shape of ``input``: probabilities of any non-negative mass, 0·log 0 = 0 (the slope
@@ -170,7 +170,7 @@ class _Lesson(NamedTuple):
 
     @property
     def one_backward(self) -> bool:
-        """Whether a gradient formed in the forward sweep is what will be asked for."""
+        """The case that one plain backward will follow, whose gradient the forward sweep can form."""
         if self.kept is not None or self.in_graph or not torch.is_grad_enabled():
             return False
         tensors = (*self.pair.student.tensors, *self.pair.teacher.tensors)
@@ -381,7 +381,7 @@ def _log_softmax(z: Tensor, temperature: float) -> Tensor:
 
 
 def _lost(direct: Tensor, z: Tensor, teacher: Tensor, temperature: float, log_t: Tensor) -> Tensor:
-    """What rounding took from δ = log p − log t: a constant, 0 where nothing is known to be better.
+    """Return what rounding took from δ = log p − log t: a constant, 0 where nothing better is known.
 
     With k the teacher's first class and w = (z_c − z_k) − (y_c − y_k), y the teacher's logits, which loses
     nothing: δ = w − log1p(Σ t·expm1(w)). Near logits lose log t's own rounding otherwise.

@@ -23,8 +23,7 @@ def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduc
     They are not the value's own, whose gradient is a·p − t + a·J·z: a finite difference finds that one. The
     value equals ``cross_entropy − a·H(p)``, so it may be negative and is no measure of fit: a model that is
     sure of nothing scores 0. What it is good for is to show that training needs no logarithm; the log 0 that
-    a logarithm is feared for has gone already where cross-entropy is computed from logits. Formula:
-    mathematics page, §7.
+    a logarithm is feared for has gone already where cross-entropy is computed from logits.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).

@@ -20,7 +20,7 @@ FEWEST_ROWS = 64  # below this a product is bound by memory: narrow the tile fir
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one sweep needs beside its inputs and outputs, in bytes."""
+    """The memory of one sweep beside its inputs and outputs, in bytes."""
 
     kept: int  # per element of a tile, from forward to gradient: probabilities (and slopes)
     scratch: int  # per element of a tile while it is worked on

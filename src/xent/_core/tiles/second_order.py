@@ -214,7 +214,7 @@ def _chunk_tangent(
 
 
 class _Part(NamedTuple):
-    """What a tile adds to a row's sums beside the target's own class, each (R,)."""
+    """The parts of a row's sums that a tile adds beside the target's class, each (R,)."""
 
     rest: Tensor  # ⟨p̂, ζ⟩, p̂ without the class that is sure
     left: Tensor  # Σ p̂

@@ -359,7 +359,7 @@ def _mean_shift(found: Statistics) -> Tensor:
 
 
 def target_total(problem: Problem) -> Accumulator:
-    """Where ∂L/∂q is collected."""
+    """Return the accumulator of ∂L/∂q."""
     q = problem.targets.probabilities
     assert q is not None
     return problem.ops.total(tuple(q.shape), q.dtype, q.device, dim=1)

@@ -122,7 +122,7 @@ class Pair(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What a sweep keeps of M rows."""
+    """The statistics of both heads and the KL of M rows."""
 
     student: Statistics
     teacher: Statistics

@@ -28,7 +28,7 @@ BothTangents: TypeAlias = tuple[Tangents, Tangents]
 
 
 class _Means(NamedTuple):
-    """What a row's second derivatives take from all of its classes, (R,) each."""
+    """The means over all classes that a row's second derivatives need, (R,) each."""
 
     student: Tensor  # ⟨p, ζ_S⟩
     teacher: Tensor  # ⟨t, ζ_T⟩
@@ -128,7 +128,7 @@ def _push(
 def _moments(
     log_p: Tensor, log_t: Tensor, zeta_s: Tensor, zeta_t: Tensor, kl: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a tile adds to ⟨p, ζ_S⟩, ⟨t, ζ_T⟩ and KL˙."""
+    """Return the terms of ⟨p, ζ_S⟩, ⟨t, ζ_T⟩ and KL˙ in a tile."""
     of_student, of_teacher = slopes(log_p, log_t, kl)
     return log_p.exp() * zeta_s, log_t.exp() * zeta_t, of_student * zeta_s + of_teacher * zeta_t
 
