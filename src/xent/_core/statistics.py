@@ -162,7 +162,7 @@ class Statistics:
 
 
 class PartialSums(NamedTuple):
-    """The parts that disjoint sets of classes add to their union, relative to its largest logit m; each (R,)."""
+    """The parts that disjoint sets of classes add to a union of largest logit m; each (R,)."""
 
     top: Tensor  # how many of the sets attain m
     rest: Tensor  # Σ exp(z − m), one term of m left out of each set that attains it
