@@ -15,7 +15,7 @@ from table import close, dtypes
 from triplet_cases import EXTREME, ROW, head, row
 from xent import triplets
 from xent._core.tiles import top_k as streaming
-from xent.triplets._pairs import MOST
+from xent.triplets._pairs import MAX_DENSE_CLASSES
 
 INF = math.inf
 
@@ -283,7 +283,7 @@ def test_what_does_not_add_up_is_refused():
         a + triplets.pair_matrix(z[:, :3], torch.zeros_like(y))
     with pytest.raises(TypeError):
         a + 1
-    many = MOST + 1
+    many = MAX_DENSE_CLASSES + 1
     with pytest.raises(ValueError, match=r"4097 classes takes 0\.1 GiB; with top_k"):
         triplets.pair_matrix(torch.zeros(1, many), torch.tensor([0]))
     assert triplets.pair_matrix(torch.zeros(1, many), torch.tensor([0]), top_k=2).matrix.is_sparse

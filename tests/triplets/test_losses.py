@@ -461,16 +461,16 @@ def test_inputs_are_left_untouched():
 def test_tiles_are_computed_again(monkeypatch):
     """Once in the forward pass, once in the backward pass."""
     calls = []
-    again = _tiles._again
+    recompute = _tiles._recompute
 
     def counting(f, *tensors):
         def counted(*tensors):
             calls.append(tensors[0].shape[0])
             return f(*tensors)
 
-        return again(counted, *tensors)
+        return recompute(counted, *tensors)
 
-    monkeypatch.setattr(_tiles, "_again", counting)
+    monkeypatch.setattr(_tiles, "_recompute", counting)
     x, w, _, y = head(torch.float32)
     loss = triplets.linear_triplet_loss(x.requires_grad_(), w, y, memory_budget=500)
     forward = len(calls)

@@ -1,10 +1,10 @@
-"""The triplets inside cross-entropy: a row's features, the class vector that is right, and each that is not.
+"""The triplets inside cross-entropy: a row's features, its target's class vector, and each of the others.
 
     m_j = z_j − z_y        CE = log(1 + Σ_{j≠y} exp m_j)        ∂CE/∂m_j = p_j
 
-`bounds` holds cross-entropy between triplet losses, `attribution` takes it apart by rival, `pair_matrix` adds
-that up over a data set, and the triplet losses themselves can be trained. Each has a twin ``linear_…`` that
-works straight from features, without the logits.
+`bounds` bounds cross-entropy by triplet losses, `attribution` splits it by rival class, `pair_matrix` adds
+the parts up over a data set, and the triplet losses themselves are for training. Each has a twin ``linear_…``
+that works from the features of a linear head, without storing the logits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the functions of triplets share: a class for each row, and rows put back where they came from.
+"""Steps shared by the functions of triplets: options, a class for each row, rows scattered back to all N.
 
-A row's triplets need a positive: the target is one class. What only describes has no derivative, and refuses
-to be differentiated instead of answering zero.
+A row's triplets need a positive, so the target is one class a row. Functions that only report on rows have no
+derivative; they raise where one is asked for instead of returning zero.
 """
 
 from __future__ import annotations
@@ -11,37 +11,61 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, Part
+from xent._arguments.call import Call, Options, Part
 from xent._autograd import transforms
 from xent._core.ops import tile_ops_for
 from xent._core.tiles.sweep import Problem
 
 
-def one_class(target: Tensor) -> None:
-    """TypeError unless the target may hold class indices."""
+def require_class_indices(target: Tensor) -> None:
+    """Raise a TypeError unless the target may hold class indices."""
     if not isinstance(target, Tensor) or target.is_floating_point():
         given = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"a triplet has one positive: target must be a tensor of class indices, got {given}")
 
 
-def described(call: Call, describe: Callable[[Problem], Sequence[Tensor]]) -> list[list[Tensor]]:
-    """What `describe` says of each part's rows, times their weights, at all N rows."""
-    return [_described(part, describe) for part in call.parts]
+def report_options(
+    ignore_index: int | None,
+    softcap: float | None,
+    temperature: float,
+    check_targets: bool | None,
+    product_dtype: torch.dtype | None = None,
+    memory_budget: int | None = None,
+    *,
+    reduction: str = "none",
+    sample_weight: Tensor | None = None,
+) -> Options:
+    """Validate the options of a function that reports on rows, in the order of the public signatures."""
+    return Options.of(
+        ignore_index=ignore_index,
+        reduction=reduction,
+        sample_weight=sample_weight,
+        softcap=softcap,
+        temperature=temperature,
+        check_targets=check_targets,
+        product_dtype=product_dtype,
+        memory_budget=memory_budget,
+    )
 
 
-def _described(part: Part, describe: Callable[[Problem], Sequence[Tensor]]) -> list[Tensor]:
-    problem = eager(part)
+def report_rows(call: Call, compute: Callable[[Problem], Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Return the outputs of `compute` for each part, scaled by the row weights and scattered to N rows."""
+    return [_report_part(part, compute) for part in call.parts]
+
+
+def _report_part(part: Part, compute: Callable[[Problem], Sequence[Tensor]]) -> list[Tensor]:
+    problem = eager_problem(part)
     with transforms.plain(problem.logits.device):
-        found = []
-        for value in describe(problem):
+        outputs = []
+        for value in compute(problem):
             if part.row_weight is not None and value.is_floating_point():
-                value = value * _beside(part.row_weight, value)
-            found.append(at_all_rows(part, value))
-        return found
+                value = value * _expand_rows(part.row_weight, value)
+            outputs.append(scatter_rows(part, value))
+        return outputs
 
 
-def eager(part: Part) -> Problem:
-    """The problem of a part that is only described, NotImplementedError where it would be differentiated."""
+def eager_problem(part: Part) -> Problem:
+    """Return the problem of a part without a derivative; raise NotImplementedError where one is asked for."""
     problem = part.problem
     if part.opaque:
         raise NotImplementedError(
@@ -55,29 +79,31 @@ def eager(part: Part) -> Problem:
     return problem._replace(ops=tile_ops_for(*problem.logits.tensors, problem.targets.own))
 
 
-def at_all_rows(part: Part, value: Tensor) -> Tensor:
-    """(M, ...) -> (N, ...): 0, and −1 for a class, in rows that are left out."""
-    value, targets = _kept(part, value), part.problem.targets
+def scatter_rows(part: Part, value: Tensor) -> Tensor:
+    """Scatter (M, ...) to (N, ...). Rows that are left out get 0, or −1 where the values are classes."""
+    value, targets = _mask_rows(part, value), part.problem.targets
     if targets.rows is None:
         return value
-    return value.new_full((targets.total, *value.shape[1:]), _nothing(value)).index_copy(
+    return value.new_full((targets.total, *value.shape[1:]), _fill_value(value)).index_copy(
         0, targets.rows, value
     )
 
 
-def _kept(part: Part, value: Tensor) -> Tensor:
-    return value if part.kept is None else value.masked_fill(~_beside(part.kept, value), _nothing(value))
+def _mask_rows(part: Part, value: Tensor) -> Tensor:
+    return (
+        value if part.kept is None else value.masked_fill(~_expand_rows(part.kept, value), _fill_value(value))
+    )
 
 
-def _beside(rows: Tensor, value: Tensor) -> Tensor:
-    """(M,) as something that broadcasts to (M, ...)."""
+def _expand_rows(rows: Tensor, value: Tensor) -> Tensor:
+    """Reshape (M,) to broadcast against (M, ...)."""
     return rows.reshape(-1, *(1,) * (value.dim() - 1))
 
 
-def _nothing(value: Tensor) -> int:
+def _fill_value(value: Tensor) -> int:
     return 0 if value.is_floating_point() else -1
 
 
 def no_autocast(device: torch.device) -> torch.autocast:
-    """Types are chosen at the door, and so are those that autocast asks for."""
+    """Disable autocast: the types, those that autocast asks for included, were chosen with the arguments."""
     return torch.autocast(device.type, enabled=False)

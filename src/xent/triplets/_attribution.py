@@ -1,8 +1,8 @@
-"""Which rivals carry a row's loss: an exact decomposition, not a bound.
+"""The exact decomposition of a row's cross-entropy by rival class.
 
     CE = Σ_{j≠y} π_j·softplus(m_j − log π_j)        π = softmax over the rivals alone
 
-Each term is π_j·CE, so the share of rival j in the row's loss is π_j.
+Each term is π_j·CE, so π_j is the share of rival j in the row's loss.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, Options
+from xent._arguments.call import Call
 from xent._core.logits import compute_dtype
 from xent._core.validators import valid
 from xent.triplets import _attribution_sweep
-from xent.triplets._arguments import described, one_class
+from xent.triplets._arguments import report_options, report_rows, require_class_indices
 
 
 class Attribution(NamedTuple):
-    """Each row's loss, taken apart: ``losses.sum(-1) + remainder`` is ``loss``."""
+    """The decomposition of each row's loss: ``losses.sum(-1) + remainder`` equals ``loss``."""
 
-    classes: Tensor  # (..., k) int64, the rivals with the largest shares, largest first; −1 for none
+    classes: Tensor  # (..., k) int64, the rivals of the largest shares, largest first; −1 if masked
     shares: Tensor  # (..., k) π_j, in 0..1
     losses: Tensor  # (..., k) π_j·CE, nats
-    remainder: Tensor  # (...) what the other rivals carry, nats
+    remainder: Tensor  # (...) the loss of all other rivals, nats
     loss: Tensor  # (...) cross-entropy, nats
 
 
@@ -39,19 +39,19 @@ def attribution(
     temperature: float = 1.0,
     check_targets: bool | None = None,
 ) -> Attribution:
-    r"""The k rivals that carry most of each row's cross-entropy, their shares, and what is left.
+    r"""Return the k rivals with the largest shares of each row's cross-entropy, and the loss of the others.
 
-    Formula: mathematics page, §6.
+    ``losses = π_j·CE`` with π the softmax over the rivals; derivation in ``docs/triplets.md``.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
         target: class indices of any integer type, (), (N,) or (N, d1, ...).
-        top_k: how many rivals; where there are fewer than that, k = C − 1.
+        top_k: number of rivals to return; at most C − 1 are.
         ignore_index, softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
-        :class:`Attribution`, without gradient: float32 or float64, zeros and classes −1 in rows that are
-        ignored and for rivals that are masked by −inf.
+        :class:`Attribution`, without gradient, float32 or float64. Ignored rows, and rivals masked by −inf,
+        have shares and losses of 0 and the class −1.
 
     Raises:
         IndexError: a target outside 0..C−1, naming row and value.
@@ -67,14 +67,8 @@ def attribution(
         >>> bool(torch.isclose(found.losses.sum() + found.remainder, xent.cross_entropy(z, y)))
         True
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
-        reduction="none",
-        softcap=softcap,
-        temperature=temperature,
-        check_targets=check_targets,
-    )
+    require_class_indices(target)
+    options = report_options(ignore_index, softcap, temperature, check_targets)
     return _attribution(options.of_logits(input, target), top_k)
 
 
@@ -92,7 +86,7 @@ def linear_attribution(
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> Attribution:
-    r"""The attribution of a linear head, straight from features, streaming over the classes.
+    r"""Return the attribution of a linear head from its features, streaming over the classes.
 
     Args:
         input, linear_weight, linear_bias, product_dtype, memory_budget: as in
@@ -112,16 +106,8 @@ def linear_attribution(
         >>> found.classes.shape, found.loss.shape
         (torch.Size([8, 3]), torch.Size([8]))
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
-        reduction="none",
-        softcap=softcap,
-        temperature=temperature,
-        check_targets=check_targets,
-        product_dtype=product_dtype,
-        memory_budget=memory_budget,
-    )
+    require_class_indices(target)
+    options = report_options(ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget)
     return _attribution(options.of_head(input, linear_weight, linear_bias, target), top_k)
 
 
@@ -129,22 +115,22 @@ def _attribution(call: Call, top_k: int) -> Attribution:
     top_k = valid("top_k", top_k)
     dtype = compute_dtype(call.dtype)
     k = min(top_k, call.parts[0].problem.targets.classes - 1)
-    found = described(call, lambda problem: _attribution_sweep.attribution(problem, k))
+    parts = report_rows(call, lambda problem: _attribution_sweep.attribution(problem, k))
     classes, shares, remainder, loss = (
-        parts[0] if len(found) == 1 else torch.stack(parts, dim=1)
-        for parts in map(list, zip(*found, strict=True))
+        columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
+        for columns in map(list, zip(*parts, strict=True))
     )
     wide = (*call.rows_shape, k)
-    losses = carried(shares, loss[..., None])
+    losses = weighted_loss(shares, loss[..., None])
     return Attribution(
         classes=classes.reshape(wide),
         shares=shares.to(dtype).reshape(wide),
         losses=losses.to(dtype).reshape(wide),
-        remainder=carried(remainder, loss).to(dtype).reshape(call.rows_shape),
+        remainder=weighted_loss(remainder, loss).to(dtype).reshape(call.rows_shape),
         loss=loss.to(dtype).reshape(call.rows_shape),
     )
 
 
-def carried(share: Tensor, loss: Tensor) -> Tensor:
-    """π·CE. Select: a rival without a share carries nothing, be the loss infinite; nan is no 0."""
+def weighted_loss(share: Tensor, loss: Tensor) -> Tensor:
+    """Return π·CE: 0 where π = 0 even if the loss is infinite, nan where the loss is nan."""
     return torch.where((share == 0) & ~loss.isnan(), 0.0, share * loss)

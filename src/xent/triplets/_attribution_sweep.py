@@ -1,10 +1,10 @@
-"""Which rivals carry a row's loss: cross-entropy taken apart exactly, streaming over class tiles.
+"""The exact decomposition of cross-entropy by rival class, streaming over class tiles.
 
     CE = softplus(lse_{j≠y}(z) − z_y) = Σ_{j≠y} π_j·softplus(m_j − log π_j)        m_j = z_j − z_y
 
-with π the softmax over the rivals alone. m_j − log π_j = lse_{j≠y}(z) − z_y is the same for every j, so that
-each term is π_j·CE, and π_j the share of rival j in the row's loss. (p_j/(1 − p_y), which is the same number,
-is 0/0 on a row that is right beyond all doubt.)
+with π the softmax over the rivals alone. m_j − log π_j = lse_{j≠y}(z) − z_y is the same for every j, so each
+term is π_j·CE, and π_j is the share of rival j in the row's loss. (p_j/(1 − p_y) is the same number, but 0/0
+on a row whose p_y rounds to 1.)
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from xent.triplets._sweep import own_logits, softplus
 
 
 class PartialSums(NamedTuple):
-    """Of M rows; every number float64."""
+    """The attribution of M rows; every number is float64."""
 
     classes: Tensor  # (M, k) int64, largest share first; −1 where a rival is masked
-    shares: Tensor  # (M, k) π of these
-    remainder: Tensor  # (M,) Σ π of the others
+    shares: Tensor  # (M, k) π of these classes
+    remainder: Tensor  # (M,) Σ π of the other rivals
     loss: Tensor  # (M,)
 
 
 def attribution(problem: Problem, k: int) -> PartialSums:
-    """The k < C rivals of each row with the largest shares; targets are one class a row, without weights."""
+    """Return the k < C rivals of each row with the largest shares; one target class a row, no weights."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     assert targets.own is not None
     plan = problem.plan(resident=False, temporaries=1)
@@ -81,22 +81,25 @@ def attribution(problem: Problem, k: int) -> PartialSums:
 
 
 def rivals_loss(rivals: Statistics, own_z: Tensor) -> Tensor:
-    """CE of rows from the statistics of their rivals and their own logits, (R,)."""
-    # the maximum leaves first: a common offset must cancel
+    """Return the cross-entropy of rows, (R,), from their rivals' statistics and their targets' logits."""
+    # subtract the maximum first: a common offset must cancel
     loss = softplus(finite_base(rivals.m) - finite_base(own_z), 1 + rivals.r)
     lost = torch.where(rivals.m == NEG_INF, math.nan, math.inf)
     return torch.where(own_z == NEG_INF, lost, loss)
 
 
 def _remainder(shares: Tensor, classes: int) -> Tensor:
-    """What the largest leave to the others: nothing where there are no others."""
+    """Return 1 − Σ π of the largest rivals; 0 where there are no others."""
     if shares.shape[1] >= classes - 1:
         return torch.zeros_like(shares[:, 0]) if shares.shape[1] else shares.sum(1)
     return (1 - shares.sum(1)).clamp_min(0)
 
 
 def pair_losses(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Σ_n π_nj·CE_n over the rows of each own class: (C, C) float64, [y, j]; and the rows of each, (C,)."""
+    """Return Σ_n π_nj·CE_n over the rows of each target y, and the number of these rows.
+
+    (C, C) float64, indexed [y, j], and (C,) int64.
+    """
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     assert targets.own is not None
     classes, dtype = targets.classes, statistics_dtype(logits.device)
@@ -114,9 +117,9 @@ def pair_losses(problem: Problem) -> tuple[Tensor, Tensor]:
             own = TargetColumns.locate(cut(targets.own, chunk), slice(0, classes))
             e, rivals = summarise(ops, own.put(ops, z, NEG_INF), None, own)
             e = e.to(dtype)
-            whole = e.sum(1)  # in the type of the matrix, so that a row's shares add up to 1
+            whole = e.sum(1)  # summed in the type of the matrix, so that a row's shares add up to 1
             loss = rivals_loss(replace(rivals, r=whole - 1), cut(own_z, chunk)[:, 0].to(dtype))
-            # select: a rival without a share carries nothing, be the loss infinite; nan is no 0
+            # a rival with share 0 has loss 0 even if the row's loss is infinite; nan stays nan
             per_share = (loss / whole)[:, None]
             carried = torch.where((e == 0) & ~loss.isnan()[:, None], 0.0, e * per_share)
             total.index_add_(0, y[chunk], carried)

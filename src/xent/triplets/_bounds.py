@@ -1,4 +1,4 @@
-"""Margins, and the chain of bounds that the triplets of a row make around its cross-entropy.
+"""Margins, and the bounds on a row's cross-entropy that its triplets give.
 
 hinge(log C) ≤ smooth(log C) ≤ tight(log(C−1)) ≤ CE ≤ Σ softplus(m)        Jensen, with 1/C at softplus(0)
 softplus(max m) ≤ CE ≤ softplus(max m + log(C−1))
@@ -12,16 +12,16 @@ from torch import Tensor
 from xent._arguments.call import Call, Options
 from xent._core.logits import DenseLogits, LinearHead, TileBuffers, compute_dtype
 from xent._core.ops import FunctionalOps
-from xent.triplets._arguments import described, no_autocast, one_class
+from xent.triplets._arguments import no_autocast, report_options, report_rows, require_class_indices
 from xent.triplets._sweep import Bounds, chain
 
 
 def margins(
     input: Tensor, target: Tensor, *, ignore_index: int | None = -100, check_targets: bool | None = None
 ) -> Tensor:
-    r"""m_j = z_j − z_y: by how much each rival is ahead of the row's own class.
+    r"""Return the margins m_j = z_j − z_y of each row: how far each rival is ahead of the target class.
 
-    Differentiable any number of times, in every mode of torch. Formula: mathematics page, §6.
+    Differentiable any number of times, in every mode of torch.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
@@ -30,7 +30,8 @@ def margins(
         check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
-        (C − 1,), (N, C − 1) or (N, d1, ..., C − 1): the classes in order, without y. Float32 for half types.
+        (C − 1,), (N, C − 1) or (N, d1, ..., C − 1): the classes in order, without the target class. Float32
+        for half types.
 
     Raises:
         IndexError: a target outside 0..C−1, naming row and value.
@@ -41,7 +42,7 @@ def margins(
         >>> xent.triplets.margins(torch.tensor([[3.0, 1.0, 7.0]]), torch.tensor([1]))
         tensor([[2., 6.]])
     """
-    one_class(target)
+    require_class_indices(target)
     options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
     return _margins(options.of_logits(input, target), options.ignored)
 
@@ -55,7 +56,7 @@ def linear_margins(
     ignore_index: int | None = -100,
     check_targets: bool | None = None,
 ) -> Tensor:
-    r"""The margins of a linear head, which are as many as its logits.
+    r"""Return the margins of a linear head; they take as much memory as its logits.
 
     Args:
         input: features, (..., D).
@@ -75,7 +76,7 @@ def linear_margins(
         >>> xent.triplets.linear_margins(x, w, torch.tensor([0]))
         tensor([[1.]])
     """
-    one_class(target)
+    require_class_indices(target)
     options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
     call = options.of_head(input, linear_weight, linear_bias, target)
     return _margins(call, options.ignored)
@@ -83,15 +84,15 @@ def linear_margins(
 
 def _margins(call: Call, ignored: int) -> Tensor:
     assert isinstance(call.target, Tensor)
-    ops, found = FunctionalOps(), []
+    ops, margins_by_part = FunctionalOps(), []
     n = call.rows_shape.numel() // len(call.parts)
     columns = call.target.reshape(n, len(call.parts)).unbind(1)
     for part, y in zip(call.parts, columns, strict=True):
         logits = part.problem.logits
         assert isinstance(logits, DenseLogits | LinearHead)
         classes = logits.shape[1]
-        kept = y != ignored
-        logits = logits.select(kept)
+        counted = y != ignored
+        logits = logits.select(counted)
         with no_autocast(logits.device):
             z, _ = logits.tile(
                 ops, logits.load(slice(0, n)), slice(0, classes), TileBuffers(None, None, False)
@@ -101,8 +102,8 @@ def _margins(call: Call, ignored: int) -> Tensor:
         rivals = torch.arange(classes - 1, device=z.device).expand(n, -1)
         m = z.gather(1, rivals + (rivals >= y)) - z.gather(1, y)
         m = torch.where(inside[:, None], m, torch.nan)
-        found.append(torch.where(kept[:, None], m, torch.zeros_like(m)))
-    m = found[0] if len(found) == 1 else torch.stack(found, dim=1)
+        margins_by_part.append(torch.where(counted[:, None], m, torch.zeros_like(m)))
+    m = margins_by_part[0] if len(margins_by_part) == 1 else torch.stack(margins_by_part, dim=1)
     return m.reshape(*call.rows_shape, m.shape[-1])
 
 
@@ -117,17 +118,18 @@ def bounds(
     temperature: float = 1.0,
     check_targets: bool | None = None,
 ) -> Bounds:
-    r"""Cross-entropy between triplet losses: the chain of bounds of each row, in nats.
+    r"""Return lower and upper bounds on each row's cross-entropy by triplet losses, in nats.
 
-    ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``. The first three are
-    lower bounds and can be far below: cross-entropy smooths the hardest triplet, they the average one. With
-    one class there is no triplet, and all are 0. Formula: mathematics page, §6.
+    ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``; formulas in
+    :class:`Bounds` and ``docs/triplets.md``. The first three can lie far below the loss: they average over
+    the rivals, while cross-entropy follows the hardest one. With one class there is no triplet, and all
+    fields are 0.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...). A rival masked by −inf adds nothing.
         target: class indices of any integer type, (), (N,) or (N, d1, ...).
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``, of every field; they keep the order.
-        sample_weight: as in :func:`xent.cross_entropy`; not negative, if the order is to hold.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``, of every field; the order of the fields is kept.
+        sample_weight: as in :func:`xent.cross_entropy`; negative weights break the order of the fields.
         ignore_index, softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
@@ -145,14 +147,9 @@ def bounds(
         >>> round(found.smooth.item(), 6), round(found.loss.item(), 6)
         (2.158106, 2.302585)
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
-        reduction=reduction,
-        sample_weight=sample_weight,
-        softcap=softcap,
-        temperature=temperature,
-        check_targets=check_targets,
+    require_class_indices(target)
+    options = report_options(
+        ignore_index, softcap, temperature, check_targets, reduction=reduction, sample_weight=sample_weight
     )
     return _bounds(options.of_logits(input, target))
 
@@ -172,7 +169,7 @@ def linear_bounds(
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> Bounds:
-    r"""The bounds of a linear head, straight from features in one sweep: the logits never exist.
+    r"""Return the bounds of a linear head from its features in one sweep, without storing the logits.
 
     :func:`bounds` of ``input @ linear_weight.T + linear_bias``, for one matrix product and one exponential a
     logit, like the loss itself.
@@ -196,23 +193,23 @@ def linear_bounds(
         >>> bool(found.hinge <= found.smooth <= found.tight <= found.loss <= found.union)
         True
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
+    require_class_indices(target)
+    options = report_options(
+        ignore_index,
+        softcap,
+        temperature,
+        check_targets,
+        product_dtype,
+        memory_budget,
         reduction=reduction,
         sample_weight=sample_weight,
-        softcap=softcap,
-        temperature=temperature,
-        check_targets=check_targets,
-        product_dtype=product_dtype,
-        memory_budget=memory_budget,
     )
     return _bounds(options.of_head(input, linear_weight, linear_bias, target))
 
 
 def _bounds(call: Call) -> Bounds:
     reduction, dtype = call.reduction, compute_dtype(call.dtype)
-    fields = zip(*described(call, chain), strict=True)
+    fields = zip(*report_rows(call, chain), strict=True)
     if reduction.kind == "none":
         return Bounds(*(call.stack(parts, dtype) for parts in fields))
     scale = reduction.scale([(part.problem.targets, part.row_weight) for part in call.parts])

@@ -1,4 +1,4 @@
-"""The triplet loss between embeddings, without classes: an anchor, a positive, a negative.
+"""The triplet loss between embeddings (anchor, positive, negative), without classes.
 
 φ(‖a − p + ε‖_p − ‖a − n + ε‖_p + margin)        φ = max(·, 0), torch's loss, or softplus
 """
@@ -27,17 +27,19 @@ def triplet_margin_loss(
     reduction: str = "mean",
     smooth: bool = False,
 ) -> Tensor:
-    r"""The triplet loss of embeddings, with the signature and the values of
-    :func:`torch.nn.functional.triplet_margin_loss`, and a smooth form.
+    r"""Return the triplet loss of embeddings, as torch's function of this name, or a smooth form of it.
+
+    Signature and values are those of :func:`torch.nn.functional.triplet_margin_loss`.
 
     Args:
         anchor, positive, negative: (N, D) or (D,), of shapes that broadcast.
-        margin: what the negative must be farther away by; positive, as in torch, unless ``smooth``.
-        p: of the norm.
+        margin: how much farther away than the positive the negative must be; above 0, as in torch, unless
+            ``smooth``.
+        p: the exponent of the norm.
         eps: added to every coordinate of a difference.
         swap: measure the negative's distance from the anchor or from the positive, whichever is nearer.
         reduction: ``"mean"`` (0 over no rows), ``"sum"`` or ``"none"``.
-        smooth: softplus in place of the hinge: no triplet is ever quite done.
+        smooth: softplus in place of the hinge, so that every triplet keeps a gradient.
 
     Returns:
         A scalar, or (N,) for ``"none"``.

@@ -1,13 +1,13 @@
-"""What a triplet loss is: φ of a row's margins, its negatives, and the geometry that its scores come from.
+"""The parts of a triplet loss: φ of a row's margins, its negatives, and the geometry of the scores.
 
     (1/(K+1)) Σ_j φ(m_j + margin)        φ = max(·, 0) or softplus        m_j = z_j − z_y over K negatives
 
-The score is an inner product; another geometry is an inner product of other vectors,
+Every score is an inner product. Another geometry is the inner product of other vectors,
 
     cosine: x/‖x‖, w/‖w‖        squared L2: 2x, w, bias −‖w‖²        −‖x − w‖² = 2⟨x, w⟩ − ‖w‖² − ‖x‖²
 
-so that squared L2 ranks like the inner product where all ‖w‖ are equal, or where the bias is −‖w‖²/2 (the
-factor is then 2).
+so squared L2 ranks the classes like the inner product where all ‖w‖ are equal, or where the bias is −‖w‖²/2
+(its margins are then twice as large).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from xent._core.statistics import NEG_INF, statistics_dtype
 
-EXACT = 40.0  # from here on log(1 + exp v) is v to every digit of float64
+EXACT = 40.0  # from here on log(1 + exp v) equals v in float64
 
 
 def softplus(v: Tensor) -> Tensor:
@@ -31,13 +31,13 @@ def softplus(v: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Form:
-    """Σ φ(m + margin) over K negatives, divided by K + 1."""
+    """The function φ and the margin of a loss (1/(K + 1)) Σ φ(m + margin) over K negatives."""
 
     phi: Callable[[Tensor], Tensor]
     margin: float | None  # None: log(K + 1)
 
     def shift(self, negatives: int | Tensor) -> float | Tensor:
-        """The margin of K negatives, a number or (M,)."""
+        """Return the margin for K negatives, a number or (M,)."""
         if self.margin is not None:
             return self.margin
         if isinstance(negatives, Tensor):
@@ -45,13 +45,13 @@ class Form:
         return math.log1p(negatives)
 
     def sum(self, m: Tensor, shift: float | Tensor) -> Tensor:
-        """Σ φ(m + margin) of m (R, T), −inf where there is no negative, and a margin, one or (R,)."""
+        """Return Σ φ(m + margin) over m (R, T), −inf at no negative; the margin is one number or (R,)."""
         by = shift[:, None].to(m.dtype) if isinstance(shift, Tensor) else shift
         return self.phi(m + by).sum(1).to(statistics_dtype(m.device))
 
 
-def of_negatives(z: Tensor, y: Tensor, negatives: int | Tensor) -> tuple[Tensor, int | Tensor]:
-    """Margins of the negatives, −inf where there is none, and how many there are; z (M, C), y (M, 1)."""
+def negative_margins(z: Tensor, y: Tensor, negatives: int | Tensor) -> tuple[Tensor, int | Tensor]:
+    """Return the margins of the negatives, −inf where there is none, and their number; z (M, C), y (M, 1)."""
     classes = z.shape[1]
     inside = (y >= 0) & (y < classes)
     y = torch.where(inside, y, 0)
@@ -71,9 +71,9 @@ def in_geometry(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return features, weight and bias of the inner-product head whose margins are those of the geometry.
 
-    Rows of the cosine's are of length 1 already: lengths are divided out before any type is lowered.
+    For the cosine the rows have length 1 already: they are normalised before any type is lowered.
     """
     if geometry != "squared_l2":
         return x, w, b
-    norm = w.square().sum(1)  # −‖x‖² is the same for every class
+    norm = w.square().sum(1)  # −‖x‖² is the same for every class, so no margin changes
     return 2 * x, w, -norm if b is None else b - norm

@@ -1,9 +1,9 @@
-"""Triplet losses between a row and the classes, to be trained: from logits, or straight from features.
+"""Triplet losses between a row and the class vectors, for training: from logits, or from features.
 
     triplet        (1/(K+1)) Σ_j max(m_j + margin, 0)
     smooth         (1/(K+1)) Σ_j softplus(m_j + margin)        m_j = z_j − z_y over K negatives
 
-Over all negatives with margin log C they are cross-entropy's lower bounds `hinge` and `smooth`.
+Over all negatives with margin log C they equal the lower bounds `hinge` and `smooth` of `bounds`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from xent._core.logits import DenseLogits, LinearHead
 from xent._core.targets import holds_integers, widened
 from xent._core.validators import Whole, valid
 from xent.triplets import _tiles
-from xent.triplets._arguments import at_all_rows, no_autocast, one_class
-from xent.triplets._forms import Form, in_geometry, of_negatives, softplus
+from xent.triplets._arguments import no_autocast, require_class_indices, scatter_rows
+from xent.triplets._forms import Form, in_geometry, negative_margins, softplus
 
 Negatives: TypeAlias = str | int | Tensor
 
@@ -37,18 +37,18 @@ def triplet_loss(
     sample_weight: Tensor | None = None,
     check_targets: bool | None = None,
 ) -> Tensor:
-    r"""``(1/(K+1)) Σ max(z_j − z_y + margin, 0)`` over K negatives of each row.
+    r"""Return the triplet loss ``(1/(K+1)) Σ max(z_j − z_y + margin, 0)`` over K negatives of each row.
 
     Differentiable in every mode of torch. Over all negatives with margin log C it is the field ``hinge`` of
-    :func:`bounds`, a lower bound of cross-entropy. Formula: mathematics page, §6.
+    :func:`bounds`, a lower bound on cross-entropy.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
         target: class indices of any integer type, (), (N,) or (N, d1, ...).
-        margin: what a negative must stay behind by.
-        negatives: ``"all"`` C − 1; a number k: the k hardest of each row, all where there are no more; or
-            sampled ones: class indices (N, k) or (N, d1, ..., k). A sample that is the row's own class is
-            left out, and the row's K is then smaller.
+        margin: how far each negative's logit must stay below the target's.
+        negatives: ``"all"``, the C − 1 other classes; a number k, the k hardest of each row (at most C − 1);
+            or class indices (N, k) or (N, d1, ..., k), sampled negatives. A sample equal to the row's target
+            is left out, and the row's K is then smaller.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ sample_weight over rows not
             ignored, and is 0 over no rows.
         ignore_index, sample_weight, check_targets: as in :func:`xent.cross_entropy`.
@@ -58,9 +58,9 @@ def triplet_loss(
         autocast).
 
     Raises:
-        IndexError: a target or a sampled negative outside 0..C−1, naming it.
+        IndexError: a target or a sampled negative outside 0..C−1, by place and value.
         ValueError: shapes or option values that do not fit together.
-        TypeError: types that do not; a target that is not one class a row.
+        TypeError: types that do not fit together; a target that is not one class a row.
 
     Example:
         >>> import torch, xent
@@ -68,14 +68,9 @@ def triplet_loss(
         >>> xent.triplets.triplet_loss(z, y).item()  # (0.5 + 0)/3
         0.1666666716337204
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
-        reduction=reduction,
-        sample_weight=sample_weight,
-        check_targets=check_targets,
-    )
-    return _loss(options.of_logits(input, target), Form(F.relu, valid("margin", margin)), negatives, options)
+    require_class_indices(target)
+    options = _options(ignore_index, reduction, sample_weight, check_targets)
+    return _loss(options.of_logits(input, target), _hinge(margin), negatives, options)
 
 
 def smooth_triplet_loss(
@@ -89,15 +84,15 @@ def smooth_triplet_loss(
     sample_weight: Tensor | None = None,
     check_targets: bool | None = None,
 ) -> Tensor:
-    r"""``(1/(K+1)) Σ softplus(z_j − z_y + margin)`` over K negatives of each row.
+    r"""Return the loss ``(1/(K+1)) Σ softplus(z_j − z_y + margin)`` over K negatives of each row.
 
-    As :func:`triplet_loss`, with softplus for the hinge. Over all negatives it is the field ``smooth`` of
-    :func:`bounds`; over one, with margin 0, half the logistic loss of two scores' difference. Formula:
-    mathematics page, §6.
+    :func:`triplet_loss` with softplus in place of the hinge. Over all negatives it is the field ``smooth`` of
+    :func:`bounds`; over one negative, with margin 0, it is half the logistic loss of the difference of the
+    two logits.
 
     Args:
-        margin: None for log(K + 1), with which it is a lower bound of the cross-entropy over the row's own
-            class and its K negatives.
+        margin: None for log(K + 1), which makes the loss a lower bound on the cross-entropy over the target
+            class and the K negatives.
         input, target, negatives, ignore_index, reduction, sample_weight, check_targets: as in
             :func:`triplet_loss`.
 
@@ -113,19 +108,9 @@ def smooth_triplet_loss(
         >>> round(xent.triplets.smooth_triplet_loss(z, y).item(), 6)  # of a cross-entropy of 2.302585
         2.158106
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
-        reduction=reduction,
-        sample_weight=sample_weight,
-        check_targets=check_targets,
-    )
-    return _loss(
-        options.of_logits(input, target),
-        Form(softplus, None if margin is None else valid("margin", margin)),
-        negatives,
-        options,
-    )
+    require_class_indices(target)
+    options = _options(ignore_index, reduction, sample_weight, check_targets)
+    return _loss(options.of_logits(input, target), _smooth(margin), negatives, options)
 
 
 def linear_triplet_loss(
@@ -143,11 +128,11 @@ def linear_triplet_loss(
     check_targets: bool | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""The triplet loss of a linear head, straight from features: no logits are kept.
+    r"""Return the triplet loss of a linear head from its features, without storing the logits.
 
     Each tile of rows × classes is computed again in the backward pass: four matrix products in all. A second
-    derivative through ``create_graph`` keeps what it needs of every tile, and so is as large as the logits;
-    under ``torch.func`` transforms, in forward mode and in a graph the logits are there too.
+    derivative through ``create_graph`` stores every tile, and so takes as much memory as the logits, as do
+    ``torch.func`` transforms, forward mode and compiled graphs.
 
     Args:
         input: features, (..., D).
@@ -155,12 +140,12 @@ def linear_triplet_loss(
         target: class indices of any integer type, (..., d1, ...).
         linear_bias: (C,), or (C, d1, ...), added to the scores.
         geometry: the score of a row and a class: ``"inner"`` ⟨x, w⟩; ``"cosine"`` of the angle between them;
-            ``"squared_l2"`` −‖x − w‖². The last ranks like the first where all ‖w‖ are equal, or the first
-            has the bias −‖w‖²/2; its margins are then twice as large.
-        negatives: as in :func:`triplet_loss`; the vectors of the k hardest or sampled ones are gathered, some
-            rows at a time.
+            ``"squared_l2"`` −‖x − w‖². The last ranks the classes like the first where all ‖w‖ are equal, or
+            where the first has the bias −‖w‖²/2; its margins are then twice as large.
+        negatives: as in :func:`triplet_loss`; the class vectors of the k hardest or sampled negatives are
+            gathered for a block of rows at a time.
         margin, ignore_index, reduction, sample_weight, check_targets: as in :func:`triplet_loss`.
-        memory_budget: bytes of working memory beside inputs, gradients and O(N·D); 64 MiB by default.
+        memory_budget: bytes of working memory, not counting inputs, gradients and O(N·D); 64 MiB by default.
 
     Returns:
         As :func:`triplet_loss`.
@@ -176,17 +161,10 @@ def linear_triplet_loss(
         ... )
         >>> loss.backward()
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
-        reduction=reduction,
-        sample_weight=sample_weight,
-        check_targets=check_targets,
-        memory_budget=memory_budget,
-        normalize=valid("geometry", geometry) == "cosine",
-    )
+    require_class_indices(target)
+    options = _options(ignore_index, reduction, sample_weight, check_targets, memory_budget, geometry)
     call = options.of_head(input, linear_weight, linear_bias, target)
-    return _loss(call, Form(F.relu, valid("margin", margin)), negatives, options, geometry)
+    return _loss(call, _hinge(margin), negatives, options, geometry)
 
 
 def linear_smooth_triplet_loss(
@@ -204,7 +182,7 @@ def linear_smooth_triplet_loss(
     check_targets: bool | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""The smooth triplet loss of a linear head, straight from features: no logits are kept.
+    r"""Return the smooth triplet loss of a linear head from its features, without storing the logits.
 
     Args:
         input, linear_weight, target, linear_bias, geometry, negatives, memory_budget: as in
@@ -225,8 +203,22 @@ def linear_smooth_triplet_loss(
         >>> bool(loss <= xent.linear_cross_entropy(x, w, y))
         True
     """
-    one_class(target)
-    options = Options.of(
+    require_class_indices(target)
+    options = _options(ignore_index, reduction, sample_weight, check_targets, memory_budget, geometry)
+    call = options.of_head(input, linear_weight, linear_bias, target)
+    return _loss(call, _smooth(margin), negatives, options, geometry)
+
+
+def _options(
+    ignore_index: int | None,
+    reduction: str,
+    sample_weight: Tensor | None,
+    check_targets: bool | None,
+    memory_budget: int | None = None,
+    geometry: str = "inner",
+) -> Options:
+    """Validate the options of a triplet loss; the order is that of the public signatures."""
+    return Options.of(
         ignore_index=ignore_index,
         reduction=reduction,
         sample_weight=sample_weight,
@@ -234,30 +226,30 @@ def linear_smooth_triplet_loss(
         memory_budget=memory_budget,
         normalize=valid("geometry", geometry) == "cosine",
     )
-    call = options.of_head(input, linear_weight, linear_bias, target)
-    return _loss(
-        call,
-        Form(softplus, None if margin is None else valid("margin", margin)),
-        negatives,
-        options,
-        geometry,
-    )
+
+
+def _hinge(margin: float) -> Form:
+    return Form(F.relu, valid("margin", margin))
+
+
+def _smooth(margin: float | None) -> Form:
+    return Form(softplus, None if margin is None else valid("margin", margin))
 
 
 def _loss(call: Call, form: Form, negatives: Negatives, options: Options, geometry: str = "inner") -> Tensor:
     parts, reduction, negatives = call.parts, call.reduction, transforms.thawed(negatives)
     classes = parts[0].problem.targets.classes
-    chosen = _chosen(negatives, call, classes, options.check_targets)
+    by_part = _negatives_by_part(negatives, call, classes, options.check_targets)
     with no_autocast(parts[0].problem.logits.device):
-        values = [_values(part, form, some, geometry) for part, some in zip(parts, chosen, strict=True)]
+        values = [_row_losses(part, form, k, geometry) for part, k in zip(parts, by_part, strict=True)]
         if reduction.kind == "none":
-            return call.stack([at_all_rows(part, value) for part, value in zip(parts, values, strict=True)])
+            return call.stack([scatter_rows(part, value) for part, value in zip(parts, values, strict=True)])
         scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts])
         return reduction.total(torch.cat(values), scale).to(call.dtype)
 
 
-def _values(part: Part, form: Form, negatives: int | Tensor, geometry: str) -> Tensor:
-    """What each of the M rows adds to the loss, before the divisor; float64."""
+def _row_losses(part: Part, form: Form, negatives: int | Tensor, geometry: str) -> Tensor:
+    """Return the weighted loss of each of the M rows, float64."""
     logits, targets = part.problem.logits, part.problem.targets
     assert targets.own is not None
     assert isinstance(logits, DenseLogits | LinearHead)
@@ -269,30 +261,34 @@ def _values(part: Part, form: Form, negatives: int | Tensor, geometry: str) -> T
     assert first is not None
     first = first if targets.rows is None else first[targets.rows]
     if isinstance(logits, DenseLogits):
-        total, count = _of_logits(first, targets.own, negatives, form)
+        loss, count = _sum_over_negatives(first, targets.own, negatives, form)
     else:
         w, b = others
         assert w is not None
         x, w, b = in_geometry(geometry, first, w, b)
-        # no transform of torch allows a checkpoint
+        # torch's transforms do not allow a checkpoint
         if part.opaque or part.kept is not None or transforms.transformed(x, w, b):
-            total, count = _of_logits(F.linear(x, w, b), targets.own, negatives, form)
+            loss, count = _sum_over_negatives(F.linear(x, w, b), targets.own, negatives, form)
         else:
             head = LinearHead(x, w, b)
-            total, count = _tiles.total(head, targets, negatives, form, part.problem.budget)
-    value = total / (count + 1)
+            loss, count = _tiles.sum_over_negatives(head, targets, negatives, form, part.problem.budget)
+    value = loss / (count + 1)
     if part.kept is not None:
         value = value.masked_fill(~part.kept, 0.0)
     return value if part.row_weight is None else value * part.row_weight
 
 
-def _of_logits(z: Tensor, own: Tensor, negatives: int | Tensor, form: Form) -> tuple[Tensor, int | Tensor]:
-    m, count = of_negatives(z, own, negatives)
+def _sum_over_negatives(
+    z: Tensor, own: Tensor, negatives: int | Tensor, form: Form
+) -> tuple[Tensor, int | Tensor]:
+    m, count = negative_margins(z, own, negatives)
     return form.sum(m, form.shift(count)), count
 
 
-def _chosen(negatives: Negatives, call: Call, classes: int, check: bool | None) -> list[int | Tensor]:
-    """For each part how many of the hardest negatives, or which ones (N, k)."""
+def _negatives_by_part(
+    negatives: Negatives, call: Call, classes: int, check: bool | None
+) -> list[int | Tensor]:
+    """Return for each part the number of hardest negatives, or the sampled ones (N, k)."""
     parts, rows_shape = len(call.parts), tuple(call.rows_shape)
     if isinstance(negatives, Tensor) and negatives.dim() > 0:
         if not holds_integers(negatives):
@@ -302,14 +298,14 @@ def _chosen(negatives: Negatives, call: Call, classes: int, check: bool | None) 
                 f"sampled negatives must have shape {(*rows_shape, 'k')}, got {tuple(negatives.shape)}"
             )
         k = negatives.shape[-1]
-        index = _checked(widened(negatives), classes, call.parts[0], check)
+        index = _check_negatives(widened(negatives), classes, call.parts[0], check)
         return list(index.reshape(call.rows_shape.numel() // parts, parts, k).unbind(1))
     hardest = count_of_negatives(negatives)
     return [classes if hardest is None else hardest] * parts
 
 
 def count_of_negatives(negatives: object) -> int | None:
-    """Return how many of the hardest negatives are meant, None for all."""
+    """Return the number of hardest negatives, None for all; raise a ValueError for anything else."""
     if isinstance(negatives, str) and negatives == "all":
         return None
     try:
@@ -322,9 +318,9 @@ def count_of_negatives(negatives: object) -> int | None:
     return count
 
 
-def _checked(negatives: Tensor, classes: int, part: Part, check: bool | None) -> Tensor:
-    """Return sampled negatives (..., k), int64; raise an IndexError that names the first that is no class."""
-    if part.opaque or part.kept is not None:  # where nothing can be asked: a bad one meets torch's own check
+def _check_negatives(negatives: Tensor, classes: int, part: Part, check: bool | None) -> Tensor:
+    """Return sampled negatives (..., k), int64; raise an IndexError that names the first outside 0..C−1."""
+    if part.opaque or part.kept is not None:  # the data cannot be read here: torch's own gather checks it
         return negatives
     good = (negatives >= 0) & (negatives < classes)
     if check is None and negatives.device.type != "cpu":

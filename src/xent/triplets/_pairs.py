@@ -1,8 +1,8 @@
-"""Which rival class carries the loss of which true class, over a data set.
+"""The loss of a data set by pair of true class and rival class.
 
     M[y, j] = Σ_n [y_n = y]·π_nj·CE_n        Σ_j M[y, j] + remainder[y] = Σ_n [y_n = y]·CE_n
 
-Batches add up: `a + b` is the matrix of the rows of both.
+Matrices of disjoint sets of rows add up: `a + b` is that of both sets.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, Options
+from xent._arguments.call import Call
 from xent._core.statistics import statistics_dtype
 from xent._core.validators import valid
 from xent.triplets import _attribution_sweep
-from xent.triplets._arguments import eager, one_class
-from xent.triplets._attribution import carried
+from xent.triplets._arguments import eager_problem, report_options, require_class_indices
+from xent.triplets._attribution import weighted_loss
 
-MOST = 4096  # classes of a dense matrix: 128 MiB
+MAX_DENSE_CLASSES = 4096  # a dense matrix of 128 MiB
 
 
 class Pair(NamedTuple):
-    """A true class, the rival that carries some of its loss, and how much: in nats, and of all loss."""
+    """A true class, a rival class, and the loss of the pair: in nats, and as a share of all loss."""
 
     true: int
     rival: int
@@ -34,13 +34,13 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PairMatrix:
-    """The loss that each pair of true class and rival class carries; `+` joins disjoint sets of rows.
+    """The loss of each pair of true class and rival class; `+` joins disjoint sets of rows.
 
     Attributes:
         matrix: (C, C) float64, [true class, rival class], nats summed over rows; dense, or a coalesced sparse
             COO tensor of the k largest shares of each row.
-        remainder: (C,) float64, what the other rivals carry; 0 in a dense matrix.
-        count: (C,) int64, the rows of each class.
+        remainder: (C,) float64, the loss of the rivals that a sparse matrix leaves out; 0 in a dense one.
+        count: (C,) int64, the number of rows of each class.
     """
 
     matrix: Tensor
@@ -49,12 +49,12 @@ class PairMatrix:
 
     @property
     def loss(self) -> Tensor:
-        """(C,) float64: the loss of each class summed over its rows."""
+        """The loss of each class summed over its rows, (C,) float64."""
         rows = self.matrix.sum(1)
         return (rows.to_dense() if rows.is_sparse else rows) + self.remainder
 
     def largest(self, k: int = 10) -> list[Pair]:
-        """The k pairs that carry most, largest first, and only such as carry something.
+        """Return the k pairs with the largest loss, largest first; pairs without loss are left out.
 
         Example:
             >>> import torch, xent
@@ -65,18 +65,18 @@ class PairMatrix:
         """
         k = valid("k", k)
         if self.matrix.is_sparse:
-            values, places = self.matrix.values(), self.matrix.indices().T
+            values, indices = self.matrix.values(), self.matrix.indices().T
         else:
             values = self.matrix.flatten()
             at = torch.arange(len(values), device=values.device)
-            places = torch.stack([at // len(self.count), at % len(self.count)], dim=1)
-        whole = self.loss.sum()
+            indices = torch.stack([at // len(self.count), at % len(self.count)], dim=1)
+        all_loss = self.loss.sum()
         loss, order = values.topk(min(k, len(values)))
-        shares = (loss / whole).tolist()
+        shares = (loss / all_loss).tolist()
         return [
-            Pair(y, j, carries, share)
-            for (y, j), carries, share in zip(places[order].tolist(), loss.tolist(), shares, strict=True)
-            if carries > 0
+            Pair(y, j, nats, share)
+            for (y, j), nats, share in zip(indices[order].tolist(), loss.tolist(), shares, strict=True)
+            if nats > 0
         ]
 
     def __add__(self, other: PairMatrix) -> PairMatrix:
@@ -92,7 +92,7 @@ class PairMatrix:
             )
         matrix = self.matrix + other.matrix
         return PairMatrix(
-            matrix.coalesce() if matrix.is_sparse else matrix,  # which a sum on CUDA is not
+            matrix.coalesce() if matrix.is_sparse else matrix,  # on CUDA the sum is not coalesced
             self.remainder + other.remainder,
             self.count + other.count,
         )
@@ -108,15 +108,16 @@ def pair_matrix(
     temperature: float = 1.0,
     check_targets: bool | None = None,
 ) -> PairMatrix:
-    r"""The loss that each pair of true class and rival class carries, summed over rows.
+    r"""Return the loss of each pair of true class and rival class, summed over rows.
 
-    For a data set in batches, add the batches' matrices. Formula: mathematics page, §6.
+    ``M[y, j] = Σ_n [y_n = y]·π_nj·CE_n``; see ``docs/triplets.md``. For a data set in batches, add the
+    matrices of the batches.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
         target: class indices of any integer type, (), (N,) or (N, d1, ...).
-        top_k: None for all pairs, a dense matrix; or of each row only the k rivals with the largest shares,
-            a sparse one.
+        top_k: None for a dense matrix of all pairs; a number k for a sparse one of the k rivals with the
+            largest shares of each row.
         ignore_index, softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
@@ -136,14 +137,8 @@ def pair_matrix(
         >>> torch.allclose(halves.matrix, whole.matrix), int(whole.count.sum())
         (True, 100)
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
-        reduction="none",
-        softcap=softcap,
-        temperature=temperature,
-        check_targets=check_targets,
-    )
+    require_class_indices(target)
+    options = report_options(ignore_index, softcap, temperature, check_targets)
     return _pair_matrix(options.of_logits(input, target), top_k)
 
 
@@ -161,7 +156,7 @@ def linear_pair_matrix(
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> PairMatrix:
-    r"""The pair matrix of a linear head, straight from features: rows × classes within the memory budget.
+    r"""Return the pair matrix of a linear head from its features, tiles of logits within the memory budget.
 
     Args:
         input, linear_weight, linear_bias, product_dtype, memory_budget: as in
@@ -181,56 +176,48 @@ def linear_pair_matrix(
         >>> pairs.matrix.is_sparse, len(pairs.largest(3))
         (True, 3)
     """
-    one_class(target)
-    options = Options.of(
-        ignore_index=ignore_index,
-        reduction="none",
-        softcap=softcap,
-        temperature=temperature,
-        check_targets=check_targets,
-        product_dtype=product_dtype,
-        memory_budget=memory_budget,
-    )
+    require_class_indices(target)
+    options = report_options(ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget)
     return _pair_matrix(options.of_head(input, linear_weight, linear_bias, target), top_k)
 
 
 def _pair_matrix(call: Call, top_k: int | None) -> PairMatrix:
     classes = call.parts[0].problem.targets.classes
-    if top_k is None and classes > MOST:
+    if top_k is None and classes > MAX_DENSE_CLASSES:
         raise ValueError(
             f"a dense matrix of {classes} classes takes {8 * classes**2 / 2**30:.1f} GiB; "
             f"with top_k each row's largest shares are kept, in a sparse one"
         )
     top_k = None if top_k is None else valid("top_k", top_k)
-    whole: PairMatrix | None = None
+    result: PairMatrix | None = None
     for part in call.parts:
-        problem = eager(part)
+        problem = eager_problem(part)
         if part.kept is not None:
             raise NotImplementedError("under vmap rows cannot be gathered by class: call this outside of it")
         with torch.no_grad():
             if top_k is None:
                 matrix, count = _attribution_sweep.pair_losses(problem)
-                found = PairMatrix(matrix, torch.zeros_like(matrix[0]), count)
+                pairs = PairMatrix(matrix, torch.zeros_like(matrix[0]), count)
             else:
-                found = _sparse(
+                pairs = _sparse(
                     _attribution_sweep.attribution(problem, min(top_k, classes - 1)),
                     problem.targets.own,
                     classes,
                 )
-        whole = found if whole is None else whole + found
-    assert whole is not None
-    return whole
+        result = pairs if result is None else result + pairs
+    assert result is not None
+    return result
 
 
-def _sparse(found: _attribution_sweep.PartialSums, own: Tensor | None, classes: int) -> PairMatrix:
+def _sparse(rows: _attribution_sweep.PartialSums, own: Tensor | None, classes: int) -> PairMatrix:
     assert own is not None
-    there = found.classes >= 0
-    places = torch.stack([own.expand_as(found.classes)[there], found.classes[there]])
-    losses = carried(found.shares, found.loss[:, None])[there]
+    unmasked = rows.classes >= 0
+    indices = torch.stack([own.expand_as(rows.classes)[unmasked], rows.classes[unmasked]])
+    losses = weighted_loss(rows.shares, rows.loss[:, None])[unmasked]
     matrix = torch.sparse_coo_tensor(
-        places, losses, (classes, classes), device=losses.device, check_invariants=True
+        indices, losses, (classes, classes), device=losses.device, check_invariants=True
     )
     y = own[:, 0]
     remainder = torch.zeros(classes, dtype=statistics_dtype(own.device), device=own.device)
-    remainder.index_add_(0, y, carried(found.remainder, found.loss))
+    remainder.index_add_(0, y, weighted_loss(rows.remainder, rows.loss))
     return PairMatrix(matrix.coalesce(), remainder, torch.bincount(y, minlength=classes))

@@ -1,4 +1,4 @@
-"""The triplets inside cross-entropy, and the chain of bounds that they make, in one sweep.
+"""The margins of a row and the bounds on its cross-entropy that they give, in one sweep.
 
     m_j = z_j − z_y        CE = log(1 + Σ_{j≠y} exp m_j)        C − 1 rivals j of the own class y
 
@@ -10,8 +10,8 @@ A softplus is taken in two parts, neither of which cancels or overflows,
 
     softplus(m + log s) = max(m + log s, 0) + log1p(u)        v = s·exp m        u = min(v, 1/v) ≤ 1
 
-so that all of them share one exponential, a row that is right beyond all doubt keeps its digits (u = v is as
-exact as exp m) and Σ log1p(u) is the logarithm of a product of up to 64 factors that are at most 2.
+so all bounds share one exponential, a row with a tiny loss keeps its relative accuracy (u = v is as exact as
+exp m), and Σ log1p(u) is the logarithm of a product of up to 64 factors that are at most 2.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from xent._core.ops import TileOps, cut
 from xent._core.statistics import NEG_INF, PairwiseMerge, TargetColumns, finite_base, statistics_dtype
 from xent._core.tiles.sweep import Problem, Workspace
 
-FAR = 80.0  # beyond it exp m nears float32's end, and log1p(1/v) < 2e-35 is nothing beside m
-HALVINGS = 6  # (1 + u) over 2⁶ factors is at most 2⁶⁴, a number of float32
-PIECE = 1 << 19  # elements of a tile that are worked on at a time: what is made of them stays in the cache
+FAR = 80.0  # beyond it exp m nears the end of float32's range, and log1p(1/v) < 2e-35 is negligible beside m
+HALVINGS = 6  # the product of 2⁶ factors 1 + u is at most 2⁶⁴, within float32's range
+PIECE = 1 << 19  # elements of a tile processed at a time, so that intermediate results stay in the cache
 
 
 class Bounds(NamedTuple):
-    """The bounds of each row or of their reduction, nats, in the order in which none is larger than the next;
-    and those by the hardest triplet alone, between which the loss lies too."""
+    """Bounds on the loss of each row, or of the reduction, in nats.
+
+    ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``.
+    """
 
     hinge: Tensor  # (1/C) Σ max(m + log C, 0): the triplet loss with margin log C
     smooth: Tensor  # (1/C) Σ softplus(m + log C)
@@ -45,18 +47,18 @@ class Bounds(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a set of rivals adds to the bounds; every field has shape (R,)."""
+    """Sums over a set of rivals from which the bounds are made; every field has shape (R,)."""
 
     hinge: Tensor  # Σ max(m + log C, 0)
     smooth: Tensor  # Σ softplus(m + log C)
     tight: Tensor  # Σ softplus(m + log(C−1))
     union: Tensor  # Σ softplus(m)
-    near: Tensor  # Σ exp m, of tiles in which none is beyond FAR
-    far: Tensor  # log Σ exp m of the others
+    near: Tensor  # Σ exp m over tiles whose margins are all at most FAR
+    far: Tensor  # log Σ exp m over the other tiles
     top: Tensor  # max m
 
     def merge(self, other: Sums) -> Sums:
-        """The sums over the union of two disjoint sets of rivals."""
+        """Return the sums over the union of two disjoint sets of rivals."""
         return Sums(
             hinge=self.hinge + other.hinge,
             smooth=self.smooth + other.smooth,
@@ -68,7 +70,7 @@ class Sums(NamedTuple):
         )
 
     def bounds(self, classes: int, own_z: Tensor) -> Bounds:
-        """The bounds of rows whose own class has the logit own_z (R,)."""
+        """Return the bounds of rows whose target has the logit own_z (R,)."""
         rivals = max(classes - 1, 1)
         found = Bounds(
             hinge=self.hinge / classes,
@@ -79,13 +81,13 @@ class Sums(NamedTuple):
             hardest_low=softplus(self.top, 1),
             hardest_high=softplus(self.top, rivals),
         )
-        # a masked own class is infinitely far behind, unless every class is masked
+        # a masked target is infinitely far behind, unless every class is masked
         masked, lost = own_z == NEG_INF, torch.where(self.top == NEG_INF, math.nan, math.inf)
         return Bounds(*(torch.where(masked, lost, value) for value in found))
 
 
 def softplus(m: Tensor, by: Tensor | float) -> Tensor:
-    """softplus(m + log by)."""
+    """Return softplus(m + log by)."""
     return (m + _log(by)).clamp_min(0) + torch.log1p(_below_one(torch.exp(m.clamp_max(FAR)) * by))
 
 
@@ -96,13 +98,15 @@ def _log(by: Tensor | float) -> Tensor | float:
 
 
 def _below_one(v: Tensor) -> Tensor:
-    """min(v, 1/v)."""
+    """Return min(v, 1/v)."""
     return v.reciprocal().clamp_max_(v)
 
 
 class TileBuffers:
-    """Where what is made of a piece may be written, three tensors at once: fresh ones cost as much as the
-    arithmetic, in pages that the system takes back and gives anew."""
+    """Three buffers for the intermediate results of a piece, allocated once.
+
+    Fresh tensors would cost as much time as the arithmetic, in pages that the system maps anew.
+    """
 
     def __init__(self, elements: int, like: Tensor) -> None:
         self.buffers = [like.new_empty(elements) for _ in range(3)]
@@ -114,14 +118,14 @@ class TileBuffers:
 def _piece(
     buffers: TileBuffers | None, number: int, like: Tensor, classes: int | None = None
 ) -> Tensor | None:
-    """Room for a tensor like one (R, T), or of fewer classes; None where it is to be a new one."""
+    """Return a buffer for a tensor like (R, T), or of fewer classes; None where there are no buffers."""
     return None if buffers is None else buffers.piece(number, like.shape[0], classes or like.shape[1])
 
 
 def sum_of_log1p(u: Tensor, buffers: TileBuffers | None = None, free: tuple[int, int] = (1, 2)) -> Tensor:
-    """Σ_j log1p(u_j) of 0 ≤ u ≤ 1, (R, T) -> (R,), by log Π(1 + u) with (1 + a)(1 + b) − 1 = a + b + ab.
+    """Return Σ_j log1p(u_j), 0 ≤ u ≤ 1, (R, T) -> (R,): log Π(1 + u) by (1 + a)(1 + b) − 1 = a + b + ab.
 
-    `free`: the two tensors of the room to use, neither of which is u's.
+    `free` numbers the two buffers to use; neither holds u.
     """
     total = torch.zeros((), dtype=u.dtype, device=u.device)
     for halving in range(HALVINGS):
@@ -137,7 +141,7 @@ def sum_of_log1p(u: Tensor, buffers: TileBuffers | None = None, free: tuple[int,
 
 
 def chain(problem: Problem) -> Bounds:
-    """The bounds of the M rows that take part, float64; targets are one class a row, without weights."""
+    """Return the bounds of the M rows that count, float64; targets are one class a row, without weights."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     assert targets.own is not None
     plan = problem.plan(resident=False, temporaries=3)
@@ -165,7 +169,7 @@ def chain(problem: Problem) -> Bounds:
 
 
 def own_logits(problem: Problem) -> Tensor:
-    """z_y of the M rows, (M, 1); nan where y is no class."""
+    """Return z_y of the M rows, (M, 1); nan where y is outside 0..C−1."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     assert targets.own is not None
     count = targets.count
@@ -182,7 +186,7 @@ def own_logits(problem: Problem) -> Tensor:
 
 
 def _sums(ops: TileOps, m: Tensor, classes: int, buffers: TileBuffers | None) -> Sums:
-    """The sums over a tile of margins m (R, T), −inf where there is no rival."""
+    """Return the sums over a tile of margins m (R, T), −inf where there is no rival."""
     dtype = statistics_dtype(m.device)
     top = m.amax(1)
     e = torch.clamp_max(m, FAR, out=_piece(buffers, 0, m)).exp_()
@@ -205,7 +209,7 @@ def _sums(ops: TileOps, m: Tensor, classes: int, buffers: TileBuffers | None) ->
 
 
 def _softplus_sums(m: Tensor, e: Tensor, by: int, buffers: TileBuffers | None) -> tuple[Tensor, Tensor]:
-    """Σ max(m + log by, 0) and Σ softplus(m + log by), (R,), of m (R, T) and e = exp m."""
+    """Return Σ max(m + log by, 0) and Σ softplus(m + log by), (R,) each, from m (R, T) and e = exp m."""
     hinge = torch.add(m, _log(by), out=_piece(buffers, 1, m)).clamp_min_(0).sum(1)
     v = e if by == 1 else torch.mul(e, by, out=_piece(buffers, 1, m))
     u = torch.reciprocal(v, out=_piece(buffers, 2, m)).clamp_max_(v)  # min(v, 1/v)

@@ -1,10 +1,10 @@
-"""A triplet loss of a linear head without its logits: tiles that the backward pass computes again.
+"""A triplet loss of a linear head without its logits, by tiles that the backward pass computes again.
 
     Σ_j φ(m_j + margin) = Σ_tiles Σ_{j in tile} φ(⟨x, w_j⟩ + b_j − z_y + margin)
 
-Ordinary operations inside a checkpoint, which torch differentiates any number of times. Rows and classes are
-taken by `split`, whose backward is one concatenation, where a slice would fill a gradient of the whole with
-zeros for every tile.
+Each tile is made of torch's operations inside a checkpoint, so torch differentiates it any number of times.
+Rows and classes are taken by `split`: its backward is one concatenation, while that of a slice would fill a
+gradient of the full size with zeros for every tile.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from xent._core.tiles.sweep import Problem
 from xent.triplets import _attribution_sweep
 from xent.triplets._forms import Form
 
-LIVE = 6  # tile-sized tensors alive in a tile's backward
+TENSORS_ALIVE = 6  # of a tile's size, in the backward of a tile
 
 
-def total(
+def sum_over_negatives(
     head: LinearHead,
     targets: Targets,  # of M rows, which are all that the head has
-    negatives: int | Tensor,  # how many of the hardest, or which, (M, k)
+    negatives: int | Tensor,  # the number of hardest negatives, or class indices (M, k)
     form: Form,
     budget: int,
 ) -> tuple[Tensor, int | Tensor]:
-    """Σ φ over the negatives of each row, (M,), and how many these are."""
+    """Return Σ φ over the negatives of each row, (M,), and the number of negatives."""
     classes, y = targets.classes, targets.own
     assert y is not None
     inside = (y >= 0) & (y < classes)
@@ -43,7 +43,7 @@ def total(
     if isinstance(negatives, Tensor):
         used = negatives != y
         count = used.sum(1)
-        return _of_some(head, z_y, negatives, used, form, form.shift(count), budget), count
+        return _sum_over_chosen(head, z_y, negatives, used, form, form.shift(count), budget), count
     if negatives < classes - 1:
         with torch.no_grad():
             every_row = replace(targets, rows=None, total=targets.count)
@@ -51,13 +51,13 @@ def total(
                 head.x.detach(), head.w.detach(), None if head.b is None else head.b.detach()
             )
             hardest = _attribution_sweep.attribution(Problem(detached, every_row, budget), negatives).classes
-        there = hardest >= 0
-        hardest = torch.where(there, hardest, 0)
-        return _of_some(head, z_y, hardest, there, form, form.shift(negatives), budget), negatives
-    return _of_all(head, z_y, y, form, form.shift(classes - 1), budget), classes - 1
+        unmasked = hardest >= 0
+        hardest = torch.where(unmasked, hardest, 0)
+        return _sum_over_chosen(head, z_y, hardest, unmasked, form, form.shift(negatives), budget), negatives
+    return _sum_over_all(head, z_y, y, form, form.shift(classes - 1), budget), classes - 1
 
 
-def _of_all(
+def _sum_over_all(
     head: LinearHead, z_y: Tensor, y: Tensor, form: Form, shift: float | Tensor, budget: int
 ) -> Tensor:
     def tile(x: Tensor, w: Tensor, b: Tensor | None, z_y: Tensor, own: Tensor) -> Tensor:
@@ -69,16 +69,16 @@ def _of_all(
     weights = head.w.split(plan.class_tile)
     biases = (None,) * len(weights) if head.b is None else head.b.split(plan.class_tile)
     sums = []
-    for x, at, own in zip(*(t.split(plan.row_chunk) for t in (head.x, z_y, y)), strict=True):
+    for x, z_own, own in zip(*(t.split(plan.row_chunk) for t in (head.x, z_y, y)), strict=True):
         parts = [
-            _again(tile, x, w, b, at, own - number * plan.class_tile)
+            _recompute(tile, x, w, b, z_own, own - number * plan.class_tile)
             for number, (w, b) in enumerate(zip(weights, biases, strict=True))
         ]
         sums.append(torch.stack(parts).sum(0))
     return torch.cat(sums)
 
 
-def _of_some(
+def _sum_over_chosen(
     head: LinearHead,
     z_y: Tensor,  # (M, 1)
     classes: Tensor,  # (M, k)
@@ -90,26 +90,28 @@ def _of_some(
     rows, k = classes.shape
     shifts = torch.as_tensor(shift, dtype=z_y.dtype, device=z_y.device).expand(rows)
 
-    def some(
+    def block(
         x: Tensor, w: Tensor, b: Tensor | None, z_y: Tensor, classes: Tensor, used: Tensor, shift: Tensor
     ) -> Tensor:
         m = LinearHead(x, w, b).entries(x, classes) - z_y
         return form.sum(torch.where(used, m, NEG_INF), shift)
 
-    size = max(1, budget // (3 * head.dtype.itemsize * max(1, k * head.depth)))  # the gathered vectors
+    size = max(
+        1, budget // (3 * head.dtype.itemsize * max(1, k * head.depth))
+    )  # room for the gathered class vectors
     pieces = zip(*(t.split(size) for t in (head.x, z_y, classes, used, shifts)), strict=True)
-    return torch.cat([_again(some, x, head.w, head.b, *rest) for x, *rest in pieces])
+    return torch.cat([_recompute(block, x, head.w, head.b, *rest) for x, *rest in pieces])
 
 
 def _plan(head: LinearHead, rows: int, classes: int, budget: int) -> Plan:
     size = head.dtype.itemsize
-    footprint = Footprint(kept=LIVE * size, scratch=0, per_row=0, per_class=0, resident_rows=1)
+    footprint = Footprint(kept=TENSORS_ALIVE * size, scratch=0, per_row=0, per_class=0, resident_rows=1)
     return Plan.within(budget, rows, classes, footprint, resident=False)
 
 
-def _again(f: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
-    """f of tensors, whose intermediate results the backward pass computes again."""
+def _recompute(f: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
+    """Return f(*tensors); the backward pass computes its intermediate results again."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        found: Tensor = checkpoint(f, *tensors, use_reentrant=False, preserve_rng_state=False)
-        return found
+        value: Tensor = checkpoint(f, *tensors, use_reentrant=False, preserve_rng_state=False)
+        return value
     return f(*tensors)
