@@ -81,27 +81,12 @@ def eager_problem(part: Part) -> Problem:
 
 def scatter_rows(part: Part, value: Tensor) -> Tensor:
     """Scatter (M, ...) to (N, ...). Rows that are left out get 0, or −1 where the values are classes."""
-    value, targets = _mask_rows(part, value), part.problem.targets
-    if targets.rows is None:
-        return value
-    return value.new_full((targets.total, *value.shape[1:]), _fill_value(value)).index_copy(
-        0, targets.rows, value
-    )
-
-
-def _mask_rows(part: Part, value: Tensor) -> Tensor:
-    return (
-        value if part.kept is None else value.masked_fill(~_expand_rows(part.kept, value), _fill_value(value))
-    )
+    return part.selection.scatter(value, 0 if value.is_floating_point() else -1)
 
 
 def _expand_rows(rows: Tensor, value: Tensor) -> Tensor:
     """Reshape (M,) to broadcast against (M, ...)."""
     return rows.reshape(-1, *(1,) * (value.dim() - 1))
-
-
-def _fill_value(value: Tensor) -> int:
-    return 0 if value.is_floating_point() else -1
 
 
 def no_autocast(device: torch.device) -> torch.autocast:

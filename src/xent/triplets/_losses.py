@@ -272,9 +272,7 @@ def _row_losses(part: Part, form: Form, negatives: int | Tensor, geometry: str) 
         else:
             head = LinearHead(x, w, b)
             loss, count = _tiles.sum_over_negatives(head, targets, negatives, form, part.problem.budget)
-    value = loss / (count + 1)
-    if part.kept is not None:
-        value = value.masked_fill(~part.kept, 0.0)
+    value = part.selection.masked(loss / (count + 1))
     return value if part.row_weight is None else value * part.row_weight
 
 
