@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 
 def main() -> None:
+    """Run the command line."""
     try:
         _command_line()()
     except KeyboardInterrupt:  # within an import; the command line itself sees the others
@@ -15,7 +16,10 @@ def main() -> None:
 
 
 def _command_line() -> Callable[[], object]:
+    """Return the group of commands; end the process with one line where it lacks a package."""
     try:
+        import rich  # noqa: F401  (commands import it when they print; a missing one is to be known before)
+
         from xent.cli.commands import cli
     except ModuleNotFoundError as error:
         if error.name in {"click", "rich"}:

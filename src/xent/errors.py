@@ -1,4 +1,4 @@
-"""What goes wrong outside the code: a bad input, a missing extra. One class each, caught once."""
+"""The errors of bad inputs, missing extras and lost processes; each becomes an exit code in one place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 
 EXTRAS = {
-    "probe": ("sklearn", "scipy", "pyarrow", "safetensors"),
+    "probe": ("sklearn", "scipy", "pyarrow", "safetensors", "threadpoolctl"),
     "cli": ("click", "rich"),
     "report": ("matplotlib",),
 }

@@ -12,7 +12,7 @@ from pyarrow import csv, parquet
 from xent import metrics
 from xent.cli import fit_job as job
 from xent.cli.fit_job import Settings
-from xent.data.read import Table
+from xent.data import Table
 from xent.report.evaluation import write_predictions
 
 

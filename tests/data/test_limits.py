@@ -12,8 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from xent.data import limits, read, reading
-from xent.data.read import Wanted
+from xent.data import Wanted, limits, read_table, reading
 from xent.errors import BadInput, MissingExtra
 
 POOL = pa.proxy_memory_pool(pa.default_memory_pool())
@@ -25,7 +24,7 @@ def refused(path, message: str, wanted: Wanted | None = None) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(BadInput, match=message) as caught:
-            read.read(path, wanted or Wanted("y"))
+            read_table(path, wanted or Wanted("y"))
         assert tracemalloc.get_traced_memory()[1] < 200 << 20
     finally:
         tracemalloc.stop()
@@ -78,7 +77,7 @@ def test_one_text_in_many_rows_is_there_once(tmp_path):
     pa.set_memory_pool(POOL)
     try:
         for name in "ab":
-            table = read.read(tmp_path / f"{name}.parquet", Wanted("y"))
+            table = read_table(tmp_path / f"{name}.parquet", Wanted("y"))
             assert np.bincount(table.codes).tolist() == [rows // 2] * 2
     finally:
         pa.set_memory_pool(usual)
@@ -216,7 +215,7 @@ def test_archives_and_arrays_are_told_apart(tmp_path):
     refused(tmp_path / "b.npy", r"b\.npy: is an archive of arrays; call it \.npz", Wanted("b.npy"))
     with zipfile.ZipFile(tmp_path / "b.npz", "a") as archive:
         archive.writestr("about.txt", "two by two")
-    assert read.read(tmp_path / "b.npz", Wanted("y")).classes.tolist() == [0, 1]
+    assert read_table(tmp_path / "b.npz", Wanted("y")).classes.tolist() == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -245,7 +244,7 @@ def test_characters_that_do_not_exist(tmp_path):
         np.savez(tmp_path / "a.npz", X=np.eye(2), y=bad)
         refused(tmp_path / "a.npz", "a label holds 0x110000, which is no character")
         np.savez(tmp_path / "a.npz", X=np.eye(2), y=labels.astype(f"{order}U2"))
-        assert read.read(tmp_path / "a.npz", Wanted("y")).classes.tolist() == ["ab", "c"]
+        assert read_table(tmp_path / "a.npz", Wanted("y")).classes.tolist() == ["ab", "c"]
 
 
 def test_a_flipped_bit_in_an_archive_is_seen(tmp_path):

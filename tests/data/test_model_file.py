@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as to_bytes
 
-from xent._util.atomic_write import aside, check_writable
+from xent._util.atomic_write import atomic_write, check_writable
 from xent.data import model_file
 from xent.data.labels import kind_of
 from xent.data.model_file import Model
@@ -188,7 +188,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path, error):
     path.write_text("before")
 
     def fail() -> None:
-        with aside(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise error
 

@@ -10,14 +10,14 @@ import pytest
 from pyarrow import csv, parquet
 
 from xent._processes.group import Share
+from xent.data import Table, Wanted, read_table
 from xent.data import csv as csv_files
 from xent.data import parquet as parquet_files
-from xent.data import read as data
-from xent.data.read import Wanted
+from xent.data.read import read_share
 from xent.errors import BadInput
 
 
-def labels(table: data.Table) -> list:
+def labels(table: Table) -> list:
     return table.classes[table.codes].tolist()
 
 
@@ -32,7 +32,7 @@ def test_csv_type_change(tmp_path):
     path = written(tmp_path / "a.csv", "x,label\n" + "0.25,7\n" * rows + "1.5,cat\n" * 3)
     with pytest.raises(pa.ArrowInvalid), csv.open_csv(path) as blocks:
         blocks.read_all()  # the reason for this test: inferred block by block, it fails late
-    table = data.read(path, Wanted("label"))
+    table = read_table(path, Wanted("label"))
     assert table.classes.tolist() == ["7", "cat"]
     assert np.bincount(table.codes).tolist() == [rows, 3]
     assert table.features[[0, -1], 0].tolist() == [0.25, 1.5]
@@ -47,15 +47,15 @@ def small_blocks(monkeypatch):
 @pytest.mark.usefixtures("small_blocks")
 def test_integers_that_turn_into_decimals_late(tmp_path):
     path = written(tmp_path / "a.csv", "x,y\n" + "1,a\n" * 100 + "2.5,b\n")
-    assert data.read(path, Wanted("y")).features[[0, 100], 0].tolist() == [1.0, 2.5]
+    assert read_table(path, Wanted("y")).features[[0, 100], 0].tolist() == [1.0, 2.5]
 
 
 @pytest.mark.usefixtures("small_blocks")
 def test_a_number_that_turns_into_text_late_is_named(tmp_path):
     path = written(tmp_path / "a.csv", "x,y\n" + "1,a\n" * 100 + "oops,b\n")
     with pytest.raises(BadInput, match=r"a\.csv: row 101, column 'x' holds 'oops'.*--exclude x"):
-        data.read(path, Wanted("y"))
-    assert data.read(
+        read_table(path, Wanted("y"))
+    assert read_table(
         written(tmp_path / "b.csv", "x,z,y\n1,2,a\n"), Wanted("y", exclude=["x"])
     ).feature_names == ("z",)
 
@@ -63,14 +63,14 @@ def test_a_number_that_turns_into_text_late_is_named(tmp_path):
 @pytest.mark.usefixtures("small_blocks")
 def test_a_line_end_within_quotes_where_a_block_ends(tmp_path):
     path = written(tmp_path / "a.csv", "x,y\n" + '1,"two\nlines"\n' * 50)
-    assert labels(data.read(path, Wanted("y"))) == ["two\nlines"] * 50
+    assert labels(read_table(path, Wanted("y"))) == ["two\nlines"] * 50
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("text", ["x" * 100 + ",y\n1,a\n", "x,y\n1,a\n1," + "a" * 200 + "\n1,a\n"])
 def test_a_line_longer_than_a_block(tmp_path, text):
     with pytest.raises(BadInput, match=r"a line is longer than 64 bytes"):
-        data.read(written(tmp_path / "a.csv", text), Wanted("y"))
+        read_table(written(tmp_path / "a.csv", text), Wanted("y"))
 
 
 @pytest.mark.parametrize("spoiled", ["?", "12,5", "1_0"])
@@ -79,40 +79,43 @@ def test_a_number_spoiled_early_is_an_error_and_text_is_not(tmp_path, spoiled):
     path = written(tmp_path / "a.csv", rows.format(f'"{spoiled}"'))
     message = rf"row 3, column 'u' holds '{re.escape(spoiled)}'.*--exclude u"
     with pytest.raises(BadInput, match=message):
-        data.read(path, Wanted("y"))
+        read_table(path, Wanted("y"))
     good = written(tmp_path / "b.csv", rows.format("7").replace(",,", ",0,"))
-    assert data.read(good, Wanted("y")).skipped == ("name", "zip")
+    assert read_table(good, Wanted("y")).skipped == ("name", "zip")
     with pytest.raises(BadInput, match="no numeric column is left"):
-        data.read(path, Wanted("y", exclude=["u"]))
+        read_table(path, Wanted("y", exclude=["u"]))
     with pytest.raises(BadInput, match="no column 'kind' for --label"):
-        data.read(path, Wanted("kind"))
+        read_table(path, Wanted("kind"))
 
 
 def test_many_columns_are_read_at_once(tmp_path):
     names = [f"c{j}" for j in range(20_000)]
     text = ",".join(names) + ",u,y\n" + "art," * 20_000 + "1,a\n"
-    assert len(data.read(written(tmp_path / "a.csv", text), Wanted("y")).skipped) == 20_000
+    assert len(read_table(written(tmp_path / "a.csv", text), Wanted("y")).skipped) == 20_000
 
 
 def test_csv_features_are_the_numeric_columns(tmp_path):
     path = written(
         tmp_path / "a.csv", "id,name,u,v,kind,when\n1,ann,0.5,2,b,2020-01-01\n2,bob,1.5,3,a,2020-01-02\n"
     )
-    table = data.read(path, Wanted("kind", exclude=["id"]))
+    table = read_table(path, Wanted("kind", exclude=["id"]))
     assert table.feature_names == ("u", "v")
     assert table.skipped == ("name", "when")
     assert table.features.tolist() == [[0.5, 2.0], [1.5, 3.0]]
     assert labels(table) == ["b", "a"]
-    assert data.read(path, Wanted("kind", features=["v", "u"])).features.tolist() == [[2.0, 0.5], [3.0, 1.5]]
+    assert read_table(path, Wanted("kind", features=["v", "u"])).features.tolist() == [[2.0, 0.5], [3.0, 1.5]]
 
 
 def test_csv_labels_are_text(tmp_path):
     path = written(tmp_path / "a.csv", "u,y\n1,007\n2,true\n3,NA\n")
-    assert labels(data.read(path, Wanted("y"))) == ["007", "true", "NA"]
+    assert labels(read_table(path, Wanted("y"))) == ["007", "true", "NA"]
 
 
 def test_tsv(tmp_path):
-    assert labels(data.read(written(tmp_path / "a.tsv", "u\ty\n1\ta,b\n2\tc\n"), Wanted("y"))) == ["a,b", "c"]
+    assert labels(read_table(written(tmp_path / "a.tsv", "u\ty\n1\ta,b\n2\tc\n"), Wanted("y"))) == [
+        "a,b",
+        "c",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,7 @@ def test_tsv(tmp_path):
 def test_parquet_labels_keep_their_type(tmp_path, values, kind):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"u": [1.0, 2.0], "y": values}), path)
-    table = data.read(path, Wanted("y"))
+    table = read_table(path, Wanted("y"))
     assert labels(table) == values
     assert table.classes.dtype.kind == kind
     others = [pa.array(values).dictionary_encode()]
@@ -131,19 +134,19 @@ def test_parquet_labels_keep_their_type(tmp_path, values, kind):
         others += [pa.array(values, pa.large_string()), pa.array(values, pa.string_view())]
     for other in others:
         parquet.write_table(pa.table({"u": [1.0, 2.0], "y": other}), path)
-        assert labels(data.read(path, Wanted("y"))) == values
+        assert labels(read_table(path, Wanted("y"))) == values
 
 
 def test_parquet_numbers(tmp_path):
     path = tmp_path / "a.parquet"
     columns = {"i": pa.array([1, 2], pa.int8()), "f": pa.array([0.5, 1.5], pa.float32()), "on": [True, False]}
     parquet.write_table(pa.table({**columns, "y": ["a", "b"]}), path)
-    table = data.read(path, Wanted("y"))
+    table = read_table(path, Wanted("y"))
     assert table.feature_names == ("i", "f")
     assert table.skipped == ("on",)
     assert table.features.dtype == np.float64
-    assert data.read(path, Wanted("y", features=["f"])).features.dtype == np.float32
-    assert data.read(path, Wanted("y", features=["on"])).features.tolist() == [[1.0], [0.0]]
+    assert read_table(path, Wanted("y", features=["f"])).features.dtype == np.float32
+    assert read_table(path, Wanted("y", features=["on"])).features.tolist() == [[1.0], [0.0]]
 
 
 def test_npz_and_npy(tmp_path):
@@ -153,18 +156,18 @@ def test_npz_and_npy(tmp_path):
     np.save(tmp_path / "X.npy", X)
     np.save(tmp_path / "y.npy", y[:, None])
     for path, label in (("a.npz", "y"), ("X.npz", "y"), ("X.npy", str(tmp_path / "y.npy"))):
-        table = data.read(tmp_path / path, Wanted(label))
+        table = read_table(tmp_path / path, Wanted(label))
         np.testing.assert_array_equal(table.features, X)
         assert table.features.dtype == np.float32
         assert table.feature_names == ("x0", "x1")
         assert labels(table) == ["b", "a", "b"]
-    assert data.read(tmp_path / "X.npz", Wanted("y", features=["x1"])).features.tolist() == [[1], [3], [5]]
+    assert read_table(tmp_path / "X.npz", Wanted("y", features=["x1"])).features.tolist() == [[1], [3], [5]]
 
 
 def test_optional_labels(tmp_path):
     path = written(tmp_path / "a.csv", "u,y\n1,b\n2,\n3,a\n")
-    assert data.read(path, Wanted("y", ["u"], label_optional=True)).codes.tolist() == [1, -1, 0]
-    assert data.read(path, Wanted("z", ["u"], label_optional=True)).codes is None
+    assert read_table(path, Wanted("y", ["u"], label_optional=True)).codes.tolist() == [1, -1, 0]
+    assert read_table(path, Wanted("z", ["u"], label_optional=True)).codes is None
 
 
 @pytest.mark.parametrize(
@@ -175,16 +178,16 @@ def test_optional_labels(tmp_path):
 def test_a_label_column_without_a_label(tmp_path, column):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"u": [1.0, 2.0], "y": column}), path)
-    assert data.read(path, Wanted("y", ["u"], label_optional=True)).codes is None
+    assert read_table(path, Wanted("y", ["u"], label_optional=True)).codes is None
     with pytest.raises(BadInput, match="row 1 has no label"):
-        data.read(path, Wanted("y", ["u"]))
+        read_table(path, Wanted("y", ["u"]))
 
 
 def test_an_optional_label_of_npy_is_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.save("X.npy", np.eye(3))
     np.save("y.npy", np.arange(2))  # of other rows
-    assert data.read("X.npy", Wanted("y.npy", label_optional=True)).codes is None
+    assert read_table("X.npy", Wanted("y.npy", label_optional=True)).codes is None
 
 
 # Bad files: (name, content or a function that writes it, what is wanted, the message)
@@ -225,7 +228,7 @@ BAD_TEXT = {
 def test_bad_csv(tmp_path, case):
     content, wanted, message = BAD_TEXT[case]
     with pytest.raises(BadInput, match=message) as caught:
-        data.read(written(tmp_path / "a.csv", content), wanted)
+        read_table(written(tmp_path / "a.csv", content), wanted)
     assert "\n" not in str(caught.value)
 
 
@@ -239,20 +242,20 @@ def test_bad_parquet(tmp_path, case):
     )
     parquet.write_table(arrow, tmp_path / "a.parquet")
     with pytest.raises(BadInput, match=message):
-        data.read(tmp_path / "a.parquet", wanted)
+        read_table(tmp_path / "a.parquet", wanted)
 
 
 def test_parquet_null_and_real_labels(tmp_path):
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.table({"u": [1.0, 2.0], "y": ["a", None]}), path)
     with pytest.raises(BadInput, match="row 2 has no label"):
-        data.read(path, Wanted("y"))
+        read_table(path, Wanted("y"))
     parquet.write_table(pa.table({"u": [1.0, 2.0], "y": [0.0, 1.0]}), path)
     with pytest.raises(BadInput, match="holds double; labels are text, integers, booleans"):
-        data.read(path, Wanted("y"))
+        read_table(path, Wanted("y"))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(BadInput, match="not readable as Parquet"):
-        data.read(path, Wanted("y"))
+        read_table(path, Wanted("y"))
 
 
 def test_bad_arrays(tmp_path):
@@ -260,7 +263,7 @@ def test_bad_arrays(tmp_path):
         np.save(tmp_path / "X.npy", np.eye(3) if X is None else X, allow_pickle=True)
         np.save(tmp_path / "y.npy", np.arange(3) if y is None else y, allow_pickle=True)
         with pytest.raises(BadInput, match=message):
-            data.read(tmp_path / name, Wanted(str(tmp_path / label) if label.endswith(".npy") else label))
+            read_table(tmp_path / name, Wanted(str(tmp_path / label) if label.endswith(".npy") else label))
 
     refused(r"X\.npy: 3 rows, but .*y\.npy holds 2 labels", y=np.arange(2))
     refused(r"y\.npy: holds Python objects", y=np.array([1, "a", None], dtype=object))
@@ -288,10 +291,10 @@ def test_bad_arrays(tmp_path):
 
 def test_other_suffixes_and_directories(tmp_path):
     with pytest.raises(BadInput, match=r"told by their suffix.*\.csv, \.tsv, \.parquet, \.npz, \.npy"):
-        data.read(written(tmp_path / "a.xlsx", "x"), Wanted("y"))
+        read_table(written(tmp_path / "a.xlsx", "x"), Wanted("y"))
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(BadInput, match="is a directory"):
-        data.read(tmp_path / "a.csv", Wanted("y"))
+        read_table(tmp_path / "a.csv", Wanted("y"))
 
 
 def in_every_format(folder, rows: int) -> dict[str, str]:
@@ -317,8 +320,8 @@ def test_shares_make_up_the_whole(tmp_path, monkeypatch, rows, count):
     monkeypatch.setattr(csv_files, "BLOCK", 128)
     monkeypatch.setattr(parquet_files, "BATCH", 5)
     for name, label in in_every_format(tmp_path, rows).items():
-        whole = data.read(tmp_path / name, Wanted(label))
-        shares = [data.read_share(tmp_path / name, Wanted(label), Share(i, count)) for i in range(count)]
+        whole = read_table(tmp_path / name, Wanted(label))
+        shares = [read_share(tmp_path / name, Wanted(label), Share(i, count)) for i in range(count)]
         assert [len(share.features) for share in shares] == [
             (i + 1) * rows // count - i * rows // count for i in range(count)
         ]
@@ -362,4 +365,4 @@ def test_rows_are_counted_from_the_files_first(tmp_path, monkeypatch, share):
     ):
         label = None if name == "X.npy" else "y"
         with pytest.raises(BadInput, match=rf"{name}.*: {message}"):
-            data.read_share(tmp_path / name, Wanted(label), share)
+            read_share(tmp_path / name, Wanted(label), share)

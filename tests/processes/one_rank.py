@@ -20,7 +20,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from xent.cli import commands, fit_job
+from xent.cli import commands, fit, fit_job
 from xent.linear_model.objective import Objective
 from xent.report import evaluation
 
@@ -31,15 +31,15 @@ def run(job: dict) -> dict:
     with contextlib.ExitStack() as stack:
         stack.enter_context(replaced(fit_job, "draw", lambda *_: []))  # a second each
         if "touch" in job:
-            stack.enter_context(replaced(commands, "_bar", touching(Path(job["touch"]))))
+            stack.enter_context(replaced(fit, "_bar", touching(Path(job["touch"]))))
         if job.get("die", [-1])[0] == rank:
             die = before(job["die"][1], lambda: os.kill(os.getpid(), job["die"][2]), evaluation.log_proba)
             stack.enter_context(replaced(evaluation, "log_proba", die))
         if "die" in job:
             stack.enter_context(replaced(evaluation, "CHUNK", 40))
         if job.get("fail", [-1])[0] == rank:
-            failing = before(job["fail"][1], lambda: 1 / 0, Objective._part)
-            stack.enter_context(replaced(Objective, "_part", failing))
+            failing = before(job["fail"][1], lambda: 1 / 0, Objective._loss_and_gradient)
+            stack.enter_context(replaced(Objective, "_loss_and_gradient", failing))
         arguments = job["arguments"]
         if job.get("other", [-1])[0] == rank:
             arguments = job["other"][1]

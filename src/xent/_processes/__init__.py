@@ -1,1 +1,1 @@
-"""Several processes on one job: their group, who leads, the signals they get."""
+"""Several processes on one job: their group, its leader and followers, signals."""

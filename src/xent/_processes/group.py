@@ -37,14 +37,16 @@ class Share:
 
     @property
     def whole(self) -> bool:
+        """True where it is all rows."""
         return self.count == 1
 
     def of(self, rows: int) -> slice:
+        """Return this share of as many rows."""
         return slice(self.index * rows // self.count, (self.index + 1) * rows // self.count)
 
 
 class Ranks:
-    """One process, which is all there are."""
+    """The ranks of a job where there is one; ``torchrun.Joined`` is several."""
 
     rank = 0
     size = 1
@@ -52,17 +54,18 @@ class Ranks:
     slices = 1
 
     @property
-    def first(self) -> bool:
-        """Whether this rank decides, writes and speaks."""
+    def is_main(self) -> bool:
+        """True on rank 0, which decides, writes and prints."""
         return self.rank == 0
 
     @property
     def share(self) -> Share:
+        """The share of the rows that this rank holds."""
         return Share(self.rank // self.slices, self.size // self.slices)
 
     @property
     def counts(self) -> bool:
-        """Whether this rank's rows count in sums: of ranks with the same rows one does."""
+        """True on the one of the ranks with the same rows whose rows count in sums."""
         return self.slice == 0
 
     @property
@@ -71,38 +74,39 @@ class Ranks:
         return None
 
     def sum(self, array: Any) -> np.ndarray:
-        """Σ over shares, in float64, on every rank."""
+        """Return the sum over shares, in float64, on every rank."""
         return np.asarray(array, dtype=np.float64)
 
-    def sum_to_first(self, array: np.ndarray) -> np.ndarray:
-        """Σ over *ranks*, in float64, on rank 0 (elsewhere what is returned says nothing)."""
+    def sum_to_main(self, array: np.ndarray) -> np.ndarray:
+        """Return the sum over *ranks*, in float64, on rank 0; the value returned elsewhere is of no use."""
         return np.asarray(array, dtype=np.float64)
 
     def maximum(self, array: Any) -> np.ndarray:
+        """Return the largest over ranks, elementwise in float64, on every rank."""
         return np.asarray(array, dtype=np.float64)
 
     def concatenate(self, codes: np.ndarray) -> np.ndarray:
-        """int64 numbers of all rows from those of the shares, on every rank."""
+        """Return int64 numbers of all rows, from those of the shares, on every rank."""
         return codes
 
     def gather(self, value: T) -> list[T]:
-        """What each share has, in their order, on every rank."""
+        """Return the value of each share, in their order, on every rank."""
         return [value]
 
-    def everyones(self, value: T) -> list[T]:
-        """What each rank has."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return the value of each rank, on every rank."""
         return [value]
 
     def broadcast(self, value: T) -> T:
-        """What rank 0 has."""
+        """Return the value of rank 0, on every rank."""
         return value
 
     def broadcast_array(self, array: np.ndarray) -> np.ndarray:
-        """What rank 0 has; the others pass an array of its shape and type."""
+        """Return the array of rank 0, on every rank; the others pass one of its shape and type."""
         return array
 
     def send(self, array: np.ndarray | None, share: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        """What a share has, of a shape and type that all ranks know, on rank 0."""
+        """Return the array of a share, of a shape and type that all ranks know, on rank 0."""
         assert array is not None
         return array
 
@@ -112,16 +116,16 @@ class Ranks:
             raise error
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """A block of each rank's own work, no method of these in it: what one raises, all raise."""
+    def raise_together(self) -> Iterator[None]:
+        """Raise on every rank what one raises in the block, which is each rank's own work."""
         yield
 
     def stop_if_asked(self) -> None:
         """Raise ``KeyboardInterrupt`` on rank 0 after Ctrl-C; here Python itself does, at once."""
 
-    def alike(self, what: str, value: object) -> None:
-        """Raise ``BadInput`` unless every rank has the same value of what the message calls ``what``."""
-        values = self.everyones(value)
+    def check_equal(self, what: str, value: object) -> None:
+        """Raise ``BadInput`` unless every rank has the same value; the message calls it ``what``."""
+        values = self.all_gather(value)
         for rank, other in enumerate(values):
             if other != values[0]:
                 raise BadInput(

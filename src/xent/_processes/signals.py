@@ -1,8 +1,8 @@
 """Signals to one rank of several: no rank may leave the others in the middle of a sum.
 
 SIGINT (Ctrl-C reaches every rank, and torchrun sends it again) is noted, once, and rank 0 obeys where all can
-follow. SIGTERM, which torchrun sends to the rest when a rank ends, is a ``SystemExit``, so that files written
-aside go; to a rank that is ending already, with something to say, it means nothing. Python runs no handler
+follow. SIGTERM, which torchrun sends to the rest when a rank ends, is a ``SystemExit``, so that unfinished
+files go; to a rank that is ending already, with something to say, it means nothing. Python runs no handler
 while a rank waits inside a collective; a thread that the signal wakes then removes them, and ends the process
 after a grace.
 """
@@ -23,15 +23,17 @@ GRACE = 5.0
 
 
 class CtrlC:
-    """Whether it was pressed and not yet obeyed. It counts once."""
+    """A Ctrl-C that was pressed and not yet obeyed; it counts once."""
 
     def __init__(self) -> None:
         self._pressed = self._obeyed = False
 
     def press(self, *_: object) -> None:
+        """Note it; a signal handler."""
         self._pressed = True
 
     def take(self) -> bool:
+        """Return whether it is to be obeyed now."""
         if self._obeyed or not self._pressed:
             return False
         self._obeyed = True
@@ -40,7 +42,7 @@ class CtrlC:
 
 @contextlib.contextmanager
 def handled() -> Iterator[CtrlC]:
-    """Signals as a rank takes them. Outside the main thread, where Python takes none, nothing changes."""
+    """Handle signals as a rank must, within the block; outside the main thread Python takes none."""
     ctrl_c = CtrlC()
     if threading.current_thread() is not threading.main_thread():
         yield ctrl_c
@@ -72,8 +74,8 @@ def _end(*_: object) -> None:
 
 
 def _watch(read: int, left: threading.Event) -> None:
-    while told := os.read(read, 1):
-        if told[0] == signal.SIGTERM and not left.wait(GRACE):
+    while received := os.read(read, 1):
+        if received[0] == signal.SIGTERM and not left.wait(GRACE):
             discard_unfinished()
             os._exit(128 + signal.SIGTERM)
     os.close(read)

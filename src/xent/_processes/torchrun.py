@@ -29,7 +29,7 @@ _RAISED: tuple[type[BaseException], ...] = (BadInput, MissingExtra, KeyboardInte
 
 @contextlib.contextmanager
 def joined(rank: int, size: int, timeout: float, slices: int) -> Iterator[Ranks]:
-    """Connected to the others; raises ``RankLost`` if these do not come within ``timeout`` seconds."""
+    """Connect to the others for the block; raise ``RankLost`` if they do not come in ``timeout`` seconds."""
     with handled() as ctrl_c:
         wait = datetime.timedelta(seconds=timeout)
         try:
@@ -51,7 +51,7 @@ def joined(rank: int, size: int, timeout: float, slices: int) -> Iterator[Ranks]
 
 
 class Joined(Ranks):
-    """See ``Ranks``."""
+    """Several ranks, connected; methods as in ``Ranks``."""
 
     def __init__(self, rank: int, size: int, timeout: float, slices: int, group: Any, ctrl_c: CtrlC) -> None:
         self.rank, self.size = rank, size
@@ -82,7 +82,7 @@ class Joined(Ranks):
             dist.broadcast(total, src=0)
         return total.numpy()
 
-    def sum_to_first(self, array: np.ndarray) -> np.ndarray:
+    def sum_to_main(self, array: np.ndarray) -> np.ndarray:
         total = torch.from_numpy(np.array(array, dtype=np.float64))
         with self._waiting():
             dist.reduce(total, dst=0)
@@ -124,7 +124,7 @@ class Joined(Ranks):
             with self._waiting():
                 if self.rank == source:
                     dist.send(buffer, dst=0)
-                elif self.first:
+                elif self.is_main:
                     dist.recv(buffer, src=source)
             return buffer.numpy()
         return np.empty(shape, dtype) if array is None else array
@@ -132,19 +132,19 @@ class Joined(Ranks):
     # ── anything ──
 
     def gather(self, value: T) -> list[T]:
-        return self.everyones(value)[:: self.slices]
+        return self.all_gather(value)[:: self.slices]
 
-    def everyones(self, value: T) -> list[T]:
+    def all_gather(self, value: T) -> list[T]:
         values: list[Any] = [None] * self.size
         with self._waiting():
             dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: T) -> T:
-        held = [value]
+        sent = [value]
         with self._waiting():
-            dist.broadcast_object_list(held, src=0)
-        return held[0]
+            dist.broadcast_object_list(sent, src=0)
+        return sent[0]
 
     # ── errors ──
 
@@ -154,7 +154,7 @@ class Joined(Ranks):
             dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if not failed.item():
             return
-        said = self.everyones(None if error is None else _described(error))
+        said = self.all_gather(None if error is None else _described(error))
         rank, (kind, text) = next((r, found) for r, found in enumerate(said) if found is not None)
         everywhere = all(found == said[0] for found in said)  # it is about the file, not about a rank
         if error is not None and (everywhere or (rank == self.rank and kind is None)):
@@ -163,7 +163,7 @@ class Joined(Ranks):
         raise RankFailed(text) if kind is None else _RAISED[kind](text)
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
+    def raise_together(self) -> Iterator[None]:
         error: BaseException | None = None
         try:
             yield
@@ -171,17 +171,17 @@ class Joined(Ranks):
             raise
         except (Exception, KeyboardInterrupt) as caught:
             error = caught
-        if error is None and self.first and self._ctrl_c.take():
+        if error is None and self.is_main and self._ctrl_c.take():
             error = KeyboardInterrupt()
         self.agree(error)
 
     def stop_if_asked(self) -> None:
-        if self.first and self._ctrl_c.take():
+        if self.is_main and self._ctrl_c.take():
             raise KeyboardInterrupt
 
 
 def _described(error: BaseException) -> tuple[int | None, str]:
-    """Which of ``_RAISED`` it is, and what it says."""
+    """Return its place in ``_RAISED``, None if it has none, and its message."""
     for kind, raised in enumerate(_RAISED):
         if isinstance(error, raised):
             return kind, str(error) or type(error).__name__

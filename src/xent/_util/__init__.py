@@ -1,1 +1,1 @@
-"""What has nothing to do with cross-entropy: files written whole or not at all, and text."""
+"""Helpers that know nothing of cross-entropy: files written whole or not at all, and text."""

@@ -1,4 +1,4 @@
-"""Files are written aside, then renamed: under its final name a file is whole or is not there."""
+"""Files written under a temporary name, then renamed: by its final name a file is whole or is not there."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _unfinished: set[Path] = set()
 
 
 @contextlib.contextmanager
-def aside(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` to write to; it takes ``path``'s place when the block ends well, else it goes.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a name beside ``path`` to write to; the file is renamed if the block ends well, else removed.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
-    >>> with aside(folder / "a.txt") as temporary:
+    >>> with atomic_write(folder / "a.txt") as temporary:
     ...     _ = temporary.write_text("whole")
     >>> [entry.name for entry in folder.iterdir()]
     ['a.txt']
@@ -56,7 +56,7 @@ def folder(path: Path) -> Iterator[None]:
 
 
 def discard_unfinished() -> None:
-    """Remove what is being written aside, before the process ends without unwinding."""
+    """Remove temporary files, before the process ends without unwinding."""
     for temporary in list(_unfinished):
         temporary.unlink(missing_ok=True)
 

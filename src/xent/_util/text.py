@@ -10,12 +10,12 @@ import numpy as np
 
 
 def class_text(value: Any) -> str:
-    """A class as text, the same whether it came from CSV, Parquet or NumPy."""
+    """Return a class as text, the same whether it came from CSV, Parquet or NumPy."""
     return str(bool(value)).lower() if isinstance(value, (bool, np.bool_)) else str(value)
 
 
 def printable(text: str) -> str:
-    """Control characters, which could steer a terminal, as escapes.
+    """Return text with control characters, which could steer a terminal, as escapes.
 
     >>> print(printable("a \\x1b[31mred\\x1b[0m é"))
     a \\x1b[31mred\\x1b[0m é
@@ -24,13 +24,13 @@ def printable(text: str) -> str:
 
 
 def quoted(value: Any, most: int = 60) -> str:
-    """The value as a message quotes it, cut where it is long: an open quote makes a cell of a whole file."""
+    """Return a value as a message quotes it, cut where it is long (a cell with an open quote)."""
     text = repr(value)
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Valid JSON: what is not finite, for which JSON has no word, as null.
+    """Return a value as JSON; numbers that are not finite, for which JSON has no word, are null.
 
     >>> json_text({"loss": float("inf"), "rows": 3})
     '{"loss": null, "rows": 3}'

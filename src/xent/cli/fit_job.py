@@ -1,4 +1,4 @@
-"""From a table to a model and what to know about it: split, standardise, fit, evaluate, write.
+"""The job of ``xent fit``: split a table, standardise, fit, evaluate, write.
 
 The yardstick beside every loss is label entropy: the loss of a model that ignores the features and answers
 with the class frequencies of the training rows.
@@ -17,16 +17,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks
-from xent._processes.leader import Lead
-from xent._util.atomic_write import aside, folder
+from xent._processes.leader import Leader
+from xent._util.atomic_write import atomic_write, folder
 from xent._util.text import class_text, json_text, printable
 from xent.data import model_file
 from xent.data.labels import kind_of
 from xent.data.model_file import Model
-from xent.data.read import Table
 from xent.data.split import split
+from xent.data.table import Table
 from xent.errors import BadInput, needs
+from xent.linear_model.objective import Objective
+from xent.linear_model.row_source import LabelledRows, row_source, standardise
 from xent.linear_model.scaling import check_range, standardisation
+from xent.linear_model.solvers import Solver, solver_named
 from xent.report.evaluation import COLUMNS, Evaluation, check_names, evaluate, write_predictions
 
 if TYPE_CHECKING:
@@ -41,20 +44,20 @@ MOST_SHOWN = 24
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What ``fit`` is asked for; kept with the model."""
+    """The settings of a fit; kept with the model."""
 
     validation: float = 0.2  # share of the rows, 0 for none
     l2: float = 1.0  # 1/C of the estimator
     tol: float = 1e-4
     max_iter: int = 1000
-    solver: str = "lbfgs"  # or "newton-cg"
+    solver: str = "lbfgs"  # the name of a registered one
     seed: int = 0  # of the split
     standardize: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """A model and how it came about."""
+    """A model, its evaluation and how its fit ended."""
 
     model: Model
     training: Evaluation
@@ -72,11 +75,11 @@ class Fitted:
 
     @property
     def judged(self) -> Evaluation:
-        """The validation rows where there are some, else the training rows."""
+        """The evaluation on the validation rows where there are some, else on the training rows."""
         return self.training if self.validation is None else self.validation
 
     def summary(self) -> dict[str, Any]:
-        """Everything worth reading, as plain JSON values."""
+        """Return everything worth reading, as plain JSON values."""
         text = [class_text(value) for value in self.model.classes]
         return {
             "classes": len(text),
@@ -99,7 +102,7 @@ class Fitted:
 
 @dataclasses.dataclass(frozen=True)
 class _Outcome:
-    """What the solver came to, on rank 0."""
+    """The result of a solver, on rank 0."""
 
     coef: np.ndarray
     intercept: np.ndarray
@@ -123,83 +126,40 @@ def fit(
     ``on_iteration`` sees every iteration, on rank 0. Ctrl-C during the iterations ends them: the result is
     then the model of the last one, with ``interrupted`` set; before the first, ``KeyboardInterrupt`` goes on.
 
-    >>> from xent.data.sources import digits
-    >>> fitted = fit(digits(), Settings(seed=1))
-    >>> fitted.validation.accuracy > 0.94, fitted.validation.loss < fitted.validation.baseline / 10
-    (True, True)
+    Raises:
+        BadInput: one class only, too few rows to split, a class called like a column of the predictions, or
+            classes shared by processes where the solver does not take them.
 
-    Raises ``BadInput`` for one class only, too few rows to split, or a class called like a column of the
-    predictions.
+    Example:
+        >>> from xent.data.sources import digits
+        >>> fitted = fit(digits(), Settings(seed=1))
+        >>> fitted.validation.accuracy > 0.94, fitted.validation.loss < fitted.validation.baseline / 10
+        (True, True)
     """
     with needs("probe"):
         import pyarrow  # noqa: F401  (needed to write; a missing one is to be known before the work)
         import safetensors  # noqa: F401
         import sklearn  # noqa: F401
-
-        from xent.linear_model.advice import advice, command_words
-        from xent.linear_model.descent import Descent, threads
-        from xent.linear_model.objective import Objective
     assert table.codes is not None
     assert table.classes is not None
-    codes, classes = table.codes, len(table.classes)
-    ranks.alike("command line", settings)
-    if ranks.slices > classes:
+    codes, n_classes = table.codes, len(table.classes)
+    ranks.check_equal("command line", settings)
+    if ranks.slices > n_classes:
         raise BadInput(
-            f"--class-parallel {ranks.slices} is more than the {classes} classes; use fewer slices"
+            f"--class-parallel {ranks.slices} is more than the {n_classes} classes; use fewer slices"
         )
-    if ranks.slices > 1 and settings.solver == "newton-cg":
-        raise BadInput("--class-parallel does not go with --solver newton-cg; fit with --solver lbfgs")
+    solver = solver_named(settings.solver, ranks.slices)
     training, validation = split(table, settings.validation, settings.seed, ranks)
     check_names(table.classes, COLUMNS, table.source)
     check_range(table, ranks)
     own, held = table.own(training), table.own(validation)
     mean, scale = standardisation(table.features[own], settings.standardize, ranks)
-    x, x_held = ((table.features[rows] - mean) / scale for rows in (own, held))
-
-    lead = Lead(ranks)
-    objective = Objective(
-        x, codes[own], None, classes, 1 / settings.l2 if settings.l2 else np.inf, True, lead
+    rows_own, rows_held = (
+        LabelledRows(row_source(standardise(table.features[rows], mean, scale)), codes[rows])
+        for rows in (own, held)
     )
-    lead.teach("validation", lambda model: objective.loss(model, x_held, codes[held]))
-    descent = Descent(objective, settings.solver, settings.tol, settings.max_iter)
-    training_curve: list[float] = []
-    validation_curve: list[float] = []
-
-    def watch(now: Progress) -> None:
-        if len(validation):
-            model = np.concatenate([now.coef, now.intercept[:, None]], axis=1)
-            # not to be interrupted, so that both curves have a point
-            validation_curve.append(lead.ask("validation", model, interruptible=False)[0] / len(validation))
-        penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / len(training)
-        training_curve.append(now.objective - penalty)
-        if on_iteration is not None:
-            on_iteration(now)
-
-    words = command_words(ranks.slices > 1, settings.standardize)
-
-    def solve() -> _Outcome:
-        started, interrupted = time.perf_counter(), False
-        try:
-            descent.run(callback=watch)
-        except KeyboardInterrupt:
-            if not training_curve:
-                raise
-            interrupted = True
-        return _Outcome(
-            descent.coef,
-            descent.intercept,
-            training_curve,
-            validation_curve,
-            time.perf_counter() - started,
-            descent.gradient_norm,
-            descent.converged,
-            "" if descent.converged else advice(descent, words),
-            interrupted,
-        )
-
-    with threads(len(x), x.shape[1], classes):
-        done = lead.run(solve)
-
+    counts = len(training), len(validation)
+    done = _solve(rows_own, rows_held, counts, n_classes, solver, settings, on_iteration, ranks)
     model = Model(
         weight=done.coef,
         bias=done.intercept,
@@ -212,8 +172,8 @@ def fit(
         kind=kind_of(table.classes),
         width=table.width,
     )
-    at_start = math.log(classes)  # W = 0: every class alike
-    frequencies = ranks.sum(np.bincount(codes[own], minlength=classes)) / len(training)
+    at_start = math.log(n_classes)  # W = 0: every class alike
+    frequencies = ranks.sum(np.bincount(codes[own], minlength=n_classes)) / len(training)
     return Fitted(
         model=model,
         training=evaluate(model, table, codes, own, frequencies, ranks),
@@ -231,29 +191,87 @@ def fit(
     )
 
 
-def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list[Path]:
-    """Write the model, the validation predictions and the summary into ``out``; the paths, model first.
+def _solve(
+    training: LabelledRows,
+    validation: LabelledRows,
+    counts: tuple[int, int],  # training and validation rows of all ranks
+    n_classes: int,
+    solver: Solver,
+    settings: Settings,
+    on_iteration: Callable[[Progress], None] | None,
+    ranks: Ranks,
+) -> _Outcome:
+    """Minimise over the rows of all ranks; return, on all of them, where rank 0 came to."""
+    with needs("probe"):
+        from xent.linear_model.advice import advice, command_words
+        from xent.linear_model.descent import Descent, threads
+    leader, (n_training, n_validation) = Leader(ranks), counts
+    C = 1 / settings.l2 if settings.l2 else np.inf
+    objective = Objective(training, n_classes, C, fit_intercept=True, leader=leader)
+    # not to be interrupted, so that both curves have a point
+    validation_loss = leader.register(lambda m: objective.loss(m, validation), interruptible=False)
+    descent = Descent(objective, solver, settings.tol, settings.max_iter)
+    training_curve: list[float] = []
+    validation_curve: list[float] = []
 
-    All of them are written aside before the first appears there. What an earlier fit left and this one does
-    not write goes: it would be taken for this model's.
+    def watch(now: Progress) -> None:
+        if n_validation:
+            model = np.concatenate([now.coef, now.intercept[:, None]], axis=1)
+            validation_curve.append(float(validation_loss(model.ravel())[0]) / n_validation)
+        penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / n_training
+        training_curve.append(now.objective - penalty)
+        if on_iteration is not None:
+            on_iteration(now)
+
+    def solve() -> _Outcome:
+        started, interrupted = time.perf_counter(), False
+        try:
+            descent.run(callback=watch)
+        except KeyboardInterrupt:
+            if not training_curve:
+                raise
+            interrupted = True
+        words = command_words(ranks.slices > 1, settings.standardize)
+        return _Outcome(
+            descent.coef,
+            descent.intercept,
+            training_curve,
+            validation_curve,
+            time.perf_counter() - started,
+            descent.gradient_norm,
+            descent.converged,
+            "" if descent.converged else advice(descent, words),
+            interrupted,
+        )
+
+    with threads(*training.source.shape, n_classes):
+        return leader.run(solve)
+
+
+def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list[Path]:
+    """Write the model, the validation predictions and the summary into ``out``;
+    return the paths, model first.
+
+    All of them are written under temporary names before the first appears there. What an earlier fit left and
+    this one does not write goes: it would be taken for this model's.
     """
     names = ["model.safetensors", VALIDATION, "summary.json"]
     paths = [out / name for name in names if name != VALIDATION or len(fitted.validation_rows)]
     with contextlib.ExitStack() as stack:
-        with ranks.together():
-            if ranks.first:
+        with ranks.raise_together():
+            if ranks.is_main:
                 stack.enter_context(folder(out))
-                aside_of = {path: stack.enter_context(aside(path)) for path in paths}
-                model_file.save(fitted.model, aside_of[paths[0]])
+                temporary_of = {path: stack.enter_context(atomic_write(path)) for path in paths}
+                model_file.save(fitted.model, temporary_of[paths[0]])
                 summary = json_text(fitted.summary(), indent=2) + "\n"
-                aside_of[paths[-1]].write_text(summary, encoding="utf-8")
+                temporary_of[paths[-1]].write_text(summary, encoding="utf-8")
         if len(fitted.validation_rows):
-            target = ranks.broadcast(aside_of[out / VALIDATION] if ranks.first else None)
+            target = ranks.broadcast(temporary_of[out / VALIDATION] if ranks.is_main else None)
             assert target is not None
             rows = table.own(fitted.validation_rows)
             write_predictions(fitted.model, table, target, rows, ranks)
-        with ranks.together():
-            if ranks.first:
+        with ranks.raise_together():
+            if ranks.is_main:
                 for name in (VALIDATION, *FIGURES):
                     (out / name).unlink(missing_ok=True)
             stack.close()
@@ -261,7 +279,7 @@ def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list
 
 
 def draw(fitted: Fitted, out: Path) -> list[Path]:
-    """Loss curve and confusion figure as PNG in ``out``. Raises ``MissingExtra`` without matplotlib."""
+    """Draw the loss curve and the confusion figure as PNG; raise ``MissingExtra`` without matplotlib."""
     with needs("report"):
         import matplotlib  # noqa: F401
     from xent.report import figures
@@ -269,12 +287,12 @@ def draw(fitted: Fitted, out: Path) -> list[Path]:
     baseline = fitted.judged.baseline
     assert baseline is not None
     paths = [out / name for name in FIGURES]
-    with aside(paths[0]) as temporary:
+    with atomic_write(paths[0]) as temporary:
         figures.loss_curve(temporary, fitted.training_curve, fitted.validation_curve, baseline)
     counts, shown = fitted.judged.confusion(MOST_SHOWN)
     names = [printable(class_text(value)) for value in fitted.model.classes[shown]]
     of = f"{fitted.judged.rows:,} {'training' if fitted.validation is None else 'validation'} rows"
-    with aside(paths[1]) as temporary:
+    with atomic_write(paths[1]) as temporary:
         figures.confusion(
             temporary, counts, fitted.judged.per_class[shown], names, of, classes=len(fitted.model.classes)
         )

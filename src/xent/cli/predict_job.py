@@ -1,4 +1,4 @@
-"""From a model and a table to predictions, and how good they are where the table holds labels."""
+"""The job of ``xent predict``: read a table for a model, score it where it holds labels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import numpy as np
 
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import class_text, quoted
-from xent.data import read
 from xent.data.labels import comparison_kind, meaning
 from xent.data.model_file import Model
-from xent.data.read import Table
-from xent.data.table import some
+from xent.data.read import read_table
+from xent.data.table import Table, Wanted, some
 from xent.errors import BadInput
 from xent.report.evaluation import Evaluation, evaluate
 
@@ -32,9 +31,9 @@ def read_for(model: Model, model_path: Path, path: Path, label: str | None, rank
 
     ``label`` names another label column than the model's; it must then be there, with labels in it.
     """
-    table = read.read(
+    table = read_table(
         path,
-        read.Wanted(
+        Wanted(
             label=label or model.label_name,
             features=model.feature_names,
             label_optional=label is None,
@@ -51,7 +50,7 @@ def read_for(model: Model, model_path: Path, path: Path, label: str | None, rank
 
 
 def score(model: Model, table: Table, ranks: Ranks = ALONE) -> Scored | None:
-    """How good the predictions are; None for a table without labels.
+    """Return how good the predictions are; None for a table without labels.
 
     Labels are compared by the kind of the model's: one fitted on CSV knows the 7 of a Parquet file. Raises
     ``BadInput`` where there are labels and the model knows none of them.

@@ -27,13 +27,14 @@ BLOCK = 8 << 20
 """Bytes of the file that Arrow parses at a time; a line must fit."""
 
 MISSING = ["", "NA", "N/A", "n/a", "#N/A", "NULL", "null"]
-"""What counts as a missing number. (As a label, all but the empty text are text like any other.)"""
+"""Cells that are a missing number. (As a label, all but the empty text are text like any other.)"""
 
 SAMPLE = 1000
 """Cells that say whether a column of text is one of numbers with something else in between."""
 
 
 def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
+    """Return the share's rows of a file of text with commas or, called ``.tsv``, tabs."""
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import csv
@@ -146,7 +147,7 @@ def _no_number_spoiled(path: Path, wanted: Wanted, head: Any) -> None:
 
 
 def _diagnose_csv(path: Path, wanted: Wanted, parse: Any, error: Exception) -> BadInput:
-    """Why Arrow could not read the file: read it again, slowly, as text; look for the first bad number."""
+    """Return why Arrow could not read the file: reads it again as text, for the first bad number."""
     import pyarrow as pa
     from pyarrow import csv
 
@@ -188,7 +189,7 @@ def _long_line(path: Path) -> BadInput:
 
 
 def _is_bad(text: str) -> bool:
-    """Whether Arrow reads the cell neither as a number nor as a missing one."""
+    """Return whether Arrow reads the cell neither as a number nor as a missing one."""
     if text in MISSING:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Labels of a file: numbered from 0, and compared with the classes of a model across formats.
+"""Labels of a file: encoded as numbers from 0, and compared with the classes of a model across formats.
 
 One column is ``3`` in CSV, 3 in Parquet, and 3.0 where pandas saw a row without a label; True, ``true`` or 1.
 What makes them one class is the *kind* of a model's labels, which the model keeps:
@@ -112,10 +112,10 @@ def look_like_numbers(classes: np.ndarray, rows: int) -> bool:
     return not all(value.is_integer() for value in values) or 2 * len(values) > rows
 
 
-def numbered_text(where: str, codes: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Number the texts that occur in sorted order; a blank one is no label, −1."""
+def encode_text_labels(where: str, codes: np.ndarray, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and classes, as ``encode_labels``, of texts; a blank one is no label, −1."""
     blank = [i for i, text in enumerate(texts) if not text.strip()]
-    return numbered(where, np.where(np.isin(codes, blank), -1, codes), array_of_texts(where, texts))
+    return encode_labels(where, np.where(np.isin(codes, blank), -1, codes), array_of_texts(where, texts))
 
 
 def array_of_texts(where: str, texts: Sequence[str]) -> np.ndarray:
@@ -133,8 +133,11 @@ def array_of_texts(where: str, texts: Sequence[str]) -> np.ndarray:
     return np.array(texts, dtype=str)
 
 
-def numbered(where: str, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Number the values that occur in sorted order, −1 and nan stay −1; unsigned values become int64."""
+def encode_labels(where: str, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the position of each row's value among the values that occur, sorted, and these.
+
+    The codes −1, and those of nan, become −1; unsigned values become int64.
+    """
     if values.dtype.kind == "u":
         if len(values) and values.max() > np.iinfo(np.int64).max:
             raise BadInput(f"{where}: the label {values.max()} is above 2**63 - 1; save the labels as text")

@@ -1,4 +1,4 @@
-"""What a file may claim, checked before anything of that size is allocated.
+"""Limits on the sizes that a file may claim, checked before anything of that size is allocated.
 
 A header of forty bytes can promise 10^15 rows, and one long label among many makes every entry of an array
 as wide as itself. So sizes are read first, and held against these limits, the file and the machine.

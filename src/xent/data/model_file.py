@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from xent._util.atomic_write import aside
+from xent._util.atomic_write import atomic_write
 from xent._util.text import json_text, quoted
 from xent.data.labels import Kind, array_of_texts, kind_of
 from xent.data.limits import text_fault
@@ -62,17 +62,19 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """The same for the same numbers, classes and features."""
+        """A text that is equal for equal numbers, classes and features."""
         found = hashlib.sha256()
         for array in (self.weight, self.bias, self.mean, self.scale, self.classes):
             found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
         return found.hexdigest() + repr((self.feature_names, self.kind, self.width))
 
     def logits(self, x: np.ndarray) -> np.ndarray:  # (N, D) -> (N, C)
+        """Return the logits of features that are not yet standardised."""
         z = ((x - self.mean) / self.scale) @ self.weight.T + self.bias
         return np.concatenate([np.zeros_like(z), z], axis=1) if z.shape[1] == 1 else z
 
     def log_proba(self, x: np.ndarray) -> np.ndarray:  # (N, D) -> (N, C), nats
+        """Return the log-probabilities of features that are not yet standardised."""
         z = self.logits(x)
         z = z - z.max(axis=1, keepdims=True)
         log_p: np.ndarray = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
@@ -112,7 +114,7 @@ def save(model: Model, path: Path) -> None:
     tensors = {
         name: np.ascontiguousarray(getattr(model, name)) for name in ("weight", "bias", "mean", "scale")
     }
-    with aside(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"xent": text}))
 
 
@@ -171,7 +173,10 @@ def _model(path: Path) -> Model:
 
 
 def _check_header(path: Path) -> None:
-    """Before any of it is parsed: eight bytes of length, then that many bytes that open a JSON object."""
+    """Raise ``BadInput`` unless eight bytes of length stand before that many bytes, the first of JSON.
+
+    Nothing is parsed before.
+    """
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(9)
@@ -198,7 +203,7 @@ def _classes(path: Path, about: dict[str, Any]) -> np.ndarray:
 
 
 def _kind(said: Any, classes: np.ndarray) -> Kind:
-    """The kind of the labels, which their type tells where no text is involved."""
+    """Return the kind of the labels, which their type tells where no text is involved."""
     if said is None and classes.dtype.kind == "U":
         return "text"
     kind = kind_of(classes)
@@ -223,7 +228,7 @@ def _texts(values: list[Any]) -> list[str]:
 
 
 def _fault(model: Model) -> str | None:
-    """What is wrong with the model, if anything."""
+    """Return what is wrong with the model, if anything is."""
     features, classes = len(model.feature_names), len(model.classes)
     rows = 1 if classes == 2 else classes
     shapes = {"weight": (rows, features), "bias": (rows,), "mean": (features,), "scale": (features,)}

@@ -20,7 +20,7 @@ from numpy.lib import format as npy
 
 from xent._processes.group import Share
 from xent._util.text import quoted
-from xent.data.labels import numbered, numbered_text
+from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import MOST_NAME, check_columns, check_memory
 from xent.data.reading import reading
 from xent.data.table import Table, Wanted, check_finite, choose, no_label, some
@@ -28,6 +28,7 @@ from xent.errors import BadInput
 
 
 def read_npz(path: Path, wanted: Wanted, share: Share) -> Table:
+    """Return the share's rows of an archive of arrays: ``X``, and the label's."""
     with open(path, "rb") as file:
         if file.read(len(npy.MAGIC_PREFIX)) == npy.MAGIC_PREFIX:
             raise BadInput(f"{path}: is a single array, not an archive of them; call it .npy")
@@ -50,6 +51,7 @@ def read_npz(path: Path, wanted: Wanted, share: Share) -> Table:
 
 
 def read_npy(path: Path, wanted: Wanted, share: Share) -> Table:
+    """Return the share's rows of an array, the labels being another file."""
     features = _alone(path, share)
     if wanted.label is None or wanted.label_optional:  # an optional label is a column's name, never a path
         return _from_arrays(path, wanted, share, features, None)
@@ -186,9 +188,9 @@ def _array_labels(wanted: Wanted, share: Share, stored: _Stored) -> tuple[np.nda
     values, codes = np.unique(labels, return_inverse=True)
     codes = codes.astype(np.int64)
     if dtype.kind in "SU":
-        codes, classes = numbered_text(where, codes, _texts(where, values))
+        codes, classes = encode_text_labels(where, codes, _texts(where, values))
     else:
-        codes, classes = numbered(where, codes, values)
+        codes, classes = encode_labels(where, codes, values)
     if wanted.every_row and (codes < 0).any():
         raise no_label(where, start + int(np.flatnonzero(codes < 0)[0]))
     return codes, classes

@@ -13,7 +13,7 @@ import numpy as np
 
 from xent._processes.group import Share
 from xent._util.text import quoted
-from xent.data.labels import numbered, numbered_text
+from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
 from xent.data.table import Table, Wanted, bad_number, check_finite, choose, no_label, skipped
 from xent.errors import BadInput, needs
@@ -23,6 +23,7 @@ BATCH = 1 << 16
 
 
 def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
+    """Return the share's rows of a Parquet file."""
     with needs("probe"):
         from pyarrow import parquet
     with parquet.ParquetFile(path) as file:
@@ -47,7 +48,7 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
 
 
 def _read_share(file: Any, columns: list[str], share: Share) -> Any:
-    """The share's rows as an Arrow table."""
+    """Return the share's rows as an Arrow table."""
     import pyarrow as pa
 
     about = file.metadata
@@ -63,7 +64,7 @@ def _read_share(file: Any, columns: list[str], share: Share) -> Any:
 
 
 def within(batches: Iterable[Any], rows: slice, position: int = 0) -> Iterator[Any]:
-    """What of some batches, the first of which begins at a position in the file, lies within the rows."""
+    """Yield the part of some batches within the rows; the first batch begins at a position in the file."""
     for batch in batches:
         if position >= rows.stop:
             return
@@ -74,15 +75,34 @@ def within(batches: Iterable[Any], rows: slice, position: int = 0) -> Iterator[A
 
 
 def is_number(kind: Any) -> bool:
+    """Return whether an Arrow type is one of real numbers."""
     import pyarrow as pa
 
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def is_text(kind: Any) -> bool:
+    """Return whether an Arrow type is one of text."""
     import pyarrow as pa
 
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view")
+
+
+def table_from_arrow(path: Path, wanted: Wanted, arrow: Any, share: Share) -> Table:
+    """Return the rows of a share, and the columns that are wanted, of an Arrow table of a whole file.
+
+    Raises ``BadInput`` for columns that are not there, numbers that are missing or not finite, and rows
+    without a label.
+    """
+    check_columns(path, len(arrow.schema.names))
+    check_names(path, arrow.schema.names)
+    features = choose(path, wanted, arrow.schema.names, [is_number(field.type) for field in arrow.schema])
+    label = wanted.label if wanted.label in arrow.schema.names else None
+    left_out = skipped(wanted, arrow.schema.names, features)
+    rows = share.of(arrow.num_rows)
+    arrow = arrow.select(features if label is None else [*features, label])
+    part = arrow.slice(rows.start, rows.stop - rows.start)
+    return from_arrow(path, wanted, part, features, label, left_out, rows.start)
 
 
 def from_arrow(
@@ -94,6 +114,7 @@ def from_arrow(
     left_out: tuple[str, ...],
     start: int,
 ) -> Table:
+    """Return some rows of a file as a table, the first at ``start``."""
     import pyarrow as pa
 
     kinds = [arrow.schema.field(name).type for name in features]
@@ -122,7 +143,7 @@ def from_arrow(
 
 
 def _is_blank(column: Any) -> bool:
-    """Whether no row has a value; data frames write such a column as null, or as nan whatever its type."""
+    """Return whether no row has a value; data frames write such a column as null, or as nan in any type."""
     import pyarrow as pa
 
     if pa.types.is_floating(column.type):
@@ -139,7 +160,7 @@ def _arrow_labels(
         return np.full(len(column), -1), np.array([], dtype=str)
     where = f"{path}: column {quoted(label)}"
     codes, values = _encoded(path, wanted, column, label)
-    number = numbered_text if isinstance(values, list) else numbered
+    number = encode_text_labels if isinstance(values, list) else encode_labels
     codes, classes = number(where, codes, values)
     if wanted.every_row and (codes < 0).any():
         raise no_label(path, start + int(np.flatnonzero(codes < 0)[0]), label)

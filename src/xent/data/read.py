@@ -1,18 +1,18 @@
 """Files to a ``Table``: a dense matrix of features, and class numbers with the classes that they stand for.
 
-CSV (``.csv``, ``.tsv``) and Parquet go through Arrow, ``.npz`` and ``.npy`` through NumPy without pickle.
-Each of several ranks reads its own share of the rows; the classes are those of all.
+CSV and Parquet go through Arrow, ``.npz`` and ``.npy`` through NumPy without pickle. Each of several ranks
+reads its own share of the rows; the classes are those of all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks, Share
+from xent.data._registry import format_of, known_suffixes, register_reader
 from xent.data.csv import read_csv
 from xent.data.numpy import read_npy, read_npz
 from xent.data.parquet import read_parquet
@@ -20,19 +20,15 @@ from xent.data.reading import reading
 from xent.data.table import Table, Wanted
 from xent.errors import BadInput
 
-__all__ = ["Table", "Wanted", "read"]
-
-_READERS: dict[str, tuple[str, Callable[[Path, Wanted, Share], Table]]] = {
-    ".csv": ("CSV", read_csv),
-    ".tsv": ("CSV", read_csv),
-    ".parquet": ("Parquet", read_parquet),
-    ".npz": ("NPZ", read_npz),
-    ".npy": ("NPY", read_npy),
-}
+register_reader(".csv", read_csv, name="CSV")
+register_reader(".tsv", read_csv, name="CSV")
+register_reader(".parquet", read_parquet, name="Parquet")
+register_reader(".npz", read_npz)
+register_reader(".npy", read_npy)
 
 
-def read(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
-    """Read a ``.csv``, ``.tsv``, ``.parquet``, ``.npz`` or ``.npy`` file, of several ranks each its share.
+def read_table(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
+    """Return the wanted columns of a file, of several ranks each its share of the rows.
 
     For ``.npy`` the label is the name of a second ``.npy`` file; for ``.npz`` that of an array inside, beside
     the features: the array ``X`` or the only two-dimensional one. Columns of arrays are named x0, x1, ...
@@ -42,35 +38,38 @@ def read(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "flowers.csv"
     >>> _ = path.write_text("id,petal,kind\\n1,0.5,rose\\n2,1.5,iris\\n")
-    >>> table = read(path, Wanted("kind", exclude=["id"]))
+    >>> table = read_table(path, Wanted("kind", exclude=["id"]))
     >>> table.feature_names, table.features.tolist(), table.classes[table.codes].tolist()
     (('petal',), [[0.5], [1.5]], ['rose', 'iris'])
     """
     path = Path(path)
-    with ranks.together():
+    with ranks.raise_together():
         table = read_share(path, wanted, ranks.share)
-    ranks.alike(f"copy of {path}", path.stat().st_size)
-    return united(table, ranks)
+    ranks.check_equal(f"copy of {path}", path.stat().st_size)
+    return merge_classes(table, ranks)
 
 
 def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
-    """A share of the rows, with the classes that occur in it."""
-    if path.suffix.lower() not in _READERS:
-        raise BadInput(f"{path}: files are told by their suffix, which is to be one of {', '.join(_READERS)}")
-    kind, reader = _READERS[path.suffix.lower()]
-    with reading(path, kind):
+    """Return a share of the rows, with the classes that occur in it."""
+    found = format_of(path)
+    if found is None:
+        known = ", ".join(known_suffixes())
+        raise BadInput(f"{path}: files are told by their suffix, which is to be one of {known}")
+    with reading(path, found.name):
         if not path.exists():
             raise BadInput(f"{path}: no such file")
         if path.is_dir():
             raise BadInput(f"{path}: is a directory, not a file")
         if path.stat().st_size == 0:
             raise BadInput(f"{path}: the file is empty")
-        return reader(path, wanted, share)
+        return found.reader(path, wanted, share)
 
 
-def united(table: Table, ranks: Ranks) -> Table:
-    """The share's table with the classes of all shares, and these alike in everything else."""
-    ranks.alike(f"view of {table.source}", (table.feature_names, table.label_name, table.features.dtype.str))
+def merge_classes(table: Table, ranks: Ranks) -> Table:
+    """Return the share's table with the classes of all shares; everything else must be equal on all ranks."""
+    ranks.check_equal(
+        f"view of {table.source}", (table.feature_names, table.label_name, table.features.dtype.str)
+    )
     if not ranks.sum(len(table.features)):
         raise BadInput(f"{table.source}: the file has columns but no rows")
     if table.classes is None or table.codes is None:

@@ -1,4 +1,4 @@
-"""The one place where what goes wrong inside a reader becomes a ``BadInput``, whatever library it came from.
+"""The one place where an error of any library inside a reader becomes a ``BadInput``.
 
 Libraries raise what they like over a damaged file: NumPy's header parser a ``TokenError``, zipfile a
 ``NotImplementedError``, zlib, thrift and JSON their own. So no list of exceptions is kept here. What passes
@@ -16,7 +16,7 @@ from xent.data.limits import memory
 from xent.errors import BadInput
 
 FAULTS = (AssertionError, AttributeError, LookupError, NameError, TypeError, ArithmeticError)
-"""What a mistake in a program raises; from a line of our own it is one."""
+"""Errors that a mistake in a program raises; from a line of our own it is one."""
 
 SMALL = 100
 """A file of which so many fit into the memory and which still asks for more of it claims what it has not."""

@@ -1,4 +1,4 @@
-"""Where labelled tables come from: a file, or the digits that scikit-learn ships."""
+"""Labelled tables: from a file, or the digits that scikit-learn ships."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks
-from xent._util.atomic_write import aside
-from xent.data import read
-from xent.data.read import Table
+from xent._util.atomic_write import atomic_write
+from xent.data.read import read_table
+from xent.data.table import Table, Wanted
 from xent.errors import needs
 
 
@@ -21,12 +21,12 @@ def read_labelled(
     exclude: Sequence[str] = (),
     ranks: Ranks = ALONE,
 ) -> Table:
-    """A table of which every row has a label; see ``xent.data.read.read``."""
-    return read.read(path, read.Wanted(label=label, features=features or None, exclude=exclude), ranks)
+    """Return a table of which every row has a label; see ``xent.data.read_table``."""
+    return read_table(path, Wanted(label=label, features=features or None, exclude=exclude), ranks)
 
 
 def digits(ranks: Ranks = ALONE) -> Table:
-    """1,797 handwritten digits, 8 × 8 pixels of 0 to 16, in the package itself: no network."""
+    """Return 1,797 handwritten digits, 8 × 8 pixels of 0 to 16, in the package itself: no network."""
     with needs("probe"):
         from sklearn.datasets import load_digits
     found = load_digits()
@@ -50,6 +50,6 @@ def write_parquet(table: Table, rows: np.ndarray, path: Path) -> Path:
     columns = {name: table.features[rows, j] for j, name in enumerate(table.feature_names)}
     if table.codes is not None and table.classes is not None:
         columns[str(table.label_name)] = table.classes[table.codes[rows]]
-    with aside(path) as temporary:
+    with atomic_write(path) as temporary:
         parquet.write_table(pa.table(columns), temporary)
     return path

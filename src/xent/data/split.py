@@ -1,4 +1,4 @@
-"""Which rows are fitted and which held out: every class in both parts, drawn by the seed.
+"""A split into training and validation rows: every class in both, drawn by the seed.
 
 Several ranks draw it from the labels of all rows, each for itself, so that it is one process's.
 """
@@ -12,12 +12,12 @@ import numpy as np
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import class_text, quoted
 from xent.data.labels import look_like_numbers
-from xent.data.read import Table
+from xent.data.table import Table
 from xent.errors import BadInput, needs
 
 
 def split(table: Table, share: float, seed: int, ranks: Ranks = ALONE) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in the file of the training and of the held-out rows, ascending."""
+    """Return the positions in the file of the training and of the held-out rows, ascending."""
     assert table.codes is not None
     assert table.classes is not None
     codes = ranks.concatenate(table.codes)

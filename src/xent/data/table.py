@@ -1,4 +1,4 @@
-"""A ``Table``, which columns of a file become one, and what every reader refuses in the same words.
+"""A ``Table``, the choice of its columns, and the errors that every reader has in common.
 
 Rows are counted from 1 in every message, a header line not counted.
 """
@@ -39,14 +39,17 @@ class Table:
     width: int | None = None  # columns of the array that the features are from; None where columns have names
 
     def own(self, rows: np.ndarray) -> np.ndarray:
-        """Positions in this share of those of some rows, ascending positions in the file, that are in it."""
+        """Return positions in this share, of those of some rows that lie in it.
+
+        The rows are given by their positions in the file, ascending.
+        """
         low, high = np.searchsorted(rows, [self.start, self.start + len(self.features)])
         return rows[low:high] - self.start
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """Which columns to read.
+    """The columns to read.
 
     ``features`` None: every numeric column but the label and ``exclude``. ``label`` None: no label.
     ``label_optional``: the column, or a row's label, may be missing. ``model`` names the model file whose
@@ -63,7 +66,7 @@ class Wanted:
 
     @property
     def origin(self) -> str:
-        """Who asks for the features."""
+        """The option or the model that names the features."""
         return "--features" if self.model is None else f"a feature of {self.model}"
 
     @property
@@ -89,7 +92,7 @@ class Wanted:
 
 
 def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[bool]) -> list[str]:
-    """The feature columns, in the order asked for, else the file's."""
+    """Return the feature columns, in the order wanted, else the file's."""
     times = collections.Counter(names)
     for name, count in times.items():
         if count > 1:
@@ -122,6 +125,7 @@ def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[b
 
 
 def skipped(wanted: Wanted, names: Sequence[str], chosen: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns that are neither features nor excluded nor the label."""
     if wanted.features is not None:
         return ()
     accounted_for = {*chosen, wanted.label, *wanted.exclude}
@@ -129,6 +133,7 @@ def skipped(wanted: Wanted, names: Sequence[str], chosen: Sequence[str]) -> tupl
 
 
 def some(names: Sequence[str], most: int = 8) -> str:
+    """Return a list of names for a message, cut where it is long."""
     shown = ", ".join(quoted(name) for name in itertools.islice(names, most))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
@@ -142,6 +147,7 @@ def _there_are(names: Sequence[str]) -> str:
 
 
 def bad_number(path: Path, wanted: Wanted, column: str, row: int, value: object) -> BadInput:
+    """Return the error for a cell, of a row counted from 0, that is no finite number."""
     said = "is missing" if value is None else f"holds {quoted(value)}"
     return BadInput(
         f"{path}: row {row + 1}, column {quoted(column)} {said} where a finite number is needed; "
@@ -150,18 +156,20 @@ def bad_number(path: Path, wanted: Wanted, column: str, row: int, value: object)
 
 
 def no_label(where: object, row: int, column: str | None = None) -> BadInput:
+    """Return the error for a row, counted from 0, without a label."""
     of = "" if column is None else f" in column {quoted(column)}"
     return BadInput(f"{where}: row {row + 1} has no label{of}; fill it in or drop the row")
 
 
 def _as_option(name: str) -> str:
-    """The name as a shell and ``--exclude``, whose value is a row of CSV, read it."""
+    """Return a name as a shell and ``--exclude``, whose value is a row of CSV, read it."""
     row = io.StringIO()
     csv.writer(row, lineterminator="").writerow([name])
     return shlex.quote(row.getvalue())
 
 
 def check_finite(path: Path, wanted: Wanted, matrix: np.ndarray, names: Sequence[str], start: int) -> None:
+    """Raise ``BadInput`` for the first number that is not finite."""
     step = max(1, 2**22 // max(1, matrix.shape[1]))  # a flag a number, for a few million at a time
     for i in range(0, len(matrix), step):
         finite = np.isfinite(matrix[i : i + step])

@@ -1,6 +1,7 @@
-"""A linear probe: ``SoftmaxRegression`` on arrays, and the fit and predict jobs of the command line on files.
+"""A linear classifier: ``SoftmaxRegression``, and the solvers that it may use.
 
-Importing this package imports none of its dependencies; the names below do, and say which extra is missing.
+Importing this package imports none of its dependencies. ``SoftmaxRegression`` does, and says which extra is
+missing.
 """
 
 from __future__ import annotations
@@ -8,11 +9,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from xent.errors import BadInput, MissingExtra, needs
+from xent.linear_model.solvers import Solver, register_solver
 
 if TYPE_CHECKING:
     from xent.linear_model.softmax_regression import SoftmaxRegression
 
-__all__ = ["BadInput", "MissingExtra", "SoftmaxRegression"]
+__all__ = ["BadInput", "MissingExtra", "SoftmaxRegression", "Solver", "register_solver"]
 
 
 def __getattr__(name: str) -> object:

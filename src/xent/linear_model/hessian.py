@@ -1,124 +1,157 @@
-"""The Hessian of the objective over the rows of all ranks, as Newton's method asks for it.
+"""The Hessian of the objective, summed over chunks of rows and over the ranks that hold them.
 
-    H v = Σ_ranks H_r v        A = Σ_ranks A_r        G = Σ_ranks G_r
+    H v = Σ_i H_i v      diag H = Σ_i diag H_i      A = Σ_i A_i,  G = Σ_i G_i      i: a chunk of a rank
 
-Products, diagonal, blocks and the sums that Kronecker factors are made of add up over rows; each rank has an
-operator of its own rows, on a standardised copy of their features.
+Products, diagonal, blocks and the sums that Kronecker factors are made of add up over rows. Rows in memory
+are one chunk, whose operator is kept while the point stays; of rows in a file an operator is made for each
+chunk, each time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xent._processes.leader import Leader
 from xent.curvature._heads import HeadHessian
 from xent.curvature._kronecker import HeadKronecker
-from xent.linear_model.objective import Objective
+from xent.linear_model.row_source import LabelledRows
 
 
-class Curvature:
-    """Of an objective: every rank makes one, the first asks for ``at``."""
+class HessianSums:
+    """Sums over the rows of all ranks, at a point to which ``move`` leads; every rank makes one.
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective, self.lead = objective, objective.lead
-        self._features: Tensor | None = None
-        self._here: SummedHessian | None = None
-        for name, answer in (
-            ("hessian at", self._move),
-            ("hessian product", lambda v: HeadHessian.__matmul__(self.here, self._tensor(v)).numpy()),
-            ("hessian diagonal", lambda _: _flat(HeadHessian.diagonal(self.here)).numpy()),
-            ("hessian block", lambda c: HeadHessian.block(self.here, int(c[0])).numpy()),
-            ("hessian factors", self._factor_sums),
-        ):
-            self.lead.teach(name, answer)
+    Args:
+        rows: makes the rows as the solver sees them, standardised; called when a Hessian is first needed.
+        shape: (K, D + 1) of theta.
+        binary: whether theta is one vector, the logits being (0, s).
+        fit_intercept: whether the last column of theta counts.
+        total: the divisor of the mean over all rows.
+    """
 
-    @property
-    def here(self) -> SummedHessian:
-        assert self._here is not None
-        return self._here
+    def __init__(
+        self,
+        rows: Callable[[], LabelledRows],
+        shape: tuple[int, int],
+        binary: bool,
+        fit_intercept: bool,
+        total: float,
+        leader: Leader,
+    ) -> None:
+        self._make_rows, self._shape, self._binary, self._total = rows, shape, binary, total
+        self._fit_intercept = fit_intercept
+        self._rows: LabelledRows | None = None
+        self._head: dict[str, Any] = {}
+        self._kept: list[HeadHessian] | None = None
+        self.move = leader.register(self._move)
+        self.product = leader.register(lambda v: self._sum(h @ self.tensor(v) for h in self._each()))
+        self.diagonal = leader.register(lambda _: self._sum(h.diagonal() for h in self._each()))
+        self.block = leader.register(lambda c: self._sum(h.block(int(c[0])) for h in self._each()))
+        self.factors = leader.register(self._factors)
 
     def at(self, theta: np.ndarray) -> SummedHessian:
-        """The Hessian at θ, in the solver's variables on standardised features."""
-        self.lead.ask("hessian at", theta)
-        return self.here
+        """Return the Hessian at theta, in the solver's variables."""
+        self.move(theta)
+        no_rows = self.tensor(np.empty((0, self._shape[1] - 1)))
+        return SummedHessian(self, no_rows, torch.empty(0, dtype=torch.int64, device="cpu"), **self._head)
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """Return an array as a tensor in the features' type."""
+        return torch.from_numpy(array.astype(self._labelled.source.dtype))
+
+    @property
+    def _labelled(self) -> LabelledRows:
+        if self._rows is None:
+            self._rows = self._make_rows()
+        return self._rows
 
     def _move(self, theta: np.ndarray) -> np.ndarray:
-        objective = self.objective
-        if self._features is None:
-            self._features = torch.from_numpy(objective.standardised())  # (N, D)
-        at = self._tensor(theta).reshape(objective.rows, -1)
-        if objective.binary:  # logits (0, s)
+        at = self.tensor(theta).reshape(self._shape)
+        if self._binary:
             at = torch.cat([torch.zeros_like(at), at])
-        self._here = SummedHessian(
-            self,
-            self._features,
-            at[:, :-1].contiguous(),
-            objective.target,
-            bias=at[:, -1].contiguous() if objective.fit_intercept else None,
-            wrt=("weight", "bias") if objective.fit_intercept else ("weight",),
-            sample_weight=objective.weight,
-            denominator=objective.total,
-        )
+        self._head = {
+            "weight": at[:, :-1].contiguous(),
+            "bias": at[:, -1].contiguous() if self._fit_intercept else None,
+            "wrt": ("weight", "bias") if self._fit_intercept else ("weight",),
+            "denominator": self._total,
+        }
+        self._kept = list(self._made(HeadHessian)) if self._labelled.source.in_memory else None
         return np.empty(0)
 
-    def _factor_sums(self, _: np.ndarray) -> np.ndarray:
-        """Σ γ·tr M·x̃ x̃ᵀ, Σ γ·M and Σ γ, flat."""
-        found = self.here.own_factors()
-        self.here.factors = found
-        curved = found.G * found.total
-        sums = (
-            found.A * curved.trace(),
-            curved,
-            torch.tensor(found.total, dtype=torch.float64, device="cpu"),
-        )
-        return np.concatenate([t.double().numpy().ravel() for t in sums])
+    def _each(self) -> Iterable[HeadHessian]:
+        """Return the operator of each chunk."""
+        return self._made(HeadHessian) if self._kept is None else self._kept
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array.astype(self.objective.dtype))
+    def _made(self, kind: Any, **options: Any) -> Iterator[Any]:
+        for x, target, weight in self._labelled.chunks():
+            yield kind(x, target=target, sample_weight=weight, **self._head, **options)
+
+    def _factors(self, _: np.ndarray) -> np.ndarray:
+        """Return Σ γ·tr M·x̃ x̃ᵀ, Σ γ·M and Σ γ, flat."""
+
+        def sums(k: HeadKronecker) -> tuple[Tensor, ...]:
+            curved = k.G * k.total
+            total = torch.tensor(k.total, dtype=torch.float64, device="cpu")
+            return (k.A * curved.trace()).double(), curved.double(), total
+
+        return self._sum(sums(k) for k in self._made(HeadKronecker, weighting="curvature"))
+
+    @staticmethod
+    def _sum(parts: Iterable[Tensor | tuple[Tensor, ...]]) -> np.ndarray:
+        """Return Σ parts, flat; several in float64."""
+        total: np.ndarray | None = None
+        for part in parts:
+            flat = _flat(part).numpy()
+            total = flat if total is None else np.add(total, flat, dtype=np.float64)
+        assert total is not None  # there is always a chunk
+        return total
 
 
 class SummedHessian(HeadHessian):
-    """An operator of this rank's rows, which asks all ranks when it is applied."""
+    """The Hessian over all rows: an operator on no rows of its own, whose answers are sums."""
 
-    def __init__(self, curvature: Curvature, features: Tensor, weight: Tensor, target: Tensor, **given: Any):
-        self._curvature, self._given = curvature, (features, weight, target, given)
-        self.factors: HeadKronecker | None = None
-        super().__init__(features, weight, target, **given)
+    def __init__(self, sums: HessianSums, features: Tensor, target: Tensor, **head: Any) -> None:
+        self._sums, self._given = sums, {"features": features, "target": target, **head}
+        super().__init__(**self._given)
 
-    def _ask(self, name: str, argument: np.ndarray) -> Tensor:
-        return self._curvature._tensor(self._curvature.lead.ask(name, argument))
-
-    def __matmul__(self, v: Any) -> Any:
-        assert isinstance(v, tuple)  # as Newton's system gives it
-        return self._cut(self._ask("hessian product", _flat(v).numpy()).ravel())
+    def _products(self, stacks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        found = []
+        for side in zip(*stacks, strict=True):
+            product = self._sums.product(_flat(side).double().numpy())
+            found.append(self._cut(self._sums.tensor(product)))
+        return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
     def diagonal(self) -> Any:
-        return self._cut(self._ask("hessian diagonal", np.empty(0)).ravel())
+        """Return the diagonal, in the parameter's shape (a tuple of them for several)."""
+        parts = self._cut(self._sums.tensor(self._sums.diagonal(np.empty(0))))
+        return parts if len(parts) > 1 else parts[0]
+
+    def trace(self) -> Tensor:
+        """Return the sum of the diagonal, a scalar."""
+        return self._sums.tensor(self._sums.diagonal(np.empty(0))).sum()
 
     def block(self, index: int) -> Tensor:
-        return self._ask("hessian block", np.array([index]))
+        """Return the block of a class, (D̃, D̃), with its bias last."""
+        found = self._sums.tensor(self._sums.block(np.array([index], dtype=np.float64)))
+        side = self._given["features"].shape[1] + len(self.wrt) - 1
+        return found.reshape(side, side)
 
     def kronecker(self) -> HeadKronecker:
-        """The Kronecker factors over all rows."""
-        sums = self._curvature.lead.ask("hessian factors", np.empty(0))
-        found, self.factors = self.factors, None
-        assert found is not None
-        a, g = found.A.numel(), found.G.numel()
-        curved, total = sums[a : a + g].reshape(found.G.shape), float(sums[-1])
+        """Return the Kronecker factors over all rows, those counted by their curvature."""
+        made = HeadKronecker(weighting="curvature", **self._given)
+        sums = self._sums.factors(np.empty(0))
+        a, g = made.A.numel(), made.G.numel()
+        curved, total = sums[a : a + g].reshape(made.G.shape), float(sums[-1])
         counted = float(np.trace(curved))
-        tensor = self._curvature._tensor
-        found.A = tensor(sums[:a].reshape(found.A.shape) / (counted or 1.0))
-        found.G, found.total = tensor(curved / (total or 1.0)), total
-        return found
-
-    def own_factors(self) -> HeadKronecker:
-        features, weight, target, given = self._given
-        return HeadKronecker(features, weight, target, weighting="curvature", **given)
+        made.A = self._sums.tensor(sums[:a].reshape(made.A.shape) / (counted or 1.0))
+        made.G, made.total = self._sums.tensor(curved / (total or 1.0)), total
+        return made
 
 
-def _flat(parts: Any) -> Tensor:
-    """Tensors, or one, as one flat tensor."""
+def _flat(parts: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Return tensors, or one, as one flat tensor."""
     return torch.cat([part.reshape(-1) for part in (parts if isinstance(parts, tuple) else (parts,))])

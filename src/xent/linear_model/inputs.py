@@ -1,4 +1,4 @@
-"""What an estimator is given: features, labels and weights of any library, as checked NumPy arrays.
+"""The inputs of an estimator: features, labels and weights of any library, as checked NumPy arrays.
 
 Tensors are detached and brought to the CPU; half types become float32. Every fault is an error that names the
 argument, the row and the value.
@@ -97,7 +97,7 @@ def _absent(y: np.ndarray) -> np.ndarray:
 
 
 def _unboxed(y: np.ndarray) -> np.ndarray:
-    """Objects as the numbers that they are, if they are."""
+    """Return objects as the numbers that they are, if they are."""
     values = y.ravel().tolist()
     numbers = all(isinstance(value, Real | np.bool_) for value in values)
     return np.array(values).reshape(y.shape) if numbers else y

@@ -2,104 +2,129 @@
 
     min over W, b of   Σ_n s_n ℓ(W x_n + b, t_n) / Σ_n s_n a_n  +  λ/2 ‖W‖²         W = V/σ,  b = c − W μ
 
-N rows lie with one process or are shared by several: sums over them are asked for, of all ranks (``Lead``).
-So may the classes be: each rank then has the gradient of its own slice of W and b.
+Sums over the N rows are formed a chunk at a time. Where several processes hold the rows, the sums are over
+all of them (``Leader``). Where they share the classes, each has the gradient of its own slice of W and b.
 The solver moves θ = (V | c). With centred features and, by the choice of σ, a Hessian whose diagonal is
 constant at W = 0, it needs tens of iterations where it would need thousands in (W, b).
 """
 
 from __future__ import annotations
 
-import warnings
+import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from xent._processes.group import Share
-from xent._processes.leader import Lead
+from xent._processes.leader import Leader
+from xent.linear_model.hessian import HessianSums, SummedHessian
+from xent.linear_model.row_source import BLOCK, LabelledRows, slices, standardised
 from xent.losses._cross_entropy import linear_cross_entropy
 
 
 class Objective:
-    """The scaled objective and its gradient at θ = (V | c), flat; the last evaluation is remembered.
+    """The scaled objective at θ = (V | c), flat: value, gradient and Hessian; the last value is remembered.
 
-    Every rank makes one, of its own rows; the first calls it.
+    Every rank makes one, of its own rows; rank 0 calls it.
+
+    Args:
+        rows: features (N, D), their targets and weights.
+        n_classes: C.
+        C: inverse strength of the penalty.
+        fit_intercept: whether there is a b.
+        leader: sums over the rows of several ranks; None is one process.
+
+    Raises:
+        ValueError: the weights of all rows sum to 0.
     """
 
     def __init__(
-        self,
-        X: np.ndarray,  # (N, D)
-        target: np.ndarray,  # (N,) class numbers or (N, C) masses
-        weight: np.ndarray | None,  # (N,)
-        classes: int,
-        C: float,
-        fit_intercept: bool,
-        lead: Lead | None = None,
+        self, rows: LabelledRows, n_classes: int, C: float, fit_intercept: bool, leader: Leader | None = None
     ) -> None:
-        self.lead = Lead() if lead is None else lead
-        ranks = self.lead.ranks
-        mass = np.ones(len(X)) if weight is None else weight.astype(np.float64)
-        if target.ndim == 2:
-            mass = mass * target.sum(axis=1, dtype=np.float64)
-        self.total = float(ranks.sum(mass.sum()))
+        leader = Leader() if leader is None else leader
+        self.ranks = leader.ranks
+        self.rows, self.dtype, self.fit_intercept = rows, rows.source.dtype, fit_intercept
+        n_rows, self.n_features = rows.source.shape
+        self.binary = n_classes == 2
+        self.n_vectors = 1 if self.binary else n_classes  # K
+        mass = np.ones(n_rows) if rows.weight is None else rows.weight.astype(np.float64)
+        if rows.target.ndim == 2:
+            mass = mass * rows.target.sum(axis=1, dtype=np.float64)
+        self.total = float(self.ranks.sum(mass.sum()))
         if not self.total > 0:
             raise ValueError(
                 "nothing is left to fit: sample_weight times class_weight times label mass sums to 0"
             )
         self.penalty = 1.0 / (C * self.total)  # λ
-        self.binary = classes == 2
-        self.rows, self.columns = 1 if self.binary else classes, X.shape[1]
-        self.fit_intercept = fit_intercept
-        self.dtype = X.dtype
-        self.X = X
-        self.x = _tensor(X)
-        self.target = _tensor(target)
-        self.weight = None if weight is None else _tensor(weight)
-
-        # The Hessian's diagonal at W = 0: h·E[(x_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
-        # h σ_j² with σ_j² = E[(x_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
-        h = 0.25 if self.binary else (classes - 1) / classes**2
-        self.mean = ranks.sum(mass @ X) / self.total if fit_intercept else np.zeros(X.shape[1])
-        variance = np.zeros(X.shape[1])
-        step = max(1, 2**20 // X.shape[1])
-        with np.errstate(over="ignore"):  # a scale that is not finite is replaced below
-            for i in range(0, len(X), step):
-                variance += mass[i : i + step] @ np.square(X[i : i + step] - self.mean)
-            scale = np.sqrt(ranks.sum(variance) / self.total + self.penalty / h)
-        self.scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
-
-        self.lead.teach("gradient", self._part)
+        self.mean, self.scale = self._standardisation(mass)
+        self._sums = leader.register(self._loss_and_gradient)
+        self._hessian = HessianSums(
+            self._standardised,
+            (self.n_vectors, self.n_features + 1),
+            self.binary,
+            fit_intercept,
+            self.total,
+            leader,
+        )
         self._theta: np.ndarray | None = None
         self._value = 0.0
         self._gradient = np.empty(0)
         self.gradient_norm = np.inf  # in (W, b), at the last θ
 
+    def _standardisation(self, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return μ and σ, (D,) each.
+
+        The Hessian's diagonal at W = 0 is h·E[(x_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
+        h σ_j² with σ_j² = E[(x_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
+        """
+        n_classes = 2 if self.binary else self.n_vectors
+        h = (n_classes - 1) / n_classes**2
+        mean, squares = np.zeros(self.n_features), np.zeros(self.n_features)
+        if self.fit_intercept:
+            for part, x in self._blocks(mass):
+                mean += part @ x
+            mean = self.ranks.sum(mean) / self.total
+        with np.errstate(over="ignore"):  # a scale that is not finite is replaced below
+            for part, x in self._blocks(mass):
+                squares += part @ np.square(x - mean)
+            scale = np.sqrt(self.ranks.sum(squares) / self.total + self.penalty / h)
+        return mean, np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+
+    def _blocks(self, mass: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield the masses (n,) and the features (n, D) of some rows at a time."""
+        for rows, x in self.rows.source.chunks():
+            own = mass[rows]
+            for block in slices(x.shape, BLOCK):
+                yield own[block], x[block]
+
+    def _standardised(self) -> LabelledRows:
+        """Return the rows as the solver sees them, (x − μ)/σ."""
+        return dataclasses.replace(self.rows, source=standardised(self.rows.source, self.mean, self.scale))
+
     def to_solver(self, coef: np.ndarray, intercept: np.ndarray) -> np.ndarray:
-        """(W, b) -> θ, (K, D+1)."""
+        """Return θ (K, D + 1) of W and b."""
         W = coef.astype(np.float64)
         return np.concatenate([W * self.scale, (intercept + W @ self.mean)[:, None]], axis=1)
 
-    def standardised(self) -> np.ndarray:
-        """The features as the solver sees them, (X − μ)/σ, a copy (N, D)."""
-        copied: np.ndarray = (self.X - self.mean) / self.scale
-        return copied.astype(self.dtype, copy=False)
-
     def to_model(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """θ -> (W, b) in the features' precision."""
+        """Return W (K, D) and b (K,) of θ, in the features' precision."""
         W, b = self._unscale(theta)
         return W.astype(self.dtype), b.astype(self.dtype)
 
     def _unscale(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        theta = theta.reshape(self.rows, -1)
+        theta = theta.reshape(self.n_vectors, -1)
         W = theta[:, :-1] / self.scale
         return W, theta[:, -1] - W @ self.mean
 
     def __call__(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
+        """Return the value, and the gradient (P,), at θ (P,), P = K·(D + 1)."""
         if self._theta is not None and np.array_equal(theta, self._theta):
             return self._value, self._gradient
         W, b = self._unscale(theta)
-        found = self.lead.ask("gradient", np.concatenate([W, b[:, None]], axis=1)) / self.total
-        loss, gradient = float(found[0]), found[1:].reshape(self.rows, -1)
+        sums = self._sums(np.concatenate([W, b[:, None]], axis=1).ravel()) / self.total
+        loss, gradient = float(sums[0]), sums[1:].reshape(self.n_vectors, -1)
         to_W, to_b = gradient[:, :-1] + self.penalty * W, gradient[:, -1]
         self.gradient_norm = float(max(np.abs(to_W).max(), np.abs(to_b).max()))
         to_V = (to_W - np.outer(to_b, self.mean)) / self.scale
@@ -108,32 +133,42 @@ class Objective:
         self._theta = theta.copy()
         return self._value, self._gradient
 
-    def _part(self, model: np.ndarray) -> np.ndarray:
-        """(W | b), flat -> the sum of these rows' losses, then its gradient in (W | b), flat."""
+    def hessian(self, theta: np.ndarray) -> SummedHessian:
+        """Return the Hessian of the mean loss at θ, an operator in V and, where there is one, c.
+
+        The penalty is not in it: λ/σ² on the diagonal of V. Two classes have two rows, of which the first, of
+        the logit 0, does not move.
+        """
+        return self._hessian.at(theta)
+
+    def _loss_and_gradient(self, model: np.ndarray) -> np.ndarray:
+        """Return the sum of these rows' losses, then its gradient in (W | b), for (W | b); all flat."""
+        total = np.zeros(1 + model.size)
         head = self._head(model).requires_grad_()
-        loss = self._sum(head, self.x, self.target, self.weight)
-        (gradient,) = torch.autograd.grad(loss, [head])
-        return np.concatenate([[self._counted(loss)], gradient.numpy().ravel()])
+        for x, target, weight in self.rows.chunks():
+            loss = self._sum(head, x, target, weight)
+            (gradient,) = torch.autograd.grad(loss, [head])
+            total[0] += self._counted(loss)
+            total[1:] += gradient.numpy().ravel()
+        return total
 
-    def loss(self, model: np.ndarray, x: np.ndarray, codes: np.ndarray) -> np.ndarray:
-        """(W | b), flat -> the sum of other rows' losses, (1,)."""
+    def loss(self, model: np.ndarray, rows: LabelledRows) -> np.ndarray:
+        """Return the sum of other rows' losses, (1,), for (W | b), flat."""
         with torch.no_grad():
-            return np.array([self._counted(self._sum(self._head(model), _tensor(x), _tensor(codes), None))])
+            head = self._head(model)
+            return np.array([sum(self._counted(self._sum(head, *chunk)) for chunk in rows.chunks())])
 
-    def _counted(self, loss: torch.Tensor) -> float:
-        """Of ranks with the same rows each has their loss, and one says it."""
-        return loss.item() if self.lead.ranks.counts else 0.0
+    def _counted(self, loss: Tensor) -> float:
+        """Return the loss on one of the ranks that hold the same rows and 0 on the others."""
+        return loss.item() if self.ranks.counts else 0.0
 
-    def _head(self, model: np.ndarray) -> torch.Tensor:  # (K, D + 1)
-        return torch.from_numpy(model.reshape(self.rows, -1).astype(self.dtype))
+    def _head(self, model: np.ndarray) -> Tensor:  # (K, D + 1)
+        return torch.from_numpy(model.reshape(self.n_vectors, -1).astype(self.dtype))
 
-    def _sum(
-        self, head: torch.Tensor, x: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _sum(self, head: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
         if self.binary:  # logits (0, s)
             head = torch.cat([torch.zeros_like(head), head])
-        ranks = self.lead.ranks
-        head = head[Share(ranks.slice, ranks.slices).of(len(head))]
+        head = head[Share(self.ranks.slice, self.ranks.slices).of(len(head))]
         return linear_cross_entropy(
             x,
             head[:, :-1].contiguous(),
@@ -141,12 +176,5 @@ class Objective:
             linear_bias=head[:, -1] if self.fit_intercept else None,
             sample_weight=weight,
             reduction="sum",
-            group=ranks.group,
+            group=self.ranks.group,
         )
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    with warnings.catch_warnings():
-        # a read-only array (a memory map) is only read here, so torch's warning about writing does not apply
-        warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-        return torch.from_numpy(np.ascontiguousarray(array))

@@ -6,7 +6,7 @@ import numpy as np
 
 from xent._processes.group import Ranks
 from xent._util.text import quoted
-from xent.data.read import Table
+from xent.data.table import Table
 from xent.errors import BadInput
 
 CHUNK = 1 << 20
@@ -14,7 +14,7 @@ CHUNK = 1 << 20
 
 
 def check_range(table: Table, ranks: Ranks) -> None:
-    """Squares of features, and their sums over rows, are to be numbers neither infinite nor 0."""
+    """Raise ``BadInput`` for a column whose squares, or their sum over rows, would be infinite or 0."""
     x = table.features
     limit = 1e150 if x.dtype == np.float64 else 1e30
     peaks = ranks.maximum(np.maximum(x.max(axis=0, initial=0.0), -x.min(axis=0, initial=0.0)))
@@ -27,7 +27,7 @@ def check_range(table: Table, ranks: Ranks) -> None:
 
 
 def standardisation(x: np.ndarray, wanted: bool, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and scale of the columns of all ranks' x: (n, D) -> (D,), (D,)."""
+    """Return mean and scale, (D,) each, of the columns of all ranks' x (n, D)."""
     if not wanted:
         return np.zeros(x.shape[1], x.dtype), np.ones(x.shape[1], x.dtype)
     rows = float(ranks.sum(len(x)))

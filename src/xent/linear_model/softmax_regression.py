@@ -6,13 +6,14 @@ The objective is scikit-learn's, and so is its scale inside the solver: divided 
 loss in nats plus λ/2 ‖W‖², λ = 1/(C·Σ s a), and ``tol`` bounds the largest component of *its* gradient. The
 intercept b is not penalised.
 
-SciPy's L-BFGS-B minimises it over (V, c) instead of (W, b), where W = V/σ and b = c − W μ: the same objective
+The solver minimises it over (V, c) instead of (W, b), where W = V/σ and b = c − W μ: the same objective
 at the same point, seen with centred features and, by the choice of σ, a Hessian whose diagonal is constant at
-W = 0. Raw features with scales from 1e-3 to 1e3 then need tens of iterations where (W, b) need thousands. X
-itself is not copied.
+W = 0. Raw features with scales from 1e-3 to 1e3 then need tens of iterations where (W, b) need thousands.
+L-BFGS does not copy X. An X mapped from a file is never copied, whatever the solver: it is read a chunk at a
+time.
 
 Newton's method goes on where L-BFGS stalls, which sees a decrease only as a difference of two objectives: see
-`probe.newton_cg`.
+`linear_model/solvers/newton_cg.py`.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import assert_all_finite, check_is_fitted, validate_data
 
-from xent._core.validators import valid
-from xent.linear_model.advice import ESTIMATOR, advice
+from xent._core.validators import OneOf, valid
+from xent.linear_model.advice import advice, estimator_words
 from xent.linear_model.descent import Descent, Progress, threads
 from xent.linear_model.inputs import cast_to, read_features, read_labels, read_sample_weight
 from xent.linear_model.objective import Objective
+from xent.linear_model.row_source import LabelledRows, RowSource, is_mapped, row_source
+from xent.linear_model.solvers import all_solvers, solver_named
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):
@@ -56,7 +59,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     solver : "lbfgs" or "newton-cg", default "lbfgs"
         L-BFGS reaches the default ``tol`` soonest. Newton's method with conjugate gradients takes tens of
         iterations to a gradient of 1e-10 in float64, where L-BFGS no longer resolves a decrease; each costs
-        as much as some products with X, and a standardised copy of X is kept.
+        as much as some products with X, and keeps a standardised copy of an X in memory. Others may be added
+        with ``xent.linear_model.register_solver``.
     warm_start : bool, default False
         Start from the coefficients of the last ``fit``.
     random_state : None
@@ -129,7 +133,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         Parameters
         ----------
         X : (N, D) dense, tensors too; computed in float32 when it is float32 or a half type, in float64
-            otherwise.
+            otherwise. ``np.load(path, mmap_mode="r")`` may be larger than memory: it is read a chunk at a
+            time.
         y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n.
             Rows need not sum to one: a row of mass a counts a times, a row of zeros not at all. Columns of
             whole numbers or bools must be one-hot, as they may be labels beside something else.
@@ -143,26 +148,27 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         TypeError : X is sparse; a parameter of the wrong kind.
         KeyboardInterrupt : passed on, with the coefficients of the last iteration in place.
         """
-        asked = self._parameters()
+        parameters = self._parameters()
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
         if y is None:
             raise ValueError("SoftmaxRegression requires y to be passed, but the target y is None")
-        X = validate_data(self, read_features(X), dtype=[np.float64, np.float32], order="C")
-        y = read_labels(y, len(X))
+        source = self._row_source(X)
+        n_rows, dtype = source.shape[0], source.dtype
+        y = read_labels(y, n_rows)
         soft = y.ndim == 2
         if soft:
-            classes, target = np.arange(y.shape[1]), cast_to(y, X.dtype, "y")
+            classes, target = np.arange(y.shape[1]), cast_to(y, dtype, "y")
         else:
             classes, target = np.unique(y, return_inverse=True)
             if len(classes) < 2:
                 raise ValueError(
                     f"SoftmaxRegression needs at least 2 classes; the labels hold one class: {classes[0]!r}"
                 )
-        weight = read_sample_weight(sample_weight, len(X), X.dtype)  # (N,) or None
-        if asked.class_weight is not None:
-            given = _class_weights(asked.class_weight, classes, target, weight)
-            per_class = cast_to(given, X.dtype, "class_weight", "class")  # (C,)
+        weight = read_sample_weight(sample_weight, n_rows, dtype)  # (N,) or None
+        if parameters.class_weight is not None:
+            given = _class_weights(parameters.class_weight, classes, target, weight)
+            per_class = cast_to(given, dtype, "class_weight", "class")  # (C,)
             if soft:
                 target = target * per_class
             else:
@@ -170,7 +176,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
         # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
         with torch.inference_mode(False), torch.enable_grad():
-            self._fit(asked, X, target, weight, classes, callback)
+            self._fit(parameters, LabelledRows(source, target, weight), classes, callback)
         return self
 
     def _parameters(self) -> SimpleNamespace:
@@ -179,30 +185,48 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         for name, value in given.items():
             if isinstance(value, torch.Tensor):
                 raise TypeError(f"{name} must be a plain value, got a tensor of shape {tuple(value.shape)}")
-        return SimpleNamespace(**{name: valid(name, value) for name, value in given.items()})
+        solvers = OneOf(tuple(solver.name for solver in all_solvers()))
+        return SimpleNamespace(
+            **{
+                name: solvers(name, value) if name == "solver" else valid(name, value)
+                for name, value in given.items()
+            }
+        )
+
+    def _row_source(self, X: Any) -> RowSource:
+        """Return the features as rows; of a mapped file nothing is copied."""
+        if not is_mapped(X):
+            return row_source(
+                validate_data(self, read_features(X), dtype=[np.float64, np.float32], order="C")
+            )
+        validate_data(self, X, skip_check_array=True)
+        source = row_source(X)
+        for _, x in source.chunks():
+            assert_all_finite(x, estimator_name=type(self).__name__, input_name="X")
+        return source
 
     def _fit(
         self,
-        asked: SimpleNamespace,
-        X: np.ndarray,  # (N, D)
-        target: np.ndarray,  # (N,) class numbers or (N, C) masses
-        weight: np.ndarray | None,  # (N,)
+        parameters: SimpleNamespace,
+        rows: LabelledRows,
         classes: np.ndarray,  # (C,)
         callback: Callable[[Progress], None] | None,
     ) -> None:
-        objective = Objective(X, target, weight, len(classes), asked.C, asked.fit_intercept)
-        start = np.zeros((objective.rows, X.shape[1] + 1))
-        if asked.warm_start and hasattr(self, "coef_"):
-            if self.coef_.shape != (objective.rows, X.shape[1]) or not np.array_equal(self.classes_, classes):
+        objective = Objective(rows, len(classes), parameters.C, parameters.fit_intercept)
+        n_rows, n_features = rows.source.shape
+        start = np.zeros((objective.n_vectors, n_features + 1))
+        if parameters.warm_start and hasattr(self, "coef_"):
+            shape = (objective.n_vectors, n_features)
+            if self.coef_.shape != shape or not np.array_equal(self.classes_, classes):
                 raise ValueError(
                     f"warm_start: the last fit has coef_ {self.coef_.shape} for {len(self.classes_)} "
-                    f"classes, here {(objective.rows, X.shape[1])} for {len(classes)}; set warm_start=False"
+                    f"classes, here {shape} for {len(classes)}; set warm_start=False"
                 )
             start = objective.to_solver(self.coef_, self.intercept_)
         self.classes_ = classes
 
         def watch(now: Progress) -> None:
-            if asked.verbose > 0:
+            if parameters.verbose > 0:
                 print(
                     f"iteration {now.iteration}: objective {now.objective:.9g}, "
                     f"gradient {now.gradient_norm:.3g}"
@@ -210,33 +234,34 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             if callback is not None:
                 callback(now)
 
-        found = Descent(objective, asked.solver, asked.tol, asked.max_iter)
+        descent = Descent(objective, solver_named(parameters.solver), parameters.tol, parameters.max_iter)
         try:
-            with threads(X.shape[0], X.shape[1], len(classes)):
-                found.run(start, watch)
+            with threads(n_rows, n_features, len(classes)):
+                descent.run(start, watch)
         finally:  # also on Ctrl-C: what has been reached is kept
-            self.coef_, self.intercept_ = found.coef, found.intercept
-            self.n_iter_ = max(0, len(found.curve) - 1)
-            self.loss_curve_ = np.array(found.curve)
-            self.gradient_norm_ = found.gradient_norm
-            self.converged_ = found.converged
-        if not self.converged_ and not found.asked_to_stop:
+            self.coef_, self.intercept_ = descent.coef, descent.intercept
+            self.n_iter_ = max(0, len(descent.curve) - 1)
+            self.loss_curve_ = np.array(descent.curve)
+            self.gradient_norm_ = descent.gradient_norm
+            self.converged_ = descent.converged
+        if not self.converged_ and not descent.stopped_by_callback:
+            why = advice(descent, estimator_words())
             warnings.warn(
                 f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient "
-                f"{self.gradient_norm_:.3g} above tol {asked.tol:.3g}: {advice(found, ESTIMATOR)}",
+                f"{self.gradient_norm_:.3g} above tol {parameters.tol:.3g}: {why}",
                 ConvergenceWarning,
                 stacklevel=3,
             )
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""
+        """Return logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""
         check_is_fitted(self)
         X = validate_data(self, read_features(X), dtype=[np.float64, np.float32], reset=False)
         logits: np.ndarray = X @ self.coef_.T + self.intercept_
         return logits[:, 0] if logits.shape[1] == 1 else logits
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Probabilities (N, C), columns in the order of ``classes_``."""
+        """Return probabilities (N, C), columns in the order of ``classes_``."""
         z = self.decision_function(X)
         if z.ndim == 1:
             return np.stack([expit(-z), expit(z)], axis=1)
@@ -244,7 +269,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         return p
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Log-probabilities (N, C) in nats, from the logits: finite where a probability rounds to 0."""
+        """Return log-probabilities (N, C) in nats, from the logits: finite where p rounds to 0."""
         z = self.decision_function(X)
         if z.ndim == 1:
             return np.stack([log_expit(-z), log_expit(z)], axis=1)
@@ -252,7 +277,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         return log_p
 
     def predict(self, X: Any) -> np.ndarray:
-        """The most probable class of each row, (N,)."""
+        """Return the most probable class of each row, (N,)."""
         best = self._best(X)
         chosen: np.ndarray = self.classes_[best]
         return chosen
@@ -263,7 +288,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         return best
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Accuracy; for soft labels (N, C), the share of their mass that lies on the predicted classes.
+        """Return the accuracy; for soft labels (N, C), the share of their mass on the predicted classes.
 
         Columns of soft labels are in the order of ``classes_``.
         """

@@ -1,1 +1,1 @@
-"""What a fit is judged by, and the figures."""
+"""The evaluation of a fit, and the figures."""

@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks
-from xent._util.atomic_write import aside
+from xent._util.atomic_write import atomic_write
 from xent._util.text import class_text
 from xent.data.model_file import Model
-from xent.data.read import Table
+from xent.data.table import Table
 from xent.errors import BadInput, needs
 
 CHUNK = 1 << 22
 """Numbers (rows × classes) of logits that exist at a time."""
 
 COLUMNS = ("prediction", "row_number", "true_label")
-"""Of predictions, beside those named after the classes; the last two where a part of the rows is written."""
+"""Columns of predictions beside those named after the classes; the last two where some rows are written."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How a model does on some rows."""
+    """Loss, accuracy and errors of a model on some rows."""
 
     rows: int
     loss: float  # nats, the mean over rows
@@ -41,6 +41,7 @@ class Evaluation:
     per_class: np.ndarray  # (C,) rows of each class
 
     def summary(self) -> dict[str, Any]:
+        """Return the numbers worth reading, as plain JSON values."""
         return {
             "rows": self.rows,
             "loss": self.loss,
@@ -49,7 +50,7 @@ class Evaluation:
         }
 
     def most_confused(self, most: int) -> list[tuple[int, int, int, int, int]]:
-        """Pairs of classes by how often one is taken for the other.
+        """Return pairs of classes by how often one is taken for the other.
 
         Each is (a, b, a taken for b, b taken for a, rows of the two); a is the one mistaken more often.
         """
@@ -66,7 +67,7 @@ class Evaluation:
         return [(a, b, pairs[a, b], pairs.get((b, a), 0), int(size[a] + size[b])) for a, b in chosen]
 
     def confusion(self, most: int) -> tuple[np.ndarray, np.ndarray]:
-        """Counts (K, K), true by predicted, of the K ≤ most classes with most errors; and which these are."""
+        """Return counts (K, K), true by predicted, of the K ≤ most classes with most errors, and these."""
         classes = len(self.per_class)
         shown = np.arange(classes)
         if classes > most:
@@ -86,14 +87,14 @@ class Evaluation:
 
 
 def chunks(model: Model, rows: int) -> Iterator[slice]:
-    """Parts of some rows whose logits, and whose labels as text, fit the chunk."""
+    """Yield parts of some rows whose logits, and whose labels as text, fit the chunk."""
     step = max(1, CHUNK // max(len(model.classes), model.classes.dtype.itemsize // 8))
     for i in range(0, rows, step):
         yield slice(i, min(i + step, rows))
 
 
 def log_proba(model: Model, table: Table, part: np.ndarray) -> np.ndarray:  # (n, C)
-    """The model's log-probabilities of some rows; ``BadInput`` for one whose numbers are too large for it."""
+    """Return the log-probabilities of some rows; raise ``BadInput`` for one whose numbers are too large."""
     with np.errstate(over="ignore", invalid="ignore"):
         log_p = model.log_proba(table.features[part])
     finite = np.isfinite(log_p).all(axis=1)
@@ -114,9 +115,9 @@ def evaluate(
     frequencies: np.ndarray | None = None,  # (C,) of the training rows
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Loss, accuracy and errors of the model on the given rows."""
+    """Return loss, accuracy and errors of the model on the given rows of all ranks."""
     classes = len(model.classes)
-    with ranks.together():
+    with ranks.raise_together():
         total = 0.0
         wrong = [np.empty(0, dtype=np.int64)]
         for each in chunks(model, len(rows) if ranks.counts else 0):
@@ -147,7 +148,7 @@ def evaluate(
 def write_predictions(
     model: Model, table: Table, path: Path, rows: np.ndarray | None = None, ranks: Ranks = ALONE
 ) -> None:
-    """One column of probabilities a class, and ``prediction``; ``.parquet`` or ``.csv`` by the suffix.
+    """Write a column of probabilities a class, and ``prediction``; ``.parquet`` or ``.csv`` by the suffix.
 
     Probabilities are of the model's type, and read back from either as the same numbers.
     With ``rows`` (positions in the table) only these are written, led by ``row_number``, counted from 1, and
@@ -156,17 +157,17 @@ def write_predictions(
     chosen = np.arange(len(table.features)) if rows is None else rows
     classes, dtype = len(model.classes), model.weight.dtype
     with contextlib.ExitStack() as stack:
-        with ranks.together():
+        with ranks.raise_together():
             check_suffix(path)
             check_names(model.classes, COLUMNS[:1] if rows is None else COLUMNS, table.source)
             write: _Write = (
-                stack.enter_context(_opened(model, path, rows is not None)) if ranks.first else _no
+                stack.enter_context(_opened(model, path, rows is not None)) if ranks.is_main else _no
             )
         ready = np.empty((0, classes), dtype), np.empty((0, 2), np.int64)
         for share, count in enumerate(ranks.gather(len(chosen))):
             for each in chunks(model, count):
                 p = about = None
-                with ranks.together():
+                with ranks.raise_together():
                     write(*ready)
                     if ranks.counts and share == ranks.share.index:
                         part = chosen[each]
@@ -178,7 +179,7 @@ def write_predictions(
                     ranks.send(p, share, (size, classes), dtype),
                     ranks.send(about, share, (size, 2), np.int64),
                 )
-        with ranks.together():
+        with ranks.raise_together():
             write(*ready)
             stack.close()
 
@@ -187,12 +188,12 @@ _Write = Callable[[np.ndarray, np.ndarray], None]  # of probabilities (n, C); of
 
 
 def _no(p: np.ndarray, about: np.ndarray) -> None:
-    """What a rank writes that is not the first."""
+    """Write nothing, as ranks other than rank 0 do."""
 
 
 @contextlib.contextmanager
-def _opened(model: Model, path: Path, numbered: bool) -> Iterator[_Write]:
-    """A file of predictions, whole when the block ends."""
+def _opened(model: Model, path: Path, with_rows: bool) -> Iterator[_Write]:
+    """Open a file of predictions, whole when the block ends."""
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import csv, parquet
@@ -202,17 +203,17 @@ def _opened(model: Model, path: Path, numbered: bool) -> Iterator[_Write]:
     number = pa.float32() if model.weight.dtype == np.float32 and not text else pa.float64()
     fields = [pa.field(class_text(value), number) for value in model.classes]
     fields.append(pa.field("prediction", kind))
-    if numbered:
+    if with_rows:
         fields = [pa.field("row_number", pa.int64()), pa.field("true_label", kind), *fields]
     schema = pa.schema(fields)
     make = csv.CSVWriter if text else parquet.ParquetWriter
 
-    with aside(path) as temporary, make(temporary, schema) as writer:
+    with atomic_write(path) as temporary, make(temporary, schema) as writer:
 
         def write(p: np.ndarray, about: np.ndarray) -> None:
             columns = [pa.array(p[:, c], number) for c in range(p.shape[1])]
             columns.append(pa.array(model.classes[p.argmax(axis=1)].tolist(), kind))
-            if numbered:
+            if with_rows:
                 true = pa.array(model.classes[about[:, 1]].tolist(), kind)
                 columns = [pa.array(about[:, 0] + 1, pa.int64()), true, *columns]
             if len(p):
@@ -222,13 +223,13 @@ def _opened(model: Model, path: Path, numbered: bool) -> Iterator[_Write]:
 
 
 def check_suffix(path: Path) -> None:
-    """Predictions are Parquet or CSV by their suffix; any other is a ``BadInput``."""
+    """Raise ``BadInput`` for a suffix that is neither ``.parquet`` nor ``.csv``."""
     if path.suffix.lower() not in (".parquet", ".csv"):
         raise BadInput(f"{path}: predictions are written as .parquet or .csv; choose one of these suffixes")
 
 
 def check_names(classes: np.ndarray, extra: tuple[str, ...], source: str) -> None:
-    """The predictions' columns are named after the classes; one called like the others cannot be."""
+    """Raise ``BadInput`` for a class called like another column of the predictions."""
     taken = [name for name in map(class_text, classes) if name in extra]
     if taken:
         raise BadInput(

@@ -61,7 +61,7 @@ STYLE: Any = {
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The style, inside the block only."""
+    """Set the style, inside the block only."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -69,7 +69,7 @@ def style() -> Iterator[None]:
 
 
 def titled(axes: Axes, title: str, subtitle: str) -> None:
-    """A title that says what one sees, a fainter line that says of what; flush with the axes' left edge."""
+    """Write a title, and under it a fainter line, flush with the axes' left edge."""
     axes.annotate(
         title,
         (0, 1),
@@ -103,7 +103,7 @@ def loss_curve(
     validation: np.ndarray,  # the same, or empty
     label_entropy: float,
 ) -> None:
-    """Training and validation loss by iteration, under the loss of knowing only the class frequencies."""
+    """Draw training and validation loss by iteration, and the loss of knowing only the class frequencies."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
@@ -168,7 +168,7 @@ def loss_curve(
 
 
 def _apart(values: Sequence[float], axes: Axes, points: float) -> list[float]:
-    """The values, moved on the y axis so that text at them stands ``points`` apart."""
+    """Return the values, moved on the y axis so that text at them stands ``points`` apart."""
     to_pixels, from_pixels = axes.transData.transform, axes.transData.inverted().transform
     y = [float(to_pixels((0, value))[1]) for value in values]
     if len(y) == 2:
@@ -189,7 +189,7 @@ def confusion(
     of: str,  # "360 validation rows"
     classes: int | None = None,  # how many there are, if more than K
 ) -> None:
-    """Which class is taken for which: colour is the share of a row's true class that goes wrong there.
+    """Draw which class is taken for which: colour is the share of the true class that goes wrong there.
 
     The diagonal, which would drown the errors, is grey and says how often the class is got right.
     """
@@ -226,7 +226,7 @@ def pairs(
     names: Sequence[str],  # K
     unit: str,  # what the colour is a share of
 ) -> None:
-    """A number for each pair of classes, in the shade that it deserves."""
+    """Draw a number for each pair of classes, shaded by its share."""
     from matplotlib.colors import LinearSegmentedColormap
 
     shown = len(names)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import xent
-from xent._util.atomic_write import aside
+from xent._util.atomic_write import atomic_write
 from xent.errors import needs
 from xent.report import figures
 from xent.report.figures import BLUE, FAINT, GREEN, ORANGE, PURPLE, VERMILION
@@ -35,7 +35,7 @@ def draw(folder: Path) -> list[Path]:
             figure = Figure()
             paint(figure)
             paths.append(folder / f"{name}.png")
-            with aside(paths[-1]) as temporary:
+            with atomic_write(paths[-1]) as temporary:
                 figures.save(figure, temporary)
     return paths
 

@@ -2,7 +2,7 @@
 
     (H + λ/σ²) s = −∇,   ‖residual‖ ≤ η·‖∇‖,   η = min(½, √(‖∇‖/‖∇₀‖))        θ ← θ + α·s
 
-in the solver's variables θ = (V | c), on a standardised copy of the features. The forcing term η makes early
+in the solver's variables θ = (V | c), on standardised features. The forcing term η makes early
 steps cheap and late ones exact, so that the gradient falls superlinearly. Near the minimum two objectives no
 longer differ by a resolved number, and the line search goes by slopes alone (Hager and Zhang's approximate
 Wolfe condition, "A new conjugate gradient method with guaranteed descent", 2005): this is how a gradient of
@@ -17,13 +17,16 @@ Kronecker factors precondition: they see which features go together, in all clas
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from xent.curvature._newton import NewtonSystem, Preconditioner
-from xent.linear_model.hessian import Curvature
-from xent.linear_model.objective import Objective
+from xent.linear_model.solvers._registry import Solver
+
+if TYPE_CHECKING:
+    from xent.linear_model.objective import Objective
 
 FACTOR = 1 << 12  # rows of a Kronecker factor up to which these precondition
 MOST_PRODUCTS = 1000  # with the Hessian, in one iteration
@@ -33,13 +36,9 @@ SUFFICIENT = 1e-4  # of the decrease that the slope promises
 
 
 def newton_cg(
-    curvature: Curvature, theta: np.ndarray, max_iter: int, after_iteration: Callable[[np.ndarray], None]
+    objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: Callable[[np.ndarray], None]
 ) -> bool:
-    """Minimise its objective from theta (K·(D + 1),); whether it ended for want of digits.
-
-    ``after_iteration`` sees the point after each; raising ``StopIteration`` ends the fit.
-    """
-    objective = curvature.objective
+    """Minimise from theta (K·(D + 1),); return True where the arithmetic resolves no further decrease."""
     value, gradient = objective(theta)
     start, slow, damping = float(np.linalg.norm(gradient)), 0, 0.0
     if not np.isfinite(start):
@@ -48,7 +47,7 @@ def newton_cg(
         norm = objective.gradient_norm
         forcing = min(0.5, np.sqrt(np.linalg.norm(gradient) / start))
         while True:
-            step = _step(curvature, theta, gradient, float(forcing), damping)
+            step = _step(objective, theta, gradient, float(forcing), damping)
             resolved = -float(gradient @ step) > 64 * np.finfo(objective.dtype).eps * abs(value)
             found, length = _line_search(objective, theta, step, value, gradient)
             if found is not None or (not resolved and step.any()) or damping > MOST_DAMPING:
@@ -67,35 +66,32 @@ def newton_cg(
             damping = damping / 10 if damping > LEAST_DAMPING else 0.0
         theta = found
         value, gradient = objective(theta)
-        try:
-            after_iteration(theta)
-        except StopIteration:
-            return False
+        after_iteration(theta)
     return False
 
 
 def _step(
-    curvature: Curvature, theta: np.ndarray, gradient: np.ndarray, forcing: float, damping: float
+    objective: Objective, theta: np.ndarray, gradient: np.ndarray, forcing: float, damping: float
 ) -> np.ndarray:
-    """Newton's step at theta, of its shape."""
-    objective, hessian = curvature.objective, curvature.at(theta)
-    dtype, columns = hessian.dtype, objective.columns + objective.fit_intercept  # the intercept last
-    slope = torch.from_numpy(gradient.reshape(objective.rows, -1)).to(dtype)
+    """Return Newton's step at theta, of its shape."""
+    hessian = objective.hessian(theta)
+    dtype, columns = hessian.dtype, objective.n_features + objective.fit_intercept  # the intercept last
+    slope = torch.from_numpy(gradient.reshape(objective.n_vectors, -1)).to(dtype)
     ridge = torch.zeros(columns, dtype=dtype, device=slope.device)
-    ridge[: objective.columns] = torch.from_numpy(objective.penalty / objective.scale**2)
+    ridge[: objective.n_features] = torch.from_numpy(objective.penalty / objective.scale**2)
     ridge += damping
     system = NewtonSystem(hessian, ridge, kronecker=hessian.kronecker, pinned=objective.binary)
     with torch.no_grad():
         size = slope.abs().max()  # squares of a small gradient leave the range of float32
         right = -slope[:, :columns] / size
-        found = system.solve(right, _preconditioner(objective.rows, columns), forcing, MOST_PRODUCTS)
-    step = np.zeros((objective.rows, objective.columns + 1))
+        found = system.solve(right, _preconditioner(objective.n_vectors, columns), forcing, MOST_PRODUCTS)
+    step = np.zeros((objective.n_vectors, objective.n_features + 1))
     step[:, :columns] = (found.solution * size).numpy()
     return step.ravel()
 
 
 def _preconditioner(classes: int, columns: int) -> Preconditioner:
-    """The best one that is small beside the data."""
+    """Return the best one that is small beside the data."""
     if classes == 1:
         return "class-blocks"  # the Hessian itself
     return "kronecker" if max(classes, columns) <= FACTOR else "diagonal"
@@ -104,7 +100,7 @@ def _preconditioner(classes: int, columns: int) -> Preconditioner:
 def _line_search(
     objective: Objective, theta: np.ndarray, step: np.ndarray, value: float, gradient: np.ndarray
 ) -> tuple[np.ndarray | None, float]:
-    """θ + α·s and α, 1 or as much smaller as it takes; None where nothing lies lower."""
+    """Return θ + α·s and α, 1 or as much smaller as it takes; None where nothing lies lower."""
     slope = float(gradient @ step)
     if not slope < 0:
         return None, 0.0
@@ -122,3 +118,12 @@ def _line_search(
         bent = slope / (slope - now_slope) if now_slope > slope else 0.5
         length *= min(0.5, max(0.1, bent))
     return None, 0.0
+
+
+NEWTON_CG = Solver(
+    "newton-cg",
+    newton_cg,
+    class_parallel=False,  # Hessian products are sums over rows, not over slices of the classes
+    precise=True,
+    summary="newton-cg goes on to gradients of 1e-10, and costs more until then.",
+)

@@ -1,0 +1,53 @@
+"""The commands by name, each imported when it is first asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import click
+
+_COMMANDS: dict[str, str | click.Command] = {}
+
+
+def register_command(name: str, command: str | click.Command) -> None:
+    """Make a command known, as ``xent NAME``.
+
+    Args:
+        name: what a person types.
+        command: a click command, or ``"module:attribute"``, which is imported when the command is used. An
+            error that it raises is a line and an exit code, as in :mod:`xent.cli.commands`.
+
+    Raises:
+        ValueError: the name is another command's.
+
+    Example:
+        >>> register_command("fit", "my_package.commands:fit")
+        Traceback (most recent call last):
+            ...
+        ValueError: there is a command called 'fit' already; choose another name
+    """
+    if name in _COMMANDS:
+        raise ValueError(f"there is a command called {name!r} already; choose another name")
+    _COMMANDS[name] = command
+
+
+def command_names() -> list[str]:
+    """Return the names of the commands in alphabetical order."""
+    return sorted(_COMMANDS)
+
+
+def load_command(name: str) -> click.Command | None:
+    """Return the command of a name, importing it where that is to be done; None if there is none."""
+    command = _COMMANDS.get(name)
+    if not isinstance(command, str):
+        return command
+    module, _, attribute = command.partition(":")
+    loaded: click.Command = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+register_command("fit", "xent.cli.fit:fit")
+register_command("predict", "xent.cli.predict:predict")
+register_command("verify", "xent.cli.verify:verify")

@@ -1,0 +1,68 @@
+"""Types, checks and options that commands share."""
+
+from __future__ import annotations
+
+import csv
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xent._processes.group import DEFAULT_TIMEOUT
+from xent.errors import BadInput
+from xent.linear_model.solvers import all_solvers
+
+
+class Finite(click.FloatRange):
+    """A range of numbers without nan, which no comparison keeps out, and without infinity."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number; raise a usage error for one outside the range."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class SolverName(click.ParamType):  # type: ignore[type-arg]
+    """The name of one of the solvers that are registered when it is looked at."""
+
+    name = "solver"
+
+    def _choice(self) -> click.Choice[str]:
+        return click.Choice([solver.name for solver in all_solvers()])
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the name; raise a usage error, which lists the solvers, for another."""
+        return self._choice().convert(value, param, ctx)
+
+    def get_metavar(self, *about: Any, **also: Any) -> str | None:
+        """Return the names, as the help shows them."""
+        return self._choice().get_metavar(*about, **also)
+
+
+def column_names(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Return names given as a row of CSV, so that one may hold a comma."""
+    try:
+        return tuple(name for row in csv.reader([value or ""], strict=True) for name in row)
+    except csv.Error as error:
+        raise click.BadParameter(f"{value!r} is no row of CSV: {error}") from error
+
+
+def keep_inputs(output: Path, *inputs: Path) -> None:
+    """Raise ``BadInput`` if the output would replace a file that the command reads."""
+    for path in inputs:
+        if output.exists() and path.exists() and output.samefile(path):
+            raise BadInput(f"{output}: is read by this command and would be overwritten; name another output")
+
+
+timeout = click.option(
+    "--timeout",
+    type=Finite(0, 10**7, min_open=True),
+    default=DEFAULT_TIMEOUT,
+    show_default=True,
+    envvar="XENT_TIMEOUT",
+    metavar="SECONDS",
+    help="Under torchrun: how long a rank waits for another that does not answer.",
+)

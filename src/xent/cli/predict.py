@@ -1,0 +1,83 @@
+"""``xent predict``: the probabilities of a model for the rows of a file."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from xent._processes.start import join
+from xent._util.atomic_write import check_file, check_writable, folder
+from xent._util.text import json_text, printable, quoted
+from xent.cli.options import keep_inputs
+from xent.cli.options import timeout as timeout_option
+
+if TYPE_CHECKING:
+    from xent.cli.predict_job import Scored
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("data", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=".parquet or .csv.")
+@click.option(
+    "--label", metavar="COLUMN", help="Where the labels are, if not under the name the model was fitted on."
+)
+@timeout_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print nothing but errors.")
+def predict(
+    model: Path, data: Path, output: Path, label: str | None, timeout: float, as_json: bool, quiet: bool
+) -> None:
+    """Write the probability of every class, and the most probable one, for each row of DATA.
+
+    Where DATA has labels, it also says how many are predicted; that none of them is known is an error.
+
+    \b
+    xent predict xent-model/model.safetensors flowers.csv -o predictions.parquet
+    """
+    from xent.cli import predict_job as job
+    from xent.data import model_file
+    from xent.report import evaluation
+
+    with join(timeout) as ranks:
+        with ranks.raise_together():
+            evaluation.check_suffix(output)
+            check_file(output)
+            keep_inputs(output, model, data, *([Path(label)] if label else []))
+            if ranks.is_main:
+                check_writable(output.parent)
+            fitted = model_file.load(model)
+        ranks.check_equal(f"model in {model}", fitted.fingerprint)
+        table = job.read_for(fitted, model, data, label, ranks)
+        scored = job.score(fitted, table, ranks)
+        rows = int(ranks.sum(len(table.features)))
+        with contextlib.ExitStack() as stack:
+            with ranks.raise_together():
+                if ranks.is_main:
+                    stack.enter_context(folder(output.parent))
+            evaluation.write_predictions(fitted, table, output, ranks=ranks)
+    if not ranks.is_main:
+        return
+    if as_json:
+        found = None if scored is None else scored.evaluation.summary()
+        about = {"source": table.source, "rows": rows, "evaluation": found, "file": str(output)}
+        if scored is not None:
+            about |= {"unlabelled": scored.unlabelled, "unknown_labels": scored.unknown}
+        click.echo(json_text(about))
+    elif not quiet:
+        _print_predict(rows, len(fitted.classes), scored, label or table.label_name, output)
+
+
+def _print_predict(rows: int, classes: int, scored: Scored | None, label: str | None, output: Path) -> None:
+    click.echo(f"{rows:,} rows, {classes} classes: {printable(str(output))}")
+    if scored is None:
+        return
+    done = scored.evaluation
+    click.echo(f"against {label!r}: accuracy {100 * done.accuracy:.2f} %, loss {done.loss:.4f} nats")
+    left_out = [f"{scored.unlabelled:,} without a label"] if scored.unlabelled else []
+    left_out += [f"{n:,} labelled {quoted(text)}" for text, n in list(scored.unknown.items())[:3]]
+    if left_out:
+        click.echo(f"left out of that: rows {', '.join(left_out)}{' ...' if len(scored.unknown) > 3 else ''}")

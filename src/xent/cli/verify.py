@@ -1,0 +1,73 @@
+"""``xent verify``: every identity of the mathematics, checked on this machine."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from xent._util.atomic_write import check_writable
+from xent._util.text import json_text, printable
+
+
+def _device(_: click.Context, __: click.Parameter, value: str) -> str:
+    """Return the name of a device that computes; raise a usage error for another."""
+    import torch
+
+    try:
+        if torch.device(value).type == "meta":
+            raise click.BadParameter("meta tensors hold no numbers to check")
+        torch.ones(1, device=value).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
+        raise click.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
+    return value
+
+
+@click.command()
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    callback=_device,
+    help="Where to compute: cpu, cuda, cuda:1.",
+)
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
+    help="A type to check, as often as you like [float64 and float32].",
+)
+@click.option(
+    "--figures", type=click.Path(path_type=Path), metavar="DIR", help="Draw what the identities look like."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
+def verify(device: str, dtypes: tuple[str, ...], figures: Path | None, as_json: bool) -> None:
+    """Check every identity of the mathematics on this machine: which hold, and how closely.
+
+    \b
+    xent verify
+    xent verify --device cuda --dtype bfloat16
+    xent verify --figures figures
+    """
+    from xent import verify as job
+    from xent.verify.table import say
+
+    if figures is not None:
+        check_writable(figures)
+    report = job.verify(tuple(dict.fromkeys(dtypes)) or job.DEFAULT_DTYPES, device)
+    files = [] if figures is None else [str(path) for path in job.draw(figures)]
+    if as_json:
+        click.echo(json_text({**report.summary(), "files": files}))
+    else:
+        console = Console(highlight=False)
+        console.width = console.width if console.is_terminal else 120  # a file is as wide as the table
+        with console.capture() as said:
+            say(console, report)
+        click.echo(said.get(), nl=False)
+        if files:
+            click.echo("drawn: " + printable(", ".join(files)))
+    if not report.holds:
+        sys.exit(1)

@@ -1,0 +1,62 @@
+"""The readers of file formats, by the suffix of a file's name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeAlias
+
+from xent._processes.group import Share
+from xent.data.table import Table, Wanted
+
+Reader: TypeAlias = Callable[[Path, Wanted, Share], Table]
+"""``reader(path, wanted, share) -> table``; see :func:`register_reader`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A file format: its name in messages, and what reads it."""
+
+    name: str
+    reader: Reader
+
+
+_FORMATS: dict[str, Format] = {}
+
+
+def register_reader(suffix: str, reader: Reader, *, name: str | None = None) -> None:
+    """Make a file format known by the suffix of its files.
+
+    Args:
+        suffix: with its dot, in lower case, as ``".csv"``.
+        reader: called as ``reader(path, wanted, share)`` for a file that is there and not empty; returns a
+            ``Table`` of the rows of the share (``share.of(n_rows)``) with the columns that are wanted.
+            :func:`xent.data.table_from_arrow` makes one of an Arrow table. What it raises becomes a
+            ``BadInput`` that names the file.
+        name: of the format, in messages; the suffix in capitals if None.
+
+    Raises:
+        ValueError: the suffix has no dot or is not in lower case; it is another reader's.
+
+    Example:
+        >>> register_reader("jsonl", lambda path, wanted, share: ...)
+        Traceback (most recent call last):
+            ...
+        ValueError: a suffix is a dot and lower-case letters, such as '.csv'; got 'jsonl'
+    """
+    if not suffix.startswith(".") or suffix != suffix.lower() or len(suffix) < 2:
+        raise ValueError(f"a suffix is a dot and lower-case letters, such as '.csv'; got {suffix!r}")
+    if suffix in _FORMATS:
+        raise ValueError(f"files called {suffix} have a reader already; choose another suffix")
+    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader)
+
+
+def format_of(path: Path) -> Format | None:
+    """Return the format of a file by its suffix, None if it has no reader."""
+    return _FORMATS.get(path.suffix.lower())
+
+
+def known_suffixes() -> list[str]:
+    """Return the suffixes that have a reader, in the order of their registration."""
+    return list(_FORMATS)

@@ -1,0 +1,151 @@
+"""The rows of a fit, handed out a chunk at a time: features (N, D) with their targets and weights.
+
+An array in memory is one chunk. Of an array mapped from a file a chunk is read at a time, and whatever is
+made of it (another type, standardised features) is of the size of the chunk: the whole is never copied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from typing import Protocol, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 22
+"""Numbers in a chunk of a mapped array."""
+
+BLOCK = 1 << 20
+"""Numbers of which float64 intermediates are formed at a time."""
+
+Chunk: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+"""Features (n, D), targets (n,) or (n, C), weights (n,) or None."""
+
+
+class RowSource(Protocol):
+    """Features (N, D) that can be gone through again and again."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype  # float32 or float64, of every chunk
+    in_memory: bool  # then the only chunk is the whole
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield which rows they are, and their features, C-contiguous."""
+        ...
+
+
+class ArrayRows:
+    """An array in memory, (N, D) of float32 or float64."""
+
+    in_memory = True
+
+    def __init__(self, features: np.ndarray) -> None:
+        self.features = np.ascontiguousarray(features)
+        self.shape, self.dtype = self.features.shape, self.features.dtype
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the whole array, also where it has no rows."""
+        yield slice(0, len(self.features)), self.features
+
+
+class MappedRows:
+    """An array mapped from a file, (N, D) of real numbers in any layout; chunks are of type ``dtype``."""
+
+    in_memory = False
+
+    def __init__(self, features: np.ndarray, dtype: np.dtype) -> None:
+        self.features, self.dtype = features, np.dtype(dtype)
+        self.shape = features.shape
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield some rows at a time: views where type and layout fit, else copies."""
+        for rows in slices(self.shape, CHUNK):
+            yield rows, np.ascontiguousarray(self.features[rows], dtype=self.dtype)
+
+
+class StandardisedRows:
+    """The rows x of another source as (x − mean)/scale, computed anew for each chunk."""
+
+    in_memory = False
+
+    def __init__(self, source: RowSource, mean: np.ndarray, scale: np.ndarray) -> None:
+        self.source, self.mean, self.scale = source, mean, scale
+        self.shape, self.dtype = source.shape, source.dtype
+
+    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+        """Yield the source's chunks, standardised."""
+        for rows, x in self.source.chunks():
+            yield rows, standardise(x, self.mean, self.scale)
+
+
+def row_source(features: np.ndarray) -> RowSource:
+    """Return the rows of an array: mapped, where it is one that ``is_mapped``, else in memory."""
+    if is_mapped(features):
+        return MappedRows(features, computed_dtype(features.dtype))
+    return ArrayRows(features)
+
+
+def is_mapped(features: object) -> bool:
+    """Return whether it is a table of real numbers that lies in a mapped file."""
+    return (
+        isinstance(features, np.memmap)
+        and features.ndim == 2
+        and features.dtype.kind in "biuf"
+        and 0 not in features.shape
+    )
+
+
+def computed_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the type in which features are computed with: float32 for float32 and float16, else float64."""
+    return np.dtype(np.float32 if dtype in (np.float32, np.float16) else np.float64)
+
+
+def standardised(source: RowSource, mean: np.ndarray, scale: np.ndarray) -> RowSource:
+    """Return (x − mean)/scale for the rows of a source: a copy of rows in memory, else a chunk at a time."""
+    if not source.in_memory:
+        return StandardisedRows(source, mean, scale)
+    ((_, features),) = source.chunks()
+    return ArrayRows(standardise(features, mean, scale))
+
+
+def standardise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Return (x − mean)/scale in the type of x; intermediates are of some rows at a time."""
+    made = np.empty_like(x, subok=False)
+    for rows in slices(x.shape, BLOCK):
+        made[rows] = (x[rows] - mean) / scale
+    return made
+
+
+def slices(shape: tuple[int, ...], numbers: int) -> Iterator[slice]:
+    """Yield consecutive ranges of the rows of an array, each of at most as many numbers, or of one row."""
+    count, step = shape[0], max(1, numbers // max(1, shape[1]))
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelledRows:
+    """The rows of a source with what they are to be."""
+
+    source: RowSource
+    target: np.ndarray  # (N,) class numbers or (N, C) masses
+    weight: np.ndarray | None = None  # (N,)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Yield the rows as tensors, a chunk at a time."""
+        for rows, x in self.source.chunks():
+            weight = None if self.weight is None else as_tensor(self.weight[rows])
+            yield as_tensor(x), as_tensor(self.target[rows]), weight
+
+
+def as_tensor(array: np.ndarray) -> Tensor:
+    """Return a tensor on the array's memory, which is only read."""
+    array = np.ascontiguousarray(array)
+    if array.flags.writeable:
+        return torch.from_numpy(array)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+        return torch.from_numpy(array)
