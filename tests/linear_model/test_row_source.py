@@ -1,0 +1,204 @@
+"""Rows a chunk at a time: what of a mapped file is copied, and that it changes no result."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from xent import SoftmaxRegression
+from xent.linear_model import row_source
+from xent.linear_model.row_source import LabelledRows, MappedRows, standardised
+
+SOLVERS = ["lbfgs", "newton-cg"]
+
+
+def mapped(path, array):
+    np.save(path, array)
+    return np.load(path, mmap_mode="r")
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(row_source, "CHUNK", 1000)
+    monkeypatch.setattr(row_source, "BLOCK", 300)
+
+
+def test_chunks_of_a_mapped_file_are_views_of_it(tmp_path, small_chunks):
+    X = mapped(tmp_path / "X.npy", np.arange(12_000, dtype=np.float32).reshape(-1, 8))
+    chunks = list(row_source.row_source(X).chunks())
+    assert [len(x) for _, x in chunks] == [125] * 12
+    assert all(np.shares_memory(x, X) for _, x in chunks)
+    np.testing.assert_array_equal(np.concatenate([x for _, x in chunks]), X)
+    tensors = [x for x, _, _ in LabelledRows(row_source.row_source(X), np.zeros(1500, int)).chunks()]
+    assert tensors[3].data_ptr() == X[375:].ctypes.data
+
+
+def test_an_array_in_memory_is_one_chunk_and_no_copy(small_chunks):
+    X = np.arange(12_000, dtype=np.float32).reshape(-1, 8)
+    ((rows, x),) = row_source.row_source(X).chunks()
+    assert rows == slice(0, 1500)
+    assert np.shares_memory(x, X)
+    ((rows, x),) = row_source.row_source(X[:0]).chunks()
+    assert x.shape == (0, 8)
+
+
+LAYOUTS = {
+    "float64": lambda X: X,
+    "float32": lambda X: X.astype(np.float32),
+    "float16": lambda X: X.astype(np.float16),
+    "whole numbers": lambda X: X.astype(np.uint8),
+    "columns first": np.asfortranarray,
+    "big-endian": lambda X: X.astype(">f8"),
+}
+
+
+@pytest.mark.parametrize("of_file", [lambda X: X, lambda X: X[::2, 3:40]], ids=["whole", "a view"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_of_any_type_and_layout(tmp_path, small_chunks, layout, of_file):
+    X, _ = load_digits(return_X_y=True)
+    X = LAYOUTS[layout](X)
+    source = row_source.row_source(of_file(mapped(tmp_path / "X.npy", X)))
+    assert isinstance(source, MappedRows)
+    wide = np.float32 if layout in ("float32", "float16") else np.float64
+    mean, scale = np.full(source.shape[1], 3.0), np.full(source.shape[1], 7.0)
+    for rows, expected in (
+        (source, of_file(X)),
+        (standardised(source, mean, scale), (of_file(X) - mean) / scale),
+    ):
+        assert rows.shape == expected.shape
+        chunks = [x for _, x in rows.chunks()]
+        assert len(chunks) > 10
+        assert all(x.dtype == rows.dtype == wide and x.flags.c_contiguous for x in chunks)
+        np.testing.assert_allclose(np.concatenate(chunks), expected.astype(wide), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft", "weighted", "two"])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_a_fit_from_a_mapped_file_is_that_of_the_array(tmp_path, monkeypatch, solver, kind):
+    monkeypatch.setattr(row_source, "CHUNK", 1 << 14)  # 256 rows
+    X, y = load_digits(n_class=2 if kind == "two" else 4, return_X_y=True)
+    rng = np.random.default_rng(0)
+    weight = rng.integers(0, 3, len(X)) if kind == "weighted" else None
+    if kind == "soft":
+        y = rng.dirichlet(np.ones(4), len(X)) * np.linspace(0, 2, len(X))[:, None]
+    options = {"solver": solver, "tol": 1e-8 if solver == "newton-cg" else 1e-6, "C": 0.1}
+    whole = SoftmaxRegression(**options).fit(X, y, weight)
+    chunked = SoftmaxRegression(**options).fit(mapped(tmp_path / "X.npy", X), y, weight)
+    assert whole.converged_
+    assert chunked.converged_
+    np.testing.assert_allclose(chunked.coef_, whole.coef_, atol=1e-4 if solver == "lbfgs" else 1e-6)
+    assert chunked.loss_curve_[-1] == pytest.approx(whole.loss_curve_[-1], rel=1e-8)
+    np.testing.assert_allclose(chunked.predict_proba(X), whole.predict_proba(X), atol=1e-4)
+
+
+def test_what_a_mapped_file_holds_is_checked(tmp_path, small_chunks):
+    X, y = load_digits(return_X_y=True)
+    X[1500, 3] = np.nan
+    with pytest.raises(ValueError, match="Input X contains NaN"):
+        SoftmaxRegression().fit(mapped(tmp_path / "X.npy", X), y)
+    with pytest.raises(ValueError, match="y has 5 rows and X has 1797"):
+        SoftmaxRegression().fit(mapped(tmp_path / "Y.npy", np.ones_like(X)), y[:5])
+    model = SoftmaxRegression(max_iter=1, tol=1).fit(mapped(tmp_path / "Z.npy", np.ones_like(X)), y)
+    assert model.n_features_in_ == 64
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that an operation makes, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
+        found = func(*args, **kwargs)
+        for t in tree_leaves(found):
+            if torch.is_tensor(t) and t.untyped_storage().data_ptr() not in given:
+                self.bytes = max(self.bytes, t.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_nothing_of_the_size_of_a_mapped_file_is_made(tmp_path, monkeypatch, solver, dtype):
+    """NumPy's memory is counted at its peak, torch's by its largest tensor."""
+    monkeypatch.setattr(row_source, "CHUNK", 1 << 17)
+    monkeypatch.setattr(row_source, "BLOCK", 1 << 17)
+    rng = np.random.default_rng(0)
+    y = np.arange(40_000) % 3
+    X = mapped(tmp_path / "X.npy", (rng.normal(size=(40_000, 128)) + np.eye(128)[y]).astype(dtype))
+    model = SoftmaxRegression(solver=solver, max_iter=2, tol=0.0)
+    with pytest.warns(match="max_iter is reached"), Largest():
+        model.fit(X[::100], y[::100])  # imports are not to be counted
+    tracemalloc.start()
+    with pytest.warns(match="max_iter is reached"), Largest() as made:
+        model.fit(X, y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert model.n_iter_ == 2
+    # targets and masses are three numbers a row
+    assert peak < X.nbytes / 2
+    assert made.bytes < X.nbytes / 3
+
+
+RESIDENT = """
+import re, sys, threading, time, warnings
+import numpy as np
+from xent import SoftmaxRegression
+
+def anonymous():  # bytes
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.005)
+
+solver, max_iter, path = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+X = np.load(path, mmap_mode="r")
+y = np.arange(len(X)) % 10
+seen = []
+threading.Thread(target=watch, daemon=True).start()
+warnings.simplefilter("ignore")
+model = SoftmaxRegression(solver=solver, max_iter=max_iter, tol=0.0).fit(X, y)
+print(model.n_iter_, X.nbytes, len(seen), max(seen), model.loss_curve_[-1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/self/status is Linux's")
+@pytest.mark.parametrize(("solver", "max_iter"), [("lbfgs", 3), ("newton-cg", 1)])
+def test_a_file_larger_than_the_memory_it_takes(tmp_path, solver, max_iter):
+    """RssAnon is the memory of a process that no file stands behind."""
+    rows, columns = 3_000_000, 128
+    X = np.lib.format.open_memmap(tmp_path / "X.npy", "w+", np.float32, (rows, columns))
+    rng = np.random.default_rng(0)
+    for start in range(0, rows, 100_000):
+        part = rng.standard_normal((100_000, columns), dtype=np.float32)
+        part[np.arange(100_000), np.arange(start, start + 100_000) % 10] += 2
+        X[start : start + 100_000] = part
+    X.flush()
+    del X
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, solver, str(max_iter), str(tmp_path / "X.npy")],
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    iterations, size, samples, most, loss = map(float, done.stdout.split())
+    (tmp_path / "X.npy").unlink()
+    assert iterations == max_iter
+    assert samples > 100
+    assert loss < 1.8 < np.log(10)
+    assert size > 1.5e9
+    assert most < 1e9, f"{most / 1e9:.2f} GB"
