@@ -45,7 +45,7 @@ def test_the_worked_example_finds_the_minimum():
     model = SoftmaxRegression(solver="gradient-descent", max_iter=5000).fit(X, y)
     assert model.converged_
     assert model.get_params()["solver"] == "gradient-descent"
-    peer = SoftmaxRegression(tol=1e-8).fit(X, y)
+    peer = SoftmaxRegression(solver="newton-cg", tol=1e-8).fit(X, y)
     np.testing.assert_allclose(model.predict_proba(X), peer.predict_proba(X), atol=0.01)
 
 

@@ -9,8 +9,9 @@ chunk, each time.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -46,6 +47,8 @@ class HessianSums:
         self._fit_intercept = fit_intercept
         self._rows: LabelledRows | None = None
         self._head: dict[str, Any] = {}
+        self._operator: SummedHessian | None = None
+        self._moves = 0
         self._kept: list[HeadHessian] | None = None
         self.move = leader.register(self._move)
         self.product = leader.register(lambda v: self._sum(h @ self.tensor(v) for h in self._each()))
@@ -54,10 +57,19 @@ class HessianSums:
         self.factors = leader.register(self._factors)
 
     def at(self, theta: np.ndarray) -> SummedHessian:
-        """Return the Hessian at theta, in the solver's variables."""
+        """Return the Hessian at theta, in the solver's variables; it answers until the next is asked for."""
         self.move(theta)
-        no_rows = self.tensor(np.empty((0, self._shape[1] - 1)))
-        return SummedHessian(self, no_rows, torch.empty(0, dtype=torch.int64, device="cpu"), **self._head)
+        if self._operator is None:
+            no_rows = self.tensor(np.empty((0, self._shape[1] - 1)))
+            no_target = torch.empty(0, dtype=torch.int64, device="cpu")
+            self._operator = SummedHessian(no_rows, target=no_target, **self._head)
+        self._moves += 1
+        return self._operator.bound(self, self._moves, **self._head)
+
+    def check_here(self, moves: int) -> None:
+        """Raise ``RuntimeError`` if this is another point than that of an operator."""
+        if moves != self._moves:
+            raise RuntimeError("this Hessian is that of an earlier point: ask the objective for another")
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """Return an array as a tensor in the features' type."""
@@ -111,45 +123,78 @@ class HessianSums:
         return total
 
 
+class Factors(NamedTuple):
+    """The factors of ``HeadKronecker``, Γ·G ⊗ A, without its rows."""
+
+    A: Tensor  # (D̃, D̃)
+    G: Tensor  # (C, C)
+    total: float  # Γ
+
+
 class SummedHessian(HeadHessian):
     """The Hessian over all rows: an operator on no rows of its own, whose answers are sums."""
 
-    def __init__(self, sums: HessianSums, features: Tensor, target: Tensor, **head: Any) -> None:
-        self._sums, self._given = sums, {"features": features, "target": target, **head}
-        super().__init__(**self._given)
+    _all: HessianSums
+    _moves: int
+    _at: tuple[Tensor, Tensor | None] | None = None
+
+    def bound(self, sums: HessianSums, moves: int, weight: Tensor, bias: Tensor | None, **_: Any) -> Self:
+        """Return the operator at the point to which the sums have been moved."""
+        made = copy.copy(self)
+        made._all, made._moves, made._at = sums, moves, (weight, bias)
+        return made
+
+    @property
+    def weight(self) -> Tensor:
+        """V at the point, (C, D)."""
+        return super().weight if self._at is None else self._at[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """c at the point, (C,), None without an intercept."""
+        return super().bias if self._at is None else self._at[1]
+
+    @property
+    def _sums(self) -> HessianSums:
+        self._all.check_here(self._moves)
+        return self._all
 
     def _products(self, stacks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         found = []
         for side in zip(*stacks, strict=True):
             product = self._sums.product(_flat(side).double().numpy())
-            found.append(self._cut(self._sums.tensor(product)))
+            found.append(self._cut(self._all.tensor(product)))
         return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
     def diagonal(self) -> Any:
         """Return the diagonal, in the parameter's shape (a tuple of them for several)."""
-        parts = self._cut(self._sums.tensor(self._sums.diagonal(np.empty(0))))
+        parts = self._cut(self._all.tensor(self._sums.diagonal(np.empty(0))))
         return parts if len(parts) > 1 else parts[0]
 
     def trace(self) -> Tensor:
         """Return the sum of the diagonal, a scalar."""
-        return self._sums.tensor(self._sums.diagonal(np.empty(0))).sum()
+        return self._all.tensor(self._sums.diagonal(np.empty(0))).sum()
 
     def block(self, index: int) -> Tensor:
         """Return the block of a class, (D̃, D̃), with its bias last."""
-        found = self._sums.tensor(self._sums.block(np.array([index], dtype=np.float64)))
-        side = self._given["features"].shape[1] + len(self.wrt) - 1
-        return found.reshape(side, side)
+        index = self._index(index, self.weight.shape[0])
+        found = self._all.tensor(self._sums.block(np.array([index], dtype=np.float64)))
+        return found.reshape(self._side, self._side)
 
-    def kronecker(self) -> HeadKronecker:
-        """Return the Kronecker factors over all rows, those counted by their curvature."""
-        made = HeadKronecker(weighting="curvature", **self._given)
+    def kronecker(self) -> Factors:
+        """Return the Kronecker factors over all rows, these counted by their curvature."""
         sums = self._sums.factors(np.empty(0))
-        a, g = made.A.numel(), made.G.numel()
-        curved, total = sums[a : a + g].reshape(made.G.shape), float(sums[-1])
+        a, g = self._side, self.weight.shape[0]
+        curved, total = sums[a * a : -1].reshape(g, g), float(sums[-1])
         counted = float(np.trace(curved))
-        made.A = self._sums.tensor(sums[:a].reshape(made.A.shape) / (counted or 1.0))
-        made.G, made.total = self._sums.tensor(curved / (total or 1.0)), total
-        return made
+        tensor = self._all.tensor
+        return Factors(
+            tensor(sums[: a * a].reshape(a, a) / (counted or 1.0)), tensor(curved / (total or 1.0)), total
+        )
+
+    @property
+    def _side(self) -> int:  # D̃
+        return self.weight.shape[1] + len(self.wrt) - 1
 
 
 def _flat(parts: Tensor | tuple[Tensor, ...]) -> Tensor:

@@ -7,6 +7,7 @@ made of it (another type, standardised features) is of the size of the chunk: th
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Iterator
 from typing import Protocol, TypeAlias
@@ -136,6 +137,13 @@ class LabelledRows:
 
     def chunks(self) -> Iterator[Chunk]:
         """Yield the rows as tensors, a chunk at a time."""
+        return iter(self._kept) if self.source.in_memory else self._read()
+
+    @functools.cached_property
+    def _kept(self) -> list[Chunk]:
+        return list(self._read())
+
+    def _read(self) -> Iterator[Chunk]:
         for rows, x in self.source.chunks():
             weight = None if self.weight is None else as_tensor(self.weight[rows])
             yield as_tensor(x), as_tensor(self.target[rows]), weight

@@ -17,11 +17,12 @@ Kronecker factors precondition: they see which features go together, in all clas
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 
+from xent.curvature._kronecker import HeadKronecker
 from xent.curvature._newton import NewtonSystem, Preconditioner
 from xent.linear_model.solvers._registry import Solver
 
@@ -80,7 +81,9 @@ def _step(
     ridge = torch.zeros(columns, dtype=dtype, device=slope.device)
     ridge[: objective.n_features] = torch.from_numpy(objective.penalty / objective.scale**2)
     ridge += damping
-    system = NewtonSystem(hessian, ridge, kronecker=hessian.kronecker, pinned=objective.binary)
+    # of the factors it reads A, G and total
+    kronecker = cast(Callable[[], HeadKronecker], hessian.kronecker)
+    system = NewtonSystem(hessian, ridge, kronecker=kronecker, pinned=objective.binary)
     with torch.no_grad():
         size = slope.abs().max()  # squares of a small gradient leave the range of float32
         right = -slope[:, :columns] / size

@@ -1,0 +1,90 @@
+"""The objective: sums over chunks are those over all rows, its Hessian is that of its gradient."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from xent import SoftmaxRegression
+from xent._processes.leader import Leader
+from xent.linear_model import row_source
+from xent.linear_model.objective import Objective
+from xent.linear_model.row_source import ArrayRows, LabelledRows, MappedRows
+
+
+def objective(kind=ArrayRows, classes=3, soft=False, fit_intercept=True):
+    rng = np.random.default_rng(0)
+    X = 3 + rng.normal(size=(70, 4)) * [1, 10, 0.1, 1]
+    y = rng.integers(classes, size=70)
+    target = rng.dirichlet(np.ones(classes), 70) if soft else y
+    source = ArrayRows(X) if kind is ArrayRows else MappedRows(X, X.dtype)
+    return Objective(LabelledRows(source, target, rng.uniform(0, 2, 70)), classes, 2.0, fit_intercept)
+
+
+CASES = [(3, False, True), (3, True, True), (3, False, False), (2, False, True), (2, True, False)]
+
+
+@pytest.mark.parametrize(("classes", "soft", "fit_intercept"), CASES)
+@pytest.mark.parametrize("kind", [ArrayRows, MappedRows])
+def test_the_hessian_is_that_of_the_gradient(monkeypatch, kind, classes, soft, fit_intercept):
+    monkeypatch.setattr(row_source, "CHUNK", 40)  # ten rows
+    f = objective(kind, classes, soft, fit_intercept)
+    theta = np.random.default_rng(1).normal(size=f.n_vectors * 5) / 3
+    H = f.hessian(theta)
+    dense = H.to_dense()
+    K, first = len(H.weight), int(f.binary)
+    place = np.concatenate(
+        [np.arange(K * 4).reshape(K, 4), K * 4 + np.arange(K)[:, None]][: 1 + fit_intercept], axis=1
+    )[first:]  # of a class's weights, and its bias, in the Hessian
+    columns = 4 + fit_intercept
+    for k in range(f.n_vectors):
+        for j in range(columns):
+            step = np.zeros((f.n_vectors, 5))
+            step[k, j] = 1e-5
+            up, down = f(theta + step.ravel())[1], f(theta - step.ravel())[1]
+            slope = ((up - down) / 2e-5).reshape(f.n_vectors, 5)[:, :columns]
+            if j < 4:
+                slope[k, j] -= f.penalty / f.scale[j] ** 2
+            expected = dense[place[k, j]].numpy()[place]
+            np.testing.assert_allclose(expected, slope, atol=1e-7)
+    assert len(dense) == K * columns
+    v = torch.randn(len(dense), 2, dtype=torch.float64)
+    torch.testing.assert_close(H @ v, dense @ v)
+    torch.testing.assert_close(H.trace(), dense.trace())
+    parts = H.diagonal() if fit_intercept else (H.diagonal(),)
+    torch.testing.assert_close(torch.cat([part.reshape(-1) for part in parts]), dense.diagonal())
+    own = torch.from_numpy(place[0])
+    torch.testing.assert_close(H.block(first), dense[own][:, own])
+
+
+def test_a_hessian_of_an_earlier_point_does_not_answer():
+    f = objective()
+    H = f.hessian(np.zeros(15))
+    f.hessian(np.ones(15))
+    with pytest.raises(RuntimeError, match="that of an earlier point"):
+        H @ torch.ones(15, dtype=torch.float64)
+
+
+def test_chunks_change_no_more_than_rounding(monkeypatch):
+    whole = objective()
+    theta = np.random.default_rng(1).normal(size=15)
+    value, gradient = whole(theta)
+    monkeypatch.setattr(row_source, "CHUNK", 40)
+    chunked = objective(MappedRows)
+    np.testing.assert_allclose(chunked.mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(chunked.scale, whole.scale, rtol=1e-14)
+    assert chunked(theta)[0] == pytest.approx(value, rel=1e-14)
+    np.testing.assert_allclose(chunked(theta)[1], gradient, rtol=0, atol=1e-14)
+
+
+def test_one_process_sends_itself_nothing(monkeypatch):
+    def sum_of(part):
+        return part
+
+    assert Leader().register(sum_of) is sum_of
+    for method in ("reduce", "header", "_sum"):
+        monkeypatch.delattr(Leader, method)
+    X, y = np.eye(6), np.arange(6) % 3
+    for solver in ("lbfgs", "newton-cg"):
+        assert SoftmaxRegression(solver=solver).fit(X, y).converged_
