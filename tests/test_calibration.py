@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import xent
 from xent import _calibration
-from xent._calibration import NoBestTemperature
 from xent._core import reference
+from xent.errors import NoBestTemperature
 
 
 def drawn(rows=300, classes=10, true=1.7, dtype=torch.float64):

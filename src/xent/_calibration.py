@@ -26,23 +26,12 @@ from xent._arguments.call import Options
 from xent._arguments.validation import require_tensors
 from xent._core.target import TopKTarget
 from xent._core.targets import Targets
+from xent.errors import NoBestTemperature
 
 CHUNK = 1 << 18  # logits at a time: a few float64 copies of them stay near the cache
 EPS = sys.float_info.epsilon
 STEPS = 200  # a bound only: a bisection of all of float64 takes 60
 FARTHEST = 690.0  # of log β: the range of float64
-
-
-class NoBestTemperature(ValueError):
-    """No finite positive temperature is the best one: the loss keeps falling on the way to a limit.
-
-    ``limit`` is 0.0 where the logits put every target first (any smaller T is better), and ``math.inf`` where
-    they say less about the targets than equal logits would (any larger T is better).
-    """
-
-    def __init__(self, message: str, limit: float) -> None:
-        super().__init__(message)
-        self.limit = limit
 
 
 def fit_temperature(

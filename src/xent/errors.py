@@ -1,10 +1,12 @@
-"""The errors of bad inputs, missing extras and lost processes; each becomes an exit code in one place."""
+"""Every public exception, one class each, and ``needs``, which names the extra that is missing."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 from collections.abc import Iterator
+
+__all__ = ["BadInput", "MissingExtra", "NoBestTemperature", "RankFailed", "RankLost", "Terminated", "needs"]
 
 EXTRAS = {
     "probe": ("sklearn", "scipy", "pyarrow", "safetensors", "threadpoolctl"),
@@ -22,6 +24,18 @@ class BadInput(ValueError):
 
 class MissingExtra(ImportError):
     """A package of an optional extra is not installed; the message names the extra."""
+
+
+class NoBestTemperature(ValueError):
+    """No finite positive temperature is the best one: the loss keeps falling on the way to a limit.
+
+    ``limit`` is 0.0 where the logits put every target first (any smaller T is better), and ``math.inf`` where
+    they say less about the targets than equal logits would (any larger T is better).
+    """
+
+    def __init__(self, message: str, limit: float) -> None:
+        super().__init__(message)
+        self.limit = limit
 
 
 class RankLost(ConnectionError):
@@ -55,7 +69,7 @@ def needs(extra: str) -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS[extra]:
             raise
-        said = _DISTRIBUTION.get(package, package)
+        distribution = _DISTRIBUTION.get(package, package)
         raise MissingExtra(
-            f"{said} is not installed; it comes with: pip install 'xent[{extra}]'", name=package
+            f"{distribution} is not installed; it comes with: pip install 'xent[{extra}]'", name=package
         ) from error

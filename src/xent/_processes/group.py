@@ -120,7 +120,7 @@ class Ranks:
         """Raise on every rank what one raises in the block, which is each rank's own work."""
         yield
 
-    def stop_if_asked(self) -> None:
+    def check_interrupt(self) -> None:
         """Raise ``KeyboardInterrupt`` on rank 0 after Ctrl-C; here Python itself does, at once."""
 
     def check_equal(self, what: str, value: object) -> None:

@@ -55,7 +55,7 @@ class Leader:
     def reduce(self, number: int, argument: np.ndarray, interruptible: bool = True) -> np.ndarray:
         """Return the sum over all ranks of a registered function, on rank 0, which calls this."""
         if interruptible:
-            self.ranks.stop_if_asked()
+            self.ranks.check_interrupt()
         self.header(number, argument.size)
         flat = np.asarray(argument, dtype=np.float64).ravel()
         return self._sum(number, self.ranks.broadcast_array(flat))

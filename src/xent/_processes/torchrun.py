@@ -154,9 +154,9 @@ class Joined(Ranks):
             dist.all_reduce(failed, op=dist.ReduceOp.MAX)
         if not failed.item():
             return
-        said = self.all_gather(None if error is None else _described(error))
-        rank, (kind, text) = next((r, found) for r, found in enumerate(said) if found is not None)
-        everywhere = all(found == said[0] for found in said)  # it is about the file, not about a rank
+        reports = self.all_gather(None if error is None else _described(error))
+        rank, (kind, text) = next((r, found) for r, found in enumerate(reports) if found is not None)
+        everywhere = all(found == reports[0] for found in reports)  # it is about the file, not about a rank
         if error is not None and (everywhere or (rank == self.rank and kind is None)):
             raise error
         text = f"rank {rank}: {text}"
@@ -175,7 +175,7 @@ class Joined(Ranks):
             error = KeyboardInterrupt()
         self.agree(error)
 
-    def stop_if_asked(self) -> None:
+    def check_interrupt(self) -> None:
         if self.is_main and self._ctrl_c.take():
             raise KeyboardInterrupt
 

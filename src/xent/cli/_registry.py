@@ -1,4 +1,4 @@
-"""The commands by name, each imported when it is first asked for."""
+"""The commands by name, each imported when it is first used."""
 
 from __future__ import annotations
 

@@ -232,9 +232,9 @@ def _bar(tol: float, max_iter: int, quiet: bool) -> Iterator[Callable[[Now], Non
 
 def _print_fit(fitted: Fitted, source: str, paths: list[Path], out: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
-    with console.capture() as said:  # printed by click: rich ends the process, with 1, on a closed pipe
+    with console.capture() as printed:  # printed by click: rich ends the process, with 1, on a closed pipe
         _say_fit(console, fitted, source, paths, out)
-    click.echo(said.get(), nl=False)
+    click.echo(printed.get(), nl=False)
 
 
 def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], out: Path) -> None:
@@ -249,8 +249,8 @@ def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], o
     grid.add_row("loss", *(f"{part.loss:.4f} nats" for _, part in parts))
     grid.add_row("  knowing only class frequencies", *(f"{part.baseline:.4f} nats" for _, part in parts))
     grid.add_row("accuracy", *(f"{100 * part.accuracy:.2f} %" for _, part in parts))
-    said = f"{source}: {len(fitted.model.classes)} classes, {len(fitted.model.feature_names)} features"
-    console.print(Text(printable(said)))
+    about = f"{source}: {len(fitted.model.classes)} classes, {len(fitted.model.feature_names)} features"
+    console.print(Text(printable(about)))
     skipped = fitted.skipped
     if skipped:
         shown = ", ".join(skipped[:6]) + (f" and {len(skipped) - 6} more" if len(skipped) > 6 else "")

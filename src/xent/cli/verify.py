@@ -64,9 +64,9 @@ def verify(device: str, dtypes: tuple[str, ...], figures: Path | None, as_json: 
     else:
         console = Console(highlight=False)
         console.width = console.width if console.is_terminal else 120  # a file is as wide as the table
-        with console.capture() as said:
+        with console.capture() as printed:
             say(console, report)
-        click.echo(said.get(), nl=False)
+        click.echo(printed.get(), nl=False)
         if files:
             click.echo("drawn: " + printable(", ".join(files)))
     if not report.holds:

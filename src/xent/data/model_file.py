@@ -202,20 +202,20 @@ def _classes(path: Path, about: dict[str, Any]) -> np.ndarray:
     return np.array(values, dtype=np.int64 if kind is int else kind)
 
 
-def _kind(said: Any, classes: np.ndarray) -> Kind:
+def _kind(given: Any, classes: np.ndarray) -> Kind:
     """Return the kind of the labels, which their type tells where no text is involved."""
-    if said is None and classes.dtype.kind == "U":
+    if given is None and classes.dtype.kind == "U":
         return "text"
     kind = kind_of(classes)
-    if said not in (None, "text", kind):
+    if given not in (None, "text", kind):
         raise ValueError("the classes are not of the kind given")
-    return "text" if said == "text" else kind
+    return "text" if given == "text" else kind
 
 
-def _width(said: Any, features: int) -> int | None:
-    if said is not None and (type(said) is not int or said < features):
+def _width(given: Any, features: int) -> int | None:
+    if given is not None and (type(given) is not int or given < features):
         raise ValueError("the arrays are narrower than the model")
-    return said
+    return given
 
 
 def _texts(values: list[Any]) -> list[str]:

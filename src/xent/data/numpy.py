@@ -120,14 +120,14 @@ def _claims(file: IO[bytes], size: int, path: Path, inside: str) -> tuple[tuple[
         shape, _, dtype = read(file)
     if dtype.hasobject:
         raise BadInput(f"{path}: holds Python objects{inside}; save plain arrays (objects are not read)")
-    said = f"an array of shape {shape} and type {dtype}{inside}"
+    claim = f"an array of shape {shape} and type {dtype}{inside}"
     claimed, there = math.prod(shape) * dtype.itemsize, size - file.tell()
     if claimed != there or min(shape, default=0) < 0 or not dtype.itemsize:
         raise BadInput(
-            f"{path}: its header claims {said}, {claimed:,} bytes, and {there:,} follow; "
+            f"{path}: its header claims {claim}, {claimed:,} bytes, and {there:,} follow; "
             "it is cut short or damaged, save it again"
         )
-    check_memory(path, claimed, said)
+    check_memory(path, claimed, claim)
     return shape, dtype
 
 
@@ -153,8 +153,8 @@ def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labe
         )
     dtype = np.dtype(np.float32 if kind == "f" and stored.dtype.itemsize <= 4 else np.float64)
     rows = share.of(stored.rows)
-    said = f"an array of shape {shape} as {dtype}"
-    check_memory(path, (rows.stop - rows.start) * len(features) * dtype.itemsize, said)
+    claim = f"an array of shape {shape} as {dtype}"
+    check_memory(path, (rows.stop - rows.start) * len(features) * dtype.itemsize, claim)
     array = stored.part(share)
     if features != names:
         array = array[:, [int(name[1:]) for name in features]]

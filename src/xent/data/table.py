@@ -104,8 +104,8 @@ def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[b
             )
     if wanted.label is not None and wanted.label not in times and not wanted.label_optional:
         raise BadInput(f"{path}: no column {quoted(wanted.label)} for --label; {_there_are(names)}")
-    for option, asked in (("--exclude", wanted.exclude), (wanted.origin, wanted.features or ())):
-        lacking = [name for name in asked if name not in times]
+    for option, names_wanted in (("--exclude", wanted.exclude), (wanted.origin, wanted.features or ())):
+        lacking = [name for name in names_wanted if name not in times]
         if lacking:
             raise BadInput(f"{path}: no column {some(lacking)} ({option}); {_there_are(names)}")
     if wanted.features is not None:
