@@ -1081,7 +1081,7 @@ def test_the_linear_system(size, direct, free, monkeypatch):
     if not free:
         d, e = 1.5 * d, 1.1 * e
     x, y = normal(*d.shape), normal(*e.shape)
-    a, b = d * x + _coupling.times(P, y), e * y + _coupling.transposed(P, x)
+    a, b = d * x + _coupling.matvec(P, y), e * y + _coupling.rmatvec(P, x)
     found_x, found_y, steps = _coupling.solve(P, d, e, a, b)
     assert (steps == 1) == direct
     shift = (x - found_x).mean(-1, keepdim=True) if free else 0.0
@@ -1117,9 +1117,11 @@ def test_newtons_steps_never_lower_the_dual():
         scores, row, column = random_problem(seed)
         epsilon = (float(scores.max() - scores.min()) or 1.0) / 100
         problem = _iterations.Problem(scores[None], row[None], column[None], epsilon)
-        state, count = _iterations.fixed(problem, torch.zeros_like(row)[None], 1)
+        state, count = _iterations.run_iterations(problem, torch.zeros_like(row)[None], 1)
         for _ in range(60):
             before, _ = problem.dual(state.f, state.g, state.q)
-            state, count = _ascent.newton(problem, _iterations.Found(state, count), 1e-12, count + 3)
+            state, count = _ascent.newton_ascent(
+                problem, _iterations.Progress(state, count), 1e-12, count + 3
+            )
             after, rounding = problem.dual(state.f, state.g, state.q)
             assert after >= before - 2 * rounding, seed
