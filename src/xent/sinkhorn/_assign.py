@@ -81,7 +81,7 @@ def assign(
         column_marginal: c, (K,) or (..., K), with the same sum; by default Σ r / K. Rows and columns of mass
             0 are left out; their potentials are −inf.
         mask: bool, broadcast to the scores; False forbids a pair, whatever its score, even nan.
-        max_iterations: the largest number of iterations; without a tolerance, their exact number. One iteration
+        max_iterations: the largest number of iterations; without a tolerance, the exact number. One iteration
             is a sum over columns and a sum over rows; a step of conjugate gradients counts as one.
         tolerance: the ``error`` to reach, or None. Newton's method reaches 1e-12 too.
         row_relaxation, column_relaxation: λ > 0, which replaces the condition on that side by a penalty

@@ -1,4 +1,4 @@
-"""What cross-entropy is: the formula and its options, likelihood, entropy and divergence, row statistics."""
+"""Identities of the value: the formula and its options, likelihood, entropy, divergence, row statistics."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def prior(s: Setting) -> Iterator[Deviation]:
 
 @identity("the best under smoothing", "p_y = 1 − ε + ε/C, ℓ_ε = H(t)", section=1, allowed=4, because=ROUNDED)
 def best_under_smoothing(s: Setting) -> Iterator[Deviation]:
-    """At the logits log t the loss has its minimum: its slope is 0, and a step to either side costs."""
+    """Check that the loss has its minimum at the logits log t: slope 0, and larger on both sides."""
     for classes, epsilon in ((2, 0.5), (10, 0.1)):
         t = [1 - epsilon + epsilon / classes, *[epsilon / classes] * (classes - 1)]
         entropy = -sum(v * math.log(v) for v in t)
@@ -252,7 +252,7 @@ def gauge(s: Setting) -> Iterator[Deviation]:
 
 
 def _heads(s: Setting) -> Iterator[tuple[str, Head, Tensor, Tensor]]:
-    """Name, head, classes and their one-hot rows of the batches that have features."""
+    """Yield name, head, classes and their one-hot rows of the batches that have features."""
     for batch in s.batches:
         if batch.head is not None:
             yield batch.name, batch.head, batch.y, batch.one_hot
@@ -263,7 +263,7 @@ def _heads(s: Setting) -> Iterator[tuple[str, Head, Tensor, Tensor]]:
 
 @identity("maximum likelihood", "6 of 10 white: p = 0.6, 0.673012", section=3, allowed=8, because=ROUNDED)
 def likelihood(s: Setting) -> Iterator[Deviation]:
-    """−log(p⁶(1 − p)⁴)/10 has its minimum where p is the share of white balls."""
+    """Check that −log(p⁶(1 − p)⁴)/10 has its minimum where p is the share of white balls."""
     balls = s.tensor([1.0] * 6 + [0.0] * 4)
     best = 0.6730116670092565
     p = s.tensor([0.6] * 10).requires_grad_()

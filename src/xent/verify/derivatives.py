@@ -1,4 +1,4 @@
-"""How cross-entropy changes: gradients, also through a head, curvature, and the form without a logarithm."""
+"""Identities of the derivatives: gradients, also through a head, curvature, and the log-free surrogate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRODUCTS = "as for a gradient; and a product of D terms is rounded D times, in a
 
 
 def first(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """∂ℓ_n/∂z_n of rows that do not touch each other, (N, C)."""
+    """Return ∂ℓ_n/∂z_n, (N, C), of a loss whose rows are independent."""
     z = z.detach().requires_grad_()
     losses = loss(z)
     (gradient,) = torch.autograd.grad(losses, z, torch.ones_like(losses))
@@ -26,7 +26,7 @@ def first(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 
 def second(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """∂²ℓ_n/∂z_n², (N, C, C): each row of it one backward pass through the gradient."""
+    """Return ∂²ℓ_n/∂z_n², (N, C, C), by one backward pass through the gradient for each class."""
     z = z.detach().requires_grad_()
     losses = loss(z)
     (gradient,) = torch.autograd.grad(losses, z, torch.ones_like(losses), create_graph=True)
@@ -109,13 +109,13 @@ def inverse_temperature(s: Setting) -> Iterator[Deviation]:
             beta = torch.ones_like(z[:, :1]).requires_grad_()
             losses = xent.cross_entropy(beta * z, target[tame], reduction="none")
             (slope,) = torch.autograd.grad(losses, beta, torch.ones_like(losses), create_graph=True)
-            (bend,) = torch.autograd.grad(slope, beta, torch.ones_like(slope))
+            (curvature,) = torch.autograd.grad(slope, beta, torch.ones_like(slope))
             a, name = t.sum(1), f"{batch.name}, {kind} targets"
             expected = (exact.gradient(t) * z64).sum(1)
             yield s.compare(slope[:, 0], expected, exact.gradient_scale(t)[:, 0] * size, f"{name}, ∂ℓ/∂β")
             centred = z64 - (p * z64).sum(1, keepdim=True)
             expected = a * (p * centred.square()).sum(1)
-            yield s.compare(bend[:, 0], expected, a * p.norm(dim=1) * size.square(), f"{name}, ∂²ℓ/∂β²")
+            yield s.compare(curvature[:, 0], expected, a * p.norm(dim=1) * size.square(), f"{name}, ∂²ℓ/∂β²")
 
 
 @identity(
@@ -147,7 +147,7 @@ def head_gradients(s: Setting) -> Iterator[Deviation]:
     "through a feature extractor", "∂ℓ/∂θ = (∂x/∂θ)ᵀ Wᵀ(a p − t)", section=4, allowed=8, because=PRODUCTS
 )
 def feature_extractor(s: Setting) -> Iterator[Deviation]:
-    """x = θ∘u, a scale for each feature: ∂ℓ/∂θ = Σ_n u∘Wᵀ(a p − t)."""
+    """Check ∂ℓ/∂θ = Σ_n u∘Wᵀ(a p − t) for x = θ∘u, a scale for each feature."""
     for batch in s.batches:
         if batch.head is None:
             continue
@@ -176,7 +176,7 @@ def second_derivative(s: Setting) -> Iterator[Deviation]:
 
 
 def jacobian(batch: Batch) -> Tensor:
-    """J of every row as the second derivative of its loss, (N, C, C), of the batch's type."""
+    """Return J of every row as the second derivative of its loss, (N, C, C), in the batch's type."""
     return second(rows_of(batch.y), batch.z)
 
 
@@ -252,7 +252,7 @@ def surrogate(s: Setting) -> Iterator[Deviation]:
     because=GRADIENT,
 )
 def surrogate_own_gradient(s: Setting) -> Iterator[Deviation]:
-    """Compare the gradient of the surrogate's value, in whose place `backward` gives another."""
+    """Check the gradient of the surrogate's value, which is not what its `backward` returns."""
     for batch in s.batches:
         t, exact = batch.q.cpu().double(), batch.exact
         a = t.sum(1, keepdim=True)

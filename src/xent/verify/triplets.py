@@ -1,4 +1,4 @@
-"""The triplets inside cross-entropy: its chain of bounds, its rivals, and what a margin is worth."""
+"""Identities of the triplets inside cross-entropy: bounds, decomposition by rival, gradients in margins."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def _softplus(v: Tensor) -> Tensor:
 
 
 def _margins(batch: Batch) -> Tensor:
-    """(N, C − 1) float64, of the rounded logits."""
+    """Return the margins of the rounded logits, (N, C − 1) float64."""
     z, y = batch.exact.z, batch.y.cpu()[:, None]
     own = torch.zeros_like(z, dtype=torch.bool).scatter(1, y, value=True)
     return (z - z.gather(1, y))[~own].reshape(len(z), -1)
 
 
 def _size(m: Tensor, slope: Tensor) -> Tensor:
-    """Σ_j |∂/∂m_j|·(|m_j| + log C), (N,): what rounding the margins by one unit costs."""
+    """Return the effect of rounding the margins by one unit: Σ_j |∂/∂m_j|·(|m_j| + log C), (N,)."""
     m = m.masked_fill(m == -math.inf, 0.0)  # a masked rival, whose slope is 0
     return (slope * (m.abs() + math.log(m.shape[1] + 1))).sum(1)
 
 
 @identity("the loss in margins", "ℓ = log(1 + Σ_j exp(m_j))", section=6, allowed=8, because=ROUNDED)
 def in_margins(s: Setting) -> Iterator[Deviation]:
-    """And between the hardest triplet alone, and that many of it."""
+    """Check the loss in margins, and its bounds by the hardest triplet."""
     for batch in s.batches:
         m, top = _margins(batch), _margins(batch).amax(1)
         found = xent.cross_entropy(batch.z, batch.y, reduction="none")
@@ -90,7 +90,7 @@ def bounds(s: Setting) -> Iterator[Deviation]:
 def _mean(
     m: Tensor, by: int, phi: Callable[[Tensor], Tensor], slope: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """(1/by) Σ φ(m + log by) of each row, and its slope in each margin."""
+    """Return (1/by) Σ φ(m + log by) of each row, and its slope in each margin."""
     v = m + math.log(by)
     return phi(v).sum(1) / by, slope(v) / by
 
