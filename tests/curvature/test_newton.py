@@ -333,7 +333,7 @@ def test_a_step_that_would_leave_the_range_of_the_type_is_none():
 
 def test_a_solution_beyond_the_range_of_the_type_is_taken_back():
     right = torch.full((2, 3), 1e20)
-    found = _cg.refined(lambda v: v * 1e-30, right, lambda r: r, 1e-6, 10)
-    assert not found.found.converged
-    assert not found.found.solution.any()
+    found = _cg.solve_refined(lambda v: v * 1e-30, right, lambda r: r, 1e-6, 10)
+    assert not found.result.converged
+    assert not found.result.solution.any()
     assert found.decrease == 0.0
