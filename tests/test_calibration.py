@@ -142,26 +142,26 @@ def test_where_a_fixed_number_of_small_steps_stays():
         assert loss(z * scale, y, ours) < 0.9 * loss(z * scale, y, theirs)
 
 
-def test_few_looks_at_the_logits(monkeypatch):
-    """Each is a pass over all rows: about six for logits of a network, twenty where rows differ by 1e60."""
-    looks = 0
+def test_few_passes_over_the_logits(monkeypatch):
+    """About six for a network's logits, twenty where rows differ by a factor of 1e60."""
+    passes = 0
 
     def counted(*arguments):
-        nonlocal looks
-        looks += 1
-        return slope(*arguments)
+        nonlocal passes
+        passes += 1
+        return derivatives(*arguments)
 
-    slope = _calibration._slope
-    monkeypatch.setattr("xent._calibration._slope", counted)
+    derivatives = _calibration._derivatives
+    monkeypatch.setattr("xent._calibration._derivatives", counted)
     xent.fit_temperature(*drawn())
-    assert looks <= 7
+    assert passes <= 7
     for _ in range(200):
         z = torch.randn(5, 4, dtype=torch.float64) * 10 ** (30 * torch.randn(5, 4, dtype=torch.float64))
         t = torch.rand(5, 4, dtype=torch.float64) + torch.nn.functional.one_hot(torch.arange(5) % 4, 4)
-        looks = 0
+        passes = 0
         with contextlib.suppress(NoBestTemperature):
             xent.fit_temperature(z, t)
-        assert looks <= 25
+        assert passes <= 25
 
 
 def test_a_common_offset_changes_nothing():
