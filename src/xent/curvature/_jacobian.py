@@ -31,7 +31,7 @@ class Softmax:
 
     first: Tensor  # (..., 1) int64, k: the lowest class of the largest logit
     distance: Tensor  # (..., C) z − z_k; nan for a row without a softmax
-    total: Tensor  # (..., 1) 1 + r = Σ exp(z − z_k)
+    normaliser: Tensor  # (..., 1) 1 + r = Σ exp(z − z_k)
     p: Tensor  # (..., C)
     q: Tensor  # (..., C) 1 − p
 
@@ -42,14 +42,14 @@ class Softmax:
         distance = z - m.masked_fill(m.isinf(), math.nan)
         e = distance.exp()
         r = e.scatter(-1, first, 0.0).sum(-1, keepdim=True)
-        total = 1 + r
-        p = e / total
-        return cls(first, distance, total, p, (1 - p).scatter(-1, first, r / total))
+        normaliser = 1 + r
+        p = e / normaliser
+        return cls(first, distance, normaliser, p, (1 - p).scatter(-1, first, r / normaliser))
 
     @property
     def root(self) -> Tensor:
         """√p, (..., C), from the logits: the square root of p has no derivative at 0."""
-        return (self.distance / 2).exp() / self.total.sqrt()
+        return (self.distance / 2).exp() / self.normaliser.sqrt()
 
     def at_first(self, v: Tensor) -> Tensor:
         """Return v at class k, (..., C, K) -> (..., 1, K)."""
@@ -165,7 +165,7 @@ class SoftmaxJacobian(RowOperator):
         """
         softmax = self._softmax
         theta, vector = top_eigenpair(softmax.distance, softmax.first)
-        return Eigenpair(self._round((theta / softmax.total)[..., 0]), self._round(vector))
+        return Eigenpair(self._round((theta / softmax.normaliser)[..., 0]), self._round(vector))
 
     def sqrt(self) -> SquareRoot:
         """Return S with J = S Sᵀ, an operator with ``@``, ``.T`` and ``to_dense``.

@@ -75,7 +75,7 @@ class Problem:
 
         It is concave with one maximum; its gradient in g/ε is `target_column_sums` minus q.
         """
-        total, size = -q.sum(-1), q.sum(-1)
+        objective, size = -q.sum(-1), q.sum(-1)
         for t, s, relaxation in (
             (f, self.row, self.row_relaxation),
             (g, self.column, self.column_relaxation),
@@ -84,8 +84,8 @@ class Problem:
             stiff = relaxation / self.epsilon
             gain = u if math.isinf(relaxation) else -stiff * torch.expm1(-u / stiff)
             part = torch.where(s > 0, s * gain, 0.0)
-            total, size = total + part.sum(-1), size + part.abs().sum(-1)
-        return total, 8 * torch.finfo(size.dtype).eps * size
+            objective, size = objective + part.sum(-1), size + part.abs().sum(-1)
+        return objective, 8 * torch.finfo(size.dtype).eps * size
 
     def slopes(self, state: State) -> tuple[Tensor, Tensor]:
         """Return the diagonals d (B, N) and e (B, K) of ε times the dual's Hessian."""

@@ -68,8 +68,8 @@ def surrogate(figure: Figure) -> None:
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.28})
     generator = torch.Generator().manual_seed(1)
     rows, classes = 400, 10
-    spread = 4 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)
-    z = spread * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    scales = 4 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+    z = scales * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
     y = torch.randint(classes, (rows,), generator=generator)
     cross_entropy = xent.cross_entropy(z, y, reduction="none")
     log_free = xent.surrogate_cross_entropy(z, y, reduction="none")
@@ -117,11 +117,13 @@ def bounds_as_logits_sharpen(figure: Figure) -> None:
     beta = torch.linspace(0, 12, 241, dtype=torch.float64)
     right, wrong = figure.subplots(1, 2, gridspec_kw={"wspace": 0.48})
     for axes, y in ((right, 0), (wrong, 1)):
-        found = xent.triplets.bounds(beta[:, None] * z, torch.full((len(beta),), y))
-        axes.fill_between(beta, found.hardest_low, found.hardest_high, color="#F0F0F0", linewidth=0, zorder=0)
+        bounds = xent.triplets.bounds(beta[:, None] * z, torch.full((len(beta),), y))
+        axes.fill_between(
+            beta, bounds.hardest_low, bounds.hardest_high, color="#F0F0F0", linewidth=0, zorder=0
+        )
         for name, colour in BOUNDS.items():
             line = dict(linewidth=3.0, zorder=3) if name == "loss" else dict(linewidth=1.7)
-            axes.plot(beta, getattr(found, name), color=colour, **line)
+            axes.plot(beta, getattr(bounds, name), color=colour, **line)
         axes.set_xlim(0, 12)
         axes.set_xlabel("sharpness β of the logits β·z")
     right.set_yscale("log")

@@ -1,9 +1,9 @@
 """The registry of identities, and the deviation of a computed number from one.
 
-    deviation = |found − expected| / max(eps·scale, smallest number)
+    deviation = |computed − expected| / max(eps·scale, smallest number)
 
-eps is that of the type in which `found` was computed, `scale` the size of the terms that it is the sum of. So
-the deviation is in units of the rounding error, comparable between types. An identity is a function of a
+eps is that of the type in which `computed` was computed, `scale` the size of the terms that it is the sum of.
+So the deviation is in units of the rounding error, comparable between types. An identity is a function of a
 `Setting` that yields deviations, registered under a name by a decorator.
 """
 
@@ -41,18 +41,18 @@ class Setting:
 
     def compare(
         self,
-        found: Tensor,  # (N, ...)
+        computed: Tensor,  # (N, ...)
         expected: Tensor | float,  # broadcasts to it
         scale: Tensor | float,  # the same
         where: str,
-        dtype: torch.dtype | None = None,  # in which `found` was computed, if not its own
+        dtype: torch.dtype | None = None,  # in which `computed` was computed, if not its own
     ) -> Deviation:
         """Return the largest deviation and its row. Equal infinities agree; nan deviates by inf."""
-        info = torch.finfo(dtype or found.dtype)
-        found = found.detach().cpu().double()
-        expected = torch.as_tensor(expected, dtype=torch.float64).detach().cpu().expand(found.shape)
-        scale = torch.as_tensor(scale, dtype=torch.float64).detach().cpu().expand(found.shape)
-        error = torch.where(found == expected, 0.0, (found - expected).abs())
+        info = torch.finfo(dtype or computed.dtype)
+        computed = computed.detach().cpu().double()
+        expected = torch.as_tensor(expected, dtype=torch.float64).detach().cpu().expand(computed.shape)
+        scale = torch.as_tensor(scale, dtype=torch.float64).detach().cpu().expand(computed.shape)
+        error = torch.where(computed == expected, 0.0, (computed - expected).abs())
         units = error / (scale * info.eps).clamp_min(info.smallest_normal * info.eps)
         units = torch.where(error == 0, 0.0, units).nan_to_num(nan=math.inf, posinf=math.inf)
         if units.numel() == 0:
