@@ -1,4 +1,4 @@
-"""The best temperature: the derivative is 0 there and no other is better, also where fixed steps stay."""
+"""The best temperature: the derivative is 0 there and no other is better, for logits of any scale."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from xent.errors import NoBestTemperature
 
 
 def drawn(rows=300, classes=10, true=1.7, dtype=torch.float64):
-    """Logits `true` times too sure of themselves, and classes drawn from what they should have said."""
+    """Return logits that are `true` times too large, and classes drawn from the right ones."""
     z = 3 * torch.randn(rows, classes, dtype=torch.float64)
     return z.to(dtype), torch.distributions.Categorical(logits=z / true).sample()
 
@@ -76,7 +76,7 @@ def test_best_of_drawn_classes(dtype):
     assert check_best(z, y) == pytest.approx(1.7, abs=0.3)
 
 
-def test_what_was_simulated_comes_back():
+def test_the_simulated_temperature_is_recovered():
     z, y = drawn(rows=100_000, classes=5)
     assert xent.fit_temperature(z, y) == pytest.approx(1.7, rel=0.02)
 
@@ -119,7 +119,7 @@ def test_one_row():
         xent.fit_temperature(torch.tensor([3.0, 1.0]), torch.tensor(0))
 
 
-def test_where_a_fixed_number_of_small_steps_stays():
+def test_where_a_fixed_number_of_lbfgs_steps_stops_short():
     """LBFGS on T, learning rate 0.01, 50 iterations, from 1.5."""
 
     def by_lbfgs(z, y):
@@ -142,26 +142,26 @@ def test_where_a_fixed_number_of_small_steps_stays():
         assert loss(z * scale, y, ours) < 0.9 * loss(z * scale, y, theirs)
 
 
-def test_few_looks_at_the_logits(monkeypatch):
-    """Each is a pass over all rows: about six for logits of a network, twenty where rows differ by 1e60."""
-    looks = 0
+def test_few_passes_over_the_logits(monkeypatch):
+    """About six for a network's logits, twenty where rows differ by a factor of 1e60."""
+    passes = 0
 
     def counted(*arguments):
-        nonlocal looks
-        looks += 1
-        return slope(*arguments)
+        nonlocal passes
+        passes += 1
+        return derivatives(*arguments)
 
-    slope = _calibration._slope
-    monkeypatch.setattr("xent._calibration._slope", counted)
+    derivatives = _calibration._derivatives
+    monkeypatch.setattr("xent._calibration._derivatives", counted)
     xent.fit_temperature(*drawn())
-    assert looks <= 7
+    assert passes <= 7
     for _ in range(200):
         z = torch.randn(5, 4, dtype=torch.float64) * 10 ** (30 * torch.randn(5, 4, dtype=torch.float64))
         t = torch.rand(5, 4, dtype=torch.float64) + torch.nn.functional.one_hot(torch.arange(5) % 4, 4)
-        looks = 0
+        passes = 0
         with contextlib.suppress(NoBestTemperature):
             xent.fit_temperature(z, t)
-        assert looks <= 25
+        assert passes <= 25
 
 
 def test_a_common_offset_changes_nothing():
@@ -310,7 +310,7 @@ def test_any_temperature_is_as_good(z, target, why):
     assert warned[0].filename == __file__
 
 
-def test_nothing_is_warned_of_otherwise():
+def test_ordinary_fits_give_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         xent.fit_temperature(*drawn())
@@ -346,7 +346,7 @@ def test_nothing_is_warned_of_otherwise():
     ],
 )
 @pytest.mark.parametrize("left_out", [False, True])
-def test_what_cannot_be_used_is_named(z, target, options, said, left_out):
+def test_invalid_rows_are_named(z, target, options, said, left_out):
     rows = torch.tensor([[1.0, 0.0], [1.0, 0.0], z], dtype=torch.float64)
     soft = isinstance(target, list)
     targets = torch.tensor([[0.5, 0.5], [0.5, 0.5], target] if soft else [0, 1, target], dtype=None)

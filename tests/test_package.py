@@ -1,9 +1,10 @@
-"""The package as a whole: what importing costs, that every documented snippet runs."""
+"""The package as a whole: the cost of importing it, its names and modules, the snippets of its pages."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -93,3 +94,30 @@ def test_links_of_a_page_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
+
+
+PUBLIC_PACKAGES = ("", ".curvature", ".linear_model", ".metrics", ".nn", ".sinkhorn", ".triplets", ".verify")
+ALL_MODULES_PRIVATE = ("curvature", "losses", "metrics", "nn", "sinkhorn", "triplets")
+
+
+@pytest.mark.parametrize("name", PUBLIC_PACKAGES)
+def test_a_public_package_lists_its_names(name):
+    package = importlib.import_module(f"xent{name}")
+    assert len(package.__all__) == len(set(package.__all__)) > 0
+    assert not [public for public in package.__all__ if not hasattr(package, public)]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_module_shadows_a_public_name(module):
+    """Importing a module puts it into its package, in the place of a function or class of that name."""
+    package, _, name = module.rpartition(".")
+    parent = importlib.import_module(package)
+    if name in getattr(parent, "__all__", ()):
+        assert inspect.ismodule(getattr(parent, name)), f"{module} and {package}.{name} have one name"
+
+
+@pytest.mark.parametrize("package", ALL_MODULES_PRIVATE)
+def test_private_modules_start_with_an_underscore(package):
+    inside = [name.split(".")[2] for name in MODULES if name.startswith(f"xent.{package}.")]
+    assert inside
+    assert not [name for name in inside if not name.startswith("_")]

@@ -1,4 +1,4 @@
-"""Rows to try triplets on, and what is right for them, in exact arithmetic.
+"""Rows for tests of triplets, and their exact values.
 
 Beside each bound stands what rounding one margin a rival may cost.
 """

@@ -4,11 +4,10 @@
     f′(β) = Σ s a ⟨p, u⟩ − k                 k = Σ s ⟨t, u⟩        p = softmax(β u)
     f″(β) = Σ s a Var_p(u) ≥ 0
 
-So f′ only rises, from f′(0), where p is uniform over the classes that are not masked, to f′(∞) = −k, where p
-lies on the largest logits. If it changes its sign, there is one minimum, the only one, and Newton's
-method on log β between two bounds finds it, whatever the scale of the logits. If it does not, no temperature
-is the best one: that is said. What the target is enters by s·a and k alone, so that every step reads the
-logits only.
+So f′ rises from f′(0), where p is uniform over the unmasked classes, to f′(∞) = −k, where p lies on the
+largest logits. If it changes sign, f has exactly one minimum, and Newton's method on log β with bisection as
+a safeguard finds it, whatever the scale of the logits. If it does not, no temperature is the best, which is
+an error. The targets enter by s·a and k alone, so every step reads only the logits.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ from xent._core.target import TopKTarget
 from xent._core.targets import Targets
 from xent.errors import NoBestTemperature
 
-CHUNK = 1 << 18  # logits at a time: a few float64 copies of them stay near the cache
+CHUNK = 1 << 18  # logits at a time: a few float64 copies of them fit the cache
 EPS = sys.float_info.epsilon
-STEPS = 200  # a bound only: a bisection of all of float64 takes 60
-FARTHEST = 690.0  # of log β: the range of float64
+STEPS = 200  # an upper bound: bisection of the whole range of float64 takes 60
+MAX_LOG_BETA = 690.0  # the range of float64
 
 
 def fit_temperature(
@@ -41,31 +40,31 @@ def fit_temperature(
     ignore_index: int | None = -100,
     sample_weight: Tensor | None = None,
 ) -> float:
-    r"""The temperature T > 0 that minimises ``cross_entropy(logits, target, temperature=T)``.
+    r"""Return the temperature T > 0 that minimises ``cross_entropy(logits, target, temperature=T)``.
 
-    Temperature scaling: to be fitted on held-out rows. ``logits / T`` has the same order of classes, and the
-    model's expected logit ⟨p, z⟩ is then the targets', summed over those rows; no single class, nor level of
-    confidence, is promised to be calibrated. There is at most one minimum, found to rounding, for logits of
-    any scale. Formula: mathematics page, §1, as a function of β = 1/T; Guo et al. (2017), *On calibration of
-    modern neural networks*.
+    Temperature scaling, to be fitted on held-out rows. ``logits / T`` has the same order of classes, and the
+    model's expected logit ⟨p, z⟩, summed over those rows, equals the targets'. That does not imply that each
+    class, or each level of confidence, is calibrated. There is at most one minimum, found to rounding for
+    logits of any scale. The loss is that of ``docs/formula.md`` as a function of β = 1/T. Source: Guo et al.
+    (2017), *On calibration of modern neural networks*.
 
     Args:
-        logits: (C,), (N, C) or (N, C, d1, ...), of any floating type; computed with in float64, some rows at
-            a time. Masked classes are −inf.
+        logits: (C,), (N, C) or (N, C, d1, ...), of any floating type; computed in float64, some rows at a
+            time. Masked classes are −inf.
         target: class indices, (), (N,) or (N, d1, ...); or probabilities, the shape of ``logits``; or a
             :class:`TopKTarget`. No row's mass may be negative.
         ignore_index: rows with this target are left out. None means −100.
         sample_weight: the shape of an index target, not negative. A row of weight 0 is left out.
 
     Returns:
-        T, a Python float. 1.0, with a ``UserWarning``, where every T is as good: logits that are equal in
-        each row, or no row that counts.
+        T, a Python float. 1.0, with a ``UserWarning``, where the loss does not depend on T: the logits of
+        each row are equal, or no row counts.
 
     Raises:
-        NoBestTemperature: a ValueError; ``limit`` is 0.0 or ``math.inf``, the temperature towards which the
-            loss falls without end to its fall.
-        ValueError: shapes that do not fit; a row with nan, +inf, nothing but masked classes, or a target on
-            a masked class; a negative weight or mass, or one that is not finite; each names the row.
+        NoBestTemperature: a ValueError; ``limit``, 0.0 or ``math.inf``, is the temperature towards which the
+            loss keeps falling.
+        ValueError: shapes that do not fit; a row with nan, +inf, masked classes alone, or a target on a
+            masked class; a weight or mass that is negative or not finite; each by its row.
         IndexError, TypeError: as :func:`cross_entropy`.
 
     Example:
@@ -84,24 +83,26 @@ def fit_temperature(
 
 
 class Rows(NamedTuple):
-    """What the search needs of the M rows that count."""
+    """The logits of the M rows that count, and the sums over their targets."""
 
     logits: Tensor  # (N, C), as given
     targets: Targets
     weight: Tensor  # (M,) float64: s·a
     masked: bool  # whether any logit is −inf
-    scale: float  # the largest −u of a class that is not masked; u is in units of it below
-    pull: float  # k = Σ s ⟨t, u⟩
-    size: float  # Σ s ⟨|t|, |u|⟩, beside which a k of rounding alone is none
+    scale: float  # the largest −u of an unmasked class; below, u is in units of it
+    target_logit: float  # k = Σ s ⟨t, u⟩
+    size: float  # Σ s ⟨|t|, |u|⟩, the scale of the rounding error of k
 
     def chunks(self) -> Iterator[slice]:
         return _chunks(self.targets.count, self.targets.classes)
 
 
-class Slope(NamedTuple):
-    value: float  # f′
-    rise: float  # f″
-    size: float  # of the terms that f′ is the difference of
+class Derivatives(NamedTuple):
+    """The derivatives of f at one β."""
+
+    first: float  # f′
+    second: float  # f″
+    size: float  # of the terms whose difference is f′
 
 
 def _chunks(rows: int, classes: int) -> Iterator[slice]:
@@ -111,16 +112,16 @@ def _chunks(rows: int, classes: int) -> Iterator[slice]:
 
 
 def _load(logits: Tensor, targets: Targets, chunk: slice) -> Tensor:
-    """A chunk of the rows that count, in float64 (on the CPU where the device has none): (R, C)."""
+    """Return a chunk of the rows that count, (R, C) float64, on the CPU if the device has no float64."""
     device = torch.device("cpu") if logits.device.type == "mps" else logits.device
     return logits[targets.pick(chunk)].to(device).to(torch.float64)
 
 
 def _read(logits: Tensor | None, targets: Targets) -> Rows:
-    """One look at logits and targets: what is wrong with them, and all that the targets have to say."""
+    """Check logits and targets in one pass, and compute the sums over the targets."""
     assert logits is not None
     classes = targets.classes
-    weights, pulls, sizes, scale, masked = (
+    weights, target_logits, sizes, scale, masked = (
         [torch.zeros(0, dtype=torch.float64, device="cpu")],
         [],
         [],
@@ -130,35 +131,46 @@ def _read(logits: Tensor | None, targets: Targets) -> Rows:
     for chunk in _chunks(targets.count, classes):
         z = _load(logits, targets, chunk)
         u = z - z.amax(1, keepdim=True)
-        _refuse(
+        _raise_for_first(
             u.isnan().any(1), targets, chunk, "has no softmax: it holds nan or +inf, or every class is −inf"
         )
-        gone = u == -math.inf
-        _refuse((gone & (z != -math.inf)).any(1), targets, chunk, "spans more than float64 holds")
+        masked_classes = u == -math.inf
+        _raise_for_first(
+            (masked_classes & (z != -math.inf)).any(1), targets, chunk, "spans more than float64 holds"
+        )
         t = _target_rows(targets, chunk).to(u.device)
-        _refuse(~t.isfinite().all(1), targets, chunk, "has a target that holds nan or an infinity")
-        _refuse((gone & (t != 0)).any(1), targets, chunk, "has a target on a class that is masked (−inf)")
+        _raise_for_first(~t.isfinite().all(1), targets, chunk, "has a target that holds nan or an infinity")
+        _raise_for_first(
+            (masked_classes & (t != 0)).any(1),
+            targets,
+            chunk,
+            "has a target on a class that is masked (−inf)",
+        )
         s = torch.ones_like(u[:, 0])
         if targets.row_weight is not None:
             s = targets.row_weight[chunk].to(u.device)
             bad = ~((s >= 0) & (s < math.inf))
-            _refuse(bad, targets, chunk, "has a sample weight that is negative, infinite or nan")
+            _raise_for_first(bad, targets, chunk, "has a sample weight that is negative, infinite or nan")
         a = t.sum(1)
-        # of signed targets that cancel, rounding leaves either sign
+        # the sum of cancelling signed targets is rounding of either sign
         a = torch.where(a.abs() <= classes * EPS * t.abs().sum(1), 0.0, a)
-        _refuse(~(a >= 0), targets, chunk, "has a target of negative mass, whose loss is not convex in 1/T")
-        u = u.masked_fill(gone, 0.0)
+        _raise_for_first(
+            ~(a >= 0), targets, chunk, "has a target of negative mass, whose loss is not convex in 1/T"
+        )
+        u = u.masked_fill(masked_classes, 0.0)
         weights.append((s * a).cpu())
-        pulls.append(float((s * (t * u).sum(1)).sum()))
+        target_logits.append(float((s * (t * u).sum(1)).sum()))
         sizes.append(float((s * (t * u).abs().sum(1)).sum()))
-        scale, masked = max(scale, -float(u.min())), masked or bool(gone.any())
+        scale, masked = max(scale, -float(u.min())), masked or bool(masked_classes.any())
     unit = scale or 1.0
     weight = torch.cat(weights).to(_load(logits, targets, slice(0, 0)).device)
-    return Rows(logits, targets, weight, masked, scale, math.fsum(pulls) / unit, math.fsum(sizes) / unit)
+    return Rows(
+        logits, targets, weight, masked, scale, math.fsum(target_logits) / unit, math.fsum(sizes) / unit
+    )
 
 
 def _target_rows(targets: Targets, chunk: slice) -> Tensor:
-    """t of a chunk of rows, (R, C) float64."""
+    """Return t of a chunk of rows, (R, C) float64."""
     rows, classes = chunk.stop - chunk.start, targets.classes
     t = targets.tile(chunk, slice(0, classes), torch.float64)
     if targets.own is None:
@@ -172,42 +184,42 @@ def _target_rows(targets: Targets, chunk: slice) -> Tensor:
     return base.scatter(1, own, mass)
 
 
-def _refuse(bad: Tensor, targets: Targets, chunk: slice, why: str) -> None:
-    """Raise a ValueError that names the first bad row of a chunk (R,)."""
+def _raise_for_first(bad: Tensor, targets: Targets, chunk: slice, why: str) -> None:
+    """Raise a ValueError that names the first bad row of a chunk, if there is one; bad is (R,)."""
     if bad.any():
         row = chunk.start + int(bad.to(torch.uint8).argmax())
         raise ValueError(f"row {row if targets.rows is None else int(targets.rows[row])} {why}")
 
 
-def _slope(rows: Rows, beta: float) -> Slope:
-    """f′ and f″ at β, which is in units of 1/scale."""
+def _derivatives(rows: Rows, beta: float) -> Derivatives:
+    """Return f′ and f″ at β, in units of 1/scale."""
     sums = []
     for chunk in rows.chunks():
         u = _load(rows.logits, rows.targets, chunk)
         u = (u - u.amax(1, keepdim=True)).div_(rows.scale)
-        gone = u == -math.inf if rows.masked else None
+        masked_classes = u == -math.inf if rows.masked else None
         p = (u * beta).exp_()
-        if gone is not None:  # at β = 0 too, and 0·(−inf) = 0
-            p, u = p.masked_fill_(gone, 0.0), u.masked_fill_(gone, 0.0)
-        total = p.sum(1)
-        mean = torch.linalg.vecdot(p, u) / total
-        spread = torch.linalg.vecdot(p, u.sub_(mean[:, None]).square_()) / total
+        if masked_classes is not None:  # also at β = 0, where 0·(−inf) must be 0
+            p, u = p.masked_fill_(masked_classes, 0.0), u.masked_fill_(masked_classes, 0.0)
+        normaliser = p.sum(1)
+        mean = torch.linalg.vecdot(p, u) / normaliser
+        variance = torch.linalg.vecdot(p, u.sub_(mean[:, None]).square_()) / normaliser
         w = rows.weight[chunk]
-        sums.append(torch.stack([w @ mean, w @ spread]))
-    level, rise = torch.stack(sums).sum(0).tolist()
-    return Slope(level - rows.pull, rise, abs(level) + rows.size)
+        sums.append(torch.stack([w @ mean, w @ variance]))
+    mean_logit, second = torch.stack(sums).sum(0).tolist()
+    return Derivatives(mean_logit - rows.target_logit, second, abs(mean_logit) + rows.size)
 
 
 def _solve(rows: Rows) -> float:
-    """The T at which f′ = 0."""
+    """Return the T at which f′ = 0; raise NoBestTemperature where f′ keeps its sign."""
     if rows.scale == 0.0:
         why = "no row counts" if rows.targets.count == 0 else "the logits of every row are equal"
-        return _any(why)
-    first = _slope(rows, 0.0)
-    never_falls = first.value >= -16 * EPS * first.size
-    never_rises = -rows.pull <= 4 * EPS * rows.size
+        return _warn_any(why)
+    at_zero = _derivatives(rows, 0.0)
+    never_falls = at_zero.first >= -16 * EPS * at_zero.size
+    never_rises = -rows.target_logit <= 4 * EPS * rows.size
     if never_falls and never_rises:
-        return _any("the loss is the same for all of them")
+        return _warn_any("the loss is the same for all of them")
     if never_rises:
         raise NoBestTemperature(
             "the logits put every target first, so that the loss falls as T goes to 0 and no T is the best: "
@@ -220,49 +232,50 @@ def _solve(rows: Rows) -> float:
             "to infinity and no T is the best: check that logits and targets belong together",
             limit=math.inf,
         )
-    start = -first.value / first.rise if first.rise > 0 else 1.0
+    start = -at_zero.first / at_zero.second if at_zero.second > 0 else 1.0
     return rows.scale / math.exp(_root(rows, math.log(start)))
 
 
 def _root(rows: Rows, x: float) -> float:
-    """x = log β where f′(β) = 0: Newton's steps while they stay between the bounds and shrink, else halves.
+    """Return x = log β with f′(β) = 0, by Newton steps while these stay in bounds and shrink, else bisection.
 
-    The steps are those of log(f′ + k)/k = 0, which is nearly a line in β where rows are confident: there
-    f′ + k falls off as exp(−β) does, and steps of f′ itself would creep.
+    The Newton steps are those for log((f′ + k)/k) = 0, which is nearly linear in β where rows are confident:
+    there f′ + k decays like exp(−β), and Newton's method on f′ itself would converge slowly.
     """
     low, high = -math.inf, math.inf
-    reach, before = 4.0, math.inf  # of a step where one bound is missing; the size of the step before
+    reach, before = 4.0, math.inf  # the largest step while a bound is missing; the size of the last step
     for _ in range(STEPS):
         beta = math.exp(x)
-        found = _slope(rows, beta)
-        if abs(found.value) <= EPS * found.size:
+        at = _derivatives(rows, beta)
+        if abs(at.first) <= EPS * at.size:
             return x
-        low, high = (low, x) if found.value > 0 else (x, high)
-        step = _step(found, rows.pull) / beta
+        low, high = (low, x) if at.first > 0 else (x, high)
+        step = _newton_step(at, rows.target_logit) / beta
         step = math.log1p(step) if step > -1 else -math.inf
-        if abs(step) <= 4 * EPS * max(1.0, abs(x)):  # of x, so that T has its digits
+        if abs(step) <= 4 * EPS * max(1.0, abs(x)):  # relative to x, so that T is accurate
             return x + step
         if math.isinf(low) or math.isinf(high):
             step, reach = max(-reach, min(reach, step)), 2 * reach
         elif not low < x + step < high or abs(step) > before / 2:
             step = (low + high) / 2 - x
-        to = max(-FARTHEST, min(FARTHEST, x + step))
-        if abs(to - x) <= EPS * max(1.0, abs(x)):  # nothing is left between the bounds
+        after = max(-MAX_LOG_BETA, min(MAX_LOG_BETA, x + step))
+        if abs(after - x) <= EPS * max(1.0, abs(x)):  # no number is left between the bounds
             return x
-        x, before = to, abs(to - x)
+        x, before = after, abs(after - x)
     return x
 
 
-def _step(found: Slope, pull: float) -> float:
-    """From β towards the root."""
-    if found.rise == 0:
-        return math.copysign(math.inf, -found.value)
-    level = found.value + pull  # Σ s a ⟨p, u⟩, never positive
-    if level < 0 and pull < 0:
-        return -level / found.rise * math.log(level / pull)
-    return -found.value / found.rise
+def _newton_step(at: Derivatives, target_logit: float) -> float:
+    """Return the Newton step from β towards the root."""
+    if at.second == 0:
+        return math.copysign(math.inf, -at.first)
+    mean_logit = at.first + target_logit  # Σ s a ⟨p, u⟩, never positive
+    if mean_logit < 0 and target_logit < 0:
+        return -mean_logit / at.second * math.log(mean_logit / target_logit)
+    return -at.first / at.second
 
 
-def _any(why: str) -> float:
+def _warn_any(why: str) -> float:
+    """Warn that the loss does not depend on the temperature, and return 1.0."""
     warnings.warn(f"every temperature is as good, {why}: 1.0 changes nothing", UserWarning, stacklevel=4)
     return 1.0

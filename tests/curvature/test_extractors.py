@@ -198,7 +198,7 @@ def test_the_order_of_names_does_not_matter(product):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("budget", [None, 200])
-def test_norms_have_no_squares_to_lose(dtype, budget):
+def test_norms_do_not_underflow(dtype, budget):
     """e⁻⁶⁰, whose square is no float32, and e⁻⁵⁰⁰, whose square is no float64."""
     far = 60.0 if dtype == torch.float32 else 500.0
     w = torch.tensor([[0.0], [-far], [-far - 1]], dtype=dtype)

@@ -1,4 +1,4 @@
-"""Head operators against dense float64 autograd, for every operator × option; and what each of them is."""
+"""Head operators against dense float64 autograd, for every operator × option, and their definitions."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def loss_of(p, options, reduction):
 
 
 def agrees(operator, dense):
-    """In every way of asking."""
+    """Check products with every accepted shape of right-hand side."""
     size = dense.abs().max().item() or 1.0
 
     def near(a, b):
@@ -112,7 +112,7 @@ def logit_curvature(p, plain):
 @CASES
 @pytest.mark.parametrize("wrt", WRT, ids="+".join)
 @pytest.mark.parametrize("operator", [HeadGGN, HeadFisher])
-def test_gauss_newton_is_what_it_says(row, wrt, operator):
+def test_gauss_newton_equals_its_definition(row, wrt, operator):
     """Jacᵀ (a·J + 2λ·p pᵀ) Jac, of weight, bias and features together too; semidefinite; type-2 Fisher."""
     p, options, plain = draw(row)
     if operator is HeadFisher and plain.get("z_loss"):
@@ -208,7 +208,7 @@ def test_labels_are_drawn_as_often_as_they_are_likely():
 
 
 def test_a_class_without_probability_is_never_drawn():
-    """Not even by the smallest and the largest numbers there are."""
+    """The smallest and the largest uniform numbers do not draw it either."""
     from xent._arguments.call import Options
     from xent._core.tiles import sweep
     from xent.curvature._sampling import sample
@@ -222,7 +222,7 @@ def test_a_class_without_probability_is_never_drawn():
 
 @pytest.mark.parametrize("row", [TABLE[6], TABLE[-4]], ids=lambda row: row.name)
 def test_batches_are_the_whole(row):
-    """Of any sizes, ignored rows and weights included; the divisor is shared."""
+    """Batches of any size, with ignored rows and weights, have one divisor."""
     p, options, _ = draw(replace(row, sample_weight=False))
     s = torch.rand(N, dtype=torch.float64) + 0.5
     cuts = [(0, 2), (2, 2), (2, 5), (5, 6)]  # one of them empty
@@ -277,7 +277,7 @@ def test_gauge_freedom_is_the_null_space():
 
 
 def test_confident_rows_keep_their_digits():
-    """p(1 − p) of a row that is sure: e⁻⁴⁰, where 1 − p is 0."""
+    """p(1 − p) = e⁻⁴⁰ on a row where 1 − p rounds to 0."""
     x, w = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[0.0], [-40.0]], dtype=torch.float64)
     operator = HeadHessian(x, w, torch.tensor([0]))
     right = torch.full((2, 1), math.exp(-40) / (1 + math.exp(-40)) ** 2, dtype=torch.float64)
@@ -299,7 +299,7 @@ def test_other_types(dtype):
     assert exact.dtype == torch.float64
 
 
-def test_scipy_takes_it():
+def test_scipy_accepts_the_operator():
     from scipy.sparse.linalg import cg, eigsh
 
     x, w = torch.randn(60, 4, dtype=torch.float64), torch.randn(6, 4, dtype=torch.float64)
@@ -361,7 +361,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("call", "error", "match"), BAD, ids=[match for *_, match in BAD])
-def test_errors_say_what_and_the_way_out(call, error, match):
+def test_errors_name_the_argument_and_a_remedy(call, error, match):
     with pytest.raises(error, match=match):
         call()
 
@@ -380,7 +380,7 @@ def test_an_ignored_row_may_hold_anything():
     assert not HeadHessian(x, W, y, wrt="features").block(1).any()
 
 
-def test_batches_in_which_nothing_counts():
+def test_batches_without_rows_that_count():
     """An empty batch, and one of ignored rows, add nothing to the mean's divisor."""
     x, w, y = torch.randn(6, 2), torch.randn(4, 2), torch.tensor([0, 1, -100, -100, 2, 3])
     batches = [(x[at], y[at]) for at in (slice(0, 2), slice(2, 4), slice(4, 4), slice(4, 6))]
@@ -389,7 +389,7 @@ def test_batches_in_which_nothing_counts():
 
 @pytest.mark.parametrize("budget", [None, 200])
 @pytest.mark.parametrize("target", [0, 1, 2])
-def test_rows_that_are_sure_keep_their_digits_right_or_wrong(target, budget):
+def test_confident_rows_keep_their_digits_right_or_wrong(target, budget):
     """p(1 − p) ≈ e⁻⁴⁰ of the most probable class in float32, whichever class the target is; in tiles too."""
     w = torch.tensor([[0.0], [-40.0], [-41.0]])
     operator = HeadHessian(torch.ones(1, 1), w, torch.tensor([target]), memory_budget=budget)

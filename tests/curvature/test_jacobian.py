@@ -1,4 +1,4 @@
-"""The Jacobian of softmax: its laws on any row, its digits against mpmath, its derivatives in every mode."""
+"""The Jacobian of softmax: laws on any row, accuracy against mpmath, derivatives in every mode."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_chain_of_log_and_softmax():
     assert_close(SoftmaxJacobian(z) @ (-t / p), t.sum(-1, keepdim=True) * p - t)
 
 
-def test_is_what_autograd_makes_of_softmax():
+def test_equals_autograds_jacobian_of_softmax():
     z = torch.randn(3, 6, dtype=DOUBLE)
     assert_close(SoftmaxJacobian(z).to_dense(), vmap(jacrev(lambda z: z.softmax(-1)))(z))
     loss = vmap(hessian(lambda z: xent.cross_entropy(z, torch.tensor(2))))
@@ -353,7 +353,7 @@ def test_two_classes():
 
 
 @pytest.mark.parametrize("z", [[3.0], [0.5, -INF], [0.0, -1000.0]])
-def test_one_class_left(z):
+def test_all_classes_masked_but_one(z):
     J = SoftmaxJacobian(row(z))
     n = len(z)
     v = torch.arange(1.0, 1 + n, dtype=DOUBLE)
@@ -380,7 +380,7 @@ def test_ties_take_the_first_two():
 
 
 @pytest.mark.parametrize("junk", [INF, -INF, math.nan])
-def test_masked_classes_are_as_if_they_were_not_there(junk):
+def test_masked_classes_do_not_count(junk):
     z, keep = row(ROWS["masked"]), torch.tensor([0, 2, 3])
     J, K = SoftmaxJacobian(z), SoftmaxJacobian(z[keep])
     v = torch.randn(5, dtype=DOUBLE)
@@ -404,7 +404,7 @@ def test_masked_classes_are_as_if_they_were_not_there(junk):
 
 
 @pytest.mark.parametrize("bad", [[-INF, -INF], [INF, 0.0], [INF, INF], [0.0, math.nan], [0.0, INF]])
-def test_a_row_without_softmax_is_nan_and_alone(bad):
+def test_a_row_without_softmax_is_nan_and_no_other(bad):
     z = row([bad, [0.3, -0.3]])
     v = torch.randn(2, 2, dtype=DOUBLE)
     J, K = SoftmaxJacobian(z), SoftmaxJacobian(z[1])
@@ -429,7 +429,7 @@ def test_a_row_without_softmax_is_nan_and_alone(bad):
 
 
 def everything(z, v):
-    """All that an operator answers, as (..., anything)."""
+    """Return the results of every method of an operator, as (..., anything)."""
     J = SoftmaxJacobian(z)
     vectors = (
         J @ v,

@@ -1,4 +1,4 @@
-"""Kronecker factors against dense float64: the factors, what is made of them, and how near they come."""
+"""Kronecker factors against dense float64: the factors, the methods, and the approximation error."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def flat(given):
 
 
 def checked(K, dense, damping):
-    """Everything that is read off K, against the dense matrix that it is said to be."""
+    """Check every method of K against the dense matrix."""
 
     def near(a, b):
         assert_close(a, b, rtol=1e-9, atol=1e-12 * max(1.0, dense.abs().max().item() / damping))
@@ -84,7 +84,7 @@ def checked(K, dense, damping):
 @CASES
 @pytest.mark.parametrize("wrt", WRT, ids="+".join)
 @pytest.mark.parametrize("budget", [None, 1200])
-def test_it_is_the_product_of_the_means(row, wrt, budget):
+def test_the_factors_are_the_means(row, wrt, budget):
     """Γ·G is the curvature in the bias, A the weighted mean of x̃ x̃ᵀ; both reductions."""
     p, options = draw(row)
     x = torch.cat(
@@ -131,7 +131,7 @@ def test_corrected_eigenvalues_are_the_diagonal_of_the_curvature_in_the_basis(ro
     assert apart[0] <= apart[1] + 1e-14 * exact.norm()  # both exact in the bias
 
 
-def test_of_all_that_is_diagonal_in_the_basis_the_corrected_is_nearest():
+def test_the_corrected_eigenvalues_are_the_nearest_in_frobenius_norm():
     x, w, b, y = small()
     both = {"bias": b, "wrt": ("weight", "bias")}
     exact = HeadHessian(x, w, y, **both).to_dense()
@@ -202,7 +202,7 @@ def test_the_reduction_is_a_factor_and_weights_are_repetition():
 
 
 @CASES
-def test_counted_by_curvature_the_trace_is_exact(row):
+def test_weighted_by_curvature_the_trace_is_exact(row):
     """A = Σ tr M_n x̃ x̃ᵀ / Σ tr M_n, and of a fitted head nearer to the curvature."""
     p, options = draw(row)
     both = {"bias": p.b, "wrt": ("weight", "bias"), **options}
@@ -215,7 +215,7 @@ def test_counted_by_curvature_the_trace_is_exact(row):
     checked(K, K.to_dense(), damping=0.01 + 2 * K.to_dense().norm().item() * bool(K.eigh().values.min() < 0))
 
 
-def test_of_a_fitted_head_the_rows_that_are_sure_should_not_count():
+def test_weighting_by_curvature_is_nearer_for_a_fitted_head():
     x, w, b, _ = small(n=200, spread=5.0)
     y = (x @ w.T + b).argmax(1)
     exact = HeadHessian(x, w, y, bias=b, wrt=("weight", "bias")).to_dense()
@@ -273,8 +273,8 @@ def test_no_rows_at_all():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("target", [0, 1])
 @pytest.mark.parametrize("budget", [None, 800])
-def test_sure_rows_keep_their_digits(dtype, target, budget):
-    """Right or wrong: curvature e⁻⁴⁰, where 1 − p is 0."""
+def test_confident_rows_keep_their_digits(dtype, target, budget):
+    """Curvature e⁻⁴⁰ where 1 − p rounds to 0, for right and wrong rows."""
     x = torch.ones(1, 1, dtype=dtype)
     w = torch.zeros(5, 1, dtype=dtype)
     w[1:] = torch.tensor([[-40.0], [-41.0], [-42.0], [-43.0]])
@@ -400,7 +400,7 @@ def in_order_of_small(kron):
     return kron[order][:, order]
 
 
-def test_scipy_takes_it():
+def test_scipy_accepts_the_operator():
     from scipy.sparse.linalg import eigsh
 
     x, w, _, y = small()
@@ -452,7 +452,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("call", "error", "match"), BAD, ids=[match for *_, match in BAD])
-def test_errors_say_what_and_the_way_out(call, error, match):
+def test_errors_name_the_argument_and_a_remedy(call, error, match):
     with pytest.raises(error, match=match):
         call()
 

@@ -88,7 +88,7 @@ def test_it_solves_the_dense_system(row, preconditioner, with_bias):
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("l2", [0.0, 0.05])
-def test_what_nothing_fixes_is_left_alone(preconditioner, l2):
+def test_the_step_is_zero_along_undetermined_directions(preconditioner, l2):
     """The system is singular; the step is its solution of least length there, and the classes sum to zero."""
     x, w, b, y = small()
     found = newton_step(x, w, y, bias=b, l2=l2, preconditioner=preconditioner, tolerance=1e-10)
@@ -123,7 +123,7 @@ def test_steps_converge_quadratically():
 
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_preconditioners_save_products(scale):
-    """Inputs of different sizes that go together: class blocks and Kronecker factors see that."""
+    """Correlated inputs of different sizes: class blocks and Kronecker factors account for both."""
     x, w, b, y = small(n=300, d=12, c=6)
     mix = torch.randn(12, 12, dtype=x.dtype) * torch.logspace(0, -2, 12, dtype=x.dtype) * scale
     inverse = torch.linalg.inv(mix)
@@ -207,10 +207,10 @@ def model_of(x, w, y, bias, **options):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("shape", [(20, 10, 50), (3, 5, 4), (5, 3, 30)], ids=str)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-10)])
-def test_directions_that_no_row_sees_do_not_matter(
+def test_directions_without_curvature_do_not_matter(
     preconditioner, softcap, with_bias, shape, dtype, tolerance
 ):
-    """Fewer rows than features and no penalty; with a softcap a gauge that is almost one."""
+    """Fewer rows than features without a penalty; with a softcap, a direction of almost no curvature."""
     n, c, d = shape
     x, w, y = torch.randn(n, d, dtype=dtype), torch.randn(c, d, dtype=dtype) / d**0.5, torch.randint(c, (n,))
     bias = torch.zeros(c, dtype=dtype) if with_bias else None
@@ -227,8 +227,8 @@ def test_directions_that_no_row_sees_do_not_matter(
 
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_what_it_says_is_true_of_the_step_it_returns(preconditioner, dtype):
-    """Also where the tolerance is beyond the type's digits, or the iterations are too few."""
+def test_the_reported_residual_and_decrease_are_the_steps_own(preconditioner, dtype):
+    """True also where the tolerance is below the type's rounding, or the iterations are too few."""
     for tolerance, most in ((1e-3, None), (1e-7, None), (1e-13, None), (1e-13, 7), (1e-30, None)):
         x, w, b, y = small(dtype=dtype)
         asked = {"preconditioner": preconditioner, "tolerance": tolerance, "max_iterations": most}
@@ -245,7 +245,7 @@ def test_what_it_says_is_true_of_the_step_it_returns(preconditioner, dtype):
 @pytest.mark.parametrize("preconditioner", PRECONDITIONERS)
 @pytest.mark.parametrize("by", [30, 100, 200, 1000])
 def test_rows_without_curvature_do_not_raise_the_model(preconditioner, by):
-    """Sure and wrong by e⁻³⁰⁰⁰: H is 0 or as good as that, and a step is only as good as its model."""
+    """Confident wrong rows: H is 0 or nearly, and the step must not raise the quadratic model."""
     x, w, b, y = small(n=20, d=4, c=3)
     found = newton_step(x, w * by, y, bias=b, preconditioner=preconditioner)
     assert found.decrease >= 0
@@ -288,7 +288,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("call", "error", "match"), BAD, ids=[match for *_, match in BAD])
-def test_errors_say_what_and_the_way_out(call, error, match):
+def test_errors_name_the_argument_and_a_remedy(call, error, match):
     with pytest.raises(error, match=match):
         call()
 
@@ -298,8 +298,8 @@ SURE_AND_WRONG = torch.tensor([[1.0], [2.0]]), torch.tensor([0, 1])
 
 @pytest.mark.parametrize("preconditioner", ["kronecker", "class-blocks", "diagonal", None])
 @pytest.mark.parametrize("scale", [60.0, 90.0])
-def test_a_step_from_rows_that_are_sure_and_wrong_is_finite(preconditioner, scale):
-    """Of biases that next to nothing fixes: what is returned is a step, or none, and says which."""
+def test_a_step_from_confident_wrong_rows_is_finite(preconditioner, scale):
+    """Biases with almost no curvature: the result is a step or zero, and reports which."""
     x, y = SURE_AND_WRONG
     w = torch.tensor([[-1.0], [0.0], [1.0]]) * scale
     step = newton_step(x, w, y, bias=torch.zeros(3), l2=1.0, preconditioner=preconditioner)
@@ -309,7 +309,7 @@ def test_a_step_from_rows_that_are_sure_and_wrong_is_finite(preconditioner, scal
     assert step.converged == (step.residual <= 1e-6)
 
 
-def test_a_step_that_would_leave_the_range_of_the_type_is_none():
+def test_a_step_beyond_the_range_of_the_type_is_discarded():
     x = torch.tensor([[1000.2941284179688, 999.621826171875], [999.5814819335938, 1001.2180786132812]])
     x = torch.cat([x, torch.tensor([[1000.1009521484375, 1000.7918090820312]])])
     w = torch.tensor(
@@ -331,9 +331,9 @@ def test_a_step_that_would_leave_the_range_of_the_type_is_none():
         assert 0 <= step.decrease < math.inf
 
 
-def test_a_solution_beyond_the_range_of_the_type_is_taken_back():
+def test_a_solution_beyond_the_range_of_the_type_is_discarded():
     right = torch.full((2, 3), 1e20)
-    found = _cg.refined(lambda v: v * 1e-30, right, lambda r: r, 1e-6, 10)
-    assert not found.found.converged
-    assert not found.found.solution.any()
+    found = _cg.solve_refined(lambda v: v * 1e-30, right, lambda r: r, 1e-6, 10)
+    assert not found.result.converged
+    assert not found.result.solution.any()
     assert found.decrease == 0.0

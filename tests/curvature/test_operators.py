@@ -1,4 +1,4 @@
-"""What an operator is when its tensors change, its rows are shuffled, and torch is in one of its modes."""
+"""Operators whose tensors change or whose rows are shuffled, and operators in every mode of torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small(n=32, d=4, c=3, dtype=torch.float64):
 
 @pytest.mark.parametrize("changed", ["weight", "bias", "features", "target", "sample_weight", "class_weight"])
 def test_a_tensor_that_was_changed_is_an_error(changed):
-    """Statistics of one weight beside logits of another are neither's."""
+    """Statistics of one weight with logits of another would be wrong for both."""
     x, w, b, y = small()
     s, c = torch.ones(len(x)), torch.ones(len(w))
     H = HeadHessian(x, w, y, bias=b, sample_weight=s, class_weight=c)
@@ -46,7 +46,7 @@ def test_a_tensor_that_was_changed_is_an_error(changed):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_a_step_of_an_optimiser_is_such_a_change(in_memory):
+def test_an_optimiser_step_is_a_change(in_memory):
     x, w, _, y = small()
     w.requires_grad_()
     given = (x, w, y) if in_memory else ([(x, y)], w)
@@ -120,8 +120,8 @@ def test_labels_belong_to_rows_and_not_to_an_order(samples):
     assert not torch.allclose(other @ v, ordered @ v, rtol=1e-3)
 
 
-def test_rows_that_are_alike_draw_apart_where_they_have_numbers():
-    """Of one tensor a row is known by its number: an average over equal rows is one."""
+def test_equal_rows_of_one_tensor_draw_independently():
+    """In one tensor the labels depend on the row's number, so equal rows draw different labels."""
     n = 4000
     x, w = torch.ones(n, 1, dtype=torch.float64), torch.tensor([[0.0], [1.0], [-1.0]]).double()
     y = torch.zeros(n, dtype=torch.int64)
@@ -145,7 +145,7 @@ def test_threads_share_no_generator():
     assert all(torch.equal(one, right) for one in found)
 
 
-def test_torchs_generator_is_left_alone_where_nothing_is_drawn():
+def test_torchs_generator_is_not_used_without_draws():
     x, w, _, y = small()
     for kind in ("type-2", "empirical"):
         before = torch.get_rng_state()
@@ -158,7 +158,7 @@ def test_torchs_generator_is_left_alone_where_nothing_is_drawn():
 
 @pytest.mark.parametrize("operator", [HeadHessian, HeadKronecker])
 def test_a_matrix_is_columns(operator):
-    """Square ones too, which are not symmetric."""
+    """Square matrices too, which are not symmetric."""
     x, w, b, y = small(c=5)
     H = operator(x, w, y, bias=b, wrt="bias")
     dense, square = H.to_dense(), torch.randn(5, 5, dtype=torch.float64)
@@ -319,7 +319,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("call", "error", "match"), BAD, ids=[match for *_, match in BAD])
-def test_errors_say_what_and_the_way_out(call, error, match):
+def test_errors_name_the_argument_and_a_remedy(call, error, match):
     with pytest.raises(error, match=match):
         call()
 
@@ -333,7 +333,7 @@ def test_a_head_spread_over_processes_is_refused():
         Curvature.of(part.problem._replace(ranks=object()), Form.HESSIAN)
 
 
-def test_lists_and_integers_of_torch_and_numpy_will_do():
+def test_lists_and_integers_of_torch_and_numpy_are_accepted():
     x, w, _, y = small()
     H = HeadHessian([[x, y]], w)
     assert_close(H.trace(), HeadHessian(x, w, y).trace())
@@ -341,7 +341,7 @@ def test_lists_and_integers_of_torch_and_numpy_will_do():
         assert torch.equal(H.block(one), H.block(1))
 
 
-def test_without_features_the_bias_is_left():
+def test_a_head_without_features_has_only_its_bias():
     """D = 0."""
     w, b, y = torch.zeros(3, 0), torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0, 1, 2, 2])
     x = torch.zeros(4, 0)

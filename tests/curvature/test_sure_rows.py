@@ -1,4 +1,4 @@
-"""Rows that are sure have curvature as small as 1 − p, and all of its digits: against 60 digits."""
+"""Confident rows: a curvature as small as 1 − p is accurate, against arithmetic in 60 digits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def as_tensor(rows):
 
 
 def sure_rows(n, d, c, by, dtype):
-    """(N, D), (C, D) and the classes that the rows are sure of."""
+    """Return features (N, D), weight (C, D) and the rows' most probable classes."""
     x, w = torch.randn(n, d, dtype=dtype), torch.randn(c, d, dtype=dtype) / d**0.5
     w[:n] += by * x / x.norm(dim=1, keepdim=True) ** 2
     return x, w, torch.arange(n)
@@ -45,8 +45,8 @@ def sure_rows(n, d, c, by, dtype):
 
 @DTYPES
 @BUDGETS
-def test_the_surest_class_is_known_by_its_index(dtype, budget):
-    """Not by a probability, whose last digits are others in a product of another shape."""
+def test_the_most_probable_class_is_stored_as_an_index(dtype, budget):
+    """A comparison of probabilities would fail: their last digits depend on the shape of the product."""
     x, w, y = sure_rows(9, 300, 40, 30, dtype)
     operator = HeadHessian(x, w, y, memory_budget=budget)
     z = x.double() @ w.double().t()

@@ -1,4 +1,4 @@
-"""Every sweep in one part, and in many; and what importing scikit-learn's tests needs."""
+"""Fixtures: every sweep in one part and in many, and the imports of scikit-learn's tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A row of probabilities is judged by the digits it has: what was computed, converted or rounded counts."""
+"""The tolerance of a row's sum follows its digits: computed, converted and rounded rows are accepted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def off(by, classes=2, dtype="float64"):
 
 
 def numbers(found):
-    """What a metric returns, as one array."""
+    """Return a metric's result as one array."""
     return np.concatenate([np.ravel(each) for each in found]) if isinstance(found, tuple) else np.ravel(found)
 
 

@@ -20,7 +20,7 @@ from xent import metrics
 INF = math.inf
 
 
-# --- worked values of the mathematics page --------------------------------------------------------------
+# --- worked values --------------------------------------------------------------
 
 
 def test_worked_values():

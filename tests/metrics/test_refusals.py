@@ -1,4 +1,4 @@
-"""What is refused, in which words: what, where, and the way out."""
+"""Invalid arguments: each message names the argument, the place and a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beside scikit-learn: equal on valid input, and its own tests with xent's functions in place.
+"""Comparison with scikit-learn: equal results on valid input, and its own tests run on xent's functions.
 
 What differs stands in DIFFERENT, with the reason; the words of an error always do.
 """

@@ -52,8 +52,8 @@ def test_assignments_are_balanced_however_alike_the_rows():
     assert ((plan.sum(0) - 4.0).abs() < 0.1).all()
 
 
-def test_the_scale_of_the_targets_is_what_it_says():
-    """ε → 0: each row to one prototype; a large ε: to all alike."""
+def test_epsilon_sets_the_sharpness_of_the_assignments():
+    """As ε goes to 0 each row has one prototype; with a large ε it has all equally."""
     head, (x, _) = draw()
     surest = [with_epsilon(head, e).assign(x).plan.amax(1).mean() for e in (0.01, 0.1, 10.0)]
     assert surest[0] > 0.9

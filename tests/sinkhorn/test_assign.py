@@ -57,7 +57,7 @@ def check_is_the_plan(found, scores, epsilon, row, column, rel=1e-12):
     ("epsilon", "size"), [(0.5, (9, 4)), (0.05, (40, 12)), (0.02, (12, 40)), (0.001, (30, 9))]
 )
 def test_a_number_of_iterations_is_that_number(iterations, epsilon, size):
-    """The kernel with absorbed potentials, left and taken up anew, makes the steps of the plain loop."""
+    """A kernel with absorbed potentials, absorbed anew in between, takes the same steps as a plain loop."""
     scores = normal(*size)
     found = assign(scores, epsilon=epsilon, tolerance=None, max_iterations=iterations)
     assert found.iterations == iterations
@@ -65,8 +65,8 @@ def test_a_number_of_iterations_is_that_number(iterations, epsilon, size):
 
 
 @pytest.mark.parametrize("epsilon", [0.02, 0.001])
-def test_scalings_out_of_reach_are_taken_up_anew(epsilon):
-    """Of float32 kernels, whose entries and scalings underflow and overflow soonest; and of small masses."""
+def test_scalings_out_of_reach_are_absorbed_anew(epsilon):
+    """Float32 kernels, whose entries and scalings over- and underflow soonest, and small masses."""
     scores, column = normal(30, 9, dtype=torch.float32), torch.full((9,), 30 / 8, dtype=F64)
     column[0] = 1e-12
     column *= 30 / column.sum()
@@ -175,7 +175,7 @@ def test_unbalanced_plan_is_the_best_one(relaxations):
     [((0.05, 0.02), 200), ((5.0, 5.0), 200), ((None, 0.05), 100), ((0.05, None), 60)],
 )
 def test_unbalanced_plans_at_a_small_epsilon(relaxations, iterations):
-    """Where prices are low the mass goes up as exp(S/(λ + μ)), and plain iterations are the sure ones."""
+    """With small relaxations the mass grows as exp(S/(λ + μ)), and Sinkhorn's iterations converge fast."""
     options = dict(epsilon=0.005, row_relaxation=relaxations[0], column_relaxation=relaxations[1])
     found = assign(scores := normal(100, 30), tolerance=1e-12, **options)
     assert found.converged
@@ -185,7 +185,7 @@ def test_unbalanced_plans_at_a_small_epsilon(relaxations, iterations):
         torch.testing.assert_close(found.plan, long.plan, rtol=1e-7, atol=1e-9 * float(long.plan.max()))
 
 
-def test_an_infinite_price_is_the_condition():
+def test_an_infinite_relaxation_is_the_condition():
     scores = normal(9, 5)
     free = assign(scores, row_relaxation=math.inf, column_relaxation=math.inf, tolerance=1e-12)
     torch.testing.assert_close(free.plan, assign(scores, tolerance=1e-12).plan)
@@ -338,8 +338,8 @@ def test_a_plan_whose_column_sums_underflow(dtype, offset):
 @pytest.mark.parametrize(
     "options", [dict(tolerance=None, max_iterations=50), dict(max_iterations=20), {}], ids=str
 )
-def test_a_plan_on_its_way_is_finite(options):
-    """Plain iterations, too few of any, and iterations that are differentiated."""
+def test_an_unconverged_plan_is_finite(options):
+    """Sinkhorn's iterations, too few of either kind, and unrolled ones."""
     scores = torch.tensor([[0.0, -0.3], [-0.3, -2.1]], dtype=F64, requires_grad=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -370,7 +370,7 @@ def test_derivatives_of_a_vertex(dtype):
 
 @pytest.mark.parametrize("epsilon", [1e-2, 1e-3])
 def test_float32_gradients_at_a_small_epsilon_are_those_of_float64(epsilon):
-    """What the upstream gradient and the system's solution leave of each other is divided by epsilon."""
+    """The difference of upstream gradient and the system's solution cancels, and is divided by epsilon."""
     scores, upstream = normal(12, 5, dtype=torch.float32), normal(12, 5, dtype=torch.float32)
     found = []
     for dtype in (torch.float32, F64):
@@ -382,7 +382,7 @@ def test_float32_gradients_at_a_small_epsilon_are_those_of_float64(epsilon):
 
 @pytest.mark.parametrize("relaxations", [(None, None), (3.0, None), (None, 3.0), (3.0, 2.0)])
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-5, 1e-7])
-def test_small_epsilons_where_sums_may_give_way(relaxations, epsilon):
+def test_small_epsilons_with_relaxed_marginals(relaxations, epsilon):
     for seed in range(12):
         scores, row, column = random_problem(seed)
         found = assign(
@@ -505,7 +505,7 @@ def test_tiny_masses_at_a_small_epsilon():
 
 
 def test_a_batch_of_easy_and_hard_items():
-    """The items that are there already are not lost on the way of the others."""
+    """Items that have converged stay converged while the others go on."""
     scores = torch.tensor(
         [[[0.0, -0.3], [-0.3, -2.1]], [[0.0, 0.0], [0.0, 0.0]], [[3e3, 0.0], [0.0, -1e3]]], dtype=F64
     )
@@ -650,7 +650,7 @@ def test_a_tolerance_below_the_rounding_of_float32_is_reached():
     assert found.error <= 1e-12
 
 
-def test_nothing_given_is_changed():
+def test_inputs_are_left_untouched():
     scores, mask = normal(9, 5), torch.rand(9, 5) > 0.1
     row, column = torch.ones(9, dtype=F64), torch.full((5,), 1.8, dtype=F64)
     before = [t.clone() for t in (scores, mask, row, column)]
@@ -662,7 +662,7 @@ def test_nothing_given_is_changed():
 # Masks and masses of 0
 
 
-def test_masked_pairs_get_nothing():
+def test_masked_pairs_get_no_mass():
     scores, mask = normal(20, 6), torch.rand(20, 6) > 0.4
     mask[:, 0] = True
     options = dict(epsilon=0.2, tolerance=1e-12)
@@ -717,7 +717,7 @@ def test_a_mask_without_a_plan_is_reported():
 
 
 @pytest.mark.parametrize("relaxed", ["row_relaxation", "column_relaxation"])
-def test_where_sums_may_give_way_no_row_needs_a_place(relaxed):
+def test_relaxed_marginals_allow_rows_without_a_pair(relaxed):
     scores = normal(5, 4)
     if relaxed == "row_relaxation":
         scores[2] = -math.inf
@@ -854,7 +854,7 @@ def test_marginals_that_differ_by_rounding_agree():
     assert found.converged
 
 
-def test_too_few_iterations_are_said():
+def test_too_few_iterations_warn():
     with pytest.warns(
         UserWarning, match=r"has not converged: its column sums are off by .* after 3 iterations"
     ):
@@ -873,7 +873,7 @@ def test_max_iterations_is_a_limit(limit):
         )
 
 
-def test_a_warm_start_is_already_there():
+def test_a_warm_start_has_converged():
     scores = normal(60, 9)
     first = assign(scores, epsilon=0.02, tolerance=1e-12)
     again = assign(scores, epsilon=0.02, tolerance=1e-12, start=first.potentials)
@@ -960,7 +960,7 @@ def test_gradient_at_a_small_epsilon(dtype):
 
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-4])
 def test_gradient_where_the_plan_is_nearly_a_permutation(epsilon):
-    """Weak ties between groups, eigenvalues below rounding: the gradient is 0, not what rounding leaves."""
+    """Weakly connected groups, eigenvalues below rounding: the gradient is 0, not rounding error."""
     scores = torch.rand(8, 8, dtype=F64)
     scores += 2 * torch.eye(8, dtype=F64)
     leaf = scores.requires_grad_()
@@ -988,7 +988,7 @@ def test_half_types_have_gradients():
 
 
 def test_gradient_of_a_mass_of_zero_is_nan():
-    """The plan of a row without mass does not say where mass would go; 0 would be a lie."""
+    """The derivative in a mass of 0 is not determined by the plan, so 0 would be wrong."""
     row = torch.tensor([1.0, 0.0, 1.0], dtype=F64, requires_grad=True)
     plan = assign(normal(3, 2), row_marginal=row, epsilon=0.5).plan
     (g,) = torch.autograd.grad(plan.square().sum(), row)
@@ -1081,7 +1081,7 @@ def test_the_linear_system(size, direct, free, monkeypatch):
     if not free:
         d, e = 1.5 * d, 1.1 * e
     x, y = normal(*d.shape), normal(*e.shape)
-    a, b = d * x + _coupling.times(P, y), e * y + _coupling.transposed(P, x)
+    a, b = d * x + _coupling.matvec(P, y), e * y + _coupling.rmatvec(P, x)
     found_x, found_y, steps = _coupling.solve(P, d, e, a, b)
     assert (steps == 1) == direct
     shift = (x - found_x).mean(-1, keepdim=True) if free else 0.0
@@ -1089,7 +1089,7 @@ def test_the_linear_system(size, direct, free, monkeypatch):
     torch.testing.assert_close(found_y - shift, y, rtol=0, atol=1e-11)
 
 
-def test_conjugate_gradients_that_need_long_give_way(monkeypatch):
+def test_slow_conjugate_gradients_give_way_to_cholesky(monkeypatch):
     P = assign(normal(80, 40), epsilon=0.02, tolerance=1e-12).plan
     monkeypatch.setattr(_coupling, "DIRECT", 0)
     d, e = 1.001 * P.sum(-1), 1.001 * P.sum(-2)
@@ -1117,9 +1117,11 @@ def test_newtons_steps_never_lower_the_dual():
         scores, row, column = random_problem(seed)
         epsilon = (float(scores.max() - scores.min()) or 1.0) / 100
         problem = _iterations.Problem(scores[None], row[None], column[None], epsilon)
-        state, count = _iterations.fixed(problem, torch.zeros_like(row)[None], 1)
+        state, count = _iterations.run_iterations(problem, torch.zeros_like(row)[None], 1)
         for _ in range(60):
             before, _ = problem.dual(state.f, state.g, state.q)
-            state, count = _ascent.newton(problem, _iterations.Found(state, count), 1e-12, count + 3)
+            state, count = _ascent.newton_ascent(
+                problem, _iterations.Progress(state, count), 1e-12, count + 3
+            )
             after, rounding = problem.dual(state.f, state.g, state.q)
             assert after >= before - 2 * rounding, seed

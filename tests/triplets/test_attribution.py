@@ -1,4 +1,4 @@
-"""A row's loss taken apart by rival, and the losses of pairs over a data set."""
+"""The decomposition of a row's loss by rival, and the losses of pairs over a data set."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_largest_shares(dtype, k, classes):
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_the_largest_of_blocks(k, monkeypatch):
-    """Also in the classes that no block holds, and across tiles."""
+    """The largest rivals also lie in the remainder beyond the blocks, and across tiles."""
     monkeypatch.setattr(streaming, "BLOCK", 4)
     x, w, y = torch.randn(30, 3), torch.randn(303, 3), torch.randint(303, (30,))
     w[302] *= 5  # beyond the last block of every tile that holds it
@@ -254,7 +254,7 @@ def test_the_largest_pairs(top_k):
     assert sum(pair.share for pair in pairs.largest(1000)) <= 1 + 1e-12
 
 
-def test_infinite_losses_stay_where_they_are():
+def test_infinite_losses_do_not_spread():
     z = torch.tensor([[-INF, 1.0, -INF], [0.0, 1.0, 2.0]])
     for top_k in (None, 2):
         found = dense(triplets.pair_matrix(z, torch.tensor([0, 1]), top_k=top_k))
@@ -263,7 +263,7 @@ def test_infinite_losses_stay_where_they_are():
 
 
 @pytest.mark.parametrize("lost", [-math.inf, math.nan], ids=["all masked", "nan"])
-def test_a_loss_that_is_lost_is_lost_in_what_it_is_made_of(lost):
+def test_a_nan_loss_has_nan_terms(lost):
     z, y = torch.full((1, 3), lost), torch.tensor([1])
     found = triplets.attribution(z, y, 1)
     assert found.loss.isnan().all()
@@ -274,7 +274,7 @@ def test_a_loss_that_is_lost_is_lost_in_what_it_is_made_of(lost):
         assert_close(pairs.loss[0].item(), math.log(3))
 
 
-def test_what_does_not_add_up_is_refused():
+def test_matrices_of_different_kinds_do_not_add():
     z, y = batch()
     a, b = triplets.pair_matrix(z, y), triplets.pair_matrix(z, y, top_k=2)
     with pytest.raises(ValueError, match=r"got dense \(7, 7\) and sparse \(7, 7\)"):

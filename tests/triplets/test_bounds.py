@@ -1,4 +1,4 @@
-"""Margins and the chain of bounds: what is true of every row, and how exactly."""
+"""Margins and bounds: order, accuracy, invariances, modes and errors."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_worked_values():
 @pytest.mark.parametrize("m", [-40.0, -3.0, 0.0, 2.0, 90.0])
 @dtypes()
 def test_the_tight_bound_is_the_loss_of_equal_margins(m, dtype):
-    """And of two classes, whatever they are."""
+    """It is also the loss of any two classes."""
     for classes in (2, 3, 10, 1000):
         z = torch.full((1, classes), m, dtype=dtype)
         z[0, 0] = 0.0

@@ -111,7 +111,7 @@ def test_over_all_negatives_they_are_bounds(dtype, classes):
     assert (smooth <= loss * (1 + 8 * torch.finfo(dtype).eps)).all()
 
 
-def test_as_many_as_there_are_is_all_of_them():
+def test_k_equal_to_the_number_of_rivals_is_all():
     x, w, _, y = head()
     for form in LOSSES:
         dense, linear, _ = LOSSES[form]
@@ -150,7 +150,7 @@ def test_masked_rivals_add_nothing():
         assert torch.autograd.grad(loss, w)[0].isfinite().all()
 
 
-def test_fewer_rivals_than_the_hardest_that_are_asked_for():
+def test_k_above_the_number_of_unmasked_rivals():
     b = torch.tensor([0.0, -math.inf, -math.inf, -math.inf, 1.0], dtype=DOUBLE)
     x, w, y = torch.zeros(1, 2, dtype=DOUBLE), torch.zeros(5, 2, dtype=DOUBLE), torch.tensor([0])
     given = dict(margin=1.0, negatives=3)
@@ -459,7 +459,7 @@ def test_inputs_are_left_untouched():
 
 
 def test_tiles_are_computed_again(monkeypatch):
-    """Once in the forward pass, once in the backward pass."""
+    """Each tile is computed once in the forward pass and once in the backward pass."""
     calls = []
     recompute = _tiles._recompute
 

@@ -1,12 +1,13 @@
-"""Second derivatives of softmax cross-entropy in closed form, as operators that are never written out.
+"""Second derivatives of softmax cross-entropy in closed form, as operators without their matrices.
 
     ∂²ℓ/∂z² = a·J        J = diag(p) − p pᵀ        p = softmax(z)        H_W = Σ a·J ⊗ x xᵀ
 
-Read in this order: `rowwise` (a C × C matrix for every row, known by what it does to a vector), `jacobian`
-(J, its root and its inverses), `secular` (its largest eigenvalue); `source` and `sides` (rows and right-hand
-sides), `heads` (what a linear head makes of J), `fisher` (its three senses), `kronecker` (that by two
-factors); `conjugate` and `preconditioners` (a system with it), `newton` (a step); `rows` (each row's own
-gradient); `extractors` (what lies before the head).
+Read in this order: `_row_operator` (a C × C operator for every row), `_jacobian` (J, its root and its
+inverses), `_top_eigenpair` (its largest eigenvalue); `_batches` and `_right_hand_sides` (rows and right-hand
+sides), `_heads` (the Hessian and the Gauss–Newton matrix of a linear head), `_fisher` (its Fisher
+information), `_kronecker` (its approximation by two factors); `_cg` and `_preconditioners` (linear systems),
+`_newton` (a step); `_row_gradients` (each row's own gradient); `_model_products` (products through a model
+before the head).
 """
 
 from xent.curvature._fisher import HeadFisher

@@ -1,7 +1,7 @@
-"""Where an operator's rows come from: one tensor of features, or batches, gone through again and again.
+"""The rows of an operator: one tensor of features, or batches that are read in every product.
 
-Both become problems of `core`, checked, with one divisor for all. An operator is that of the point at which
-it was made: what it knows of the rows belongs to that weight, and a tensor changed since is an error.
+Both become checked problems of the core, with one divisor for all. An operator belongs to the weight at which
+it was made, because it stores the rows' statistics there: a tensor changed in place since then is an error.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIONS = (
 
 
 class Known(NamedTuple):
-    """A tensor, and how often it had been changed in place when it was looked at."""
+    """A tensor, and its version counter when the operator was made."""
 
     name: str
     tensor: Tensor
@@ -44,11 +44,11 @@ class Known(NamedTuple):
 
 
 class Source:
-    """Problems of a head, one for each batch; the same ones every time.
+    """Problems of a head, one for each batch, the same in every pass.
 
     Args:
-        features, target: (..., D) and what goes with it; or batches, and None.
-        options: the loss's, of one tensor of features with its sample weights.
+        features, target: (..., D) and its target; or batches and None.
+        options: those of the loss; sample weights only with one tensor of features.
     """
 
     def __init__(
@@ -86,12 +86,13 @@ class Source:
             if isinstance(tensor, Tensor)
         ]
         refuse_derivatives(*(known.tensor for known in self._known))
-        # so that what batches add is added up before it is rounded
+        # so that contributions of batches are summed before they are rounded
         wide = self.weight.dtype if self.in_memory else compute_dtype(self.weight.dtype)
         self._head = self.weight.to(wide), None if self.bias is None else self.bias.to(wide)
         self.scale = self._total_scale()
 
     def check_unchanged(self) -> None:
+        """Raise a RuntimeError that names a tensor changed in place since the operator was made."""
         for name, tensor, version in self._known:
             if _version(tensor) != version:
                 raise RuntimeError(
@@ -100,7 +101,7 @@ class Source:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        self.check_unchanged()  # a copy's tensors are counted anew
+        self.check_unchanged()  # the version counters of a copy's tensors start anew
         return self.__dict__ | {"_known": [(known.name, known.tensor) for known in self._known]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -108,7 +109,7 @@ class Source:
         self.__dict__.update(state | {"_known": known})
 
     def problems(self) -> Iterator[tuple[Problem, Tensor | None]]:
-        """Each batch's problem and its rows' weights (M,)."""
+        """Yield each batch's problem and the weights (M,) of its rows."""
         self.check_unchanged()
         w, b = self._head
         for number, call in enumerate(self._calls()):
@@ -134,7 +135,7 @@ class Source:
             yield options.of_head(x.detach(), self.weight, self.bias, target)
 
     def _total_scale(self) -> float:
-        """One over the divisor of all batches together."""
+        """Return one over the divisor of all batches together."""
         if self.options.reduction == "sum" or self.options.denominator is not None:
             calls = list(self._calls())
             rows = [(part.problem.targets, part.row_weight) for call in calls for part in call.parts]
@@ -159,7 +160,7 @@ class Source:
 
 
 def check_target(target: object) -> None:
-    """Raise an error unless there is a target, which says how much each row counts."""
+    """Raise an error unless a target is given."""
     if target is None:
         raise ValueError("a target is needed: it says how much each row counts")
     if not isinstance(target, Tensor | TopKTarget):
@@ -167,14 +168,14 @@ def check_target(target: object) -> None:
 
 
 def check_options(of: str, given: Iterable[str], known: Iterable[str]) -> None:
-    """What would otherwise be passed over in silence."""
+    """Raise a TypeError for an option that would otherwise be ignored."""
     for name in given:
         if name not in known:
             raise TypeError(f"{of} takes no {name}; its options are {', '.join(known)}")
 
 
 def refuse_derivatives(*tensors: Tensor | None) -> None:
-    """What is held constant answers no derivative with a silent 0."""
+    """Raise NotImplementedError where a tensor that is held constant would get a derivative of 0."""
     if transforms.followed(*tensors) or transforms.batched(*tensors):
         raise NotImplementedError(
             "features, head and targets are held constant here: there is no derivative in them under "
@@ -200,5 +201,5 @@ def _check_batches(features: object, target: Target, options: Options) -> None:
 
 
 def _version(tensor: Tensor) -> int:
-    """How often it was changed in place; in inference mode torch does not count."""
+    """Return the version counter of a tensor; 0 in inference mode, where torch keeps none."""
     return 0 if tensor.is_inference() else tensor._version

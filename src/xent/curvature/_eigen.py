@@ -1,10 +1,11 @@
-"""Eigenvalues of a semidefinite matrix, each with its own digits whatever the units of the columns.
+"""Eigenvalues of a semidefinite matrix, accurate whatever the units of its columns.
 
     M = S U diag(e) Uᵀ S = F Fᵀ        S² = diag M        F = S U √e        F = V diag(σ) Qᵀ
 
-An eigenvalue of M is known to eps of the largest, and a feature whose unit is 1e-4 of another's is lost in
-float32. Beside its own diagonal M is a matrix of correlations, where rounding decides what is below eps: that
-is the null space. The rest is F, which spans half the decades of M.
+The eigenvalues of M itself are accurate to eps of the largest, so in float32 a feature whose unit is 1e-4 of
+another's is lost. Scaled by its diagonal, M is a matrix of correlations, whose eigenvalues below eps are
+rounding: they are the null space. The rest is factored as F, whose singular values span half the decades of
+M.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from xent._core.statistics import statistics_dtype
 
 
 def eigen(matrix: Tensor, *, semidefinite: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (n,), ascending, those at the level of rounding 0, and eigenvectors (n, n)."""
+    """Return eigenvalues (n,), ascending, 0 where at the level of rounding, and eigenvectors (n, n)."""
     dtype, wide = matrix.dtype, matrix.to(statistics_dtype(matrix.device))
     rounding = len(matrix) * torch.finfo(dtype).eps
     if not semidefinite or not len(matrix):
@@ -26,8 +27,8 @@ def eigen(matrix: Tensor, *, semidefinite: bool) -> tuple[Tensor, Tensor]:
     diagonal = wide.diagonal()
     scale = torch.where(diagonal > 0, diagonal, 1.0).sqrt()
     e, u = torch.linalg.eigh(wide / scale[:, None] / scale)
-    seen = e > rounding * e[-1]
-    factor = scale[:, None] * u * torch.where(seen, e, 0.0).sqrt()
+    above_rounding = e > rounding * e[-1]
+    factor = scale[:, None] * u * torch.where(above_rounding, e, 0.0).sqrt()
     vectors, sigma, _ = torch.linalg.svd(factor)
-    values = torch.where(torch.arange(len(e), device=e.device) < seen.sum(), sigma.square(), 0.0)
+    values = torch.where(torch.arange(len(e), device=e.device) < above_rounding.sum(), sigma.square(), 0.0)
     return values.flip(0).to(dtype), vectors.flip(1).to(dtype)

@@ -1,4 +1,4 @@
-"""The Fisher information of a linear head, in three senses that are not the same matrix.
+"""The Fisher information of a linear head, in three versions that are different matrices.
 
 type 2         γ·a·E_{y∼p}[(p − e_y)(p − e_y)ᵀ] ⊗ x xᵀ = γ·a·J ⊗ x xᵀ
 Monte Carlo    the same, E estimated from labels drawn once for each row
@@ -25,20 +25,20 @@ from xent.curvature._tiles import Curvature, Form
 
 
 class HeadFisher(HeadOperator):
-    """Fisher information of a linear head, in one of three senses that are not the same matrix.
+    """The Fisher information of a linear head, in one of three versions that are different matrices.
 
     Args:
         kind: ``"type-2"``: the expectation over labels drawn from the model,
             γ·a·E_{y∼p}[(p − e_y)(p − e_y)ᵀ] ⊗ x xᵀ in closed form: the Gauss–Newton matrix.
             ``"monte-carlo"``: the same, estimated from ``samples`` labels drawn for each row.
             ``"empirical"``: outer products of the gradients at the targets given,
-            γ·(a·p − t)(a·p − t)ᵀ ⊗ x xᵀ: a different matrix, which vanishes where the model is right.
-        samples, generator: of ``"monte-carlo"``: labels for each row, and what seeds them (None: torch's own,
-            which nothing else here draws from). The labels belong to the rows: of one tensor by their number,
-            of batches by their content, so that it is one matrix however a loader shuffles or splits them.
-            Rows of batches that are alike in every bit draw alike.
-        features, weight, target, ...: as in :class:`HeadHessian`; without ``z_loss``, which is no
-            likelihood.
+            γ·(a·p − t)(a·p − t)ᵀ ⊗ x xᵀ, which vanishes where the model fits the targets.
+        samples, generator: of ``"monte-carlo"``: the number of labels for each row, and the generator of
+            their seed (None: torch's default one). The labels depend on the seed and on the row: in one
+            tensor on its index, in batches on its content, so the matrix is the same however a loader
+            shuffles or splits the rows. In batches, rows that are equal in every bit get the same labels.
+        features, weight, target, ...: as in :class:`HeadHessian`; without ``z_loss``, which is not part of
+            a likelihood.
 
     Example:
         >>> import torch, xent
@@ -71,7 +71,7 @@ class HeadFisher(HeadOperator):
             self.seed = int(torch.randint(1 << 62, (), generator=generator, device=device))
         super().__init__(features, weight, target, **options)
 
-    def _of(self, curvature: Curvature) -> Iterator[Curvature]:
+    def _contributions(self, curvature: Curvature) -> Iterator[Curvature]:
         if self.kind != "monte-carlo":
             yield curvature
             return
@@ -88,7 +88,7 @@ class HeadFisher(HeadOperator):
             )
 
     def _keys(self, curvature: Curvature) -> Tensor:
-        """What each of the M rows is known by, (M,) int64."""
+        """Return a key for each of the M rows, (M,) int64, which its labels depend on."""
         logits, targets = curvature.problem.logits, curvature.problem.targets
         assert isinstance(logits, LinearHead)
         if not self.source.in_memory:

@@ -1,11 +1,11 @@
-"""Second derivatives of a linear head's loss as operators: products, diagonals, blocks, never a matrix.
+"""Second derivatives of a linear head's loss as operators: products, diagonals and blocks.
 
     H_W = Σ_n γ_n·a_n·J_n ⊗ x_n x_nᵀ        H_x = γ·a·Wᵀ J W        H_b = Σ_n γ_n·a_n·J_n
 
 equal, in W, x or b alone, to the Gauss–Newton matrix (z is linear in each) and to the type-2 Fisher
-information. Where W and x move together the Hessian has the indefinite cross term of ∂L/∂u beside it. Of
-z-loss and softcap Gauss–Newton leaves out what would make it indefinite. Formulas: `core.curvature`; where
-the rows come from: `source`; in what shapes right-hand sides do: `sides`.
+information. In W and x together the Hessian also has the indefinite cross term of ∂L/∂u. Gauss–Newton drops
+the terms of z-loss and softcap that would make it indefinite. The formulas are in `_tiles`, the rows in
+`_batches`, the shapes of right-hand sides in `_right_hand_sides`.
 """
 
 from __future__ import annotations
@@ -28,26 +28,28 @@ from xent._core.target import Target
 from xent._core.validators import OneOf
 from xent.curvature._batches import Batch, Source
 from xent.curvature._kronecker_sums import input_sum
-from xent.curvature._right_hand_sides import AT_ONCE, Sides, Stacks
+from xent.curvature._right_hand_sides import MAX_AT_ONCE, RightHandSides, Stacks
 from xent.curvature._tiles import Curvature, Form
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
 Wrt: TypeAlias = Literal["weight", "bias", "features"]
-PLACES = {"features": 0, "weight": 1, "bias": 2}  # among the tensors of a head
+PLACES = {"features": 0, "weight": 1, "bias": 2}  # positions among the tensors of a head
 LARGEST_DENSE = 1 << 28  # elements
 
 P = ParamSpec("P")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 Self = TypeVar("Self", bound="HeadOperator")
 
 
-def closed(method: Callable[Concatenate[Self, P], Answer]) -> Callable[Concatenate[Self, P], Answer]:
-    """A closed form: computed as its types say, whatever autocast would make of them, and no graph of it."""
+def without_autograd(
+    method: Callable[Concatenate[Self, P], Result],
+) -> Callable[Concatenate[Self, P], Result]:
+    """Run a method without autocast and without recording a graph."""
 
     @wraps(method)
-    def inner(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> Answer:
+    def inner(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> Result:
         with plain(self.device):
             return method(self, *args, **kwargs)
 
@@ -55,15 +57,13 @@ def closed(method: Callable[Concatenate[Self, P], Answer]) -> Callable[Concatena
 
 
 class HeadOperator:
-    """What the operators share: the loss's options, right-hand sides of any shape, and what is made of them.
+    """Base of the operators of a head: options of the loss, right-hand sides of any shape, diagonals, blocks.
 
-    Not to be made itself: see :class:`HeadHessian`, :class:`HeadGGN`, :class:`HeadFisher`.
+    Use :class:`HeadHessian`, :class:`HeadGGN` or :class:`HeadFisher`.
     """
 
     form: Form
-    _held: list[Curvature] | None = (
-        None  # of features that are all there; those of batches are made each time
-    )
+    _cached: list[Curvature] | None = None  # None for batches, whose curvatures are computed in every pass
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class HeadOperator:
         memory_budget: int | None = None,
     ) -> None:
         OneOf(("mean", "sum"))("reduction", reduction)
-        check_tensors(class_weight=class_weight)  # which the loss calls weight
+        check_tensors(class_weight=class_weight)  # the loss calls it weight
         self.options = Options.of(
             weight=class_weight,
             ignore_index=ignore_index,
@@ -105,9 +105,9 @@ class HeadOperator:
         with plain(weight.device if isinstance(weight, Tensor) else torch.device("cpu")):
             self.source = Source(features, weight, bias, target, self.options)
             if self.source.in_memory:
-                self._held = list(self._fresh())
+                self._cached = list(self._make_curvatures())
 
-    # ── what it is ──
+    # ── properties ──
 
     @property
     def weight(self) -> Tensor:
@@ -119,10 +119,10 @@ class HeadOperator:
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
-        """Of the parameters, in the order of ``wrt``."""
-        of = {"weight": self.weight.shape, "bias": None if self.bias is None else self.bias.shape}
-        of["features"] = self.source.rows_shape
-        return tuple(shape for shape in (of[name] for name in self.wrt) if shape is not None)
+        """The shapes of the parameters, in the order of ``wrt``."""
+        shapes = {"weight": self.weight.shape, "bias": None if self.bias is None else self.bias.shape}
+        shapes["features"] = self.source.rows_shape
+        return tuple(shape for shape in (shapes[name] for name in self.wrt) if shape is not None)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -139,36 +139,36 @@ class HeadOperator:
 
     @property
     def T(self) -> HeadOperator:
-        """Itself: it is symmetric."""
+        """The operator itself, which is symmetric."""
         return self
 
     def __repr__(self) -> str:
-        of = ", ".join(f"{name} {tuple(shape)}" for name, shape in zip(self.wrt, self.shapes, strict=True))
-        return f"{type(self).__name__}({of}; {self.shape[0]} × {self.shape[1]})"
+        shapes = [f"{name} {tuple(shape)}" for name, shape in zip(self.wrt, self.shapes, strict=True)]
+        return f"{type(self).__name__}({', '.join(shapes)}; {self.shape[0]} × {self.shape[1]})"
 
     # ── products ──
 
     def __matmul__(self, v: Any) -> Any:
-        """H v for one v, or many in one sweep: answers in the shape that it was asked in.
+        """Return H v, in the shape of v, for one right-hand side or for several in one sweep.
 
-        One: the parameter's shape; flat (P,); for several parameters a tuple of their shapes. Many: columns
-        (P, K), which a matrix of P rows always is; or a stack (K, *shape) of three dimensions or more.
-        Differentiable in v.
+        One: the parameter's shape; flat (P,); for several parameters a tuple of their shapes. Several:
+        columns (P, K), as a matrix of P rows always is read; or a stack (K, *shape) of three dimensions or
+        more. Differentiable in v.
         """
-        return self._each(v, self._products)
+        return self._apply_symmetric(v, self._products)
 
-    def _each(self, v: Any, of: Callable[[Stacks], Stacks]) -> Any:
-        """A symmetric linear map of right-hand sides, some at once."""
+    def _apply_symmetric(self, v: Any, f: Callable[[Stacks], Stacks]) -> Any:
+        """Apply a symmetric linear map to right-hand sides of any accepted shape."""
 
-        def plainly(stacks: Stacks) -> Stacks:
+        def apply(stacks: Stacks) -> Stacks:
             with plain(self.device):
-                return of(stacks)
+                return f(stacks)
 
-        return Sides(self.shapes, self.dtype).through(v, plainly)
+        return RightHandSides(self.shapes, self.dtype).apply(v, apply)
 
     def _cut(self, flat: Tensor) -> tuple[Tensor, ...]:
-        """(P,) as tensors of the parameters' shapes."""
-        return tuple(stack[0] for stack in Sides(self.shapes, self.dtype).cut(flat[None]))
+        """Split (P,) into tensors of the parameters' shapes."""
+        return tuple(stack[0] for stack in RightHandSides(self.shapes, self.dtype).split(flat[None]))
 
     def _products(self, stacks: Stacks) -> Stacks:
         places = [PLACES[name] for name in self.wrt]
@@ -177,27 +177,27 @@ class HeadOperator:
         for curvature in self._curvatures():
             tangents: list[Tangents] = []
             for side in zip(*stacks, strict=True):
-                along: list[Tensor | None] = [None, None, None]
+                tangent: list[Tensor | None] = [None, None, None]
                 for place, v in zip(places, side, strict=True):
-                    along[place] = v.reshape(v.shape[:-1].numel(), v.shape[-1]) if place == 0 else v
-                tangents.append(tuple(along))
+                    tangent[place] = v.reshape(v.shape[:-1].numel(), v.shape[-1]) if place == 0 else v
+                tangents.append(tuple(tangent))
             products = curvature.products(tangents, wants)
-            parts = [_stack([_present(product[place]) for product in products]) for place in places]
+            parts = [_stack([_require(product[place]) for product in products]) for place in places]
             totals = parts if totals is None else [a.add_(b) for a, b in zip(totals, parts, strict=True)]
         if totals is None:
             return tuple(torch.zeros_like(stack) for stack in stacks)
         return tuple(t.to(self.dtype).reshape(s.shape) for t, s in zip(totals, stacks, strict=True))
 
-    # ── what is read off it ──
+    # ── diagonals, blocks and dense forms ──
 
-    @closed
+    @without_autograd
     def diagonal(self) -> Any:
-        """The exact diagonal, in the parameter's shape (a tuple of them for several)."""
+        """Return the exact diagonal, in the parameter's shape (a tuple of shapes for several parameters)."""
         wants = tuple(name in self.wrt for name in PLACES)
         total: list[Tensor] | None = None
         for curvature in self._curvatures():
-            found = curvature.diagonal(wants)
-            one = [_present(found[PLACES[name]]) for name in self.wrt]
+            diagonals = curvature.diagonal(wants)
+            one = [_require(diagonals[PLACES[name]]) for name in self.wrt]
             total = one if total is None else [a + b for a, b in zip(total, one, strict=True)]
         shaped = tuple(
             torch.zeros(s, dtype=self.dtype, device=self.device)
@@ -207,26 +207,28 @@ class HeadOperator:
         )
         return shaped if len(shaped) > 1 else shaped[0]
 
-    @closed
+    @without_autograd
     def trace(self) -> Tensor:
-        """The sum of the diagonal, a scalar; of weight and bias from one matrix product."""
+        """Return the trace, a scalar; for weight and bias it costs one matrix product."""
         total = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
         for curvature in self._curvatures():
             if "features" in self.wrt:
                 (dx, _, _) = curvature.diagonal((True, False, False))
-                total = total + _present(dx).to(total.dtype).sum()
+                total = total + _require(dx).to(total.dtype).sum()
             if set(self.wrt) - {"features"}:
                 each = curvature.logit_traces().to(total.dtype)
                 if "weight" in self.wrt:
-                    total = total + (each * _squares(curvature)).sum()
+                    total = total + (each * _squared_norms(curvature)).sum()
                 if "bias" in self.wrt:
                     total = total + each.sum()
         return total.to(self.dtype)
 
-    @closed
+    @without_autograd
     def block(self, index: int) -> Tensor:
-        """A block of the diagonal: of class ``index`` (D, D), with its bias last where that is among ``wrt``
-        (D + 1, D + 1); with respect to features alone, of row ``index`` (D, D)."""
+        """Return the diagonal block of class ``index``, or with respect to features alone of row ``index``.
+
+        (D, D); for a class whose bias is in ``wrt`` too, (D + 1, D + 1) with the bias last.
+        """
         if self.wrt == ("features",):
             assert self.source.rows_shape is not None
             return self._feature_block(self._index(index, self.source.rows_shape[:-1].numel()))
@@ -260,28 +262,29 @@ class HeadOperator:
         return total
 
     def to_dense(self) -> Tensor:
-        """(P, P), for small heads."""
+        """Return the matrix (P, P), for small heads."""
         size = self.shape[0]
         if size**2 > LARGEST_DENSE:
             raise ValueError(f"{size} × {size} is too large for a dense matrix: use products, or to_scipy()")
         eye = torch.eye(size, dtype=self.dtype, device=self.device)
-        columns = [self @ part for part in eye.split(AT_ONCE, dim=1)]
+        columns = [self @ part for part in eye.split(MAX_AT_ONCE, dim=1)]
         return torch.cat(columns, dim=1) if columns else eye
 
     def to_scipy(self) -> LinearOperator:
-        """A :class:`scipy.sparse.linalg.LinearOperator`, for ``eigsh``, ``cg`` and the like.
+        """Return a :class:`scipy.sparse.linalg.LinearOperator`, for ``eigsh``, ``cg`` and the like.
 
-        NumPy has no bfloat16: of half types it answers float32.
+        NumPy has no bfloat16, so half types return float32.
         """
         from scipy.sparse.linalg import LinearOperator
 
-        answered = compute_dtype(self.dtype)
+        result_dtype = compute_dtype(self.dtype)
 
         def product(v: Any) -> Any:
             if np.iscomplexobj(v):
                 return product(v.real) + 1j * product(v.imag)
-            right = torch.from_numpy(np.array(v)).to(self.device, self.dtype)  # SciPy's may be read-only
-            return (self @ right).to(answered).cpu().numpy()
+            # a copy, since SciPy's arrays may be read-only
+            right = torch.from_numpy(np.array(v)).to(self.device, self.dtype)
+            return (self @ right).to(result_dtype).cpu().numpy()
 
         return LinearOperator(
             self.shape,
@@ -289,10 +292,10 @@ class HeadOperator:
             rmatvec=lambda v: product(v.reshape(-1)),
             matmat=product,
             rmatmat=product,
-            dtype=torch.empty(0, dtype=answered, device="cpu").numpy().dtype,
+            dtype=torch.empty(0, dtype=result_dtype, device="cpu").numpy().dtype,
         )
 
-    # ── where it comes from ──
+    # ── the rows ──
 
     def _check_wrt(self, features: object, bias: Tensor | None) -> None:
         if (
@@ -308,16 +311,16 @@ class HeadOperator:
 
     def _curvatures(self) -> Iterable[Curvature]:
         self.source.check_unchanged()
-        return self._fresh() if self._held is None else self._held
+        return self._make_curvatures() if self._cached is None else self._cached
 
-    def _fresh(self) -> Iterator[Curvature]:
+    def _make_curvatures(self) -> Iterator[Curvature]:
         for problem, row_weight in self.source.problems():
-            yield from self._of(
+            yield from self._contributions(
                 Curvature.of(problem, self.form, self.source.scale, row_weight, self.options.z_loss)
             )
 
-    def _of(self, curvature: Curvature) -> Iterator[Curvature]:
-        """What a batch of rows adds: one curvature, or several."""
+    def _contributions(self, curvature: Curvature) -> Iterator[Curvature]:
+        """Yield the curvatures whose sum is a batch's contribution."""
         yield curvature
 
 
@@ -325,15 +328,15 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
-def _squares(curvature: Curvature) -> Tensor:
-    """‖x‖², (M,)."""
+def _squared_norms(curvature: Curvature) -> Tensor:
+    """Return ‖x‖² of the M rows, (M,)."""
     logits, rows = curvature.problem.logits, curvature.problem.targets.rows
     assert isinstance(logits, LinearHead)
     norms = torch.linalg.vector_norm(logits.x, dim=1, dtype=statistics_dtype(logits.device))
     return (norms if rows is None else norms[rows]).square()
 
 
-def _present(t: Tensor | None) -> Tensor:
+def _require(t: Tensor | None) -> Tensor:
     assert t is not None
     return t
 
@@ -379,9 +382,10 @@ class HeadHessian(HeadOperator):
 class HeadGGN(HeadOperator):
     """The generalised Gauss–Newton matrix of a linear head's loss: Σ Jacᵀ (γ·a·J + 2λγ·p pᵀ) Jac.
 
-    Positive semidefinite where no mass is negative. Equal to :class:`HeadHessian` in weight, bias or features
-    alone, but for z-loss (of which it keeps 2λ·p pᵀ) and softcap (whose second derivative it drops), and but
-    for the cross term where they move together. Arguments and methods: as there.
+    Positive semidefinite where no mass is negative. With respect to weight, bias or features alone it equals
+    :class:`HeadHessian`, except for z-loss (it keeps 2λ·p pᵀ only) and softcap (it drops the second
+    derivative); with respect to several, it has no cross term. Arguments and methods are those of
+    :class:`HeadHessian`.
 
     Example:
         >>> import torch, xent

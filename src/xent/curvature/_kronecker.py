@@ -1,19 +1,19 @@
-"""The curvature of a linear head as one Kronecker product: a factor of the classes, a factor of the features.
+"""The curvature of a linear head as one Kronecker product of a class factor and an input factor.
 
     Σ_n γ_n·M_n ⊗ x̃_n x̃_nᵀ  ≈  Γ·G ⊗ A        A = Σ γ x̃ x̃ᵀ/Γ   (D̃, D̃)        G = Σ γ·M/Γ   (C, C)
 
-M = a·J for the plain loss, x̃ = x, or (x, 1) where the bias moves too, Γ = Σ γ. So A is the mean of x̃ x̃ᵀ and
-G the mean of a·J, exact and not drawn from labels (Martens and Grosse, "Optimizing Neural Networks with
-Kronecker-factored Approximate Curvature", 2015), rows counted by their weights; the reduction is in Γ alone.
-Or A = Σ γ·tr M·x̃ x̃ᵀ / Σ γ·tr M: rows that are sure have no curvature, and their inputs should not count.
-Exact for one row, for rows of one input, and for rows of one prediction. With G = U diag(g) Uᵀ and
-A = V diag(a) Vᵀ everything is elementwise on the (C, D̃) matrix UᵀXV:
+M = a·J for a loss without z-loss and softcap, x̃ = x, or (x, 1) where the bias is a parameter too, Γ = Σ γ.
+So A is the mean of x̃ x̃ᵀ and G the mean of a·J, weighted by the row weights, exact and not estimated from
+drawn labels (Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature",
+2015); the reduction enters in Γ alone. Or A = Σ γ·tr M·x̃ x̃ᵀ / Σ γ·tr M, in which the inputs of rows without
+curvature do not count. Exact for one row, for rows with equal inputs, and for rows with equal predictions.
+With G = U diag(g) Uᵀ and A = V diag(a) Vᵀ everything is elementwise on the (C, D̃) matrix UᵀXV:
 
     Λ = Γ·g aᵀ        (Γ·G⊗A + λ)⁻¹ X = U [UᵀXV / (Λ + λ)] Vᵀ        log det = Σ log(Λ + λ)
 
 Corrected (George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis",
 2018), Λ_ij = Σ_n γ_n·(u_iᵀ M_n u_i)·(x̃_nᵀ v_j)²: of all matrices diagonal in the basis u_i ⊗ v_j the nearest
-to the curvature, entry for entry.
+to the curvature in the Frobenius norm.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from xent._core.target import Target
 from xent._core.validators import FINITE, valid
 from xent.curvature._batches import Batch
 from xent.curvature._eigen import eigen
-from xent.curvature._heads import HeadOperator, closed
+from xent.curvature._heads import HeadOperator, without_autograd
 from xent.curvature._kronecker_sums import input_sum, logit_sum, second_moments
 from xent.curvature._right_hand_sides import Stacks
 from xent.curvature._tiles import Curvature, Form
 
 
 class KroneckerEigen(NamedTuple):
-    """Eigenvalue ``values[i, j]`` belongs to ``of_classes[:, i]`` ⊗ ``of_inputs[:, j]``."""
+    """The eigenvalues ``values[i, j]`` and eigenvectors ``of_classes[:, i]`` ⊗ ``of_inputs[:, j]``."""
 
     values: Tensor  # (C, D̃)
     of_classes: Tensor  # (C, C), orthonormal columns
@@ -48,30 +48,29 @@ class KroneckerEigen(NamedTuple):
 class HeadKronecker(HeadOperator):
     """The curvature of a linear head as Γ·G ⊗ A, in O(C² + D²) memory whatever the number of rows.
 
-    It approximates :class:`HeadGGN` (the Hessian, but for z-loss and softcap), in weight, bias or both. Where
-    :class:`HeadHessian` needs a sweep over the rows for every product, here one sweep makes the factors, and
-    products, solutions, determinants and draws cost O(C²D + CD²) each, after O(C³ + D³) for the eigenvectors.
-    The sweep holds no (N, C) tensor: chunks of rows within the budget.
+    An approximation of :class:`HeadGGN` (the Hessian, apart from z-loss and softcap), in weight, bias or
+    both. :class:`HeadHessian` sweeps over the rows for every product. Here one sweep computes the factors,
+    and then products, solutions, determinants and samples cost O(C²D + CD²) each, after O(C³ + D³) for the
+    eigenvectors. The sweep takes chunks of rows within the memory budget, and stores no (N, C) tensor.
 
     Args:
         features, weight, target, bias, reduction, ...: as in :class:`HeadHessian`.
-        wrt: ``"weight"``, ``"bias"``, or both, whose parameters then lie in that order.
-        weighting: by what rows count in A: ``"rows"``, their weights in the loss; ``"curvature"``, these
-            times tr M, what is seen of the row at all. Then the trace is the curvature's own, and of a fitted
-            head, most rows of which are sure and have none, the approximation is nearer. One sweep more.
+        wrt: ``"weight"``, ``"bias"``, or both; the order of the names is the order of the parameters.
+        weighting: the weights of the rows in A: ``"rows"``, their weights in the loss; ``"curvature"``, these
+            times tr M. The second makes the trace exact, and is closer for a fitted head, most of whose rows
+            have no curvature. It costs one more sweep.
         corrected: see :meth:`corrected`.
 
     Attributes:
-        A: (D̃, D̃), the (weighted) mean of x̃ x̃ᵀ; D̃ is D, or D + 1 where the bias moves too, whose row and
-            column are the last.
-        G: (C, C), the mean of a·J (of each row's curvature in the logits).
-        total: what multiplies G ⊗ A: the rows' weights over the divisor, summed.
+        A: (D̃, D̃), the (weighted) mean of x̃ x̃ᵀ; D̃ is D, or D + 1 with the bias as the last row and column.
+        G: (C, C), the mean of each row's curvature in the logits, a·J.
+        total: Γ, the factor of G ⊗ A: the sum of the row weights over the divisor of the loss.
 
-    Methods beside those of :class:`HeadHessian` (``@``, ``diagonal``, ``trace``, ``block``, ``to_dense``,
-    ``to_scipy``, which are exact *of the approximation*): :meth:`eigh`, :meth:`solve`, :meth:`logdet`,
+    Methods of :class:`HeadHessian` (``@``, ``diagonal``, ``trace``, ``block``, ``to_dense``, ``to_scipy``)
+    are exact for the approximation. Further ones: :meth:`eigh`, :meth:`solve`, :meth:`logdet`,
     :meth:`sample`, :meth:`corrected`. With masses or weights below 0 it may be indefinite; otherwise it is
-    semidefinite, and singular along the vectors that are equal in all classes (``G @ ones`` is 0) unless
-    z-loss or softcap see them.
+    semidefinite. It is singular along vectors that are equal in all classes (``G @ ones`` is 0) unless z-loss
+    or softcap are used.
 
     Raises:
         ValueError: shapes that do not fit; features that are not finite; ``damping`` that leaves the matrix
@@ -128,27 +127,28 @@ class HeadKronecker(HeadOperator):
         d = ("weight" in self.wrt) * self.weight.shape[1] + ("bias" in self.wrt)
         a = torch.zeros(d, d, dtype=dtype, device=self.device)
         g = torch.zeros(c, c, dtype=dtype, device=self.device)
-        self.total, counted, self._semidefinite = 0.0, 0.0, True
+        self.total, sum_of_weights, self._semidefinite = 0.0, 0.0, True
         for curvature in self._curvatures():
             g += logit_sum(curvature)
-            counts = curvature.weight if self.weighting == "rows" else curvature.logit_traces()
-            a += input_sum(curvature, counts, **self._given)
-            counted += float(counts.sum())
+            row_weights = curvature.weight if self.weighting == "rows" else curvature.logit_traces()
+            a += input_sum(curvature, row_weights, **self._input_parts)
+            sum_of_weights += float(row_weights.sum())
             self.total += float(curvature.weight.sum())
-            self._semidefinite &= _nowhere_negative(curvature)
-        self.A = a / counted if counted else torch.zeros_like(a)
+            self._semidefinite &= _is_semidefinite(curvature)
+        self.A = a / sum_of_weights if sum_of_weights else torch.zeros_like(a)
         self.G = g / self.total if self.total else torch.zeros_like(g)
 
     @property
-    def _given(self) -> dict[Literal["features", "one"], bool]:
+    def _input_parts(self) -> dict[Literal["features", "one"], bool]:
         return {"features": "weight" in self.wrt, "one": "bias" in self.wrt}
 
-    @closed
+    @without_autograd
     def eigh(self) -> KroneckerEigen:
-        """Eigenvalues (C, D̃) and eigenvectors, these as two factors; computed once.
+        """Return the eigenvalues (C, D̃) and the eigenvectors, the latter as two factors; computed once.
 
-        Eigenvalues of the factors that rounding alone keeps from 0 are 0; small ones of features of a small
-        unit are not. Corrected, the values are not in order, and the vectors those of G and A.
+        Eigenvalues of the factors at the level of rounding are set to 0; small ones that come from features
+        with a small unit are not. After the correction the values are not sorted, and the vectors are still
+        those of G and A.
         """
         if self._eigen is None:
             g, u = eigen(self.G * self.total, semidefinite=self._semidefinite)
@@ -157,105 +157,105 @@ class HeadKronecker(HeadOperator):
             self._eigen = KroneckerEigen(torch.outer(g, a), u, v)
         return self._eigen
 
-    @closed
+    @without_autograd
     def corrected(self) -> HeadKronecker:
-        """The same with the exact second moments of the curvature in the eigenvectors' basis as eigenvalues.
+        """Return a copy whose eigenvalues are the exact second moments of the curvature in the eigenbasis.
 
-        One more sweep over the rows, O(N·C² + N·D²). Its trace is the curvature's own.
+        Costs one more sweep over the rows, O(N·C² + N·D²). Its trace is exact.
         """
-        self.eigh()  # kept for both
-        made = copy.copy(self)
-        made._correct()
-        return made
+        self.eigh()  # computed once for both
+        corrected = copy.copy(self)
+        corrected._correct()
+        return corrected
 
     def _correct(self) -> None:
         self.is_corrected = True
         values, u, v = self.eigh()
         moments = torch.zeros_like(values)
         for curvature in self._curvatures():
-            moments += second_moments(curvature, u, v, **self._given)
+            moments += second_moments(curvature, u, v, **self._input_parts)
         if self._semidefinite and self._factors is not None:
-            # a sum of terms that are not negative is 0 only where each of them is
+            # a sum of non-negative terms is 0 only where every term is
             g, a = self._factors
             moments[g == 0] = 0.0
             moments[:, a == 0] = 0.0
         self._eigen = KroneckerEigen(moments, u, v)
 
-    # ── products, and what is read off it ──
+    # ── products, diagonals and blocks ──
 
     def _products(self, stacks: Stacks) -> Stacks:
         if self.is_corrected:
-            return self._in_the_basis(stacks, lambda t: t * self.eigh().values)
-        return self._mapped(stacks, lambda x: (self.G @ x @ self.A) * self.total)
+            return self._in_eigenbasis(stacks, lambda t: t * self.eigh().values)
+        return self._map_joined(stacks, lambda x: (self.G @ x @ self.A) * self.total)
 
-    def _in_the_basis(self, stacks: Stacks, change: Callable[[Tensor], Tensor]) -> Stacks:
+    def _in_eigenbasis(self, stacks: Stacks, scale: Callable[[Tensor], Tensor]) -> Stacks:
         _, u, v = self.eigh()
-        return self._mapped(stacks, lambda x: u @ change(u.t() @ x @ v) @ v.t())
+        return self._map_joined(stacks, lambda x: u @ scale(u.t() @ x @ v) @ v.t())
 
-    def _mapped(self, stacks: Stacks, f: Callable[[Tensor], Tensor]) -> Stacks:
-        """f of right-hand sides as (K, C, D̃)."""
+    def _map_joined(self, stacks: Stacks, f: Callable[[Tensor], Tensor]) -> Stacks:
+        """Apply f to right-hand sides joined to (K, C, D̃)."""
         columns = [
             stacks[self.wrt.index(name)].to(self.A.dtype) for name in ("weight", "bias") if name in self.wrt
         ]
         joined = torch.cat([t if t.dim() == 3 else t[..., None] for t in columns], dim=2)
-        return self._parted(f(joined))
+        return self._split(f(joined))
 
-    def _parted(self, joined: Tensor) -> Stacks:
-        """(..., C, D̃) -> tensors of the parameters' shapes, in the order of wrt."""
+    def _split(self, joined: Tensor) -> Stacks:
+        """Split (..., C, D̃) into tensors of the parameters' shapes, in the order of wrt."""
         joined, d = joined.to(self.dtype), self.weight.shape[1]
         return tuple(
             (joined[..., :d] if name == "weight" else joined[..., -1]).contiguous() for name in self.wrt
         )
 
-    def _shaped(self, joined: Tensor) -> Any:
-        parts = self._parted(joined)
+    def _in_parameter_shape(self, joined: Tensor) -> Any:
+        parts = self._split(joined)
         return parts if len(parts) > 1 else parts[0]
 
-    @closed
+    @without_autograd
     def diagonal(self) -> Any:
-        """The exact diagonal of the approximation, in the parameter's shape (a tuple of them for several)."""
+        """Return the exact diagonal of the approximation, in the parameter's shape (a tuple for several)."""
         if self.is_corrected:
             values, u, v = self.eigh()
-            return self._shaped(u.square() @ values @ v.square().t())
-        return self._shaped(torch.outer(self.G.diagonal() * self.total, self.A.diagonal()))
+            return self._in_parameter_shape(u.square() @ values @ v.square().t())
+        return self._in_parameter_shape(torch.outer(self.G.diagonal() * self.total, self.A.diagonal()))
 
-    @closed
+    @without_autograd
     def trace(self) -> Tensor:
-        """The exact trace of the approximation, a scalar."""
-        found = (
+        """Return the exact trace of the approximation, a scalar."""
+        trace = (
             self.eigh().values.sum() if self.is_corrected else self.G.trace() * self.total * self.A.trace()
         )
-        return found.to(self.dtype)
+        return trace.to(self.dtype)
 
-    @closed
+    @without_autograd
     def block(self, index: int) -> Tensor:
-        """The approximation's block of class ``index``, (D̃, D̃)."""
+        """Return the approximation's block of class ``index``, (D̃, D̃)."""
         index = self._index(index, len(self.G))
         if self.is_corrected:
             values, u, v = self.eigh()
             return ((v * (u[index].square() @ values)) @ v.t()).to(self.dtype)
         return (self.A * (self.G[index, index] * self.total)).to(self.dtype)
 
-    # ── what products alone do not give ──
+    # ── inverses, determinants and samples ──
 
     def solve(self, v: Any, damping: float = 0.0, *, factored: bool = False) -> Any:
-        """(K + damping·I)⁻¹ v, exactly, for one v or many: shapes as in ``@``.
+        """Return (K + damping·I)⁻¹ v, exactly, for one right-hand side or several; shapes as in ``@``.
 
         Args:
             v: right-hand sides.
-            damping: λ, above 0 wherever K is singular.
+            damping: λ; it must be above 0 where K is singular.
             factored: damp the factors instead, (Γ·G + √λ/π) ⊗ (A + π√λ) with π² = mean eigenvalue of A over
-                that of Γ·G (Martens and Grosse, §6.3): what implementations do that hold no eigenvectors.
+                that of Γ·G (Martens and Grosse, §6.3), as implementations without eigenvectors do.
         """
         values = self._damped(damping, factored)
-        return self._each(v, lambda stacks: self._in_the_basis(stacks, lambda t: t / values))
+        return self._apply_symmetric(v, lambda stacks: self._in_eigenbasis(stacks, lambda t: t / values))
 
-    @closed
+    @without_autograd
     def logdet(self, damping: float = 0.0, *, factored: bool = False) -> Tensor:
-        """log det(K + damping·I), a scalar; arguments as in :meth:`solve`."""
+        """Return log det(K + damping·I), a scalar; arguments as in :meth:`solve`."""
         return self._damped(damping, factored).log().sum().to(self.dtype)
 
-    @closed
+    @without_autograd
     def sample(
         self,
         generator: torch.Generator | None = None,
@@ -264,12 +264,12 @@ class HeadKronecker(HeadOperator):
         count: int | None = None,
         factored: bool = False,
     ) -> Any:
-        """A draw from N(0, (K + damping·I)⁻¹), in the parameter's shape (a tuple of them for several).
+        """Draw from N(0, (K + damping·I)⁻¹), in the parameter's shape (a tuple for several).
 
         Args:
-            generator: of the noise, on this device; None is torch's own.
+            generator: generator of the noise, on this device; None is torch's default one.
             damping, factored: as in :meth:`solve`.
-            count: how many; they then lie along a new first dimension.
+            count: the number of draws, along a new first dimension; None for one without it.
         """
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
@@ -286,11 +286,11 @@ class HeadKronecker(HeadOperator):
             generator=generator,
         )
         drawn = u @ (noise * scale) @ v.t()
-        return self._shaped(drawn[0] if count is None else drawn)
+        return self._in_parameter_shape(drawn[0] if count is None else drawn)
 
-    @closed
+    @without_autograd
     def _damped(self, damping: float, factored: bool) -> Tensor:
-        """Eigenvalues of what is inverted, (C, D̃), all above 0."""
+        """Return the eigenvalues of the damped matrix, (C, D̃); raise a ValueError unless all are above 0."""
         FINITE("damping", damping)
         factored = valid("factored", factored)
         values = self.eigh().values
@@ -302,7 +302,7 @@ class HeadKronecker(HeadOperator):
         if factored and damping > 0:
             g, a = self._factors
             root = damping**0.5
-            # of factors that are 0 both are damped alike
+            # where a factor is 0, both are damped equally
             ratio = float(a.mean() / g.mean()) if g.mean() > 0 and a.mean() > 0 else 1.0
             values = torch.outer(g + root / ratio**0.5, a + root * ratio**0.5)
         else:
@@ -316,6 +316,6 @@ class HeadKronecker(HeadOperator):
         return values
 
 
-def _nowhere_negative(curvature: Curvature) -> bool:
+def _is_semidefinite(curvature: Curvature) -> bool:
     rows = curvature.rows(slice(0, curvature.problem.targets.count))
     return not bool((rows.alpha < 0).any() or (rows.beta < 0).any())

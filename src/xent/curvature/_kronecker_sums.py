@@ -1,10 +1,10 @@
-"""Of the rows of a head's problem, what a Kronecker approximation of their curvature is made of.
+"""Sums over the rows of a head's problem from which the Kronecker approximation is made.
 
     Σ_n H_n ⊗ x̃_n x̃_nᵀ  ≈  (Σ_n H_n) ⊗ (Σ_n w_n x̃_n x̃_nᵀ) / Σ_n w_n        H_n: Gauss–Newton's, (C, C)
 
     off the diagonal of Σ H_n: Σ (β − α)·q_i q_j, terms of one sign        on it: Σ h, the diagonal of H_n
 
-and, in an orthonormal basis u_i ⊗ v_j, the diagonal of what is approximated:
+and, in an orthonormal basis u_i ⊗ v_j, the diagonal of the exact curvature:
 
     Λ_ij = Σ_n (u_iᵀ H_n u_i)·(x̃_nᵀ v_j)²        uᵀ H_n u = α·Var_p(s∘u) + β·⟨p, s∘u⟩²
 """
@@ -20,11 +20,11 @@ from xent._core.logits import LinearHead
 from xent._core.matmul import multiply_
 from xent.curvature._tiles import Curvature, Forms, Visit
 
-HELD = 8  # tensors of a chunk of rows by all classes, at most, in `second_moments`
+HELD = 8  # tensors of (rows of a chunk, C) alive at once in `second_moments`, at most
 
 
 def logit_sum(curvature: Curvature) -> Tensor:
-    """Σ_n H_n, (C, C), a chunk of rows at a time."""
+    """Return Σ_n H_n, (C, C), a chunk of rows at a time."""
     problem = curvature.problem
     logits, classes = problem.logits, problem.targets.classes
     total = torch.zeros(classes, classes, dtype=logits.dtype, device=logits.device)
@@ -40,7 +40,7 @@ def logit_sum(curvature: Curvature) -> Tensor:
                 left = (tile.q * rank_one).t()
                 for j, other in enumerate(visit.classes[: i + 1]):
                     multiply_(total[at, other], left, visit.seen(j).q, accumulate=True)
-    # of each pair of tiles one was visited
+    # only one of each pair of tiles was computed: the other is its transpose
     total = total.tril_(-1)
     total = total.add_(total.t().clone())
     total.diagonal().copy_(diagonal)
@@ -48,7 +48,7 @@ def logit_sum(curvature: Curvature) -> Tensor:
 
 
 def input_sum(curvature: Curvature, weight: Tensor, *, features: bool, one: bool) -> Tensor:
-    """Σ_n w_n x̃_n x̃_nᵀ, (D̃, D̃), w (M,); x̃ is the features, then a one, where they are asked for."""
+    """Return Σ_n w_n x̃_n x̃_nᵀ, (D̃, D̃), w (M,); x̃ holds the features and a one, each if asked for."""
     problem = curvature.problem
     total: Tensor | None = None
     for chunk in curvature.plan(resident=True).row_chunks(problem.targets.count):
@@ -62,7 +62,7 @@ def input_sum(curvature: Curvature, weight: Tensor, *, features: bool, one: bool
 
 
 def inputs(curvature: Curvature, chunk: slice, *, features: bool, one: bool) -> Tensor:
-    """x̃ of a chunk of rows, (R, D̃)."""
+    """Return x̃ of a chunk of rows, (R, D̃)."""
     logits = curvature.problem.logits
     assert isinstance(logits, LinearHead)
     x = logits.load(curvature.problem.targets.pick(chunk)).to(logits.dtype)
@@ -80,7 +80,7 @@ def second_moments(
     features: bool,
     one: bool,
 ) -> Tensor:
-    """Λ, (K, E)."""
+    """Return Λ, (K, E)."""
     problem = curvature.problem
     dtype, classes = problem.logits.dtype, problem.targets.classes
     total = torch.zeros(u.shape[1], v.shape[1], dtype=dtype, device=u.device)

@@ -1,9 +1,9 @@
-"""Curvature through any feature extractor: torch.func for the extractor, closed form for what follows it.
+"""Curvature products through any model: torch.func for the model, closed forms for the head and the loss.
 
     G v = Jacᵀ (H_out (Jac v))        H v = d/dε ∇L(θ + ε v)        Jac = ∂out/∂θ
 
-out are logits, or features that a linear head follows; H_out is the Gauss–Newton matrix of the loss in them.
-Neither Jac nor H_out is ever a matrix.
+out are logits, or features that enter a linear head; H_out is the Gauss–Newton matrix of the loss in them.
+Neither Jac nor H_out is formed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from xent._core.target import Target, tensors_of
 from xent._core.validators import OneOf
 from xent.curvature._batches import OPTIONS, check_options, check_target, refuse_derivatives
 from xent.curvature._heads import HeadGGN
-from xent.curvature._right_hand_sides import Sides, Stacks
+from xent.curvature._right_hand_sides import RightHandSides, Stacks
+from xent.curvature._row_gradients import loss_options
 from xent.curvature._tiles import Curvature, Form
 from xent.losses import _cross_entropy
 
@@ -41,30 +42,30 @@ def ggn_vector_product(
     head: Head | None = None,
     **options: Any,
 ) -> Any:
-    r"""The generalised Gauss–Newton matrix of a model's loss, times a vector.
+    r"""Multiply the generalised Gauss–Newton matrix of a model's loss by a vector.
 
-    One forward-mode and one reverse-mode pass through the model; between them the loss's own curvature in
-    closed form. Positive semidefinite where no target mass is negative. Source: Schraudolph, "Fast curvature
-    matrix-vector products for second-order gradient descent", 2002.
+    Takes one forward-mode and one reverse-mode pass through the model, and between them the loss's curvature
+    in closed form. Positive semidefinite where no target mass is negative. Source: Schraudolph, "Fast
+    curvature matrix-vector products for second-order gradient descent", 2002.
 
     Args:
-        model: a module, called as it stands, with its own buffers, or a function of ``(params, inputs)``;
-            returns logits, (N, C) or of another shape that :func:`xent.cross_entropy` takes, or features
-            (..., D) where there is a ``head``. Put it in eval mode: it is called once for each pass, and in
-            training mode dropout would draw a mask for each, and the product be that of two models.
-        params: the parameters to differentiate in, as the model takes them:
-            ``dict(module.named_parameters())`` or any part of it; for a function, whatever it takes.
+        model: a module, with its own buffers, or a function of ``(params, inputs)``; returns logits, (N, C)
+            or of another shape that :func:`xent.cross_entropy` takes, or with a ``head`` features (..., D).
+            Put it in eval mode: it is called once in each pass, and in training mode dropout would draw
+            another mask in each.
+        params: the parameters to differentiate in: ``dict(module.named_parameters())`` or any part of it; for
+            a function, its first argument.
         inputs: the model's inputs; a tuple holds several.
         target: as in :func:`xent.cross_entropy`.
-        vector: of the structure of ``params``, or flat (P,). The product is differentiable in it.
+        vector: in the structure of ``params``, or flat (P,). The product is differentiable in it.
         head: ``(weight,)`` or ``(weight, bias)``, (C, D) and (C,), of a linear head after the model, whose
-            logits are then never made. It is held constant.
+            logits are then not stored. It is held constant.
         options: ``reduction`` (``"mean"`` or ``"sum"``), ``class_weight``, ``ignore_index``,
             ``label_smoothing``, ``sample_weight``, ``z_loss``, ``softcap``, ``temperature``,
             ``denominator``, and with a head ``memory_budget``: as in :class:`HeadHessian`.
 
     Returns:
-        The product, as ``vector`` was given.
+        The product, in the structure of ``vector``.
 
     Example:
         >>> import torch, xent
@@ -77,13 +78,13 @@ def ggn_vector_product(
     """
     known = OPTIONS if head is not None else [name for name in OPTIONS if name != "memory_budget"]
     check_options("ggn_vector_product", options, known)
-    _check(target, head, options)
+    _check_arguments(target, head, options)
     refuse_derivatives(*(t for t in tree_flatten(inputs)[0] if isinstance(t, Tensor)), *tensors_of(target))
-    run, params, along, given = _prepared(model, params, inputs, vector)
-    out, moved = jvp(run, (params,), (along,))[:2]
-    bent = _of_outputs(out.detach(), moved, target, head, options)
-    pull = vjp(run, params)[1]
-    return given(pull(bent)[0])
+    run, params, tangent, restore = _prepare(model, params, inputs, vector)
+    out, output_tangent = jvp(run, (params,), (tangent,))[:2]
+    output_product = _multiply_output_curvature(out.detach(), output_tangent, target, head, options)
+    pull_back = vjp(run, params)[1]
+    return restore(pull_back(output_product)[0])
 
 
 def hessian_vector_product(
@@ -96,38 +97,35 @@ def hessian_vector_product(
     head: Head | None = None,
     **options: Any,
 ) -> Any:
-    r"""The Hessian of a model's loss in its parameters, times a vector: forward over reverse.
+    r"""Multiply the Hessian of a model's loss in its parameters by a vector, forward over reverse.
 
-    Indefinite in general. The loss's own second derivative is the closed form; with a ``head`` no logits are
-    kept.
+    Indefinite in general. The loss's second derivative is its closed form; with a ``head`` no logits are
+    stored.
 
     Args:
         model, params, inputs, target, vector, head: as in :func:`ggn_vector_product`.
-        options: as there, and every other one of :func:`xent.cross_entropy`, or with a head of
+        options: the same, and all others of :func:`xent.cross_entropy`, or with a head of
             :func:`xent.linear_cross_entropy`: ``margin``, ``log_q``, ...
 
     Returns:
-        The product, as ``vector`` was given.
+        The product, in the structure of ``vector``.
 
     Example:
-        >>> import torch, xent
-        >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(16, 4), torch.randint(3, (16,))
-        >>> v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-        >>> params = dict(model.named_parameters())
-        >>> H = xent.curvature.hessian_vector_product(model, params, x, y, v)
-        >>> G = xent.curvature.ggn_vector_product(model, params, x, y, v)
-        >>> torch.allclose(H["weight"], G["weight"], atol=1e-6)  # equal, as logits are linear in both
-        True
+        >>> import torch, xent >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(16, 4), torch.randint(3,
+        (16,)) >>> v = {name: torch.randn_like(p) for name, p in model.named_parameters()} >>> params =
+        dict(model.named_parameters()) >>> H = xent.curvature.hessian_vector_product(model, params, x, y, v)
+        >>> G = xent.curvature.ggn_vector_product(model, params, x, y, v) >>> torch.allclose(H["weight"],
+        G["weight"], atol=1e-6)  # equal, since the logits are linear in the parameters True
     """
-    _check(target, head, options)
-    run, params, along, given = _prepared(model, params, inputs, vector)
-    settings = _named(options)
+    _check_arguments(target, head, options)
+    run, params, tangent, restore = _prepare(model, params, inputs, vector)
+    settings = loss_options(options)
     OneOf(("mean", "sum"))("reduction", settings.get("reduction", "mean"))
 
     def loss(params: Any) -> Tensor:
         if head is None:
             return _cross_entropy.cross_entropy(run(params), target, **settings)  # type: ignore[arg-type]
-        weight, bias = _of_head(head)
+        weight, bias = _checked_head(head)
         return _cross_entropy.linear_cross_entropy(
             run(params),
             weight.detach(),
@@ -136,34 +134,36 @@ def hessian_vector_product(
             **settings,
         )
 
-    return given(jvp(grad(loss), (params,), (along,))[1])
+    return restore(jvp(grad(loss), (params,), (tangent,))[1])
 
 
-def _prepared(
+def _prepare(
     model: Model, params: Any, inputs: Any, vector: Any
 ) -> tuple[Callable[[Any], Tensor], Any, Any, Callable[[Any], Any]]:
-    """θ ↦ outputs, the parameters, the vector in their structure, and the way back to how it was given."""
+    """Return θ ↦ outputs, the parameters, the vector in their structure, and the map back to its own."""
     refuse_derivatives(*tree_flatten(params)[0])
     params = tree_map(lambda p: p.detach(), params)
     leaves, structure = tree_flatten(params)
     if isinstance(vector, dict) and isinstance(params, dict) and vector.keys() == params.keys():
-        vector = {name: vector[name] for name in params}  # in whatever order they were given
+        vector = {name: vector[name] for name in params}  # in the order of params
     if isinstance(vector, Tensor) and not isinstance(params, Tensor):
         sizes = [leaf.numel() for leaf in leaves]
         if vector.shape != (sum(sizes),):
             raise ValueError(f"a flat vector must have shape ({sum(sizes)},), got {tuple(vector.shape)}")
         parts = [v.reshape(p.shape) for v, p in zip(vector.split(sizes), leaves, strict=True)]
-        along = tree_unflatten(parts, structure)
+        tangent = tree_unflatten(parts, structure)
 
-        def given(product: Any) -> Any:
+        def restore(product: Any) -> Any:
             return torch.cat([t.reshape(-1) for t in tree_flatten(product)[0]])
     else:
-        along = vector
-        parts, theirs = tree_flatten(along)
-        if theirs != structure or any(a.shape != b.shape for a, b in zip(parts, leaves, strict=True)):
+        tangent = vector
+        parts, vector_structure = tree_flatten(tangent)
+        if vector_structure != structure or any(
+            a.shape != b.shape for a, b in zip(parts, leaves, strict=True)
+        ):
             raise ValueError("vector must have the structure and shapes of params, or be flat")
 
-        def given(product: Any) -> Any:
+        def restore(product: Any) -> Any:
             return product
 
     several = inputs if isinstance(inputs, tuple) else (inputs,)
@@ -174,28 +174,28 @@ def _prepared(
             return out
         return model(params, inputs)
 
-    return run, params, along, given
+    return run, params, tangent, restore
 
 
-def _check(target: object, head: Head | None, options: dict[str, Any]) -> None:
-    """Raise an error that names the target, the head or the class weights where they are none."""
+def _check_arguments(target: object, head: Head | None, options: dict[str, Any]) -> None:
+    """Raise an error that names the target, the head or the class weights if one is invalid."""
     check_target(target)
     check_tensors(class_weight=options.get("class_weight"))
     if head is not None:
-        _of_head(head)
+        _checked_head(head)
 
 
-def _of_outputs(
-    out: Tensor, moved: Tensor, target: Target, head: Head | None, options: dict[str, Any]
+def _multiply_output_curvature(
+    out: Tensor, output_tangent: Tensor, target: Target, head: Head | None, options: dict[str, Any]
 ) -> Tensor:
-    """H_out times a tangent of the outputs."""
+    """Multiply H_out by a tangent of the outputs."""
     if head is not None:
-        weight, bias = _of_head(head)
+        weight, bias = _checked_head(head)
         features = HeadGGN(out.to(weight.dtype), weight, target, bias=bias, wrt="features", **options)
-        return (features @ moved.to(weight.dtype)).to(moved.dtype)
+        return (features @ output_tangent.to(weight.dtype)).to(output_tangent.dtype)
     reduction = options.get("reduction", "mean")
     OneOf(("mean", "sum"))("reduction", reduction)
-    settings = Options.of(**_named(options))
+    settings = Options.of(**loss_options(options))
     with plain(out.device):
         call = settings.of_logits(out, target)
         (part,) = call.parts
@@ -206,17 +206,17 @@ def _of_outputs(
     def product(stacks: Stacks) -> Stacks:
         sides = stacks[0].movedim(1 + axis, -1)
         with plain(out.device):
-            bent = of_logits.products([(side.reshape(rows),) for side in sides], (True,))
-        return (
-            torch.stack([b for (b,) in bent if b is not None]).reshape(sides.shape).movedim(-1, 1 + axis),
-        )
+            products = of_logits.products([(side.reshape(rows),) for side in sides], (True,))
+        joined = torch.stack([in_logits for (in_logits,) in products if in_logits is not None])
+        return (joined.reshape(sides.shape).movedim(-1, 1 + axis),)
 
-    bent: Tensor = Sides((moved.shape,), moved.dtype).through(moved, product)
-    return bent
+    right_hand_sides = RightHandSides((output_tangent.shape,), output_tangent.dtype)
+    result: Tensor = right_hand_sides.apply(output_tangent, product)
+    return result
 
 
-def _of_head(head: Head) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, of a head that may have no bias."""
+def _checked_head(head: Head) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias, None where the head has no bias."""
     if not isinstance(head, tuple | list) or not 1 <= len(head) <= 2:
         size = f" of {len(head)}" if isinstance(head, tuple | list) else ""
         raise ValueError(f"head must be (weight,) or (weight, bias), got a {type(head).__name__}{size}")
@@ -225,8 +225,3 @@ def _of_head(head: Head) -> tuple[Tensor, Tensor | None]:
     check_tensors(**{"the head's bias": bias})
     assert weight is not None
     return weight, bias
-
-
-def _named(options: dict[str, Any]) -> dict[str, Any]:
-    """As the losses name them."""
-    return {"weight" if name == "class_weight" else name: value for name, value in options.items()}

@@ -1,14 +1,14 @@
-"""Newton's step for a linear head by conjugate gradients: the curvature's products alone, no matrix of it.
+"""Newton's step for a linear head by conjugate gradients, from products with the curvature alone.
 
     (H + I ⊗ diag(ρ)) s = −∇        H = Σ γ·M ⊗ x̃ x̃ᵀ, (P, P)        ρ (D̃,), of l2 and damping
 
-H changes nothing along 1 ⊗ v: one vector added to every class's row. Where ρ is 0 too (biases, weights
-without a penalty) the system is singular, and consistent, as the gradient's classes sum to zero; residual and
-step are projected off these directions, so that conjugate gradients run on what is left. Preconditioners
-(`preconditioners`) are unchanged by any linear map of the inputs, the diagonal apart.
+H is 0 along 1 ⊗ v, one vector added to every class's row. Where ρ is 0 too (biases, weights without a
+penalty) the system is singular, but consistent, since the gradient's classes sum to zero. Residual and step
+are projected onto the complement of these directions. The preconditioners (`_preconditioners`), apart from
+the diagonal, are invariant under linear maps of the inputs.
 
-Curvature that is negative along a search direction ends the iterations with what they have found before
-(Steihaug 1983), a direction of descent. Whatever ends them, the model at the step lies no higher than at 0.
+Negative curvature along a search direction ends the iterations with the step so far (Steihaug 1983), which is
+a direction of descent. However the iterations end, the quadratic model at the step is no higher than at 0.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from xent._core.tiles import sweep
 from xent._core.validators import valid
 from xent.curvature import _cg
 from xent.curvature._batches import OPTIONS, Batch, check_options
-from xent.curvature._cg import Found, Map, Refined
+from xent.curvature._cg import CGResult, Map, RefinedResult
 from xent.curvature._heads import HeadGGN, HeadHessian, HeadOperator
 from xent.curvature._kronecker import HeadKronecker
-from xent.curvature._preconditioners import of_blocks, of_diagonal, of_factors
+from xent.curvature._preconditioners import from_blocks, from_diagonal, from_factors
 
 Preconditioner: TypeAlias = Literal["class-blocks", "kronecker", "diagonal"]
 
 
 class NewtonStep(NamedTuple):
-    """What to add to weight and bias, and how it was found."""
+    """The step to add to weight and bias, and how the iterations ended."""
 
     weight: Tensor  # (C, D)
     bias: Tensor | None  # (C,)
@@ -60,30 +60,32 @@ def newton_step(
     max_iterations: int | None = None,
     **options: Any,
 ) -> NewtonStep:
-    """The step s of Newton's method from (weight, bias) on a linear head's loss + l2/2·‖weight‖².
+    """Return the step s of Newton's method from (weight, bias) on a linear head's loss + l2/2·‖weight‖².
 
-    Solves (H + l2 + damping) s = −∇ by preconditioned conjugate gradients, a product with H an iteration. The
-    bias, where there is one, moves along, and is damped but not penalised. Directions that the loss does not
-    see, and that nothing else fixes, are left alone: there the step's classes sum to zero.
+    Solves (H + l2 + damping) s = −∇ by preconditioned conjugate gradients, one product with H an iteration. A
+    bias is a parameter too, damped but not penalised. Along directions that neither the loss nor l2 nor
+    damping depends on, the step is 0: there its classes sum to zero.
 
     Args:
         features: (N, D) or batches of them, weight (C, D), target, bias (C,), and ``options``: as in
             :class:`HeadHessian`.
-        l2: of the penalty; its gradient is part of ∇.
-        damping: λ of Levenberg and Marquardt: a shorter step, not another minimum.
-        curvature: ``"gauss-newton"`` is never negative where no mass is; ``"hessian"`` differs from it with
-            z-loss or softcap alone, and may be indefinite: then the step is where the model ceases to be
-            convex.
+        l2: factor of the penalty, whose gradient is part of ∇.
+        damping: λ of Levenberg and Marquardt, which shortens the step and does not move the minimum.
+        curvature: ``"gauss-newton"`` is semidefinite where no mass is negative; ``"hessian"`` differs from it
+            with z-loss or softcap only, and may be indefinite: then the iterations end at negative curvature.
         preconditioner: ``"kronecker"`` (C² + D² memory), ``"class-blocks"`` (C·D²), ``"diagonal"`` or None.
-        tolerance: of the residual, relative to the gradient, in the 2-norm. The residual is that of the step
-            returned, by one product more; where it cannot be had, for want of digits or because the loss has
-            no curvature along some of the gradient, ``converged`` says so.
-        max_iterations: None is twice the number of parameters.
+        tolerance: of the residual relative to the gradient, in the 2-norm. The residual is recomputed for the
+            returned step, with one more product. Where it is not reached, because of rounding or because the
+            loss has no curvature along a part of the gradient, ``converged`` is False.
+        max_iterations: None for twice the number of parameters.
+
+    Returns:
+        :class:`NewtonStep`.
 
     Raises:
         ValueError: a negative l2 or damping, an unknown preconditioner, shapes that do not fit, features
             or a gradient that are not finite.
-        TypeError: half precision, in which conjugate gradients have nothing to converge to.
+        TypeError: half precision, in which conjugate gradients do not converge.
 
     Example:
         >>> import torch, xent
@@ -104,16 +106,20 @@ def newton_step(
         )
     curvature, preconditioner = valid("curvature", curvature), valid("preconditioner", preconditioner)
     check_options("newton_step", options, OPTIONS)
-    given: dict[str, Any] = {"bias": bias, "wrt": "weight" if bias is None else ("weight", "bias"), **options}
-    of = HeadHessian if curvature == "hessian" else HeadGGN
-    operator = of(features, weight, target, **given)
+    head_options: dict[str, Any] = {
+        "bias": bias,
+        "wrt": "weight" if bias is None else ("weight", "bias"),
+        **options,
+    }
+    operator_type = HeadHessian if curvature == "hessian" else HeadGGN
+    operator = operator_type(features, weight, target, **head_options)
     ridge = weight.new_full((weight.shape[1] + (bias is not None),), l2 + damping)
     if bias is not None:
         ridge[-1] = damping
     system = NewtonSystem(
         operator,
         ridge,
-        kronecker=lambda: HeadKronecker(features, weight, target, weighting="curvature", **given),
+        kronecker=lambda: HeadKronecker(features, weight, target, weighting="curvature", **head_options),
     )
     with plain(operator.device):
         gradient = loss_gradient(operator)
@@ -123,21 +129,23 @@ def newton_step(
                 "the gradient is not finite: weight or bias hold nan or inf, or their logits overflow; "
                 "if earlier steps led there, give these damping, or a line search"
             )
-        found, residual, decrease = system.refined(-gradient, preconditioner, tolerance, max_iterations)
+        result, residual, decrease = system.solve_refined(
+            -gradient, preconditioner, tolerance, max_iterations
+        )
     d = weight.shape[1]
     return NewtonStep(
-        found.solution[:, :d].contiguous(),
-        None if bias is None else found.solution[:, d].contiguous(),
-        found.iterations,
+        result.solution[:, :d].contiguous(),
+        None if bias is None else result.solution[:, d].contiguous(),
+        result.iterations,
         residual,
         decrease,
-        found.converged,
-        found.negative_curvature,
+        result.converged,
+        result.negative_curvature,
     )
 
 
 def loss_gradient(operator: HeadOperator) -> Tensor:
-    """The gradient of the loss whose curvature the operator is, (C, D̃): weight, then bias."""
+    """Return the gradient of the operator's loss, (C, D̃): weight, then bias."""
     wants = (False, "weight" in operator.wrt, "bias" in operator.wrt)
     total: Tensor | None = None
     for curvature in operator._curvatures():
@@ -145,23 +153,21 @@ def loss_gradient(operator: HeadOperator) -> Tensor:
         asked = curvature.rows(slice(0, problem.targets.count)).asked
         with plain(operator.device):
             _, dw, db = sweep.gradient(problem, curvature.found, asked, wants)[0].finish(None)
-        part = _joined([t for t in (dw, db) if t is not None])
+        part = _join([t for t in (dw, db) if t is not None])
         total = part if total is None else total + part
     if total is None:
-        return _joined(
-            [torch.zeros(s, dtype=operator.dtype, device=operator.device) for s in operator.shapes]
-        )
+        return _join([torch.zeros(s, dtype=operator.dtype, device=operator.device) for s in operator.shapes])
     return total
 
 
 class NewtonSystem:
-    """H + I ⊗ diag(ρ) on matrices (K, D̃): a row for each class that moves, its weight and then its bias.
+    """The linear system of H + I ⊗ diag(ρ) on matrices (K, D̃): a row for each free class, weight, then bias.
 
     Args:
         operator: with respect to ``("weight",)`` or ``("weight", "bias")``.
         ridge: ρ, (D̃,), nowhere negative.
-        kronecker: makes the factors, if they are asked for.
-        pinned: whether the first class stays where it is, as in a head of two classes with logits (0, s).
+        kronecker: makes the Kronecker factors when they are needed.
+        pinned: whether the first class is fixed, as in a head of two classes with logits (0, s).
     """
 
     def __init__(
@@ -175,17 +181,17 @@ class NewtonSystem:
         self.operator, self.ridge, self.kronecker, self.first = operator, ridge, kronecker, int(pinned)
         options = operator.options
         shifts = not pinned and options.z_loss == 0.0 and options.softcap is None
-        self.free = (ridge == 0) & shifts  # columns of which nothing fixes the sum over the classes
+        self.free = (ridge == 0) & shifts  # columns whose sum over the classes is not determined
 
     def __call__(self, v: Tensor) -> Tensor:
         d = self.operator.weight.shape[1]
-        whole = torch.cat([v.new_zeros(self.first, v.shape[1]), v])
-        parts = [whole[:, :d].contiguous(), *whole[:, d:].t()]
-        product = _joined(list(self.operator @ tuple(parts)))[self.first :]
+        all_classes = torch.cat([v.new_zeros(self.first, v.shape[1]), v])
+        parts = [all_classes[:, :d].contiguous(), *all_classes[:, d:].t()]
+        product = _join(list(self.operator @ tuple(parts)))[self.first :]
         return self.project(product) + v * self.ridge
 
     def project(self, v: Tensor) -> Tensor:
-        """Off what nothing fixes."""
+        """Subtract the mean over the classes from the columns where it is not determined."""
         return v - v.mean(0) * self.free
 
     def solve(
@@ -194,47 +200,47 @@ class NewtonSystem:
         preconditioner: Preconditioner | None,
         tolerance: float,
         max_iterations: int | None = None,
-    ) -> Found:
-        """A solution none of which lies along what nothing fixes, its residual by the recursion."""
-        return _cg.run(self, *self._asked(right, preconditioner, max_iterations, tolerance))
+    ) -> CGResult:
+        """Return the solution without undetermined components; its residual is that of the recursion."""
+        return _cg.solve(self, *self._cg_arguments(right, preconditioner, max_iterations, tolerance))
 
-    def refined(
+    def solve_refined(
         self,
         right: Tensor,  # (K, D̃)
         preconditioner: Preconditioner | None,
         tolerance: float,
         max_iterations: int | None = None,
-    ) -> Refined:
-        """The same, and its residual as the products with H have it."""
-        return _cg.refined(self, *self._asked(right, preconditioner, max_iterations, tolerance))
+    ) -> RefinedResult:
+        """Return the solution as `solve` does, with the residual recomputed by products with H."""
+        return _cg.solve_refined(self, *self._cg_arguments(right, preconditioner, max_iterations, tolerance))
 
-    def _asked(
-        self, right: Tensor, preconditioner: Preconditioner | None, most: int | None, tolerance: float
+    def _cg_arguments(
+        self, right: Tensor, preconditioner: Preconditioner | None, limit: int | None, tolerance: float
     ) -> tuple[Tensor, Map, float, int]:
         right = self.project(right)
-        most = 2 * right.numel() if most is None else most
-        inverse = self.inverse(preconditioner) if most and bool(right.any()) else _same
-        return right, lambda r: self.project(inverse(r)), tolerance, most
+        limit = 2 * right.numel() if limit is None else limit
+        inverse = self.inverse(preconditioner) if limit and bool(right.any()) else _identity
+        return right, lambda r: self.project(inverse(r)), tolerance, limit
 
     def inverse(self, preconditioner: Preconditioner | None) -> Map:
         if preconditioner == "class-blocks":
             classes = range(self.first, self.operator.weight.shape[0])
-            return of_blocks(torch.stack([self.operator.block(c) for c in classes]) + self.ridge.diag())
+            return from_blocks(torch.stack([self.operator.block(c) for c in classes]) + self.ridge.diag())
         if preconditioner == "kronecker":
             factors = self.kronecker()
             g = (factors.G * factors.total)[self.first :, self.first :]
-            return of_factors(g, factors.A, self.ridge)
+            return from_factors(g, factors.A, self.ridge)
         if preconditioner == "diagonal":
             diagonal = self.operator.diagonal()
-            joined = _joined(list(diagonal) if isinstance(diagonal, tuple) else [diagonal])[self.first :]
-            return of_diagonal(joined + self.ridge)
-        return _same
+            joined = _join(list(diagonal) if isinstance(diagonal, tuple) else [diagonal])[self.first :]
+            return from_diagonal(joined + self.ridge)
+        return _identity
 
 
-def _same(v: Tensor) -> Tensor:
+def _identity(v: Tensor) -> Tensor:
     return v
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    """(C, D) and (C,) -> (C, D̃)."""
+def _join(parts: list[Tensor]) -> Tensor:
+    """Join (C, D) and (C,) to (C, D̃)."""
     return torch.cat([t if t.dim() == 2 else t[:, None] for t in parts], dim=1)

@@ -1,10 +1,10 @@
-"""Right-hand sides of a symmetric map: in which shapes they come, and how torch follows them through it.
+"""Right-hand sides of a symmetric linear map: their shapes, and the derivatives of the map.
 
-    one     the parameter's shape, or flat (P,); for several parameters a tuple of their shapes
-    many    a matrix (P, K) is columns, whatever else it might be taken for; (K, *shape), a stack, has three
-            dimensions at least: of parameters that are vectors themselves there is none
+    one        the parameter's shape, or flat (P,); for several parameters a tuple of their shapes
+    several    columns (P, K), as a matrix of P rows always is read; or a stack (K, *shape) of at least three
+               dimensions, which parameters that are vectors do not have
 
-H v is linear in v, and H symmetric: its transpose and its tangent are the product again, in every mode.
+H v is linear in v and H is symmetric, so its transpose and its tangent are the same product, in every mode.
 """
 
 from __future__ import annotations
@@ -15,37 +15,38 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-AT_ONCE = 64  # right-hand sides of one sweep, where the caller did not choose
+MAX_AT_ONCE = 64  # right-hand sides in one sweep
 Stacks: TypeAlias = tuple[Tensor, ...]  # (K, *shape), one for each parameter
 
 
-class Sides(NamedTuple):
-    """The parameters' shapes, and the type of their right-hand sides."""
+class RightHandSides(NamedTuple):
+    """The accepted shapes and the type of right-hand sides for given parameters."""
 
     shapes: tuple[torch.Size, ...]
     dtype: torch.dtype
 
-    def through(self, v: Any, f: Callable[[Stacks], Stacks]) -> Any:
-        """A symmetric map of right-hand sides, answered in the shape that they were given in."""
-        given, stacks = self._stacked(v)
+    def apply(self, v: Any, f: Callable[[Stacks], Stacks]) -> Any:
+        """Apply a symmetric linear map to right-hand sides; the result has the shape of v."""
+        layout, stacks = self._to_stacks(v)
         for stack in stacks:
             if stack.dtype != self.dtype:
                 raise TypeError(
                     f"the right-hand side is {stack.dtype}, the head {self.dtype}: convert one of them"
                 )
-        parts = [_Symmetric.apply(f, *some) for some in zip(*(s.split(AT_ONCE) for s in stacks), strict=True)]
-        found = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
-        if given == "tuple":
-            return tuple(stack[0] for stack in found)
-        if given == "one":
-            return found[0][0]
-        if given == "many":
-            return found[0]
-        columns = [stack.flatten(1) for stack in found]
+        chunks = zip(*(stack.split(MAX_AT_ONCE) for stack in stacks), strict=True)
+        parts = [_Symmetric.apply(f, *chunk) for chunk in chunks]
+        product = parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+        if layout == "tuple":
+            return tuple(stack[0] for stack in product)
+        if layout == "one":
+            return product[0][0]
+        if layout == "many":
+            return product[0]
+        columns = [stack.flatten(1) for stack in product]
         flat = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
-        return flat[0] if given == "flat" else flat.t()
+        return flat[0] if layout == "flat" else flat.t()
 
-    def _stacked(self, v: Any) -> tuple[str, Stacks]:
+    def _to_stacks(self, v: Any) -> tuple[str, Stacks]:
         shapes = self.shapes
         if isinstance(v, tuple | list):
             if len(v) != len(shapes) or any(
@@ -66,26 +67,27 @@ class Sides(NamedTuple):
         if len(shapes) == 1 and v.shape == shapes[0]:
             return "one", (v[None],)
         if v.shape == (size,):
-            return "flat", self.cut(v[None])
+            return "flat", self.split(v[None])
         if v.dim() == 2 and v.shape[0] == size:
-            return "columns", self.cut(v.t())
+            return "columns", self.split(v.t())
         if len(shapes) == 1 and v.dim() > 2 and v.shape[1:] == shapes[0]:
             return "many", (v,)
-        ways = [str(tuple(shapes[0]))] if len(shapes) == 1 and len(shapes[0]) > 1 else []
-        ways = [*ways, f"({size},)", f"({size}, K)"]
+        accepted = [str(tuple(shapes[0]))] if len(shapes) == 1 and len(shapes[0]) > 1 else []
+        accepted = [*accepted, f"({size},)", f"({size}, K)"]
         raise ValueError(
-            f"the right-hand side must have shape {', '.join(ways[:-1])} or {ways[-1]}; got {tuple(v.shape)}"
+            f"the right-hand side must have shape {', '.join(accepted[:-1])} or {accepted[-1]}; "
+            f"got {tuple(v.shape)}"
             + ("; a matrix is columns: transpose it" if v.shape[1:] == shapes[0] else "")
         )
 
-    def cut(self, flat: Tensor) -> Stacks:
-        """(K, P) -> (K, *shape) each."""
+    def split(self, flat: Tensor) -> Stacks:
+        """Split (K, P) into one stack (K, *shape) for each parameter."""
         parts = flat.split([shape.numel() for shape in self.shapes], dim=1)
         return tuple(part.reshape(len(flat), *shape) for part, shape in zip(parts, self.shapes, strict=True))
 
 
 class _Symmetric(torch.autograd.Function):
-    """A symmetric linear map of stacks (K, *shape), of which torch sees no more than that."""
+    """A symmetric linear map of stacks (K, *shape) with its derivatives in every mode."""
 
     @staticmethod
     def forward(f: Callable[[Stacks], Stacks], *stacks: Tensor) -> Stacks:
@@ -111,9 +113,9 @@ class _Symmetric(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], f: Any, *stacks: Tensor) -> tuple[Stacks, tuple[int, ...]]:
         size = info.batch_size
-        joined = [
+        flattened = [
             (stack.expand(size, *stack.shape) if dim is None else stack.movedim(dim, 0)).flatten(0, 1)
             for stack, dim in zip(stacks, in_dims[1:], strict=True)
         ]
-        found = _Symmetric.apply(f, *joined)
-        return tuple(stack.unflatten(0, (size, len(stack) // size)) for stack in found), (0,) * len(found)
+        product = _Symmetric.apply(f, *flattened)
+        return tuple(stack.unflatten(0, (size, len(stack) // size)) for stack in product), (0,) * len(product)

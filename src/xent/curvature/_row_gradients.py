@@ -1,4 +1,4 @@
-"""Each row's own gradient in a linear head, a matrix of rank one, and its norm without the matrix.
+"""The gradient of each row's loss in a linear head, a matrix of rank one, and its norm without the matrix.
 
 ∂ℓ/∂W = s·(∂ℓ/∂u) xᵀ        ∂ℓ/∂b = s·∂ℓ/∂u        ‖∂ℓ/∂(W, b)‖ = |s|·‖∂ℓ/∂u‖·‖(x, 1)‖
 """
@@ -18,13 +18,13 @@ from xent._core.target import Target, tensors_of
 from xent.curvature._batches import OPTIONS, check_options, check_target, refuse_derivatives
 from xent.curvature._tiles import Curvature, Form, norms
 
-OF_ROWS = [name for name in OPTIONS if name not in ("reduction", "denominator")]
+ROW_OPTIONS = [name for name in OPTIONS if name not in ("reduction", "denominator")]
 
 
 def row_gradient_norms(
     features: Tensor, weight: Tensor, target: Target, *, bias: Tensor | None = None, **options: Any
 ) -> Tensor:
-    r"""The norm of each row's own gradient in a linear head, ``s·‖∂ℓ/∂u‖·‖x̃‖``, without forming any.
+    r"""Return the norm of each row's gradient in a linear head, ``|s|·‖∂ℓ/∂u‖·‖x̃‖``, without the gradient.
 
     Args:
         features, weight, target, bias: of the head, as in :class:`HeadHessian`, held constant. x̃ = (x, 1)
@@ -33,7 +33,7 @@ def row_gradient_norms(
             ``softcap``, ``temperature``, ``memory_budget``.
 
     Returns:
-        (...) of the rows, 0 where a row is left out. Two matrix products.
+        (...), one number a row, 0 where a row is left out. Costs two matrix products.
 
     Example:
         >>> import torch, xent
@@ -43,27 +43,27 @@ def row_gradient_norms(
     """
     require_tensors(features=features)
     with plain(features.device):
-        call, part, curvature = _of_rows("row_gradient_norms", features, weight, target, bias, options)
-        found = curvature.gradient_norms()
+        call, part, curvature = _row_curvature("row_gradient_norms", features, weight, target, bias, options)
+        logit_norms = curvature.gradient_norms()
         if part.row_weight is not None:
-            found = found * part.row_weight.abs()
-        of_inputs = norms(_inputs(curvature))
+            logit_norms = logit_norms * part.row_weight.abs()
+        input_norms = norms(_inputs(curvature))
         if bias is not None:
-            of_inputs = torch.hypot(of_inputs, torch.ones_like(of_inputs))
-        return call.stack([part.selection.scatter(found * of_inputs)])
+            input_norms = torch.hypot(input_norms, torch.ones_like(input_norms))
+        return call.stack([part.selection.scatter(logit_norms * input_norms)])
 
 
 def row_gradients(
     features: Tensor, weight: Tensor, target: Target, *, bias: Tensor | None = None, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Each row's own gradient in a linear head, ``s·(∂ℓ/∂u) xᵀ``: a matrix for each of these rows.
+    r"""Return the gradient of each row's loss in a linear head, ``s·(∂ℓ/∂u) xᵀ``, a matrix a row.
 
     Args:
-        features: (N, D), the rows to look at.
+        features: (N, D), the rows.
         weight, target, bias, options: as in :func:`row_gradient_norms`.
 
     Returns:
-        (N, C, D), and with a bias a pair of that and (N, C). Half types are rounded once.
+        (N, C, D); with a bias a pair of that and (N, C). Half types are rounded once.
 
     Example:
         >>> import torch, xent
@@ -75,7 +75,7 @@ def row_gradients(
     if features.dim() != 2:
         raise ValueError(f"features must be (N, D), got {tuple(features.shape)}")
     with plain(features.device):
-        call, part, curvature = _of_rows("row_gradients", features, weight, target, bias, options)
+        call, part, curvature = _row_curvature("row_gradients", features, weight, target, bias, options)
         g = curvature.gradients()
         if part.row_weight is not None:
             g = g * part.row_weight.to(g.dtype)[:, None]
@@ -84,15 +84,15 @@ def row_gradients(
         return gradients if bias is None else (gradients, part.selection.scatter(g.to(call.dtype)))
 
 
-def _of_rows(
-    of: str,
+def _row_curvature(
+    function: str,
     features: Tensor,
     weight: Tensor,
     target: Target,
     bias: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Call, Part, Curvature]:
-    check_options(of, options, OF_ROWS)
+    check_options(function, options, ROW_OPTIONS)
     require_tensors(weight=weight)
     check_tensors(bias=bias, class_weight=options.get("class_weight"))
     check_target(target)
@@ -101,18 +101,20 @@ def _of_rows(
     s = options.get("sample_weight")
     check_tensors(sample_weight=s)
     refuse_derivatives(features, weight, bias, *tensors_of(target), s)
-    settings = Options.of(
-        reduction="sum",
-        **{"weight" if name == "class_weight" else name: value for name, value in options.items()},
-    )
+    settings = Options.of(reduction="sum", **loss_options(options))
     head = weight.detach(), None if bias is None else bias.detach()
     call = settings.of_head(features.detach(), *head, target)
     (part,) = call.parts
     return call, part, Curvature.of(part.problem, Form.OUTER, z_loss=settings.z_loss)
 
 
+def loss_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options under the names that the losses use."""
+    return {"weight" if name == "class_weight" else name: value for name, value in options.items()}
+
+
 def _inputs(curvature: Curvature) -> Tensor:
-    """x of the M rows, (M, D), in the type of the computation."""
+    """Return x of the M rows, (M, D), in the type of the computation."""
     logits, rows = curvature.problem.logits, curvature.problem.targets.rows
     assert isinstance(logits, LinearHead)
     return (logits.x if rows is None else logits.x[rows]).to(logits.dtype)

@@ -1,9 +1,9 @@
-"""A C × C matrix for every row of a batch, known by what it does to columns.
+"""A C × C operator for every row of a batch, given by its product with columns.
 
     A: (..., C, C)        A @ v: (..., C) -> (..., C)        A @ V: (..., C, K) -> (..., C, K)
 
-The number of dimensions says which is meant, and nothing is broadcast: for a batch (N, C) a tensor (N, C) is
-one vector for each row, never a matrix, and (C, K) is an error instead of a guess.
+v with as many dimensions as the logits is one vector a row; with one dimension more it is a matrix a row.
+Nothing is broadcast: for logits (N, C) a tensor (N, C) is one vector a row, and (C, K) is an error.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from xent._arguments.validation import FLOATING, require_tensors
 from xent._core.logits import compute_dtype
 
 
-class Rowwise(ABC):
-    """What the operators of a batch have in common; half types are computed in float32, rounded once."""
+class RowOperator(ABC):
+    """Base of the operators of a batch of rows; half types are computed in float32 and rounded once."""
 
     def __init__(self, rows: torch.Size, dtype: torch.dtype, device: torch.device) -> None:
         self._rows = rows  # (..., C)
@@ -27,17 +27,17 @@ class Rowwise(ABC):
         self._device = device
 
     @abstractmethod
-    def _times(self, v: Tensor) -> Tensor:
-        """(..., C, K) -> (..., C, K), both in the type of the computation."""
+    def _matmul(self, v: Tensor) -> Tensor:
+        """Multiply columns (..., C, K), in the type of the computation."""
 
     @property
     def shape(self) -> torch.Size:
-        """(..., C, C)."""
+        """The shape of the matrices, (..., C, C)."""
         return torch.Size((*self._rows, self._rows[-1]))
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the logits, and of every answer."""
+        """The type of the logits and of every result."""
         return self._dtype
 
     @property
@@ -45,22 +45,22 @@ class Rowwise(ABC):
         return self._device
 
     def __matmul__(self, v: Tensor) -> Tensor:
-        """A vector for each row, (..., C), or a matrix, (..., C, K): the number of dimensions says which."""
-        return self._answer(self._times, v, "v")
+        """Multiply one vector a row, (..., C), or one matrix a row, (..., C, K)."""
+        return self._apply(self._matmul, v, "v")
 
     def to_dense(self) -> Tensor:
-        """The matrix itself, (..., C, C)."""
+        """Return the matrices, (..., C, C)."""
         classes = self._rows[-1]
         eye = torch.eye(classes, dtype=compute_dtype(self._dtype), device=self._device)
-        return self._round(self._times(eye.expand(self.shape)))
+        return self._round(self._matmul(eye.expand(self.shape)))
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={self._dtype}, device='{self._device}')"
         )
 
-    def _answer(self, f: Callable[[Tensor], Tensor], v: Tensor, name: str) -> Tensor:
-        """f of columns (..., C, K), for vectors or matrices as they were given."""
+    def _apply(self, f: Callable[[Tensor], Tensor], v: Tensor, name: str) -> Tensor:
+        """Apply f, a map of columns (..., C, K), to vectors (..., C) or matrices (..., C, K)."""
         check_floating(name, v)
         rows = tuple(self._rows)
         is_vector = v.ndim == len(rows)
@@ -71,8 +71,8 @@ class Rowwise(ABC):
                 f"vector for each row, or ({', '.join(map(str, (*rows, 'K')))}), a matrix for each; expand "
                 "what is to serve several rows"
             )
-        found = f(columns.to(compute_dtype(self._dtype)))
-        return self._round(found[..., 0] if is_vector else found)
+        product = f(columns.to(compute_dtype(self._dtype)))
+        return self._round(product[..., 0] if is_vector else product)
 
     def _round(self, value: Tensor) -> Tensor:
         return value.to(self._dtype)

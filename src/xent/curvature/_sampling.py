@@ -2,9 +2,9 @@
 
     y = the first class with Σ_{c ≤ y} p_c > u        u uniform in [0, 1)
 
-by the inverse of the running sum, which the tiles carry on from one to the next: the statistics of the rows
-are known, so one sweep serves any number of draws. u is no stream of numbers, which the order of rows and
-threads would share out otherwise each time, but a hash of a seed, a key of the row and the draw's number.
+by inversion of the running sum, which continues from one tile to the next: the statistics of the rows are
+known, so one sweep serves any number of draws. u is a hash of a seed, the row's key and the draw's number,
+not a stream of numbers, which would depend on the order of rows and threads.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 from xent._core.statistics import CACHED, Statistics
 from xent._core.tiles.sweep import Problem, Workspace, revisit
 
-GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64 (Steele, Lea and Flood, 2014), as are its two factors
+GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64 (Steele, Lea and Flood, 2014), as are the factors in `_mixed`
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def sample(problem: Problem, found: Statistics, u: Tensor) -> Tensor:
-    """Classes of the M rows for each of u (M, draws), int64."""
+    """Draw a class of each of the M rows for each entry of u (M, draws), int64."""
     logits, targets = problem.logits, problem.targets
     plan = problem.plan(resident=False, temporaries=2)
     workspace = Workspace(problem, plan, slopes=False)
@@ -44,20 +44,20 @@ def sample(problem: Problem, found: Statistics, u: Tensor) -> Tensor:
                 at = torch.searchsorted(sums, some, right=True)
                 drawn = torch.where((drawn < 0) & (at < width), classes.start + at, drawn)
                 before = sums[:, -1:]
-            # u above the sum of all, which rounding may leave below 1
+            # u above the sum of all probabilities, which rounding may leave below 1
             parts.append(torch.where(drawn < 0, last[:, None], drawn))
     return torch.cat(parts) if parts else torch.empty_like(u, dtype=torch.int64)
 
 
 def uniforms(keys: Tensor, draws: int, seed: int) -> Tensor:
-    """Numbers in [0, 1) for each key (M,) int64 and draw, (M, draws) float64; the same for the same."""
+    """Return a number in [0, 1) for each key (M,) int64 and draw, (M, draws) float64, a function of both."""
     numbers = torch.arange(1, draws + 1, device=keys.device)
     mixed = _mixed(_mixed(keys + _signed(seed))[:, None] + numbers * _signed(GOLDEN))
     return _shifted(mixed, 11).to(torch.float64) * 2.0**-53
 
 
 def content_keys(x: Tensor) -> Tensor:
-    """(M, D) -> (M,) int64: equal for rows that are equal in every bit, and as good as never for others."""
+    """Hash rows (M, D) to (M,) int64: equal for rows equal in every bit, else different almost surely."""
     bits = x.contiguous().view(BITS[x.element_size()])
     columns = torch.arange(1, x.shape[1] + 1, device=x.device)
     factors = _mixed(columns * _signed(GOLDEN)) | 1
@@ -66,17 +66,17 @@ def content_keys(x: Tensor) -> Tensor:
 
 
 def _mixed(z: Tensor) -> Tensor:
-    """The finish of splitmix64, modulo 2⁶⁴."""
+    """Apply the finaliser of splitmix64, modulo 2⁶⁴."""
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
     z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
     return z ^ _shifted(z, 31)
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
-    """To the right, zeros from the left."""
+    """Shift the bits to the right, filling with zeros."""
     return (z >> by) & ((1 << (64 - by)) - 1)
 
 
 def _signed(value: int) -> int:
-    """The int64 of the same bits."""
+    """Return the int64 with the same bits."""
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -1,4 +1,4 @@
-"""The curvature of a row's loss in its inner logits u, and what a head makes of it, tile by tile.
+"""The curvature of a row's loss in its inner logits u, and its products through a head, tile by tile.
 
     H_u = s∘[α·(diag(p) − p pᵀ) + β·p pᵀ]∘s + diag(ε)                 (C, C), one row; s = dz/du
 
@@ -11,11 +11,11 @@
 
     ρ = ⟨p∘s, T⟩        R = p∘s∘(α·(s∘T − ρ) + β·ρ) + ε∘T        W-part Rᵀx    x-part R W    b-part Rᵀ1
 
-and where x and W move together the Hessian has Gᵀẋ and G V beside it, G = ∂L/∂u. Where the budget holds P
-and T of a chunk of rows, a product costs three matrix products, each further right-hand side two; else five.
+and in x and W together the Hessian also has the terms Gᵀẋ and G V, G = ∂L/∂u. Where the budget holds P and T
+of a chunk of rows, a product costs three matrix products, each further right-hand side two; else five.
 
-A row that is sure of its class k has p_k = 1 to the last digit, and 1 − p_k and ζ_k − ρ, ζ = s∘T, without
-one. So k, known by its index, is apart: with p̂ the other classes' probabilities and m = Σ p̂ = r/(1 + r),
+Where p_k rounds to 1 for a row's largest class k, 1 − p_k and ζ_k − ρ, ζ = s∘T, have no digits left. So k is
+treated apart: with p̂ the other classes' probabilities and m = Σ p̂ = r/(1 + r),
 
     1 − p_k = m        ρ − ζ_k = ⟨p̂, ζ⟩ − m·ζ_k        Var_p(ζ) = ⟨p̂, (ζ − ζ_k)²⟩ − (ρ − ζ_k)²
 """
@@ -52,7 +52,7 @@ class Form(Enum):
 
 
 class Rows(NamedTuple):
-    """What a chunk of rows contributes, each (R,)."""
+    """The coefficients of a chunk of rows, each (R,)."""
 
     found: Statistics
     alpha: Tensor  # times dz/du's constant factor, squared
@@ -61,17 +61,17 @@ class Rows(NamedTuple):
 
     @property
     def others(self) -> Tensor:
-        """m = 1 − p_k, (R,), with its digits."""
+        """m = 1 − p_k, (R,), computed without cancellation."""
         return self.found.r / (1 + self.found.r)
 
 
 class Tile(NamedTuple):
     classes: slice
-    top: TargetColumns  # where the rows' most probable classes lie
+    top: TargetColumns  # the rows' most probable classes
     p: Tensor  # (R, T)
-    slope: Tensor | None  # (R, T) what is not constant of s
+    slope: Tensor | None  # (R, T) the part of s that is not constant
     epsilon: Tensor | None  # (R, T)
-    g: Tensor | None  # (R, T) ∂L/∂u, where it was asked for
+    g: Tensor | None  # (R, T) ∂L/∂u, if requested
 
     @property
     def q(self) -> Tensor:
@@ -81,7 +81,7 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True)
 class Curvature:
-    """Of the M rows of a head's problem, whose statistics are known."""
+    """The curvature of the M rows of a head's problem, whose statistics are known."""
 
     problem: Problem
     found: Statistics  # with k
@@ -98,7 +98,7 @@ class Curvature:
         row_weight: Tensor | None = None,  # (M,)
         z_loss: float = 0.0,
     ) -> Curvature:
-        """Of rows that count scale·row_weight each."""
+        """Return the curvature of rows with weights scale·row_weight."""
         if problem.ranks is not None:
             raise NotImplementedError(
                 "curvature is of a head whose classes are all here, not spread over processes: gather the "
@@ -111,7 +111,7 @@ class Curvature:
     def products(
         self, tangents: Sequence[Tangents], wants: tuple[bool, ...]
     ) -> list[tuple[Tensor | None, ...]]:
-        """H·(ẋ, V, v_b) for each of the tangents: one tensor for each of the scores' that is wanted."""
+        """Return H·(ẋ, V, v_b) for each tangent: a tensor for each of features, weight and bias wanted."""
         logits, targets, ops = self.problem.logits, self.problem.targets, self.problem.ops
         accumulators = [logits.accumulator(ops, wants) for _ in tangents]
         crosses = self.form is Form.HESSIAN and any(
@@ -127,9 +127,9 @@ class Curvature:
         return [accumulator.finish(None) for accumulator in accumulators]
 
     def diagonal(self, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """The diagonal of H in features, weight and bias, of their shapes, where wanted.
+        """Return the diagonal of H in features, weight and bias, in their shapes, where wanted.
 
-        W: hᵀ x² and b: hᵀ 1 with h the diagonal of H_u; x: its forms along W's columns.
+        W: hᵀ x² and b: hᵀ 1 with h the diagonal of H_u; x: the quadratic forms of H_u along W's columns.
         """
         logits, targets, ops = self.problem.logits, self.problem.targets, self.problem.ops
         assert isinstance(logits, LinearHead)
@@ -159,8 +159,11 @@ class Curvature:
         return tuple(None if total is None else total.finish(None, logits.dtype) for total in (dx, dw, db))
 
     def feature_block(self, row: int) -> Tensor:
-        """∂²L/∂x∂x of the row-th of the M rows, (D, D): α·Σ p (ζ − ρ)(ζ − ρ)ᵀ + β·⟨p, ζ⟩⟨p, ζ⟩ᵀ + Wᵀ ε W
-        with ζ = s∘W, (C, D), and ρ = Σ p ζ: a sum of squares, which rounding does not make negative."""
+        """Return ∂²L/∂x∂x of the row-th of the M rows, (D, D).
+
+        α·Σ p (ζ − ρ)(ζ − ρ)ᵀ + β·⟨p, ζ⟩⟨p, ζ⟩ᵀ + Wᵀ ε W with ζ = s∘W, (C, D), and ρ = Σ p ζ: a sum of
+        squares, which rounding does not make negative.
+        """
         logits = self.problem.logits
         assert isinstance(logits, LinearHead)
         visit = Visit(self, self.plan(resident=True), crosses=False)
@@ -192,7 +195,7 @@ class Curvature:
         return block
 
     def logit_traces(self) -> Tensor:
-        """Σ_c of the diagonal of H_u, (M,) float64."""
+        """Return the trace of H_u, (M,) float64."""
         if self.form is Form.OUTER:
             return self.weight * self.gradient_norms().square()
         found = torch.zeros_like(self.weight)
@@ -201,7 +204,7 @@ class Curvature:
         return found
 
     def gradients(self) -> Tensor:
-        """∂ℓ/∂u, (M, C), where outer products are taken of it."""
+        """Return ∂ℓ/∂u, (M, C); for the form of outer products."""
         assert self.form is Form.OUTER
         logits, targets = self.problem.logits, self.problem.targets
         whole = torch.empty(targets.count, targets.classes, dtype=logits.dtype, device=logits.device)
@@ -210,7 +213,7 @@ class Curvature:
         return whole
 
     def gradient_norms(self) -> Tensor:
-        """‖∂ℓ/∂u‖, (M,) float64, without the squares of small numbers."""
+        """Return ‖∂ℓ/∂u‖, (M,) float64, without squaring small numbers."""
         assert self.form is Form.OUTER
         found = torch.zeros_like(self.weight)
         for chunk, _, tile in self._tiles():
@@ -227,7 +230,7 @@ class Curvature:
                     yield chunk, rows, visit.tile(classes)
 
     def class_diagonal(self, c: int) -> Tensor:
-        """∂²L/∂u_c², (M,), of one class."""
+        """Return ∂²L/∂u_c² for one class c, (M,)."""
         classes = slice(c, c + 1)
         plan = self.plan(resident=False)
         visit = Visit(self, plan, crosses=False)
@@ -238,7 +241,7 @@ class Curvature:
         return torch.cat(parts) if parts else self.weight.to(self.problem.logits.dtype)
 
     def tile_diagonal(self, tile: Tile, rows: Rows) -> Tensor:
-        """h of a tile (R, T): s²∘(α·p(1 − p) + β·p²) + ε."""
+        """Return h of a tile, (R, T): s²∘(α·p(1 − p) + β·p²) + ε."""
         dtype, p = tile.p.dtype, tile.p
         beta = rows.beta.to(dtype)[:, None]
         if self.form is Form.OUTER:
@@ -252,7 +255,7 @@ class Curvature:
         return h if tile.epsilon is None else h.add_(tile.epsilon)
 
     def _bent(self, tile: Tile, t: Tensor, rows: Rows, mean: Tensor, away: Tensor) -> Tensor:
-        """R of a tile, in the place of T; mean is ρ, (R,), and away ρ − ζ_k."""
+        """Compute R of a tile in the memory of T; mean is ρ, (R,), and away ρ − ζ_k."""
         ops, dtype = self.problem.ops, t.dtype
         alpha, beta, mean, away = (v.to(dtype)[:, None] for v in (rows.alpha, rows.beta * mean, mean, away))
         if self.form is Form.OUTER:
@@ -279,7 +282,7 @@ class Curvature:
 
     def plan(self, *, resident: bool, crosses: bool = False) -> Plan:
         curved = self.problem.logits.transform.curved
-        # P and T, and what the full Hessian wants beside them; then what comes and goes
+        # P and T, further tensors for the full Hessian, and temporaries
         extra = (1 + curved) * (self.form is Form.HESSIAN and (curved or crosses))
         return self.problem.plan(
             resident=resident, buffers=2 + extra, temporaries=2 + 4 * curved + crosses, least_rows=2
@@ -287,7 +290,7 @@ class Curvature:
 
 
 class Visit:
-    """One sweep: a chunk of rows at a time, its tiles kept where the plan has room for them."""
+    """One sweep by chunks of rows; a chunk's tiles are stored where the plan has memory for them."""
 
     def __init__(self, curvature: Curvature, plan: Plan, crosses: bool) -> None:
         self.of, self.plan, self.crosses = curvature, plan, crosses
@@ -305,7 +308,7 @@ class Visit:
         return self.rows
 
     def seen(self, number: int) -> Tile:
-        """The number-th of a chunk's tiles; the next one may be written in its place."""
+        """Return the number-th of a chunk's tiles; the next one may overwrite it."""
         return self.tile(self.classes[number]) if self.kept is None else self.kept[number]
 
     def product(self, along: Tangents, accumulator: GradientAccumulator) -> None:
@@ -315,7 +318,7 @@ class Visit:
         held = []
         for number in range(count):
             tile, t = self._pushed(number, along)
-            share = tile.q * t  # vecdot takes many times as long
+            share = tile.q * t  # vecdot is many times slower
             own = own + tile.top.take(share, 0.0)[:, 0]
             others = others + tile.top.put(ops, share, 0.0).sum(1)
             zeta = tile.top.take(t, 0.0)
@@ -365,7 +368,7 @@ class Visit:
 
 
 def norms(rows: Tensor) -> Tensor:
-    """2-norms of rows (R, T), (R,) in the statistics' type; none is lost that is a number itself."""
+    """Return the 2-norms of rows (R, T), (R,) in the statistics' type, without over- or underflow."""
     wide = statistics_dtype(rows.device)
     if rows.shape[1] == 0:
         return torch.zeros(rows.shape[0], dtype=wide, device=rows.device)
@@ -375,7 +378,9 @@ def norms(rows: Tensor) -> Tensor:
 
 
 class Forms:
-    """uᵀ H_u u of a chunk of rows and each column u of a matrix (C, K): (R, K), by two products a tile.
+    """The quadratic forms uᵀ H_u u of a chunk of rows and the columns u of a matrix (C, K): (R, K).
+
+    Two matrix products a tile:
 
     α·Var_p(ζ) + β·⟨p, ζ⟩² + ⟨ε, u²⟩ with ζ = s∘u, and Var_p(ζ) = ⟨p̂, ζ²⟩ − 2ζ_k⟨p̂, ζ⟩ + m·ζ_k² − (ρ − ζ_k)².
     """
@@ -383,11 +388,11 @@ class Forms:
     def __init__(self, curvature: Curvature, rows: Rows, columns: Tensor) -> None:
         logits, dtype = curvature.problem.logits, curvature.problem.logits.dtype
         self.ops, self.rows, self.columns = curvature.problem.ops, rows, columns
-        # where nothing sees a common part it is taken off: a large one would leave no digits of a difference
+        # H_u·1 = 0 here, so subtract the mean: a large common part would cancel the digits of differences
         self.curved, seen = logits.transform.curved, curvature.form is Form.OUTER or logits.transform.curved
         self.centre = torch.zeros_like(columns[0], dtype=dtype) if seen else columns.mean(0, dtype=dtype)
         assert rows.found.k is not None
-        self.at_top = columns[rows.found.k].to(dtype).sub_(self.centre)  # (R, K), as yet without s_k
+        self.at_top = columns[rows.found.k].to(dtype).sub_(self.centre)  # (R, K), without the factor s_k
         self.own = self.slope = torch.zeros_like(self.at_top[:, :1])
         self.first = self.second = torch.zeros((), dtype=dtype, device=columns.device)
 

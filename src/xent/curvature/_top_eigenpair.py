@@ -1,4 +1,4 @@
-"""The largest eigenvalue of diag(p) − p pᵀ, from the one equation that all of them solve.
+"""The largest eigenvalue of diag(p) − p pᵀ, from the secular equation.
 
     (p_i − λ) v_i = p_i ⟨p, v⟩        so        Σ p_i²/(p_i − λ) = 1        so, as Σ p = 1 and λ ≠ 0,
 
@@ -10,10 +10,10 @@ In units of p₁, with e = p/p₁ and λ = p₁θ, and with the two largest clas
     a₂/w = a₁        w = e₂ + Σ_{i≥3} e_i a₂/a_i        a₁ = 1 − θ        a_i = θ − e_i
 
 a_i is the distance of θ from its pole. The left side is a weighted harmonic mean of the distances, hence
-concave in θ and nearly a line: Newton's steps come to the root from one side and need no bracket. At w ≥ e₂
-they start from the side where they do. Where θ > ½ the unknown is τ = 1 − θ, with a₁ = τ and a_i = (1 − e_i)
-− τ, so that two classes almost alike lose no digits: 1 − e_i = −expm1(z_i − z₁). The eigenvector is v = (1,
-−e₂/w, …, −e_i a₁/a_i, …), which is finite at p₁ = p₂ too.
+concave in θ and nearly linear: Newton's method approaches the root from one side and needs no bracket. w ≥ e₂
+gives a start on that side. Where θ > ½ the unknown is τ = 1 − θ, with a₁ = τ and a_i = (1 − e_i) − τ, so that
+two nearly equal classes stay accurate: 1 − e_i = −expm1(z_i − z₁). The eigenvector is v = (1, −e₂/w, …, −e_i
+a₁/a_i, …), which is finite at p₁ = p₂ too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-STEPS = 4  # which reach 1e-14 on 80,000 rows of 2 to 2,000 classes, on scales from 1e-9 to 100
+STEPS = 4  # they reach 1e-14 on 80,000 rows of 2 to 2,000 classes, on scales from 1e-9 to 100
 ATTACHED = 2  # steps that autograd sees: one makes the first derivative right, two the first three
 
 
@@ -36,7 +36,7 @@ class Eigenpair(NamedTuple):
 
 
 class Poles(NamedTuple):
-    """The rows of a batch as the secular equation sees them; each (..., 1) but for `rest` and `base`."""
+    """The terms of the secular equation for a batch of rows; each (..., 1) except `rest` and `base`."""
 
     from_zero: Tensor  # bool: the unknown is θ ≤ ½; elsewhere τ
     sign: Tensor  # 1 or −1, of the unknown in the distances
@@ -47,17 +47,19 @@ class Poles(NamedTuple):
 
     @classmethod
     def of(cls, from_zero: Tensor, e: Tensor, d: Tensor, e2: Tensor, d2: Tensor, rest: Tensor) -> Poles:
-        base = torch.where(from_zero, -e, d).masked_fill(rest == 0, 2.0)  # anywhere but at the unknown
+        base = torch.where(from_zero, -e, d).masked_fill(
+            rest == 0, 2.0
+        )  # a value that the unknown cannot take
         return cls(from_zero, torch.where(from_zero, torch.ones_like(e2), -1.0), e2, d2, rest, base)
 
     def distances(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """a₁ (..., 1), a₂ (..., 1) and those of the rest (..., C) where the unknown is x (..., 1)."""
+        """Return a₁ (..., 1), a₂ (..., 1) and the other distances (..., C) at the unknown x (..., 1)."""
         a1 = torch.where(self.from_zero, 1 - x, x)
         a2 = torch.where(self.from_zero, x - self.e2, self.d2 - x)
         return a1, a2, self.base + self.sign * x
 
     def newton(self, x: Tensor) -> Tensor:
-        """One step for a₂/w − a₁ = 0, whose derivative in θ is 1 + (e₂ + Σ e_i (a₂/a_i)²)/w²."""
+        """Take a Newton step for a₂/w − a₁ = 0, whose derivative in θ is 1 + (e₂ + Σ e_i (a₂/a_i)²)/w²."""
         a1, a2, a = self.distances(x)
         ratio = a2 / a
         part = self.rest * ratio
@@ -67,21 +69,21 @@ class Poles(NamedTuple):
 
 
 def top_eigenpair(distance: Tensor, first: Tensor) -> Eigenpair:
-    """θ (..., 1), the largest eigenvalue over the largest p, and its eigenvector (..., C).
+    """Return θ (..., 1), the largest eigenvalue over the largest p, and its eigenvector (..., C).
 
-    distance (..., C) is z − max z, nan where there is no softmax; first (..., 1) the class that is largest.
+    distance (..., C) is z − max z, nan for a row without a softmax; first (..., 1) is the largest class.
     """
     e, d = distance.exp(), -torch.expm1(distance)
     others = e.scatter(-1, first, 0.0)
-    # by their distances: of classes almost alike e may be the same
+    # from the distances: nearly equal classes may have the same e
     second = distance.scatter(-1, first, -math.inf).argmax(-1, keepdim=True)
     e2, d2 = others.gather(-1, second), d.gather(-1, second)
-    # three classes that are equal and largest share a plane of eigenvectors, for which two suffice
+    # where three or more classes are equal and largest, the eigenvector of two of them is enough
     rest = others.scatter(-1, second, 0.0).masked_fill(d == 0, 0.0)
     alone = e2 == 0  # J = 0
     e2 = torch.where(alone, 1.0, e2)
     with torch.no_grad():
-        # whether θ ≤ ½: there, if it lies above e₂ at all, the left side has caught up with the right one
+        # θ ≤ ½ exactly where, at ½ > e₂, the left side is at least the right side
         w = e2 + (rest * ((0.5 - e2) / (0.5 - e).masked_fill(rest == 0, 1.0))).sum(-1, keepdim=True)
         from_zero = (e2 < 0.5) & (0.5 - e2 >= 0.5 * w)
     poles = Poles.of(from_zero, e, d, e2, d2, rest)
@@ -101,7 +103,7 @@ def top_eigenpair(distance: Tensor, first: Tensor) -> Eigenpair:
 
 
 def _start(poles: Poles, others: Tensor) -> Tensor:
-    """A lower bound of θ, from w ≥ e₂ or from J's diagonal, whichever is nearer."""
+    """Return a lower bound on θ, the larger of that from w ≥ e₂ and that from J's diagonal."""
     n = 1 + (others > 0).sum(-1, keepdim=True, dtype=others.dtype)
     r = others.sum(-1, keepdim=True)
     diagonal = r / (1 + r) * (n / (n - 1).clamp(min=1))

@@ -1,7 +1,8 @@
-"""Metrics of predicted probabilities, NumPy or torch in, numbers out; torch and numpy are all they need.
+"""Metrics of predicted probabilities: NumPy arrays or torch tensors in, numbers out.
 
-Read in this order: `arrays` (anybody's array, a part at a time), `labels` (which column is a row's own),
-`probabilities` (rows that are checked), `comparison` (the sweep over all three), `losses` (the metrics).
+Read in this order: `_arrays` (any array as tensors of a few rows), `_labels` (the column of each row's
+label), `_probabilities` (checked rows of probabilities), `_comparison` (the sweep over all three), `_losses`
+(the metrics). They need torch and numpy alone.
 """
 
 from xent.metrics._losses import (

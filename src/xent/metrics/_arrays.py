@@ -1,10 +1,10 @@
-"""Anybody's array as torch tensors of a few rows at a time.
+"""Arrays of any kind, read as torch tensors of a few rows at a time.
 
     concatenate(rows[part] for part in rows.parts()) = the array
 
-Nothing is copied that can be read where it lies, and the working memory is that of a part, whatever N. Parts
-are large: every operation ends with its threads waiting for each other, which on a busy machine takes longer
-than the second trip to memory that parts of the cache's size would save.
+Arrays are read in place where torch can, and the working memory is that of one part, whatever N. Parts are
+much larger than the cache: each operation ends with its threads waiting for each other, and on a busy machine
+that wait costs more than reading the part from memory twice.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUMBERS = 1 << 23  # of a part that is read where it lies, 64 MiB of float64
-COPIED = 1 << 20  # of a part that is copied, 8 MiB of float64
-ROWS = 1 << 19  # of a part: what is O(rows) is a few times 4 MiB
+NUMBERS = 1 << 23  # in a part that is read in place, 64 MiB of float64
+COPIED = 1 << 20  # in a part that is copied, 8 MiB of float64
+ROWS = 1 << 19  # in a part, so that a tensor of O(rows) takes a few times 4 MiB
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _NATIVE = (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """N rows of numbers that stay where they are."""
+    """N rows of numbers in the caller's array or tensor."""
 
     source: Tensor | np.ndarray  # (N,) or (N, C)
 
@@ -40,7 +40,7 @@ class Rows:
 
     @property
     def eps(self) -> float:
-        """The rounding unit of the numbers as they are stored; that of float64 for whole numbers."""
+        """The rounding unit of the type in which the numbers are stored; float64's for whole numbers."""
         least = float(np.finfo(np.float64).eps)
         if isinstance(self.source, Tensor):
             dtype = self.source.dtype
@@ -49,13 +49,13 @@ class Rows:
 
     @property
     def copied(self) -> bool:
-        """Whether `__getitem__` has to copy."""
+        """True where `__getitem__` has to copy."""
         if isinstance(self.source, Tensor):
             return self.source.dtype not in _FLOATING
-        return self.source.dtype not in _NATIVE or not _lies_well(self.source)
+        return self.source.dtype not in _NATIVE or not _torch_can_share(self.source)
 
     def parts(self, copied: bool = False) -> Iterator[slice]:
-        """Slices that cover 0..N in order; short ones if the caller is going to copy them."""
+        """Yield slices that cover 0..N in order; shorter ones if the caller copies each part."""
         n, *rest = self.shape
         numbers = COPIED if copied or self.copied else NUMBERS
         step = max(1, min(ROWS, numbers // max(1, *rest, 1)))
@@ -63,7 +63,7 @@ class Rows:
             yield slice(start, min(n, start + step))
 
     def __getitem__(self, part: slice) -> Tensor:
-        """Rows as a floating tensor that nobody writes to: a view of the caller's where it can be."""
+        """Return rows as a floating tensor, often a view of the caller's, so not to be written to."""
         if isinstance(self.source, Tensor):
             piece = self.source[part]
             return piece if piece.dtype in _FLOATING else piece.to(torch.float64)
@@ -72,7 +72,7 @@ class Rows:
 
 
 def read_numbers(given: Any, name: str) -> Rows:
-    """An array, tensor, data frame or list of real numbers; TypeError for anything else."""
+    """Read an array, tensor, data frame or list of real numbers; raise a TypeError for anything else."""
     if isinstance(given, Tensor):
         if given.is_complex():
             raise TypeError(f"{name} must hold real numbers, got {given.dtype}")
@@ -90,17 +90,17 @@ def read_numbers(given: Any, name: str) -> Rows:
 
 
 def as_tensor(array: np.ndarray) -> Tensor:
-    """A tensor on the array's numbers, or on a copy where torch will not have them as they lie."""
-    return torch.from_numpy(array if _lies_well(array) else array.copy())
+    """Return a tensor that shares the array's memory, or a copy where torch cannot."""
+    return torch.from_numpy(array if _torch_can_share(array) else array.copy())
 
 
-def _lies_well(array: np.ndarray) -> bool:
-    """torch refuses negative strides, and warns of read-only arrays."""
+def _torch_can_share(array: np.ndarray) -> bool:
+    """Return False for arrays that torch refuses (negative strides) or warns about (read-only)."""
     return array.flags.behaved and all(s >= 0 and s % array.itemsize == 0 for s in array.strides)
 
 
 def as_array(given: Any, name: str) -> np.ndarray:
-    """``numpy.asarray``, with the argument's name in the error; of tensors too, half types in float32."""
+    """Return ``numpy.asarray`` of anything, tensors too (half types as float32), naming it in errors."""
     if isinstance(given, Tensor):
         _check_dense(given, name)
         half = given.dtype.is_floating_point and given.dtype.itemsize < 4

@@ -1,8 +1,8 @@
-"""True labels beside predictions, swept once, a part of the rows at a time.
+"""True labels and predictions, compared in one sweep, a part of the rows at a time.
 
-    rows n of a part → ℓ_n = rule(p_n, y_n), s_n, y_n        what a metric makes of them is its own affair
+    rows n of a part → ℓ_n = rule(p_n, y_n), s_n, y_n        each metric reduces these in its own way
 
-Labels, probabilities and weights are checked here, for every metric alike.
+Labels, probabilities and weights are checked here, in the same way for every metric.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from xent._core.statistics import statistics_dtype
 from xent.metrics._arrays import Rows, as_tensor, read_numbers
-from xent.metrics._labels import Labels, read_labels, shown
+from xent.metrics._labels import Labels, format_labels, read_labels
 from xent.metrics._probabilities import Probabilities, read_probabilities
 
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -24,7 +24,7 @@ Rule = Callable[[Tensor, Tensor], Tensor]
 
 
 class Part(NamedTuple):
-    """Some rows of a comparison."""
+    """The losses and weights of some rows of a comparison."""
 
     rows: slice
     y: Tensor  # (R,) int64
@@ -41,7 +41,7 @@ class Comparison:
     weight: Rows | None  # (N,)
 
     def sweep(self, rule: Rule, copied: bool = False) -> Iterator[Part]:
-        """The weighted losses of all rows, in order; does the rule copy its p?"""
+        """Yield the weighted losses of all rows in order; `copied` says that the rule copies its p."""
         device = self.predicted.rows.device
         for part in self.predicted.rows.parts(copied or self.predicted.renormalize):
             y = as_tensor(self.labels.codes(part)).to(device)
@@ -63,34 +63,35 @@ def compare(
     renormalize: Any = False,
     split: Callable[[Labels], Labels] | None = None,
 ) -> Comparison:
-    """Read and check the arguments that every metric has; ``split`` makes two values of the labels first."""
+    """Read and check the arguments of a metric; ``split`` maps the labels to two values beforehand."""
     predicted = read_probabilities(y_pred, renormalize)
-    known = read_labels(y_true, labels)
-    if known.count != predicted.count:
-        raise ValueError(f"y_true has {known.count} rows and y_pred has {predicted.count}; they must agree")
+    true = read_labels(y_true, labels)
+    if true.count != predicted.count:
+        raise ValueError(f"y_true has {true.count} rows and y_pred has {predicted.count}; they must agree")
     if split is not None and predicted.single:
-        known = split(known)
-    columns = len(known.values)
+        true = split(true)
+    columns = len(true.values)
     if columns < 2:
         if labels is None:
             raise ValueError(
-                f"y_true holds only one label, {shown(known.values)}; name those of all columns as labels="
+                f"y_true holds only one label, {format_labels(true.values)}; "
+                "name those of all columns as labels="
             )
-        raise ValueError(f"labels must name at least two labels, got {shown(known.values)}")
+        raise ValueError(f"labels must name at least two labels, got {format_labels(true.values)}")
     if columns != predicted.classes:
         one = "one column, that of the second of two labels"
-        found = f"y_pred has {one if predicted.single else f'{predicted.classes} columns'}"
+        named = format_labels(true.values)
+        actual = f"y_pred has {one if predicted.single else f'{predicted.classes} columns'}"
         if labels is None:
             raise ValueError(
-                f"{found}, but y_true holds {columns} labels, {shown(known.values)}; name those of the "
-                f"columns as labels="
+                f"{actual}, but y_true holds {columns} labels, {named}; name those of the columns as labels="
             )
-        raise ValueError(f"{found}, but labels has {columns} entries, {shown(known.values)}")
-    return Comparison(known, predicted, read_weight(sample_weight, known.count))
+        raise ValueError(f"{actual}, but labels has {columns} entries, {named}")
+    return Comparison(true, predicted, read_weight(sample_weight, true.count))
 
 
 def read_weight(sample_weight: Any, count: int) -> Rows | None:
-    """(N,) numbers, finite and not negative, not all zero; None means 1 for every row."""
+    """Read weights (N,): finite, not negative and not all zero; None means 1 for every row."""
     if sample_weight is None:
         return None
     weight = read_numbers(sample_weight, "sample_weight")
@@ -114,8 +115,8 @@ def read_weight(sample_weight: Any, count: int) -> Rows | None:
     return weight
 
 
-def total(parts: Iterator[Tensor] | list[Tensor]) -> float:
-    """The sum of all numbers of all parts: pairwise within each, exactly rounded over them."""
+def sum_of(parts: Iterator[Tensor] | list[Tensor]) -> float:
+    """Return the sum over all parts: pairwise within a part, exactly rounded over the parts."""
     sums = [part.sum().item() for part in parts]
     try:
         return math.fsum(sums)

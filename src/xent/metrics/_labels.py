@@ -1,9 +1,9 @@
-"""Labels as columns: which column of the predictions is a row's own.
+"""Labels as codes: for each row the column of the predictions that belongs to its label.
 
     code_n = the c with values_c = y_n
 
-Nothing of 10⁶ rows is sorted: whole numbers are looked up in a table where their range is small (0..C−1 are
-codes as they stand) and by bisection where it is not; everything else, strings above all, in a dictionary.
+No array of N rows is sorted. Whole numbers are looked up in a table where their range is small (0..C−1
+already are codes), and by bisection where it is not; all other labels, mostly strings, in a dictionary.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import numpy as np
 
 from xent.metrics._arrays import as_array
 
-ROWS = 1 << 16  # that are looked at together: as many strings are a few MiB
-TABLE = 1 << 20  # the largest range of whole numbers that is looked up in a table: 8 MiB of it
-EXACT = 2**53  # whole numbers that float64 tells apart
+ROWS = 1 << 16  # encoded together; as many strings take a few MiB
+TABLE = 1 << 20  # the largest range of whole numbers that is looked up in a table, of 8 MiB
+EXACT = 2**53  # float64 holds all whole numbers up to here
 
 Encoder = Callable[[slice], np.ndarray]
-"""Some rows → (R,) int64: the position of each row's label among the values, −1 where it is none of them."""
+"""Some rows → (R,) int64, the position of each row's label among the values, −1 where it is not one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,36 +36,36 @@ class Labels:
 
     @property
     def count(self) -> int:
-        """N."""
+        """The number of rows, N."""
         return len(self.y)
 
     def codes(self, part: slice) -> np.ndarray:  # (R,) int64
-        """Columns of some rows; ValueError names the first row whose label has none."""
+        """Return the codes of some rows; raise a ValueError that names the first row whose label has none."""
         codes = self.encoder(part)
         if codes.min() < 0:
             row = part.start + int(np.flatnonzero(codes < 0)[0])
             raise ValueError(
                 f"{self.name} is {self.y[row : row + 1].tolist()[0]!r} at row {row}, "
-                f"which is none of the labels {shown(self.values)}"
+                f"which is none of the labels {format_labels(self.values)}"
             )
         return codes
 
     def split(self, positive: list[bool]) -> Labels:
-        """The same rows over two values: is the row's value one of the positive ones?"""
-        to = np.asarray(positive, dtype=np.int64)
+        """Return the same rows with two values, False and True: True where the label is a positive one."""
+        code_of = np.asarray(positive, dtype=np.int64)
         return dataclasses.replace(
-            self, values=np.array([False, True]), encoder=lambda part: to[self.codes(part)]
+            self, values=np.array([False, True]), encoder=lambda part: code_of[self.codes(part)]
         )
 
     def parts(self) -> Iterator[slice]:
-        """Slices that cover 0..N in order."""
+        """Yield slices that cover 0..N in order."""
         return _parts(slice(0, self.count))
 
 
 def read_labels(given: Any, labels: Any = None, *, name: str = "y_true") -> Labels:
-    """Labels of rows: (N,) or (N, 1) of whole numbers, bools, strings or what is hashable, or (N, C) one-hot.
+    """Read labels: (N,) or (N, 1) of whole numbers, bools, strings or other hashables, or (N, C) one-hot.
 
-    ``labels`` gives the values in the order of the columns; without it they are those that occur, sorted.
+    ``labels`` gives the values in the order of the columns; by default they are those that occur, sorted.
     """
     y = as_array(given, name)
     values = None if labels is None else as_array(labels, "labels")
@@ -80,25 +80,25 @@ def read_labels(given: Any, labels: Any = None, *, name: str = "y_true") -> Labe
     if not len(y):
         raise ValueError(f"{name} has no rows")
     if y.ndim == 2:
-        return _one_hot(y, values, name)
-    if _whole(y) and (values is None or _whole(values)):
-        return _numbers(y, values, name)
-    return _names(y, values, name)
+        return _one_hot_labels(y, values, name)
+    if _may_be_whole(y) and (values is None or _may_be_whole(values)):
+        return _whole_number_labels(y, values, name)
+    return _hashable_labels(y, values, name)
 
 
-def shown(values: np.ndarray, most: int = 8) -> str:
-    """A list of labels in a message, cut where it is long."""
+def format_labels(values: np.ndarray, most: int = 8) -> str:
+    """Format labels for a message, at most `most` of them."""
     listed = [repr(value) for value in values[:most].tolist()]
     return f"[{', '.join(listed)}]" if len(values) <= most else f"[{', '.join(listed)}, ...: {len(values)}]"
 
 
 def missing(value: Any) -> bool:
-    """Return whether a value stands for none: None, nan of any type, pandas' NA, a date that is none."""
+    """Return whether a value is missing: None, nan of any type, pandas' NA or NaT."""
     try:
         return value is None or bool(value != value)
-    except TypeError:  # NA has no truth
+    except TypeError:  # NA has no truth value
         return True
-    except ValueError:  # nor has an array, which is a value
+    except ValueError:  # nor has an array, but it is a value
         return False
 
 
@@ -108,7 +108,7 @@ def _parts(rows: slice) -> Iterator[slice]:
 
 
 def _piecewise(encode: Encoder) -> Encoder:
-    """The same with working memory for a few rows at a time."""
+    """Return an encoder that calls `encode` on a few rows at a time, to bound its working memory."""
 
     def encode_all(part: slice) -> np.ndarray:
         codes = np.empty(part.stop - part.start, dtype=np.int64)
@@ -128,7 +128,7 @@ def _check_distinct(values: np.ndarray) -> None:
 
 
 def _hashable(values: np.ndarray, name: str, start: int = 0) -> list[Any]:
-    """The values as Python objects; TypeError names the first that cannot be looked up."""
+    """Return the values as Python objects; raise a TypeError that names the first unhashable one."""
     listed: list[Any] = values.tolist()
     try:
         hash(tuple(listed))
@@ -145,8 +145,8 @@ def _hashable(values: np.ndarray, name: str, start: int = 0) -> list[Any]:
 # --- one-hot rows ----------------------------------------------------------------------------------------
 
 
-def _one_hot(y: np.ndarray, values: np.ndarray | None, name: str) -> Labels:
-    """Rows that mark their class: its column is the code."""
+def _one_hot_labels(y: np.ndarray, values: np.ndarray | None, name: str) -> Labels:
+    """Return labels whose codes are the columns of the ones in y (N, C)."""
     classes = y.shape[1]
     if values is None:
         values = np.arange(classes)
@@ -170,8 +170,8 @@ def _one_hot(y: np.ndarray, values: np.ndarray | None, name: str) -> Labels:
 # --- whole numbers ---------------------------------------------------------------------------------------
 
 
-def _whole(array: np.ndarray) -> bool:
-    """Whether these may be whole numbers that int64 holds (floats are looked at when they are read)."""
+def _may_be_whole(array: np.ndarray) -> bool:
+    """Return whether the type allows whole numbers within int64; floats are checked when they are read."""
     return array.dtype.kind in "bif" or (
         array.dtype.kind == "u" and (array.dtype.itemsize < 8 or not array.size or array.max() < 2**63)
     )
@@ -192,13 +192,13 @@ def _integers(y: np.ndarray, part: slice, name: str) -> np.ndarray:  # (R,) int6
     return numbers.astype(np.int64, copy=False)
 
 
-def _numbers(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
+def _whole_number_labels(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
     if given is None:
-        values = _occurring(y, name)
-        named = values.astype(y.dtype)
+        values = _distinct_numbers(y, name)
+        as_given = values.astype(y.dtype)
     else:
         values = _integers(given, slice(0, len(given)), "labels")
-        named = given
+        as_given = given
     low, high = (int(values.min()), int(values.max())) if len(values) else (0, 0)
 
     if np.array_equal(values, np.arange(len(values))):
@@ -209,10 +209,10 @@ def _numbers(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
                 return np.where((codes < 0) | (codes >= len(values)), -1, codes)
             return codes
 
-        return Labels(named, y, encode, name)
+        return Labels(as_given, y, encode, name)
 
     if high - low < TABLE and low > -EXACT and high < EXACT:
-        table = np.full(high - low + 3, -1)  # with a place for what lies below, and one for what lies above
+        table = np.full(high - low + 3, -1)  # with one entry for smaller numbers and one for larger ones
         table[values - (low - 1)] = np.arange(len(values))
 
         def encode(part: slice) -> np.ndarray:
@@ -228,11 +228,11 @@ def _numbers(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
             at[at == len(values)] = 0
             return np.where(ascending[at] == numbers, order[at], -1)
 
-    return Labels(named, y, _piecewise(encode), name)
+    return Labels(as_given, y, _piecewise(encode), name)
 
 
-def _occurring(y: np.ndarray, name: str) -> np.ndarray:  # (C,) int64, ascending
-    """The whole numbers that occur."""
+def _distinct_numbers(y: np.ndarray, name: str) -> np.ndarray:  # (C,) int64, ascending
+    """Return the whole numbers that occur."""
     low, high = None, None
     for part in _parts(slice(0, len(y))):
         numbers = _integers(y, part, name)
@@ -250,11 +250,11 @@ def _occurring(y: np.ndarray, name: str) -> np.ndarray:  # (C,) int64, ascending
     return np.flatnonzero(seen) + low
 
 
-# --- names -----------------------------------------------------------------------------------------------
+# --- strings and other hashables --------------------------------------------------------------------
 
 
-def _names(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
-    """Strings and whatever else compares equal to itself: equality is Python's."""
+def _hashable_labels(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
+    """Return labels that are strings or other hashables, compared as Python compares them."""
     values = _distinct(y, name) if given is None else given
     column = {value: c for c, value in enumerate(values.tolist())}
 
@@ -265,7 +265,7 @@ def _names(y: np.ndarray, given: np.ndarray | None, name: str) -> Labels:
 
 
 def _distinct(y: np.ndarray, name: str) -> np.ndarray:
-    """The values that occur, sorted."""
+    """Return the values that occur, sorted."""
     seen: set[Any] = set()
     for part in _parts(slice(0, len(y))):
         seen.update(_hashable(y[part], name, part.start))

@@ -1,12 +1,12 @@
-"""What predicted probabilities cost, in nats.
+"""Losses of predicted probabilities, in nats.
 
     ℓ_n = −log p_n[y_n]                         log_loss = Σ s ℓ / Σ s
     b_n = Σ_c (p_nc − [c = y_n])²               brier_score = Σ s b / Σ s, halved for two labels
-    H   = −Σ_c f_c log f_c                      f_c = Σ_{y_n = c} s_n / Σ s: what the best constant costs
+    H   = −Σ_c f_c log f_c                      f_c = Σ_{y_n = c} s_n / Σ s: the best constant's loss
     D²  = 1 − log_loss / H
 
-ℓ is the formula page's loss of a class index, there for p the softmax of logits. The arithmetic is float64,
-whatever type the probabilities are stored in, and nothing is clipped.
+ℓ is the loss of ``docs/formula.md`` for a class index, where p is the softmax of logits. The arithmetic is
+float64, whatever type the probabilities are stored in, and nothing is clipped.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 from xent._core.statistics import statistics_dtype
 from xent._core.validators import valid
 from xent.metrics._arrays import Rows, as_array
-from xent.metrics._comparison import Comparison, Rule, compare, read_weight, total
-from xent.metrics._labels import Labels, read_labels, shown
+from xent.metrics._comparison import Comparison, Rule, compare, read_weight, sum_of
+from xent.metrics._labels import Labels, format_labels, read_labels
 
 
 class ClassLoss(NamedTuple):
-    """Log loss by true label; ``(loss * weight).sum() / weight.sum()`` over labels that occur is log_loss."""
+    """The log loss of each label; over labels that occur, log_loss is its mean weighted by ``weight``."""
 
     labels: np.ndarray  # (C,) in the order of the columns
-    loss: np.ndarray  # (C,) float64: the mean over the rows of a label, in nats; nan where it has none
-    weight: np.ndarray  # (C,) float64: Σ s over the rows of a label, their number where there are no weights
+    loss: np.ndarray  # (C,) float64: the mean over the rows of a label, in nats; nan for a label without rows
+    weight: np.ndarray  # (C,) float64: Σ s over the rows of a label; their number without weights
 
 
 def log_loss(
@@ -43,25 +43,25 @@ def log_loss(
     labels: Any = None,
     renormalize: bool = False,
 ) -> float:
-    """Mean −log of the probability that was given to the true label, in nats.
+    """Return the mean of −log of the probability given to the true label, in nats.
 
-    scikit-learn's ``log_loss`` with its arguments; what differs: nothing is clipped, so that a true label
-    of probability 0 costs inf; columns follow ``labels`` in the order given; rows that are no
-    distribution are errors.
+    scikit-learn's ``log_loss`` with its arguments. The differences: nothing is clipped, so a true label of
+    probability 0 gives inf; columns follow ``labels`` in the order given; rows that do not sum to 1 are
+    errors.
 
     Args:
         y_true: (N,) or (N, 1) labels (whole numbers, bools, strings), or (N, C) one-hot.
         y_pred: (N, C) probabilities, NumPy, torch (any device), a data frame or lists; or (N,) or (N, 1), the
-            probabilities of the second of two labels. A row must sum to 1 by the digits it has: within √eps
-            of its type, or 1e-6, or C·5e-7 (six places), whichever is most.
+            probabilities of the second of two labels. A row must sum to 1 within √eps of its type, 1e-6 or
+            C·5e-7 (six places), whichever is largest.
         normalize: False for the sum instead of the mean.
         sample_weight: (N,), finite, not negative, not all 0. A row of weight 0 is left out of the sum (its
             probabilities are still checked).
-        labels: (C,), what the columns of ``y_pred`` stand for; by default the labels in ``y_true``, sorted.
+        labels: (C,), the labels of the columns of ``y_pred``; by default the labels in ``y_true``, sorted.
         renormalize: True divides each row of ``y_pred`` by its sum, which may then be off 1 by up to 1e-3.
 
     Returns:
-        Σ s·ℓ / Σ s, or Σ s·ℓ; inf where a row that counts gave its label no probability.
+        Σ s·ℓ / Σ s, or Σ s·ℓ; inf where a row of positive weight gives its label the probability 0.
 
     Raises:
         ValueError: a probability outside 0..1, a row that does not sum to 1, a label that has no column, a
@@ -76,15 +76,15 @@ def log_loss(
     """
     normalize = valid("normalize", normalize)
     compared = compare(y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize)
-    return _average(compared, _log, normalize)
+    return _average(compared, _log_rule, normalize)
 
 
 def log_loss_per_sample(
     y_true: Any, y_pred: Any, *, labels: Any = None, renormalize: bool = False
 ) -> np.ndarray:
-    """−log of the probability that each row gave to its label: which rows does the model lose on?
+    """Return −log of the probability that each row gives to its true label, in nats.
 
-    It takes no weights: these belong to an average, which is yours to form.
+    Takes no weights, since nothing is averaged.
 
     Args:
         y_true, y_pred, labels, renormalize: as in :func:`log_loss`.
@@ -102,7 +102,7 @@ def log_loss_per_sample(
     """
     compared = compare(y_true, y_pred, labels=labels, renormalize=renormalize)
     losses = np.empty(compared.labels.count)
-    for part in compared.sweep(_log):
+    for part in compared.sweep(_log_rule):
         losses[part.rows] = part.loss.cpu().numpy()
     return losses
 
@@ -110,10 +110,10 @@ def log_loss_per_sample(
 def log_loss_per_class(
     y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None, renormalize: bool = False
 ) -> ClassLoss:
-    """Log loss by true label: which classes does the model lose on?
+    """Return the log loss of each true label, in nats.
 
-    The mean over labels is the balanced log loss, every class counting alike; ``weight`` puts the classes
-    together again.
+    The unweighted mean over labels is the balanced log loss; the mean weighted by ``weight`` is
+    :func:`log_loss`.
 
     Args:
         y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`.
@@ -147,20 +147,23 @@ def brier_score(
     scale_by_half: bool | str = "auto",
     renormalize: bool = False,
 ) -> float:
-    """Mean squared distance of the probabilities from the one-hot truth: scikit-learn's ``brier_score_loss``.
+    """Return the mean squared distance of the probabilities from the one-hot labels.
+
+    scikit-learn's ``brier_score_loss`` with its arguments.
 
     Args:
         y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`; with ``y_pred`` (N,),
-            labels 0 and 1, −1 and 1 or any two numbers are understood, one of the two may be missing, and
-            strings need ``pos_label`` or ``labels``.
+            the labels may be any two numbers, of which the larger is the positive one; one of the two may be
+            missing. Strings need ``pos_label`` or ``labels``.
         pos_label: the label whose probabilities ``y_pred`` (N,) gives.
         scale_by_half: True gives a score in 0..1, False one in 0..2; ``"auto"`` halves for two labels.
 
     Returns:
-        Σ s·b / Σ s, halved or not. No nats: a squared probability has no unit.
+        Σ s·b / Σ s, halved or not; without a unit.
 
     Raises:
-        ValueError, TypeError: as :func:`log_loss`; a ``pos_label`` that is no label, or beside columns.
+        ValueError, TypeError: as :func:`log_loss`; a ``pos_label`` that is not a label, or with ``y_pred``
+        (N, C).
 
     Example:
         >>> from xent.metrics import brier_score
@@ -170,8 +173,8 @@ def brier_score(
     scale_by_half = valid("scale_by_half", scale_by_half)
     pos_label = _one_label(pos_label)
 
-    def split(known: Labels) -> Labels:
-        return known.split(_positive(known.values.tolist(), pos_label, labels))
+    def split(true: Labels) -> Labels:
+        return true.split(_positive(true.values.tolist(), pos_label, labels))
 
     compared = compare(
         y_true, y_pred, sample_weight=sample_weight, labels=labels, renormalize=renormalize, split=split
@@ -181,7 +184,7 @@ def brier_score(
             f"pos_label is for y_pred of shape (N,); here y_pred has {compared.predicted.classes} columns: "
             f"say what they stand for with labels="
         )
-    score = _average(compared, _squares, copied=True)
+    score = _average(compared, _brier_rule, copied=True)
     halved = compared.predicted.classes == 2 if scale_by_half == "auto" else scale_by_half
     return score / 2 if halved else score
 
@@ -189,16 +192,16 @@ def brier_score(
 def d2_log_loss(
     y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None, renormalize: bool = False
 ) -> float:
-    """The share of the label entropy that the predictions explain: scikit-learn's ``d2_log_loss_score``.
+    """Return 1 − log_loss / label_entropy, as scikit-learn's ``d2_log_loss_score``.
 
-    1 is perfect, 0 is as good as knowing the frequencies of the labels, and there is no lower bound.
+    1 is perfect, 0 is as good as predicting the frequencies of the labels; there is no lower bound.
 
     Args:
         y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`.
 
     Returns:
-        1 − log_loss / label_entropy; nan where all rows that count have one label (there is nothing to
-        explain), −inf where the log loss is infinite.
+        A float; nan where all rows of positive weight have one label (the entropy is 0), −inf where the log
+        loss is infinite.
 
     Raises:
         ValueError, TypeError: as :func:`log_loss`.
@@ -217,14 +220,14 @@ def d2_log_loss(
 
 
 def label_entropy(y: Any, *, sample_weight: Any = None) -> float:
-    """Entropy of the labels' frequencies, in nats: the log loss of the best constant prediction.
+    """Return the entropy of the labels' frequencies, in nats: the log loss of the best constant prediction.
 
     Args:
-        y: as ``y_true`` in :func:`log_loss`; a single label is fine, and has none.
+        y: as ``y_true`` in :func:`log_loss`; a single label is allowed, and has the entropy 0.
         sample_weight: (N,), finite, not negative, not all 0.
 
     Returns:
-        −Σ f log f over the labels, f their share of the weight.
+        −Σ f log f over the labels, f the share of each in the weight.
 
     Raises:
         ValueError, TypeError: as :func:`log_loss`.
@@ -246,19 +249,19 @@ def label_entropy(y: Any, *, sample_weight: Any = None) -> float:
 # --- rules: p (R, C) or (R,), y (R,) → losses (R,) -------------------------------------------------------
 
 
-def _log(p: Tensor, y: Tensor) -> Tensor:
-    """ℓ = −log p_y; for the first of two labels −log1p(−p), which keeps the digits of a small p."""
+def _log_rule(p: Tensor, y: Tensor) -> Tensor:
+    """Return ℓ = −log p_y; for the first of two labels −log1p(−p), which is accurate for a small p."""
     wide = statistics_dtype(p.device)
     if p.dim() == 1:
         p = p.to(wide)
         logs = torch.where(y == 1, p.log(), torch.log1p(-p))
     else:
         logs = p.gather(1, y[:, None]).squeeze(1).to(wide).log_()
-    return torch.rsub(logs, 0.0)  # not −logs: a certain row costs 0, not −0
+    return torch.rsub(logs, 0.0)  # not −logs, so that p_y = 1 gives 0 and not −0
 
 
-def _squares(p: Tensor, y: Tensor) -> Tensor:
-    """b = Σ_c (p_c − [c = y])², as it is written: Σp² − 2p_y + 1 would lose the digits of a good row."""
+def _brier_rule(p: Tensor, y: Tensor) -> Tensor:
+    """Return b = Σ_c (p_c − [c = y])², as written: Σp² − 2p_y + 1 would cancel where p_y is near 1."""
     wide = statistics_dtype(p.device)
     if p.dim() == 1:
         return (p.to(wide) - y).square_().mul_(2)
@@ -271,51 +274,51 @@ def _squares(p: Tensor, y: Tensor) -> Tensor:
 
 
 def _average(compared: Comparison, rule: Rule, normalize: bool = True, copied: bool = False) -> float:
-    """Σ s·ℓ / Σ s, or Σ s·ℓ."""
-    loss = total(part.loss for part in compared.sweep(rule, copied))
-    return loss / _mass(compared.weight, compared.labels.count) if normalize else loss
+    """Return Σ s·ℓ / Σ s, or Σ s·ℓ."""
+    loss = sum_of(part.loss for part in compared.sweep(rule, copied))
+    return loss / _sum_of_weights(compared.weight, compared.labels.count) if normalize else loss
 
 
-def _mass(weight: Rows | None, count: int) -> float:
+def _sum_of_weights(weight: Rows | None, count: int) -> float:
     if weight is None:
         return count
-    return total(weight[part].to(statistics_dtype(weight.device)) for part in weight.parts())
+    return sum_of(weight[part].to(statistics_dtype(weight.device)) for part in weight.parts())
 
 
 def _by_class(compared: Comparison) -> tuple[np.ndarray, np.ndarray]:
-    """Σ s·ℓ (C,) and Σ s (C,) over the rows of each label."""
+    """Return Σ s·ℓ (C,) and Σ s (C,) over the rows of each label."""
     classes = len(compared.labels.values)
     losses, weight = np.zeros(classes), np.zeros(classes)
-    for part in compared.sweep(_log):
+    for part in compared.sweep(_log_rule):
         losses += torch.bincount(part.y, part.loss, minlength=classes).cpu().numpy()
         weight += torch.bincount(part.y, part.weight, minlength=classes).cpu().numpy()
     return losses, weight
 
 
 def _entropy(mass: np.ndarray) -> float:  # (C,), not negative
-    """−Σ f log f; the largest f through what is left of 1, so that rare labels keep their digits."""
+    """Return −Σ f log f; log of the largest f as log1p(−Σ of the others), accurate where these are small."""
     mass = np.sort(mass[mass > 0])
     rest = math.fsum(mass[:-1])
-    whole = rest + mass[-1]
-    f = mass[:-1] / whole
-    return float(-math.fsum(f * np.log(f)) - (mass[-1] / whole) * math.log1p(-rest / whole))
+    total = rest + mass[-1]
+    f = mass[:-1] / total
+    return float(-math.fsum(f * np.log(f)) - (mass[-1] / total) * math.log1p(-rest / total))
 
 
 def _one_label(given: Any) -> Any:
-    """A label as a plain Python object; TypeError for what can be none."""
-    plain = as_array(given, "pos_label").item() if isinstance(given, Tensor) and given.numel() == 1 else given
-    plain = plain.item() if isinstance(plain, np.ndarray | np.generic) and plain.ndim == 0 else plain
-    if isinstance(plain, Tensor) or not isinstance(plain, Hashable):
+    """Return a label as a plain Python object; raise a TypeError for anything that cannot be a label."""
+    label = as_array(given, "pos_label").item() if isinstance(given, Tensor) and given.numel() == 1 else given
+    label = label.item() if isinstance(label, np.ndarray | np.generic) and label.ndim == 0 else label
+    if isinstance(label, Tensor) or not isinstance(label, Hashable):
         raise TypeError(f"pos_label must be one label, got {type(given).__name__}")
-    return plain
+    return label
 
 
 def _positive(values: list[Any], pos_label: Any, labels: Any) -> list[bool]:
-    """Which of the labels a single column of probabilities is about."""
+    """Return for each label whether a single column of probabilities gives its probability."""
     if len(values) > 2:
         raise ValueError(
             f"y_pred has one column, that of the second of two labels, but there are {len(values)} labels, "
-            f"{shown(np.asarray(values))}; give y_pred a column for each"
+            f"{format_labels(np.asarray(values))}; give y_pred a column for each"
         )
     if pos_label is not None:
         if pos_label not in values and len(values) == 2:
@@ -328,6 +331,6 @@ def _positive(values: list[Any], pos_label: Any, labels: Any) -> list[bool]:
             f"y_pred has one column, and the labels are {values!r}: say which it is about with pos_label= "
             f"or labels=[negative, positive]"
         )
-    # 0 and −1 are negative also where no row is positive
+    # a lone 0 or −1 is the negative label, in data without a positive row
     greatest = max(values)
     return [value == greatest and not (len(values) == 1 and greatest in (0, -1)) for value in values]

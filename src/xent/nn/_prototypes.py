@@ -1,14 +1,13 @@
-"""Classes without labels: prototypes learnt by swapped, balanced assignments.
+"""A prototype head trained without labels, by swapped, balanced assignments.
 
     z = cos(x, w)        q(x) = Sinkhorn(z(x)/ε), columns of equal mass        p(x) = softmax(z(x)/τ)
 
     L = mean over pairs of views a ≠ b of  −⟨q(x_a), log p(x_b)⟩
 
-Each view is to predict the assignment of another view of the same thing. The balance of the assignments is
-what keeps all rows from falling onto one prototype. They are targets, held constant: gradients go through p
-alone. ε and τ scale the same cosines, so ε/τ says how much surer the targets are than the predictions: an
-argument, not a constant of the method. Source: Caron et al., "Unsupervised learning of visual features by
-contrasting cluster assignments", 2020.
+Each view predicts the assignment of another view of the same sample. The balance of the assignments keeps the
+rows from collapsing onto one prototype. Assignments are constant targets: gradients flow through p alone. ε
+and τ scale the same cosines, so ε/τ sets how much sharper the targets are than the predictions. Source: Caron
+et al., "Unsupervised learning of visual features by contrasting cluster assignments", 2020.
 """
 
 from __future__ import annotations
@@ -24,15 +23,16 @@ from xent.losses._cross_entropy import linear_cross_entropy
 
 
 class PrototypeHead(nn.Module):
-    """Prototypes over features of length 1, taught by the balanced assignments of other views.
+    """A module of prototypes over normalised features, trained on the balanced assignments of other views.
 
     Args:
-        in_features: D.
-        num_prototypes: K.
+        in_features: D, the number of features.
+        num_prototypes: K, the number of prototypes.
         temperature: τ of the predictions.
-        epsilon: ε of the assignments. Below τ they are surer than the predictions, which they sharpen;
-            towards 0 each row has one prototype.
-        iterations: of Sinkhorn's scaling, in every assignment. Rows sum to 1 exactly, columns nearly.
+        epsilon: ε of the assignments. With ε < τ the assignments are sharper than the predictions; as ε goes
+            to 0, each row is assigned to one prototype.
+        iterations: the number of Sinkhorn iterations in every assignment; row sums are exact, column sums
+            approximate.
 
     Example:
         >>> import torch, xent
@@ -67,7 +67,7 @@ class PrototypeHead(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Directions spread evenly: their lengths do not matter."""
+        """Draw the prototypes from a normal distribution, so that their directions are uniform."""
         nn.init.normal_(self.prototypes, std=self.prototypes.shape[1] ** -0.5)
 
     def extra_repr(self) -> str:
@@ -78,29 +78,33 @@ class PrototypeHead(nn.Module):
         )
 
     def cosines(self, input: Tensor) -> Tensor:
-        """Return the cosines of features (..., D) with each prototype, (..., K); 0 of a row of zeros."""
+        """Return the cosines of features (..., D) with each prototype, (..., K); 0 for a row of zeros."""
         return cosines(input, self.prototypes)
 
     def predict(self, input: Tensor) -> Tensor:
-        """The nearest prototype of features (..., D): (...) int64."""
+        """Return the nearest prototype of features (..., D), (...) int64."""
         return self.cosines(input).argmax(-1)
 
     @torch.no_grad()
     def assign(self, input: Tensor) -> sinkhorn.Assignment:
-        """Balanced assignment of features (N, D), without gradient: a plan (N, K) with rows of sum 1."""
+        """Return the balanced assignment of features (N, D), a plan (N, K), without gradient."""
         return sinkhorn.assign(
             self.cosines(input), epsilon=self.epsilon, max_iterations=self.iterations, tolerance=None
         )
 
     def forward(self, *views: Tensor, assigned: int = 2) -> Tensor:
-        """The loss of swapped assignments.
+        """Return the loss of swapped assignments.
 
         Args:
-            views: two or more, (N, D) each: features of the same N things seen differently.
-            assigned: how many of them, the first ones, are assigned; each is predicted from all the others.
+            views: two or more tensors (N, D): features of different views of the same N samples.
+            assigned: the number of views that are assigned, from the first; each assignment is predicted from
+                every other view.
 
         Returns:
             A scalar, in nats.
+
+        Raises:
+            ValueError: fewer than two views, views of different shapes, or more assigned than there are.
         """
         for number, view in enumerate(views):
             require_tensors(spread=False, **{f"views[{number}]": view})

@@ -1,14 +1,15 @@
-"""From potentials to a plan whose columns' error is within a tolerance.
+"""A solver that iterates until the error of a plan's column sums is within a tolerance.
 
-    f is always the best for its g; g goes up the concave dual by the step Δ that solves, damped,
+    f is always optimal for its g; g climbs the concave dual by the step Δ of the damped system
 
     (diag q − Pᵀ diag(1/p) P) Δ = ε (c − q)
 
-Sinkhorn's own iterations come first, and stay where their rate says that few will do. At a small ε they creep
-for thousands of passes where Newton's steps need tens. These creep too where ε is a small part of the scores'
-spread, for there the dual is all but piecewise linear: its slope says little about how far to go. So ε is
-taken down from where the dual is smooth, by a factor at a time, each plan's potentials the next one's start.
-Near a vertex of the polytope they are linear in ε, and the line through the last two is the start.
+Sinkhorn's own iterations come first, and go on where their rate predicts that few are needed. At a small ε
+they take thousands of passes where Newton's method takes tens of steps. Newton's method is slow too where ε
+is small beside the range of the scores: there the dual is nearly piecewise linear, and its slope says little
+about the length of a step. So ε is lowered to its value by a constant factor at a time, from one at which the
+dual is smooth, and the potentials at each ε start the next. Near a vertex of the polytope the potentials are
+linear in ε, so the start is extrapolated from the last two.
 """
 
 from __future__ import annotations
@@ -21,47 +22,49 @@ from torch import Tensor
 
 from xent.sinkhorn import _coupling
 from xent.sinkhorn._iterations import (
-    Found,
     Problem,
+    Progress,
     State,
     blocks,
     column_step,
     columns_from_plan,
     evaluate,
-    fixed,
+    has_lost_columns,
     iterate,
-    lost,
+    run_iterations,
 )
 
-CHECK = 10  # iterations between two looks at the error
-PATIENCE = 60  # iterations that are left to plain Sinkhorn where it will be done by then
-SURE = 400  # iterations to rounding that are left to plain Sinkhorn where their number is known
-DAMPING = 1e-2  # the first of Newton's steps; 0 in the end
-FIRMEST = 1e6  # damping at which no step is left
-FORCING = 1e-4  # of the residual of a step: float32 products reach it
-SMOOTH = 100  # the spread of scores over ε up to which Newton's steps need no help
-FALL = 4.0  # of ε from one plan to the next
-COARSE = 1e-3  # the error of a plan on the way
-RUNGS = 23  # a smaller ε than the last is beyond the digits of potentials of the spread's size
+CHECK = 10  # iterations between two evaluations of the error
+PATIENCE = 60  # predicted iterations up to which Sinkhorn's method is used
+PREDICTED = 400  # the same, where the number of iterations down to rounding is known
+DAMPING = 1e-2  # of the first Newton step; it falls towards 0
+MAX_DAMPING = 1e6  # damping at which steps are negligible
+FORCING = 1e-4  # tolerance of a step's residual; float32 products reach it
+SMOOTH = 100  # the range of scores over ε up to which Newton's method needs no annealing
+FALL = 4.0  # factor of ε from one plan to the next
+COARSE = 1e-3  # tolerance of the plans before the last
+MAX_EPSILONS = 23  # below the last ε, potentials of the range's size have no digits left
 
 
-def converged(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Found:
-    """Iterations until the error is within the tolerance: plain ones while they get there, then Newton's."""
-    share = problem.row_share * problem.column_share
-    # where both sides may give way, an iteration takes potentials at least by this factor closer to the plan
-    sure = math.inf if share == 1 else 40 / -math.log(share) if share > 0 else 0.0
-    found = fixed(problem, f, 1)
-    found = plain(problem, found, tolerance, max_iterations, patience=PATIENCE if sure > SURE else None)
-    found = annealed(problem, found, tolerance, max_iterations)
-    found = newton(problem, found, tolerance, max_iterations)
-    return plain(problem, found, tolerance, max_iterations, patience=None)
+def solve_to_tolerance(problem: Problem, f: Tensor, tolerance: float, max_iterations: int) -> Progress:
+    """Iterate until the error is within the tolerance: Sinkhorn's method while it is fast, then Newton's."""
+    contraction = problem.row_exponent * problem.column_exponent
+    # where both sides are relaxed, an iteration shrinks the potentials' error at least by this factor
+    predicted = math.inf if contraction == 1 else 40 / -math.log(contraction) if contraction > 0 else 0.0
+    progress = run_iterations(problem, f, 1)
+    progress = iterate_sinkhorn(
+        problem, progress, tolerance, max_iterations, patience=PATIENCE if predicted > PREDICTED else None
+    )
+    progress = anneal_epsilon(problem, progress, tolerance, max_iterations)
+    progress = newton_ascent(problem, progress, tolerance, max_iterations)
+    return iterate_sinkhorn(problem, progress, tolerance, max_iterations, patience=None)
 
 
-def plain(
-    problem: Problem, found: Found, tolerance: float, max_iterations: int, patience: int | None
-) -> Found:
-    """Iterations, while their rate says that no more than `patience` of them will be needed."""
-    state, count = found
+def iterate_sinkhorn(
+    problem: Problem, progress: Progress, tolerance: float, max_iterations: int, patience: int | None
+) -> Progress:
+    """Iterate while the rate of convergence predicts at most `patience` more iterations."""
+    state, count = progress
     while count < max_iterations and not bool((state.error <= tolerance).all()):
         step = min(CHECK, max_iterations - count)
         before, state = state.error, iterate(problem, state, step)
@@ -70,41 +73,43 @@ def plain(
         left = torch.where(state.error > tolerance, (tolerance / state.error).log() / rate, 0.0)
         if patience is not None and not bool(((left >= 0) & (left <= patience)).all()):
             break
-    return Found(state, count)
+    return Progress(state, count)
 
 
-def annealed(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
-    """Return the plan at a small ε, started from the potentials of plans at falling ε."""
-    state, count = found
+def anneal_epsilon(problem: Problem, progress: Progress, tolerance: float, max_iterations: int) -> Progress:
+    """Start the plan at a small ε from the potentials of plans at larger, falling ε."""
+    state, count = progress
     done = bool((state.error <= tolerance).all())
-    rungs = [] if done else _rungs(problem, state.g)
+    schedule = [] if done else _epsilon_schedule(problem, state.g)
     g, last = state.g, None
-    for epsilon, lower in pairwise([*rungs, problem.epsilon]):
-        if count + 7 > max_iterations:  # a start, a step of Newton's, and the start at the problem's own ε
+    for epsilon, lower in pairwise([*schedule, problem.epsilon]):
+        if count + 7 > max_iterations:  # a start, a Newton step, and the start at the problem's own ε
             break
         warm = problem.at(epsilon)
-        state = _started(warm, g, state.plan)
-        state, count = newton(warm, Found(state, count + 2), max(tolerance, COARSE), max_iterations - 2)
+        state = _restart(warm, g, state.plan)
+        state, count = newton_ascent(
+            warm, Progress(state, count + 2), max(tolerance, COARSE), max_iterations - 2
+        )
         # the line through the last two plans' potentials: FALL·ε, ε, lower
         ahead = 0.0 if last is None else (epsilon - lower) / ((FALL - 1) * epsilon) * (state.g - last)
         g, last = torch.where(problem.column > 0, state.g + ahead, -math.inf), state.g
-    return found if last is None else Found(_started(problem, g, state.plan), count + 2)
+    return progress if last is None else Progress(_restart(problem, g, state.plan), count + 2)
 
 
-def _started(problem: Problem, g: Tensor, plan: Tensor) -> State:
-    """The plan after an iteration from g, its rows scaled first; none of its columns is without a sum."""
+def _restart(problem: Problem, g: Tensor, plan: Tensor) -> State:
+    """Return the state after one iteration from g, rows first, so that no column sum is 0."""
     state = evaluate(problem, g, plan)
     return evaluate(problem, columns_from_plan(problem, state), plan)
 
 
-def _rungs(problem: Problem, g: Tensor) -> list[float]:
-    """The falling ε, from where the dual is smooth to above the problem's own."""
-    top = _spread(problem, g) / SMOOTH
-    return [top / FALL**k for k in range(RUNGS) if top / FALL**k > problem.epsilon]
+def _epsilon_schedule(problem: Problem, g: Tensor) -> list[float]:
+    """Return the falling values of ε, from one at which the dual is smooth to above the problem's own."""
+    top = _score_range(problem, g) / SMOOTH
+    return [top / FALL**k for k in range(MAX_EPSILONS) if top / FALL**k > problem.epsilon]
 
 
-def _spread(problem: Problem, g: Tensor) -> float:
-    """Return how far the worst allowed pair lies below its row's best, with the columns' potentials added."""
+def _score_range(problem: Problem, g: Tensor) -> float:
+    """Return the largest difference within a row of the allowed scores plus the columns' potentials."""
     widest = 0.0
     for items, rows in blocks(problem.scores):
         z = problem.scores[items, rows] + g[items, None, :]
@@ -113,50 +118,53 @@ def _spread(problem: Problem, g: Tensor) -> float:
     return min(widest, torch.finfo(g.dtype).max)
 
 
-def newton(problem: Problem, found: Found, tolerance: float, max_iterations: int) -> Found:
-    """Up the dual to its maximum; each evaluation and each pair of products counts as an iteration."""
-    state, count = found
+def newton_ascent(problem: Problem, progress: Progress, tolerance: float, max_iterations: int) -> Progress:
+    """Maximise the dual by Newton's method; an evaluation or a pair of products counts as an iteration."""
+    state, count = progress
     dual, _ = problem.dual(state.f, state.g, state.q)
     damping, patience = torch.full_like(state.error, DAMPING), _coupling.PATIENCE
-    while count + 3 <= max_iterations:  # a step of either kind of solution, and what it led to
-        late = (state.error > tolerance) & (damping < FIRMEST)
-        if not bool(late.any()):
+    while count + 3 <= max_iterations:  # a step by either solver, and its evaluation
+        unconverged = (state.error > tolerance) & (damping < MAX_DAMPING)
+        if not bool(unconverged.any()):
             break
-        if lost(problem, state):  # a step of columns always goes up, and leaves none without a sum
+        if has_lost_columns(problem, state):
+            # a column step always raises the dual, and leaves no column sum out of range
             state = evaluate(problem, column_step(problem, state.f), state.plan)
             (dual, _), count = problem.dual(state.f, state.g, state.q), count + 1
             continue
         d, e = problem.slopes(state)
-        wanted = problem.wanted_columns(state.g)
-        off = wanted - state.q
+        target_sums = problem.target_column_sums(state.g)
+        off = target_sums - state.q
         _, y, steps = _coupling.solve(
             state.plan,
             d,
-            # of a column that has less than it should the curvature is small, and the way not far
-            e + damping[:, None] * torch.maximum(e, wanted),
+            # a column with too little mass has little curvature, but needs no long step
+            e + damping[:, None] * torch.maximum(e, target_sums),
             torch.zeros_like(d),
             off,
             tolerance=state.error.clamp(FORCING, 0.1),
             max_steps=min(300, max_iterations - count - 2),
             patience=patience,
         )
-        if steps > patience:  # conjugate gradients gave up, and would again
+        if steps > patience:  # conjugate gradients stopped early, and would again
             patience = 0
-        y = torch.where(late[:, None] & y.isfinite(), y, 0.0)
+        y = torch.where(unconverged[:, None] & y.isfinite(), y, 0.0)
         trial = evaluate(problem, state.g + problem.epsilon * y, state.plan)
         higher, rounding = problem.dual(trial.f, trial.g, trial.q)
         count += steps + 1
-        # the dual's slope along the step, before and after; where it has not turned, the dual has risen
-        slope, after = ((t * y).sum(-1) for t in (off, problem.wanted_columns(trial.g) - trial.q))
-        much, short = trial.error < 0.5 * state.error, after > 0.5 * slope
-        # near the maximum the dual's own rounding hides what it gains: there the error decides
-        rises = (after >= 0) | (higher - dual > 0.05 * slope) | (much & (higher - dual > -rounding))
-        good = late & rises
-        eased = torch.where(good, damping / torch.where(much | short, 10.0, 3.0), damping * 5)
-        damping = torch.where(late, eased, damping)
-        if bool((good | ~late).all()):
+        # the dual's slope along the step, at its start and end; where its sign is the same, the dual rose
+        slope, after = ((t * y).sum(-1) for t in (off, problem.target_column_sums(trial.g) - trial.q))
+        halved, too_short = trial.error < 0.5 * state.error, after > 0.5 * slope
+        # near the maximum the gain drowns in the dual's rounding, so the error decides
+        rises = (after >= 0) | (higher - dual > 0.05 * slope) | (halved & (higher - dual > -rounding))
+        accepted = unconverged & rises
+        relaxed_damping = torch.where(
+            accepted, damping / torch.where(halved | too_short, 10.0, 3.0), damping * 5
+        )
+        damping = torch.where(unconverged, relaxed_damping, damping)
+        if bool((accepted | ~unconverged).all()):
             state, dual = trial, higher
-        else:  # the plan has been overwritten
-            state = evaluate(problem, torch.where(good[:, None], trial.g, state.g), state.plan)
+        else:  # the plan was overwritten by the rejected step
+            state = evaluate(problem, torch.where(accepted[:, None], trial.g, state.g), state.plan)
             dual, _ = problem.dual(state.f, state.g, state.q)
-    return Found(state, count)
+    return Progress(state, count)

@@ -2,10 +2,10 @@
 
     Q = diag(u) exp(S/ε) diag(v)        Q·1 = r,  Qᵀ·1 = c        S scores: the larger, the likelier
 
-Every row is given out whole (r = 1) and every column gets its share (c = N/K), unless told otherwise: the
-soft targets of swapped assignments, where a softmax alone lets all rows fall onto one prototype. The plan
-maximises ⟨S, Q⟩ + ε·H(Q) under these sums. Patched infinities in exp(S/ε) can end at another plan with the
-same sums; potentials f = ε log u and g = ε log v know no infinities.
+By default r = 1 for every row and c = N/K for every column. Such plans are the soft targets of swapped
+assignments, where a softmax alone lets all rows fall onto one prototype. The plan maximises ⟨S, Q⟩ + ε·H(Q)
+under these sums. Overflow in exp(S/ε), where it is clipped, can lead to another plan with the same sums; the
+potentials f = ε log u and g = ε log v do not overflow.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ from xent._autograd.transforms import batched, is_opaque
 from xent._core.logits import compute_dtype
 from xent._core.statistics import statistics_dtype
 from xent._core.validators import Whole, valid
-from xent.sinkhorn._autograd import Recipe, Solution, checked, flat, problem_of, solution
-from xent.sinkhorn._iterations import error_of
+from xent.sinkhorn._autograd import (
+    Settings,
+    Solution,
+    flatten_batch,
+    problem_of,
+    solution,
+    validated_marginals,
+)
+from xent.sinkhorn._iterations import column_error
 
 __all__ = ["Assignment", "assign"]
 
@@ -31,14 +38,14 @@ TOLERANCE = 1e-6
 
 
 class Assignment(NamedTuple):
-    """A plan and how far it got.
+    """A plan, its potentials, and its convergence.
 
     ``plan = exp((scores + f[..., None] + g[..., None, :]) / epsilon)`` with ``f, g = potentials``.
     """
 
-    plan: Tensor  # (..., N, K), in the type of the scores; its largest number where a value lies beyond
-    potentials: tuple[Tensor, Tensor]  # f (..., N) and g (..., K), float64; −inf where nothing lies
-    error: Tensor  # (...): Σ|column sums − what they should be| over their mass; the rows' sums are exact
+    plan: Tensor  # (..., N, K), in the type of the scores; values beyond it are clamped
+    potentials: tuple[Tensor, Tensor]  # f (..., N) and g (..., K), float64; −inf where there is no mass
+    error: Tensor  # (...): Σ|column sums − c| over Σ c; the row sums are exact
     iterations: Tensor  # (...), int64
     converged: Tensor  # (...), bool: error ≤ tolerance, and the type of the scores holds the plan
 
@@ -57,46 +64,47 @@ def assign(
     start: tuple[Tensor, Tensor] | None = None,
     differentiate: Literal["implicit", "unroll"] = "implicit",
 ) -> Assignment:
-    r"""The plan Q = diag(u) exp(S/ε) diag(v) whose rows sum to 1 and whose columns sum to N/K.
+    r"""Return the plan Q = diag(u) exp(S/ε) diag(v) whose rows sum to 1 and whose columns sum to N/K.
 
-    With a number of iterations (``tolerance=None``) they are Sinkhorn's: columns, then rows, from u = 1. With
-    a tolerance they are Sinkhorn's where these get there soon, otherwise Newton's steps on the dual, with ε
-    taken down to its value, which reach the same plan: at a small ε in tens of iterations instead of
-    thousands. Either way the last step is one of rows, whose sums are exact; ``error`` is that of the
-    columns. Formula: mathematics page, §7; Cuturi (2013), *Sinkhorn distances*; Chizat et al. (2018),
-    *Scaling algorithms for unbalanced optimal transport*.
+    With ``tolerance=None`` the method is Sinkhorn's, for ``max_iterations`` iterations: columns, then rows,
+    from u = 1. With a tolerance it is Sinkhorn's where that converges soon, otherwise Newton's on the dual,
+    with ε lowered to its value. Both reach the same plan; at a small ε Newton's takes tens of iterations
+    instead of thousands. The last step always scales the rows, whose sums are exact; ``error`` is that of the
+    column sums. Sources: Cuturi (2013), *Sinkhorn distances*; Chizat et al. (2018), *Scaling algorithms for
+    unbalanced optimal transport*.
 
     Args:
-        scores: S, (..., N, K), float; each (N, K) is an assignment of its own. −inf forbids a pair. Costs
-            enter with a minus. Half types are computed with in float32; sums and potentials are float64.
-        epsilon: ε > 0, the temperature of the plan. A constant, as the relaxations are.
+        scores: S, (..., N, K), float; each (N, K) is a separate assignment. −inf forbids a pair. For costs,
+            pass their negatives. Half types are computed in float32; sums and potentials are float64.
+        epsilon: ε > 0, the temperature of the plan. Not differentiable, nor are the relaxations.
         row_marginal: r, (N,) or (..., N), not negative; 1 by default.
-        column_marginal: c, (K,) or (..., K), of the same sum; by default Σ r / K. Rows and columns of mass 0
-            are left out, their potentials are −inf.
-        mask: bool, broadcast to the scores; False forbids a pair, whatever its score is (nan too).
-        max_iterations: how many iterations there are at most, or, without a tolerance, in all. Each is a sum
-            over columns and a sum over rows; a step of conjugate gradients within Newton's counts as one.
-        tolerance: the error that is good enough, or None. Newton's steps reach 1e-12 as well.
-        row_relaxation, column_relaxation: λ > 0, which puts a price λ·KL(sums ‖ marginal) in place of the
-            condition on that side; None or infinity keeps the condition. The plan then maximises
-            ⟨S, Q⟩ − ε·KL(Q ‖ r cᵀ) less that price (POT's ``reg_m``, ``reg_type="kl"``); sums may differ.
-        start: potentials to start from, as an earlier assignment gave them; the rows' are what counts.
-        differentiate: ``"implicit"``: the derivative of the solution by the implicit function theorem, one
-            linear system, of any order; of a plan that has not converged it is that of the plan with the
-            column sums it has. ``"unroll"``: the derivative of the plain iterations, all of them kept.
+        column_marginal: c, (K,) or (..., K), with the same sum; by default Σ r / K. Rows and columns of mass
+            0 are left out; their potentials are −inf.
+        mask: bool, broadcast to the scores; False forbids a pair, whatever its score, even nan.
+        max_iterations: the largest number of iterations; without a tolerance, the exact number. One iteration
+            is a sum over columns and a sum over rows; a step of conjugate gradients counts as one.
+        tolerance: the ``error`` to reach, or None. Newton's method reaches 1e-12 too.
+        row_relaxation, column_relaxation: λ > 0, which replaces the condition on that side by a penalty
+            λ·KL(sums ‖ marginal); None or infinity keeps the condition. The plan then maximises
+            ⟨S, Q⟩ − ε·KL(Q ‖ r cᵀ) less the penalty (POT's ``reg_m``, ``reg_type="kl"``), and the sums of the
+            marginals may differ.
+        start: potentials to start from, those of an earlier assignment; only the rows' are used.
+        differentiate: ``"implicit"``: the derivative of the solution by the implicit function theorem, of
+            any order, from one linear system; if the plan has not converged, that of the converged plan with
+            the same column sums. ``"unroll"``: the derivative of Sinkhorn's iterations, all kept in memory.
 
     Returns:
-        :class:`Assignment`. Differentiable in ``scores`` and the marginals (along changes that leave
-        Σ r = Σ c; nan for a mass of 0); as a target, ``plan.detach()``. Plan and error are always finite.
-        What has not converged says so: ``converged`` is False, with a ``UserWarning`` where a tolerance was
-        asked for. So does a plan that the type of the scores cannot hold, with its largest number there.
+        :class:`Assignment`. Differentiable in ``scores`` and the marginals (along changes that keep Σ r = Σ
+        c; nan for a mass of 0); as a target, use ``plan.detach()``. Plan and error are always finite. If the
+        tolerance is not reached, ``converged`` is False, and a ``UserWarning`` is given if one was passed.
+        The same holds where the type of the scores cannot hold the plan, which is then clamped.
 
     Raises:
         ValueError: scores that are nan or +inf; marginals that are negative, do not fit, or differ in their
-            sums; a row or column with mass whose every pair is forbidden; each names the place. An option out
-            of its range.
-        TypeError: scores that are no floating-point tensor, an option of the wrong kind; by name.
-        NotImplementedError: in a graph that is being compiled, and on tensors without data.
+            sums; a row or column with mass whose every pair is forbidden; each by its place. An option out of
+            its range.
+        TypeError: scores that are not a floating-point tensor; an option of the wrong kind, by name.
+        NotImplementedError: in a graph that is being compiled, or on tensors without data.
 
     Example:
         >>> import torch, xent
@@ -121,7 +129,7 @@ def assign(
         valid("start", start),
     )
     types = [t.dtype for t in given[2:4] if t is not None and t.is_floating_point()]
-    recipe = Recipe(
+    settings = Settings(
         valid("epsilon", epsilon),
         math.inf if row_relaxation is None else valid("row_relaxation", row_relaxation),
         math.inf if column_relaxation is None else valid("column_relaxation", column_relaxation),
@@ -129,33 +137,35 @@ def assign(
         None if tolerance is None else valid("tolerance", tolerance),
         eps=max((torch.finfo(t).eps for t in types), default=0.0),
     )
-    z, row, column, f = _Door(recipe, *given).tensors()
+    z, row, column, f = _Arguments(settings, *given).tensors()
     if valid("differentiate", differentiate) == "unroll":
-        found = _unrolled(recipe, z, row, column, f)
+        solved = _unroll(settings, z, row, column, f)
     else:
-        found = solution(recipe, z, row, column, f)
-    plan, fits = _narrowed(found.plan, scores.dtype)
-    f, g = found.f, found.g
-    if recipe.balanced:
-        f, g = _centred(f, g)
-    near = found.error <= (TOLERANCE if recipe.tolerance is None else recipe.tolerance)
-    if not batched(near):
-        _warn(recipe, found, near, fits, scores.dtype)
-    return Assignment(plan, (f, g), found.error, found.iterations, near & fits)
+        solved = solution(settings, z, row, column, f)
+    plan, fits = _cast_plan(solved.plan, scores.dtype)
+    f, g = solved.f, solved.g
+    if settings.balanced:
+        f, g = _centre(f, g)
+    within = solved.error <= (TOLERANCE if settings.tolerance is None else settings.tolerance)
+    if not batched(within):
+        _warn(settings, solved, within, fits, scores.dtype)
+    return Assignment(plan, (f, g), solved.error, solved.iterations, within & fits)
 
 
-def _narrowed(plan: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The plan in a type, its largest number where a value lies beyond; and whether none does: (...)."""
-    most = torch.finfo(dtype).max
-    fits = (plan < most).flatten(-2).all(-1)
-    return plan if plan.dtype == dtype else plan.clamp(max=most).to(dtype), fits
+def _cast_plan(plan: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the plan in a type, clamped to its largest number, and whether nothing was clamped (...)."""
+    largest = torch.finfo(dtype).max
+    fits = (plan < largest).flatten(-2).all(-1)
+    return plan if plan.dtype == dtype else plan.clamp(max=largest).to(dtype), fits
 
 
-def _warn(recipe: Recipe, found: Solution, near: Tensor, fits: Tensor, dtype: torch.dtype) -> None:
-    """Say what a plan is not."""
+def _warn(settings: Settings, solved: Solution, within: Tensor, fits: Tensor, dtype: torch.dtype) -> None:
+    """Warn of a plan that its type cannot hold, or that has not converged."""
     if not bool(fits.all()):
         way = (
-            "raise epsilon, row_relaxation or column_relaxation" if recipe.relaxed else "scale the marginals"
+            "raise epsilon, row_relaxation or column_relaxation"
+            if settings.relaxed
+            else "scale the marginals"
         )
         if torch.finfo(dtype).max < torch.finfo(torch.float64).max:
             way = f"pass the scores as float64, or {way}"
@@ -164,21 +174,21 @@ def _warn(recipe: Recipe, found: Solution, near: Tensor, fits: Tensor, dtype: to
             UserWarning,
             stacklevel=3,
         )
-    if recipe.tolerance is not None and not bool(near.all()):
+    if settings.tolerance is not None and not bool(within.all()):
         warnings.warn(
-            f"the assignment has not converged: its column sums are off by {float(found.error.max()):.1e} of "
-            f"their mass after {int(found.iterations.max())} iterations, where tolerance asks for "
-            f"{recipe.tolerance:.1e}. Raise max_iterations, epsilon or tolerance; masked scores may leave no "
-            "plan with these sums at all",
+            f"the assignment has not converged: its column sums are off by {float(solved.error.max()):.1e} "
+            f"of their mass after {int(solved.iterations.max())} iterations, where tolerance asks for "
+            f"{settings.tolerance:.1e}. Raise max_iterations, epsilon or tolerance; masked scores may leave "
+            "no plan with these sums at all",
             UserWarning,
             stacklevel=3,
         )
 
 
-class _Door(NamedTuple):
-    """Arguments on their way to tensors that fit each other."""
+class _Arguments(NamedTuple):
+    """The tensor arguments of `assign`, as given."""
 
-    recipe: Recipe
+    settings: Settings
     scores: Tensor
     mask: Tensor | None
     row_marginal: Tensor | None
@@ -186,15 +196,15 @@ class _Door(NamedTuple):
     start: tuple[Tensor, Tensor] | None
 
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """S (..., N, K), r (..., N), c (..., K) and f (..., N) to start from."""
+        """Return S (..., N, K), r (..., N), c (..., K) and the initial f (..., N); raise on misfits."""
         scores = self.scores
         if scores.ndim < 2:
             raise ValueError(f"scores must be (..., N, K), not {tuple(scores.shape)}")
         if scores.shape[-1] == 0 and scores.shape[-2] > 0:
             raise ValueError(f"scores of shape {tuple(scores.shape)} have no column to assign rows to")
         row, column = self._marginals()
-        # where both sides may give way, the plan may be larger than any marginal
-        z = scores.to(row.dtype if self.recipe.relaxed else compute_dtype(scores.dtype))
+        # where both sides are relaxed, the plan may exceed every marginal
+        z = scores.to(row.dtype if self.settings.relaxed else compute_dtype(scores.dtype))
         if self.mask is not None:
             if not _broadcasts(self.mask, scores.shape):
                 raise ValueError(f"mask {tuple(self.mask.shape)} does not fit scores {tuple(scores.shape)}")
@@ -232,62 +242,64 @@ class _Door(NamedTuple):
 
 
 def _broadcasts(t: Tensor, shape: Sequence[int]) -> bool:
-    """Return whether a tensor expands to a shape."""
+    """Return whether a tensor broadcasts to a shape."""
     sizes = shape[len(shape) - t.ndim :]
     return t.ndim <= len(shape) and all(have in (1, size) for have, size in zip(t.shape, sizes, strict=True))
 
 
-def _centred(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """A constant may go from f to g: that with which g has the mean 0."""
-    has = g > -math.inf
-    mean = torch.where(has, g, 0.0).sum(-1, keepdim=True) / has.sum(-1, keepdim=True).clamp(min=1)
+def _centre(f: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Shift a constant from f to g so that g has the mean 0; the plan stays the same."""
+    finite = g > -math.inf
+    mean = torch.where(finite, g, 0.0).sum(-1, keepdim=True) / finite.sum(-1, keepdim=True).clamp(min=1)
     return f + mean, g - mean
 
 
-def _unrolled(recipe: Recipe, scores: Tensor, row: Tensor, column: Tensor, f: Tensor) -> Solution:
-    """The plain iterations as torch's operations, each differentiated by torch."""
+def _unroll(settings: Settings, scores: Tensor, row: Tensor, column: Tensor, f: Tensor) -> Solution:
+    """Run Sinkhorn's iterations as torch's operations, which torch differentiates."""
     if batched(scores, row, column):
         raise NotImplementedError(
             "differentiate='unroll' has no rule for vmap: pass the batch as leading dimensions of scores, "
             "or differentiate implicitly"
         )
-    row, column = checked(recipe, scores, row, column, f)
-    problem = problem_of(recipe, scores, row, column)
+    row, column = validated_marginals(settings, scores, row, column, f)
+    problem = problem_of(settings, scores, row, column)
     z, log_r, log_c = scores.to(row.dtype), _log(row), _log(column)
     f = torch.where(row > 0, f, -math.inf)
     count, error = 0, row.new_zeros(row.shape[:-1])
-    while count < recipe.max_iterations:
-        g = _step(z + f[..., None], log_c, problem.column_share, recipe.epsilon, -2)
-        f = _step(z + g[..., None, :], log_r, problem.row_share, recipe.epsilon, -1)
+    while count < settings.max_iterations:
+        g = _step(z + f[..., None], log_c, problem.column_exponent, settings.epsilon, -2)
+        f = _step(z + g[..., None, :], log_r, problem.row_exponent, settings.epsilon, -1)
         count += 1
-        if count < recipe.max_iterations and recipe.tolerance is None:
+        if count < settings.max_iterations and settings.tolerance is None:
             continue
         with torch.no_grad():
-            q = _plan(z, f, g, recipe.epsilon).sum(-2)
-            error = error_of(problem, *(flat(t, row.ndim - 1) for t in (f, g, q))).view_as(error)
-        if recipe.tolerance is not None and bool((error <= recipe.tolerance).all()):
+            q = _plan(z, f, g, settings.epsilon).sum(-2)
+            error = column_error(problem, *(flatten_batch(t, row.ndim - 1) for t in (f, g, q))).view_as(error)
+        if settings.tolerance is not None and bool((error <= settings.tolerance).all()):
             break
-    plan = _plan(z, f, g, recipe.epsilon)
+    plan = _plan(z, f, g, settings.epsilon)
     return Solution(plan, f, g, error, torch.full_like(error, count, dtype=torch.int64))
 
 
 def _plan(z: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
-    """exp((S + f + g)/ε), the largest number where that is beyond the range; its derivative there is 0."""
-    most = torch.finfo(z.dtype).max
+    """Return exp((S + f + g)/ε), clamped to the largest number, with derivative 0 where clamped."""
+    largest = torch.finfo(z.dtype).max
     power = (z + f[..., None] + g[..., None, :]) / epsilon
-    within = power < math.log(most)
-    return torch.where(within, torch.where(within, power, 0.0).exp(), most)
+    within = power < math.log(largest)
+    return torch.where(within, torch.where(within, power, 0.0).exp(), largest)
 
 
 def _log(t: Tensor) -> Tensor:
-    """log t; the −inf of no mass is a constant."""
+    """Return log t; where t = 0 it is −inf with derivative 0."""
     return torch.where(t > 0, torch.where(t > 0, t, 1.0).log(), -math.inf)
 
 
-def _step(z: Tensor, log_mass: Tensor, share: float, epsilon: float, dim: int) -> Tensor:
-    """ε (log mass − share · log Σ exp z/ε), of which nothing is left where nothing may lie."""
-    some = (z > -math.inf).any(dim) & (log_mass > -math.inf)
-    z = torch.where(some.unsqueeze(dim), z, 0.0)
+def _step(z: Tensor, log_mass: Tensor, exponent: float, epsilon: float, dim: int) -> Tensor:
+    """Return ε·(log mass − exponent·log Σ exp(z/ε)) along a dimension; −inf where no mass is allowed."""
+    allowed = (z > -math.inf).any(dim) & (log_mass > -math.inf)
+    z = torch.where(allowed.unsqueeze(dim), z, 0.0)
     m = z.detach().amax(dim, keepdim=True)
-    total = ((z - m) / epsilon).exp().sum(dim).log()
-    return torch.where(some, epsilon * (log_mass - share * total) - share * m.squeeze(dim), -math.inf)
+    log_sum = ((z - m) / epsilon).exp().sum(dim).log()
+    return torch.where(
+        allowed, epsilon * (log_mass - exponent * log_sum) - exponent * m.squeeze(dim), -math.inf
+    )

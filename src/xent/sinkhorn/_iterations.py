@@ -1,25 +1,25 @@
-"""Entropic assignment in the log domain: P = exp((S + f + g)/ε), whose sums are what they should be.
+"""Entropic assignment in the log domain: P = exp((S + f + g)/ε) with given sums.
 
     max over P ≥ 0 of  ⟨S, P⟩ − ε·KL(P ‖ r cᵀ)      with P·1 = r, Pᵀ·1 = c,
-                       or less λ·KL(P·1 ‖ r), less μ·KL(Pᵀ·1 ‖ c), in place of either condition
+                       or minus λ·KL(P·1 ‖ r), minus μ·KL(Pᵀ·1 ‖ c), in place of either
 
     rows     f = ε (log r − φ·L)    L_i = log Σ_j exp((S_ij + g_j)/ε)     φ = λ/(λ + ε), 1 where P·1 = r
     columns  g = ε (log c − ψ·M)    M_j = log Σ_i exp((S_ij + f_i)/ε)     ψ = μ/(μ + ε), 1 where Pᵀ·1 = c
 
-One iteration is the step of columns and then the step of rows, from f = 0; what is left is the columns'
-error. Two ways of taking it, the same in exact arithmetic:
+One iteration is the step of columns and then the step of rows, from f = 0, which leaves an error in the
+column sums. There are two ways to compute it, equal in exact arithmetic:
 
-- `column_step` and `evaluate`: the two logarithms of sums, in float64, a few rows at a time. A row's own
-  maximum is taken off before ε divides, so that no exponent leaves the range of numbers above;
-- `iterate`: with f and g taken up into a kernel P, a step is one product of P with a vector, until a scaling
-  leaves ±`REACH`: then they are taken up anew. Where a column's sum has left the range of numbers, its
-  logarithm has not, and `column_step` takes it.
+- `column_step` and `evaluate`: the two log-sum-exps, in float64, a few rows at a time. The maximum of a row
+  is subtracted before the division by ε, so no exponential overflows;
+- `iterate`: with f and g absorbed into a kernel P, a step is one product of P with a vector, until a scaling
+  leaves ±`REACH`; then the scalings are absorbed anew. Where a column sum over- or underflows, `column_step`
+  computes its logarithm, which does not.
 
-`ascent` goes from here to a plan that meets a tolerance.
+`_ascent` iterates to a tolerance.
 
-Of a matrix whose rows or columns are spread over processes, `evaluate` and `times` sum over columns,
-`column_step`, `evaluate`'s q and `transposed` over rows: there, and in the sums of `Problem.dual` and
-`error_of`, a reduction would stand.
+For a matrix whose rows or columns are distributed over processes, `evaluate` and `matvec` sum over columns,
+`column_step`, `evaluate`'s q and `rmatvec` over rows: there, and in the sums of `Problem.dual` and
+`column_error`, a reduction over processes would be needed.
 """
 
 from __future__ import annotations
@@ -32,33 +32,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent.sinkhorn._coupling import times, transposed
+from xent.sinkhorn._coupling import matvec, rmatvec
 
-CHUNK = 1 << 20  # scores at a time: the copy of them stays in the cache, and threads seldom wait
-REACH = 20.0  # of log u and log v: beyond e^±20 an entry that the kernel has lost could count
+CHUNK = 1 << 20  # scores at a time: their copy stays in the cache, and threads seldom wait for each other
+REACH = 20.0  # of log u and log v: beyond e^±20 an entry that underflowed in the kernel could matter
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Scores and marginals; batches in one leading dimension."""
+    """Scores, marginals and options of a batch of assignments, in one leading dimension."""
 
-    scores: Tensor  # (B, N, K) float32 or float64; −inf: no mass may lie there
-    row: Tensor  # (B, N) r, in float64; 0 where nothing can lie
+    scores: Tensor  # (B, N, K) float32 or float64; −inf forbids mass
+    row: Tensor  # (B, N) r, float64; 0 where no mass is allowed
     column: Tensor  # (B, K) c
     epsilon: float
     row_relaxation: float = math.inf  # λ
     column_relaxation: float = math.inf  # μ
 
     @property
-    def row_share(self) -> float:
+    def row_exponent(self) -> float:
+        """The exponent φ of the row step."""
         return 1.0 if math.isinf(self.row_relaxation) else 1 / (1 + self.epsilon / self.row_relaxation)
 
     @property
-    def column_share(self) -> float:
+    def column_exponent(self) -> float:
+        """The exponent ψ of the column step."""
         return 1.0 if math.isinf(self.column_relaxation) else 1 / (1 + self.epsilon / self.column_relaxation)
 
-    def wanted_columns(self, g: Tensor) -> Tensor:
-        """What the columns' sums are to be: c, or c·exp(−(g − ε log c)/μ) where they may give way: (B, K)."""
+    def target_column_sums(self, g: Tensor) -> Tensor:
+        """Return the column sums at the optimum, (B, K): c, or c·exp(−(g − ε log c)/μ) where relaxed."""
         if math.isinf(self.column_relaxation):
             return self.column
         gap = (self.epsilon * self.column.log() - g) / self.column_relaxation
@@ -69,11 +71,11 @@ class Problem:
         return replace(self, epsilon=epsilon)
 
     def dual(self, f: Tensor, g: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-        """The dual objective over ε where f is the best for g, and what rounding may make of it: (B,) each.
+        """Return the dual objective over ε where f is optimal for g, and a bound on its rounding: (B,) each.
 
-        It is concave and rises to its one maximum; its slopes in g/ε are `wanted_columns` less q.
+        It is concave with one maximum; its gradient in g/ε is `target_column_sums` minus q.
         """
-        total, size = -q.sum(-1), q.sum(-1)
+        objective, size = -q.sum(-1), q.sum(-1)
         for t, s, relaxation in (
             (f, self.row, self.row_relaxation),
             (g, self.column, self.column_relaxation),
@@ -82,19 +84,19 @@ class Problem:
             stiff = relaxation / self.epsilon
             gain = u if math.isinf(relaxation) else -stiff * torch.expm1(-u / stiff)
             part = torch.where(s > 0, s * gain, 0.0)
-            total, size = total + part.sum(-1), size + part.abs().sum(-1)
-        return total, 8 * torch.finfo(size.dtype).eps * size
+            objective, size = objective + part.sum(-1), size + part.abs().sum(-1)
+        return objective, 8 * torch.finfo(size.dtype).eps * size
 
     def slopes(self, state: State) -> tuple[Tensor, Tensor]:
-        """The diagonals d (B, N) and e (B, K) of ε times the dual's curvature."""
+        """Return the diagonals d (B, N) and e (B, K) of ε times the dual's Hessian."""
         return (
             state.p * (1 + self.epsilon / self.row_relaxation),
-            state.q + self.wanted_columns(state.g) * (self.epsilon / self.column_relaxation),
+            state.q + self.target_column_sums(state.g) * (self.epsilon / self.column_relaxation),
         )
 
 
 class State(NamedTuple):
-    """Potentials, their plan and its sums, just after a step of rows."""
+    """Potentials, their plan and its sums, after a row step."""
 
     f: Tensor  # (B, N)
     g: Tensor  # (B, K)
@@ -104,13 +106,15 @@ class State(NamedTuple):
     error: Tensor  # (B,)
 
 
-class Found(NamedTuple):
+class Progress(NamedTuple):
+    """A state and the number of iterations that led to it."""
+
     state: State
     iterations: int
 
 
 def blocks(scores: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Parts of (B, N): whole items of a batch where several fit, else rows of one."""
+    """Yield slices of (B, N): several items of a batch where they fit, else some rows of one item."""
     batch, n, k = scores.shape
     items = max(1, CHUNK // max(1, n * k))
     rows = n if items > 1 else max(1, CHUNK // max(1, k))
@@ -119,71 +123,76 @@ def blocks(scores: Tensor) -> Iterator[tuple[slice, slice]]:
             yield slice(item, min(item + items, batch)), slice(row, min(row + rows, n))
 
 
-def error_of(problem: Problem, f: Tensor, g: Tensor, q: Tensor) -> Tensor:
-    """Σ |q − wanted| over the mass of all columns, given or wanted: (B,)."""
-    column, wanted = problem.column, problem.wanted_columns(g)
-    if not bool((q + wanted < math.inf).all()):  # each over the largest of them, by logarithms
-        log_q, log_wanted = _log_columns(problem, f, g)
+def column_error(problem: Problem, f: Tensor, g: Tensor, q: Tensor) -> Tensor:
+    """Return Σ |q − target| over the larger of Σ c and Σ target, (B,)."""
+    column, target = problem.column, problem.target_column_sums(g)
+    if not bool((q + target < math.inf).all()):  # each relative to the largest, from logarithms
+        log_q, log_target = _log_columns(problem, f, g)
         log_c = column.log()
-        most = torch.maximum(torch.maximum(log_q, log_wanted), log_c).amax(-1, keepdim=True)
-        q, wanted, column = ((t - most.nan_to_num(neginf=0.0)).exp() for t in (log_q, log_wanted, log_c))
-    mass = torch.maximum(column.sum(-1), wanted.sum(-1))
-    error = torch.where(mass > 0, (q - wanted).abs().sum(-1) / mass, 0.0)
+        largest = torch.maximum(torch.maximum(log_q, log_target), log_c).amax(-1, keepdim=True)
+        q, target, column = ((t - largest.nan_to_num(neginf=0.0)).exp() for t in (log_q, log_target, log_c))
+    mass = torch.maximum(column.sum(-1), target.sum(-1))
+    error = torch.where(mass > 0, (q - target).abs().sum(-1) / mass, 0.0)
     return error.clamp(max=torch.finfo(error.dtype).max)
 
 
 def _log_columns(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    """log q of the plan of f and g, and log of what q is to be, −inf where there is no mass: (B, K) each."""
-    held = replace(problem, column_relaxation=math.inf)
-    log_c, open_ = problem.column.log(), problem.column > 0
-    log_q = log_c + (g - column_step(held, f)) / problem.epsilon
-    log_wanted = log_c + (problem.epsilon * log_c - g) / problem.column_relaxation
-    most = torch.finfo(g.dtype).max / 4  # differences of logarithms are finite
-    return tuple(torch.where(open_, t.clamp(-most, most), -math.inf) for t in (log_q, log_wanted))
+    """Return log q of the plan of f and g, and log of its target, −inf without mass: (B, K) each."""
+    unrelaxed = replace(problem, column_relaxation=math.inf)
+    log_c, has_mass = problem.column.log(), problem.column > 0
+    log_q = log_c + (g - column_step(unrelaxed, f)) / problem.epsilon
+    log_target = log_c + (problem.epsilon * log_c - g) / problem.column_relaxation
+    largest = torch.finfo(g.dtype).max / 4  # so that differences of logarithms are finite
+    return tuple(torch.where(has_mass, t.clamp(-largest, largest), -math.inf) for t in (log_q, log_target))
 
 
 def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
-    """The step of rows, f from g, and the plan that it makes, written into `plan`."""
-    scores, epsilon, lam, share = problem.scores, problem.epsilon, problem.row_relaxation, problem.row_share
+    """Take the row step, f from g, and write the resulting plan into `plan`."""
+    scores, epsilon, lam, exponent = (
+        problem.scores,
+        problem.epsilon,
+        problem.row_relaxation,
+        problem.row_exponent,
+    )
     f, p, q = torch.empty_like(problem.row), torch.empty_like(problem.row), torch.zeros_like(problem.column)
     log_r = problem.row.log()
-    room = g.new_empty(max((_size(scores[at]) for at in blocks(scores)), default=0))
+    buffer = g.new_empty(max((_size(scores[at]) for at in blocks(scores)), default=0))
     for items, rows in blocks(scores):
         part = scores[items, rows]
-        z = room[: part.numel()].view(part.shape)
+        z = buffer[: part.numel()].view(part.shape)
         torch.add(part, g[items, None, :], out=z)
-        m = z.amax(-1).nan_to_num(neginf=0.0)  # of a row of nothing but −inf
+        m = z.amax(-1).nan_to_num(neginf=0.0)  # for a row of −inf alone
         total = z.sub_(m[..., None]).div_(epsilon).exp_().sum(-1)
         r, log_row = problem.row[items, rows], log_r[items, rows]
-        # of a row without mass, or that is to have none, nothing is left
-        open_ = (total > 0) & (r > 0)
-        u = log_row - share * total.log()
+        # a row without mass, or that is to have none, becomes 0
+        has_mass = (total > 0) & (r > 0)
+        u = log_row - exponent * total.log()
         scale = r / total if math.isinf(problem.row_relaxation) else (u + m / (lam + epsilon)).exp()
-        # an infinite one makes plan and sums that `lost`, `error_of` and `plan_of` see and take by logarithms
-        scale = torch.where(open_, scale, 0.0)
+        # an infinite scale overflows plan and sums: what reads these then computes them from logarithms
+        scale = torch.where(has_mass, scale, 0.0)
         q[items] += z.mul_(scale[..., None]).sum(-2)
         plan[items, rows] = z
-        f[items, rows] = torch.where(open_, epsilon * u - share * m, -math.inf)
+        f[items, rows] = torch.where(has_mass, epsilon * u - exponent * m, -math.inf)
         p[items, rows] = scale * total
-    return State(f, g, plan, p, q, error_of(problem, f, g, q))
+    return State(f, g, plan, p, q, column_error(problem, f, g, q))
 
 
 def _size(part: Tensor) -> int:
     return part.numel()
 
 
-def plan_of(problem: Problem, state: State, dtype: torch.dtype) -> Tensor:
-    """The plan in a type; what that cannot hold, is its largest number: (B, N, K)."""
+def plan_as(problem: Problem, state: State, dtype: torch.dtype) -> Tensor:
+    """Return the plan (B, N, K) in a type, clamped to its largest number."""
     plan = state.plan
     if plan.numel() > 0 and not bool(plan.amax() < torch.finfo(plan.dtype).max):
-        most = torch.finfo(problem.row.dtype).max
+        largest = torch.finfo(problem.row.dtype).max
         z = (problem.scores + state.f[..., None] + state.g[..., None, :]) / problem.epsilon
-        plan = z.exp_().clamp_(max=most)
+        plan = z.exp_().clamp_(max=largest)
     return plan if plan.dtype == dtype else plan.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def column_step(problem: Problem, f: Tensor) -> Tensor:
-    """The step of columns, g from f: (B, K)."""
+    """Take the column step, g (B, K) from f."""
     scores, epsilon = problem.scores, problem.epsilon
     m = torch.full_like(problem.column, -math.inf)
     total = torch.zeros_like(m)
@@ -194,55 +203,55 @@ def column_step(problem: Problem, f: Tensor) -> Tensor:
         before = total[items] * ((m[items] - base) / epsilon).exp()
         total[items] = before + z.sub_(base[..., None, :]).div_(epsilon).exp_().sum(-2)
         m[items] = here
-    open_ = (total > 0) & (problem.column > 0)
-    g = epsilon * (problem.column.log() - problem.column_share * total.log()) - problem.column_share * m
-    return torch.where(open_, g, -math.inf)
+    has_mass = (total > 0) & (problem.column > 0)
+    g = epsilon * (problem.column.log() - problem.column_exponent * total.log()) - problem.column_exponent * m
+    return torch.where(has_mass, g, -math.inf)
 
 
 def columns_from_plan(problem: Problem, state: State) -> Tensor:
-    """The step of columns, from the sums that the plan has already: (B, K)."""
-    if lost(problem, state):
+    """Take the column step from the plan's column sums, g (B, K)."""
+    if has_lost_columns(problem, state):
         return column_step(problem, state.f)
     step = problem.epsilon * _log_v(problem, state.g, state.q)
     return torch.where(problem.column > 0, state.g + step, -math.inf)
 
 
-def lost(problem: Problem, state: State) -> bool:
-    """Return whether the sum of a column with mass has left the range of numbers, above or below."""
+def has_lost_columns(problem: Problem, state: State) -> bool:
+    """Return whether the sum of a column with mass over- or underflowed."""
     within = (state.q > 0) & (state.q < math.inf)
     return not bool((within | (problem.column == 0)).all())
 
 
 def _log_v(problem: Problem, g: Tensor, s: Tensor) -> Tensor:
-    """log v of the step of columns on a kernel with g in it; s = Pᵀ·u: (B, K)."""
-    share = problem.column_share
-    step = problem.column.log() - share * s.log()
-    return step if share == 1.0 else step + (share - 1) * g / problem.epsilon
+    """Return log v (B, K) of the column step on a kernel that contains g; s = Pᵀ·u."""
+    exponent = problem.column_exponent
+    step = problem.column.log() - exponent * s.log()
+    return step if exponent == 1.0 else step + (exponent - 1) * g / problem.epsilon
 
 
 def _log_u(problem: Problem, f: Tensor, s: Tensor) -> Tensor:
-    """log u of the step of rows on a kernel with f in it; s = P·v: (B, N)."""
-    share = problem.row_share
-    step = problem.row.log() - share * s.log()
-    return step if share == 1.0 else step + (share - 1) * f / problem.epsilon
+    """Return log u (B, N) of the row step on a kernel that contains f; s = P·v."""
+    exponent = problem.row_exponent
+    step = problem.row.log() - exponent * s.log()
+    return step if exponent == 1.0 else step + (exponent - 1) * f / problem.epsilon
 
 
 def iterate(problem: Problem, state: State, count: int) -> State:
-    """`count` iterations more."""
+    """Run `count` more iterations."""
     if count == 0:
         return state
-    left = count
-    while left > 1:
-        g, done = _on_kernel(problem, state, left - 1)
-        if done == 0:  # a scaling is out of reach at once
+    remaining = count
+    while remaining > 1:
+        g, done = _iterate_kernel(problem, state, remaining - 1)
+        if done == 0:  # the first scaling is out of reach
             g, done = columns_from_plan(problem, state), 1
-        # the kernel's last step of rows once more, in float64
-        state, left = evaluate(problem, g, state.plan), left - done
+        # repeat the kernel's last row step in float64
+        state, remaining = evaluate(problem, g, state.plan), remaining - done
     return evaluate(problem, columns_from_plan(problem, state), state.plan)
 
 
-def _on_kernel(problem: Problem, state: State, count: int) -> tuple[Tensor, int]:
-    """g after up to `count` iterations on the plan as a kernel, and how many they were."""
+def _iterate_kernel(problem: Problem, state: State, count: int) -> tuple[Tensor, int]:
+    """Run up to `count` iterations on the plan as a kernel; return g and the number of iterations."""
     kernel = state.plan[0] if len(state.plan) == 1 else state.plan
     shape, dtype = problem.column.shape, kernel.dtype
     rows, columns = problem.row > 0, problem.column > 0
@@ -252,18 +261,18 @@ def _on_kernel(problem: Problem, state: State, count: int) -> tuple[Tensor, int]
         if not bool((ahead.abs() <= REACH).all()):  # nan and inf too
             break
         v = ahead.exp().to(dtype).view(kernel.shape[:-2] + kernel.shape[-1:])
-        s = times(kernel, v).to(q.dtype).view(problem.row.shape)
+        s = matvec(kernel, v).to(q.dtype).view(problem.row.shape)
         log_u = torch.where(rows, _log_u(problem, state.f, s), 0.0)
         if not bool((log_u.abs() <= REACH).all()):
             break
         u = log_u.exp().to(dtype).view(kernel.shape[:-1])
-        q = transposed(kernel, u).to(q.dtype).view(shape)
+        q = rmatvec(kernel, u).to(q.dtype).view(shape)
         log_v, done = ahead, done + 1
     return state.g + problem.epsilon * log_v, done
 
 
-def fixed(problem: Problem, f: Tensor, iterations: int) -> Found:
-    """A stated number of iterations."""
+def run_iterations(problem: Problem, f: Tensor, iterations: int) -> Progress:
+    """Run a given number of iterations from f."""
     plan = torch.empty_like(problem.scores)
     state = evaluate(problem, column_step(problem, f), plan)
-    return Found(iterate(problem, state, iterations - 1), iterations)
+    return Progress(iterate(problem, state, iterations - 1), iterations)

@@ -1,8 +1,8 @@
-"""Every identity of the mathematics, checked on this machine: what ``xent verify`` runs.
+"""The identities of cross-entropy, checked on this machine by ``xent verify``.
 
-`definitions`, `derivatives` and `triplets` hold one small function an identity; to add one is to write one.
-`registry` says what a deviation is, `data` what the identities are checked on; `report` runs them, `figures`
-draws.
+`definitions`, `derivatives` and `triplets` hold one small function an identity; a new function is a new
+identity. `registry` defines the deviation from an identity, `data` the rows that the identities are checked
+on; `report` runs them, `table` prints the result, `figures` and `digits` draw.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What identities are checked on: random rows, rows that broke libraries, and scikit-learn's digits.
+"""The rows that identities are checked on: random, extreme (they broke libraries), scikit-learn's digits.
 
-Inputs are rounded to the type that is checked first; what is right is then computed from the rounded inputs
-in float64 on the CPU, by the pairwise differences of `xent._core.reference`.
+Inputs are rounded to the checked type first. The exact values are then computed from the rounded inputs in
+float64 on the CPU, by the pairwise differences of `xent._core.reference`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from xent.errors import MissingExtra
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    """Features and a classifier."""
+    """Features and a linear classifier."""
 
     x: Tensor  # (N, D)
     w: Tensor  # (C, D)
@@ -35,19 +35,23 @@ class Head:
 
     @cached_property
     def size(self) -> Tensor:
-        """Σ |x_d·w_cd| + |b_c|, (N, C): what a product's rounding is relative to."""
+        """Σ |x_d·w_cd| + |b_c|, (N, C), which the rounding of the product is relative to."""
         x, w, b = (part.cpu().double().abs() for part in (self.x, self.w, self.b))
         return x @ w.T + b
 
-    def loss_scale(self, t: Tensor) -> Tensor:  # (N,)
+    def loss_scale(self, t: Tensor) -> Tensor:
+        """Return the scale of the rounding error of the loss, (N,)."""
         return self.exact.loss_scale(t) + (self.exact.gradient(t).abs() * self.size).sum(1)
 
-    def gradient_scale(self, t: Tensor) -> Tensor:  # (N, C): the rounded products go through a·J
+    def gradient_scale(self, t: Tensor) -> Tensor:
+        """Return the scale of the rounding error of the gradient, (N, C): that of the products times a·J."""
         p, a = self.exact.p, t.sum(1, keepdim=True).abs()
         return self.exact.gradient_scale(t) + a * p * (self.size + (p * self.size).sum(1, keepdim=True))
 
 
 class Target(NamedTuple):
+    """A target in the form that is passed to xent, and as rows t."""
+
     kind: str
     given: Tensor  # (N,) classes or (N, C) probabilities
     t: Tensor  # (N, C) float64, the same
@@ -55,7 +59,7 @@ class Target(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows of logits with a class and a soft target each."""
+    """Rows of logits, each with a class and a soft target."""
 
     name: str
     z: Tensor  # (N, C)
@@ -69,7 +73,7 @@ class Batch:
 
     @cached_property
     def one_hot(self) -> Tensor:
-        """(N, C) float64."""
+        """The classes as one-hot rows, (N, C) float64."""
         return torch.nn.functional.one_hot(self.y.cpu(), self.z.shape[1]).double()
 
     @property
@@ -80,13 +84,13 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class Exact:
-    """What is right for rows of logits, in float64."""
+    """Exact values for rows of logits, in float64."""
 
     z: Tensor  # (N, C)
 
     @cached_property
     def cost(self) -> Tensor:
-        """−log p, (N, C)."""
+        """The costs −log p, (N, C)."""
         return reference.surprise(self.z).masked_fill(self.z == -math.inf, math.inf)
 
     @cached_property
@@ -99,12 +103,12 @@ class Exact:
 
     @cached_property
     def jacobian(self) -> Tensor:
-        """diag(p) − p pᵀ, (N, C, C)."""
+        """The Jacobians diag(p) − p pᵀ, (N, C, C)."""
         return torch.diag_embed(self.p) - self.p[:, :, None] * self.p[:, None, :]
 
     @cached_property
     def distance(self) -> Tensor:
-        """max z − z, (N, C); 0 for a masked class, which is only selected away."""
+        """The distances max z − z, (N, C); 0 for a masked class."""
         below = self.z.amax(1, keepdim=True) - self.z
         return below.masked_fill(below == math.inf, 0.0)
 
@@ -118,22 +122,22 @@ class Exact:
         return self.loss(self.p)
 
     def loss_scale(self, t: Tensor) -> Tensor:
-        """(N,): Σ |t|·(−log p), and what rounding z − max z by one unit costs."""
+        """Return Σ |t|·(−log p) plus the effect of rounding z − max z by one unit, (N,)."""
         return self.loss(t.abs()) + (self.gradient(t).abs() * self.distance).sum(1)
 
     def entropy_scale(self) -> Tensor:
-        """(N,): H, and what rounding z − max z by one unit costs: ∂H/∂z = −p∘(log p + H)."""
+        """Return H plus the effect of rounding z − max z by one unit, (N,); ∂H/∂z = −p∘(log p + H)."""
         H = self.entropy()
         slope = torch.where(self.p == 0, 0.0, self.p * (self.cost + H[:, None]))
         return H + (slope * self.distance).sum(1)
 
     def gradient_scale(self, t: Tensor) -> Tensor:
-        """(N, 1): |a|·‖p‖ + ‖t‖."""
+        """Return |a|·‖p‖ + ‖t‖, (N, 1)."""
         return t.sum(1, keepdim=True).abs() * self.p.norm(dim=1, keepdim=True) + t.norm(dim=1, keepdim=True)
 
 
 def batches(dtype: torch.dtype, device: torch.device, table: DigitRows | None) -> tuple[Batch, ...]:
-    """All batches, rounded to a type."""
+    """Return all batches, rounded to a type."""
     generator = torch.Generator().manual_seed(20)
     rows = [_random(generator), _extreme(torch.finfo(dtype), generator)]
     if table is not None:
@@ -142,12 +146,14 @@ def batches(dtype: torch.dtype, device: torch.device, table: DigitRows | None) -
 
 
 class DigitRows(NamedTuple):
+    """The pixels and classes of scikit-learn's handwritten digits."""
+
     x: Tensor  # (N, D) float64
     y: Tensor  # (N,)
 
 
 def read_digits() -> DigitRows | None:
-    """scikit-learn's handwritten digits, if the extra is there."""
+    """Return scikit-learn's handwritten digits, or None without the extra."""
     try:
         table = digits()
     except MissingExtra:
@@ -169,18 +175,18 @@ def _random(generator: torch.Generator) -> Batch:
 
 
 def _extreme(info: torch.finfo, generator: torch.Generator) -> Batch:
-    """Rows of four classes that broke libraries."""
+    """Make rows of four classes that broke libraries."""
     gone, far, huge = -math.inf, min(1e8, info.max / 8), info.max / 8
     rows = [
         ((far, far, gone, gone), 0),  # log 2, however large
-        ((0.0, -40.0, gone, gone), 0),  # right beyond all doubt: 4.2e-18 and not 0
-        ((0.0, 200.0, gone, gone), 0),  # wrong beyond all doubt: 200 and not inf
+        ((0.0, -40.0, gone, gone), 0),  # loss 4.2e-18, not 0
+        ((0.0, 200.0, gone, gone), 0),  # loss 200, not inf
         ((gone, 1.0, 2.0, gone), 1),  # masked classes
-        ((gone, gone, gone, 5.0), 3),  # all but one: nothing to lose
+        ((gone, gone, gone, 5.0), 3),  # all masked but the target: loss 0
         ((0.0, 0.0, 0.0, 0.0), 2),
         ((far, far + 32 * far * info.eps, far, far), 0),  # a common offset
         ((-far, -far, -far, gone), 1),
-        ((huge, 0.0, -huge, 1.0), 0),  # as far apart as the type holds, right and wrong
+        ((huge, 0.0, -huge, 1.0), 0),  # as far apart as the type allows, right and wrong
         ((huge, 0.0, -huge, 1.0), 2),
         ((60.0, 0.0, 59.0, -60.0), 0),
         ((1e-4, 0.0, -1e-4, 0.0), 3),
@@ -191,7 +197,7 @@ def _extreme(info: torch.finfo, generator: torch.Generator) -> Batch:
 
 
 def _digits(table: DigitRows, generator: torch.Generator) -> Batch:
-    """The classifier by nearest class mean, softened: pixels x, classes y, z = (⟨x, μ_c⟩ − ‖μ_c‖²/2)/32."""
+    """Make the logits of a nearest-class-mean classifier on pixels x: z = (⟨x, μ_c⟩ − ‖μ_c‖²/2)/32."""
     x, y = table
     means = torch.stack([x[y == c].mean(0) for c in range(int(y.max()) + 1)])
     w, b = means / 32, -means.square().sum(1) / 64

@@ -1,4 +1,4 @@
-"""What cross-entropy is: the formula and its options, likelihood, entropy and divergence, row statistics."""
+"""Identities of the value: the formula and its options, likelihood, entropy, divergence, row statistics."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PRODUCTS = "as for a loss; and a product of D terms is rounded D times, in any o
 def formula(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         for kind, target, t in batch.targets:
-            found = xent.cross_entropy(batch.z, target, reduction="none")
+            computed = xent.cross_entropy(batch.z, target, reduction="none")
             yield s.compare(
-                found, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, {kind} targets"
+                computed, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, {kind} targets"
             )
 
 
@@ -42,8 +42,8 @@ def offset(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         z = torch.where(batch.z.isfinite(), batch.z.clamp(-8, 8).mul(2).round() / 2, batch.z)
         for kind, target, _ in batch.targets:
-            found, moved = (xent.cross_entropy(u, target, reduction="none") for u in (z, z + 32))
-            yield s.compare(moved, found, 1.0, f"{batch.name}, {kind} targets")
+            computed, moved = (xent.cross_entropy(u, target, reduction="none") for u in (z, z + 32))
+            yield s.compare(moved, computed, 1.0, f"{batch.name}, {kind} targets")
 
 
 @identity("label smoothing", "t = (1 − ε)·e_y + ε/C", section=1, allowed=4, because=ROUNDED)
@@ -51,9 +51,9 @@ def smoothing(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         for epsilon in (0.1, 1.0):
             t = (1 - epsilon) * batch.one_hot + epsilon / batch.z.shape[1]
-            found = xent.cross_entropy(batch.z, batch.y, label_smoothing=epsilon, reduction="none")
+            computed = xent.cross_entropy(batch.z, batch.y, label_smoothing=epsilon, reduction="none")
             yield s.compare(
-                found, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, ε = {epsilon}"
+                computed, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, ε = {epsilon}"
             )
 
 
@@ -71,15 +71,15 @@ def prior(s: Setting) -> Iterator[Deviation]:
         uniform = torch.full(batch.z.shape, 1 / classes, dtype=torch.float64)
         divergence = xent.kl_div(batch.z.cpu().double().log_softmax(1), uniform, reduction="none").sum(1)
         hard = xent.cross_entropy(batch.z, batch.y, reduction="none").cpu().double()
-        found = xent.cross_entropy(batch.z, batch.y, label_smoothing=epsilon, reduction="none")
+        computed = xent.cross_entropy(batch.z, batch.y, label_smoothing=epsilon, reduction="none")
         expected = (1 - epsilon) * hard + epsilon * (divergence + math.log(classes))
         t = (1 - epsilon) * batch.one_hot + epsilon / classes
-        yield s.compare(found, expected, batch.exact.loss_scale(t) + math.log(classes), batch.name)
+        yield s.compare(computed, expected, batch.exact.loss_scale(t) + math.log(classes), batch.name)
 
 
 @identity("the best under smoothing", "p_y = 1 − ε + ε/C, ℓ_ε = H(t)", section=1, allowed=4, because=ROUNDED)
 def best_under_smoothing(s: Setting) -> Iterator[Deviation]:
-    """At the logits log t the loss has its minimum: its slope is 0, and a step to either side costs."""
+    """Check that the loss has its minimum at the logits log t: slope 0, and larger on both sides."""
     for classes, epsilon in ((2, 0.5), (10, 0.1)):
         t = [1 - epsilon + epsilon / classes, *[epsilon / classes] * (classes - 1)]
         entropy = -sum(v * math.log(v) for v in t)
@@ -103,9 +103,9 @@ def class_weights(s: Setting) -> Iterator[Deviation]:
         w = s.tensor([0.25 * (c + 1) for c in range(classes)])  # of few bits, so that w·t is exact
         for epsilon in (0.0, 0.25):
             t = w.cpu().double() * ((1 - epsilon) * batch.one_hot + epsilon / classes)
-            found = xent.cross_entropy(batch.z, batch.y, w, label_smoothing=epsilon, reduction="none")
+            computed = xent.cross_entropy(batch.z, batch.y, w, label_smoothing=epsilon, reduction="none")
             yield s.compare(
-                found, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, ε = {epsilon}"
+                computed, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, ε = {epsilon}"
             )
 
 
@@ -119,11 +119,11 @@ def mean(s: Setting) -> Iterator[Deviation]:
         weight = s.tensor([float(n % 3) for n in range(rows)])
         s64, w64 = weight.cpu().double(), w.cpu().double()
         for kind, target, t in batch.targets:
-            share = s64 * w64[batch.y.cpu()] if kind == "class" else s64
+            row_mass = s64 * w64[batch.y.cpu()] if kind == "class" else s64
             exact = s64 * batch.exact.loss(w64 * t)
-            found = xent.cross_entropy(batch.z, target, w, sample_weight=weight)
-            scale = (s64 * batch.exact.loss_scale(w64 * t)).sum() / share.sum()
-            yield s.compare(found, exact.sum() / share.sum(), scale, f"{batch.name}, {kind} targets")
+            computed = xent.cross_entropy(batch.z, target, w, sample_weight=weight)
+            scale = (s64 * batch.exact.loss_scale(w64 * t)).sum() / row_mass.sum()
+            yield s.compare(computed, exact.sum() / row_mass.sum(), scale, f"{batch.name}, {kind} targets")
             nothing = xent.cross_entropy(batch.z, target, sample_weight=weight * 0)
             yield s.compare(nothing, 0.0, 1.0, f"{batch.name}, {kind} targets, no row")
 
@@ -133,13 +133,13 @@ def ignored(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         out = torch.arange(len(batch.y), device=s.device) % 3 == 1
         z = batch.z.masked_fill(out[:, None], math.nan).requires_grad_()
-        found = xent.cross_entropy(z, batch.y.masked_fill(out, -100), reduction="none")
-        (gradient,) = torch.autograd.grad(found.sum(), z)
-        kept, exact = (~out).cpu(), batch.exact
-        t = batch.one_hot * kept[:, None]
+        computed = xent.cross_entropy(z, batch.y.masked_fill(out, -100), reduction="none")
+        (gradient,) = torch.autograd.grad(computed.sum(), z)
+        counted, exact = (~out).cpu(), batch.exact
+        t = batch.one_hot * counted[:, None]
         scale = exact.loss_scale(batch.one_hot)
-        yield s.compare(found, torch.where(kept, exact.loss(t), 0.0), scale, batch.name)
-        expected = torch.where(kept[:, None], exact.gradient(t), 0.0)
+        yield s.compare(computed, torch.where(counted, exact.loss(t), 0.0), scale, batch.name)
+        expected = torch.where(counted[:, None], exact.gradient(t), 0.0)
         yield s.compare(
             gradient, expected, exact.gradient_scale(batch.one_hot), f"{batch.name}, the gradient"
         )
@@ -181,13 +181,13 @@ def log_zero(s: Setting) -> Iterator[Deviation]:
         scale = loss * (1 + distance) if math.isfinite(loss) else 1.0
         one_hot = torch.nn.functional.one_hot(torch.tensor([y]), len(z)).to(s.device, s.dtype)
         for kind, target in (("class", torch.tensor([y], device=s.device)), ("probability", one_hot)):
-            found = xent.cross_entropy(s.tensor([z]), target, reduction="none")
-            yield s.compare(found, loss, scale, f"{name}, {kind}")
+            computed = xent.cross_entropy(s.tensor([z]), target, reduction="none")
+            yield s.compare(computed, loss, scale, f"{name}, {kind}")
     if not half:  # where 1e8 + 24 is another number than 1e8
-        found = xent.cross_entropy(s.tensor([[1e8, 1e8 + 24]]), s.tensor([[0.3, 0.7]]), reduction="none")
-        yield s.compare(found, 7.2 + math.log1p(math.exp(-24)), 7.2, "(1e8, 1e8 + 24)")
-    found = xent.surrogate_cross_entropy(s.tensor([[0.0, 200.0]]), torch.tensor([0], device=s.device))
-    yield s.compare(found, 200.0, 200.0, "the surrogate of (0, 200)")
+        computed = xent.cross_entropy(s.tensor([[1e8, 1e8 + 24]]), s.tensor([[0.3, 0.7]]), reduction="none")
+        yield s.compare(computed, 7.2 + math.log1p(math.exp(-24)), 7.2, "(1e8, 1e8 + 24)")
+    computed = xent.surrogate_cross_entropy(s.tensor([[0.0, 200.0]]), torch.tensor([0], device=s.device))
+    yield s.compare(computed, 200.0, 200.0, "the surrogate of (0, 200)")
 
 
 def _statistics(z: Tensor, q: Tensor) -> Statistics:
@@ -229,30 +229,32 @@ def tiles(s: Setting) -> Iterator[Deviation]:
         given = (head.x, head.w, y)
         whole = xent.linear_cross_entropy(*given, linear_bias=head.b, reduction="none")
         for budget in (4_000, 40_000):
-            found = xent.linear_cross_entropy(
+            computed = xent.linear_cross_entropy(
                 *given, linear_bias=head.b, reduction="none", memory_budget=budget
             )
-            yield s.compare(found, whole.cpu().double(), head.loss_scale(one_hot), f"{name}, {budget} bytes")
+            yield s.compare(
+                computed, whole.cpu().double(), head.loss_scale(one_hot), f"{name}, {budget} bytes"
+            )
 
 
 @identity("a linear head", "ℓ(x, W, b) = ℓ(W x + b)", section=2, allowed=8, because=PRODUCTS)
 def linear_head(s: Setting) -> Iterator[Deviation]:
     for name, head, y, one_hot in _heads(s):
-        found = xent.linear_cross_entropy(head.x, head.w, y, linear_bias=head.b, reduction="none")
+        computed = xent.linear_cross_entropy(head.x, head.w, y, linear_bias=head.b, reduction="none")
         expected = head.exact.loss(one_hot)
-        yield s.compare(found, expected, head.loss_scale(one_hot), name)
+        yield s.compare(computed, expected, head.loss_scale(one_hot), name)
 
 
 @identity("gauge freedom", "W + 1vᵀ: the same loss", section=5, allowed=8, because=PRODUCTS)
 def gauge(s: Setting) -> Iterator[Deviation]:
     for name, head, y, one_hot in _heads(s):
         moved = replace(head, w=head.w + 1)
-        found = xent.linear_cross_entropy(moved.x, moved.w, y, linear_bias=moved.b, reduction="none")
-        yield s.compare(found, head.exact.loss(one_hot), moved.loss_scale(one_hot), name)
+        computed = xent.linear_cross_entropy(moved.x, moved.w, y, linear_bias=moved.b, reduction="none")
+        yield s.compare(computed, head.exact.loss(one_hot), moved.loss_scale(one_hot), name)
 
 
 def _heads(s: Setting) -> Iterator[tuple[str, Head, Tensor, Tensor]]:
-    """Name, head, classes and their one-hot rows of the batches that have features."""
+    """Yield name, head, classes and their one-hot rows of the batches that have features."""
     for batch in s.batches:
         if batch.head is not None:
             yield batch.name, batch.head, batch.y, batch.one_hot
@@ -263,7 +265,7 @@ def _heads(s: Setting) -> Iterator[tuple[str, Head, Tensor, Tensor]]:
 
 @identity("maximum likelihood", "6 of 10 white: p = 0.6, 0.673012", section=3, allowed=8, because=ROUNDED)
 def likelihood(s: Setting) -> Iterator[Deviation]:
-    """−log(p⁶(1 − p)⁴)/10 has its minimum where p is the share of white balls."""
+    """Check that −log(p⁶(1 − p)⁴)/10 has its minimum where p is the share of white balls."""
     balls = s.tensor([1.0] * 6 + [0.0] * 4)
     best = 0.6730116670092565
     p = s.tensor([0.6] * 10).requires_grad_()
@@ -288,34 +290,34 @@ def entropy_and_divergence(s: Setting) -> Iterator[Deviation]:
         t, exact = batch.q.cpu().double(), batch.exact
         divergence = xent.kl_divergence(target=batch.q, input=batch.z)
         entropy = torch.special.entr(t)
-        found = xent.cross_entropy(batch.z, batch.q, reduction="none")
+        computed = xent.cross_entropy(batch.z, batch.q, reduction="none")
         scale = exact.loss_scale(t) + entropy.abs().sum(1)
-        yield s.compare(found, entropy.sum(1) + divergence.cpu().double(), scale, batch.name)
+        yield s.compare(computed, entropy.sum(1) + divergence.cpu().double(), scale, batch.name)
         equal = xent.kl_divergence(target=batch.z, input=batch.z, target_is_logits=True)
         yield s.compare(equal, 0.0, 1.0, f"{batch.name}, KL(p‖p) = 0")
         apart = xent.kl_divergence(target=batch.z.flip(0), input=batch.z, target_is_logits=True)
         yield s.compare(apart.clamp_max(0.0), 0.0, 1.0, f"{batch.name}, KL ≥ 0")
     half = s.tensor([0.5, 0.5]).log()
-    for name, found in (
+    for name, computed in (
         ("of logits", xent.kl_divergence(target=s.tensor([0.6, 0.4]), input=half)),
         ("of log p", xent.kl_div(half, s.tensor([0.6, 0.4]), reduction="sum")),
     ):
-        yield s.compare(found, 0.020135513550688863, 1.0, f"KL((.6, .4)‖(.5, .5)) {name}")
+        yield s.compare(computed, 0.020135513550688863, 1.0, f"KL((.6, .4)‖(.5, .5)) {name}")
 
 
 @identity("cross-entropy with oneself", "CE(p, p) = H(p)", section=3, allowed=8, because=TWICE)
 def with_oneself(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         exact = batch.exact
-        found = xent.entropy(batch.z)
-        yield s.compare(found, exact.entropy(), exact.entropy_scale(), f"{batch.name}, entropy")
+        computed = xent.entropy(batch.z)
+        yield s.compare(computed, exact.entropy(), exact.entropy_scale(), f"{batch.name}, entropy")
         p = exact.p.to(s.device, s.dtype)
         t = p.cpu().double()
-        found = xent.cross_entropy(batch.z, p, reduction="none")
+        computed = xent.cross_entropy(batch.z, p, reduction="none")
         # what p rounds to where the type has few digits left, or none
         lost = torch.finfo(s.dtype).smallest_normal * (exact.cost * (exact.p > 0)).nan_to_num().sum(1)
         scale = exact.entropy_scale() + exact.loss_scale(t) + lost
-        yield s.compare(found, exact.entropy(), scale, f"{batch.name}, against p")
+        yield s.compare(computed, exact.entropy(), scale, f"{batch.name}, against p")
 
 
 @identity("worked tables", "customers, animals, spam: row by row", section=3, allowed=4, because=ROUNDED)
@@ -325,8 +327,8 @@ def worked(s: Setting) -> Iterator[Deviation]:
     yield s.compare(xent.binary_cross_entropy(p, y, reduction="none"), s64(terms), 1.0, "two customers")
     yield s.compare(xent.binary_cross_entropy(p, y), 0.2899092476264711, 1.0, "two customers, the mean")
     logits = p.cpu().double().logit().to(s.device, s.dtype)
-    found = xent.binary_cross_entropy_with_logits(logits, y, reduction="none")
-    yield s.compare(found, s64(terms), 1.0, "two customers, from logits")
+    computed = xent.binary_cross_entropy_with_logits(logits, y, reduction="none")
+    yield s.compare(computed, s64(terms), 1.0, "two customers, from logits")
     for name, row, label, loss in (
         ("cat, dog, horse", [0.4, 0.4, 0.2], 1, 0.916290731874155),
         ("three classes", [0.1, 0.12, 0.78], 2, 0.2484613592984996),
@@ -338,8 +340,8 @@ def worked(s: Setting) -> Iterator[Deviation]:
         yield s.compare(xent.nn.CrossEntropyLoss()(z, target), loss, scale, f"{name}, as a module")
     spam = ["spam", "ham", "ham", "spam"]
     rows = [[0.1, 0.9], [0.9, 0.1], [0.8, 0.2], [0.35, 0.65]]
-    found = torch.tensor(xent.metrics.log_loss(spam, rows), dtype=torch.float64)
-    yield s.compare(found, 0.21616187468057912, 1.0, "spam and ham", torch.float64)
+    computed = torch.tensor(xent.metrics.log_loss(spam, rows), dtype=torch.float64)
+    yield s.compare(computed, 0.21616187468057912, 1.0, "spam and ham", torch.float64)
 
 
 def s64(values: list[float]) -> Tensor:

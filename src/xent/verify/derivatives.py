@@ -1,4 +1,4 @@
-"""How cross-entropy changes: gradients, also through a head, curvature, and the form without a logarithm."""
+"""Identities of the derivatives: gradients, also through a head, curvature, and the log-free surrogate."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRODUCTS = "as for a gradient; and a product of D terms is rounded D times, in a
 
 
 def first(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """∂ℓ_n/∂z_n of rows that do not touch each other, (N, C)."""
+    """Return ∂ℓ_n/∂z_n, (N, C), of a loss whose rows are independent."""
     z = z.detach().requires_grad_()
     losses = loss(z)
     (gradient,) = torch.autograd.grad(losses, z, torch.ones_like(losses))
@@ -26,7 +26,7 @@ def first(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
 
 
 def second(loss: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """∂²ℓ_n/∂z_n², (N, C, C): each row of it one backward pass through the gradient."""
+    """Return ∂²ℓ_n/∂z_n², (N, C, C), by one backward pass through the gradient for each class."""
     z = z.detach().requires_grad_()
     losses = loss(z)
     (gradient,) = torch.autograd.grad(losses, z, torch.ones_like(losses), create_graph=True)
@@ -51,11 +51,18 @@ def surrogate_of(target: Tensor) -> Callable[[Tensor], Tensor]:
 
 @identity("the gradient", "∂ℓ/∂z = a·p − t", section=4, allowed=4, because=GRADIENT)
 def gradient(s: Setting) -> Iterator[Deviation]:
+    yield from compare_gradients(s, rows_of)
+
+
+def compare_gradients(
+    s: Setting, loss_of: Callable[[Tensor], Callable[[Tensor], Tensor]]
+) -> Iterator[Deviation]:
+    """Compare the gradient of a loss with a·p − t, for every kind of target."""
     for batch in s.batches:
         for kind, target, t in batch.targets:
-            found = first(rows_of(target), batch.z)
+            computed = first(loss_of(target), batch.z)
             expected, scale = batch.exact.gradient(t), batch.exact.gradient_scale(t)
-            yield s.compare(found, expected, scale, f"{batch.name}, {kind} targets")
+            yield s.compare(computed, expected, scale, f"{batch.name}, {kind} targets")
 
 
 @identity(
@@ -63,9 +70,9 @@ def gradient(s: Setting) -> Iterator[Deviation]:
 )
 def divergence_gradient(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
-        found = first(divergence_of(batch.q), batch.z)
+        computed = first(divergence_of(batch.q), batch.z)
         t = batch.q.cpu().double()
-        yield s.compare(found, batch.exact.gradient(t), batch.exact.gradient_scale(t), batch.name)
+        yield s.compare(computed, batch.exact.gradient(t), batch.exact.gradient_scale(t), batch.name)
 
 
 @identity("z-loss", "∂(λ·lse²)/∂z = 2λ·lse·p", section=1, allowed=4, because=GRADIENT)
@@ -73,11 +80,11 @@ def z_loss(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         exact, t = batch.exact, batch.one_hot
         tame = (exact.lse.abs() < 100)[:, None]  # whose square is a number in float16
-        found = first(rows_of(batch.y, z_loss=0.5), batch.z)
+        computed = first(rows_of(batch.y, z_loss=0.5), batch.z)
         expected = exact.gradient(t) + exact.lse[:, None] * exact.p
         scale = exact.gradient_scale(t) + exact.lse.abs()[:, None]
-        found = found.masked_fill(~tame.to(s.device), 0.0)
-        yield s.compare(found, torch.where(tame, expected, 0.0), scale, batch.name)
+        computed = computed.masked_fill(~tame.to(s.device), 0.0)
+        yield s.compare(computed, torch.where(tame, expected, 0.0), scale, batch.name)
 
 
 @identity("another temperature", "T·∂ℓ(z/T)/∂z = softmax(z/T) − t", section=7, allowed=4, because=GRADIENT)
@@ -86,9 +93,9 @@ def temperature(s: Setting) -> Iterator[Deviation]:
         for at in (0.5, 4.0):  # powers of two: z/T is exact
             if not torch.isfinite(batch.z / at).eq(batch.z.isfinite()).all():
                 continue
-            found = at * first(rows_of(batch.y, temperature=at), batch.z)
+            computed = at * first(rows_of(batch.y, temperature=at), batch.z)
             exact, t = Exact(batch.exact.z / at), batch.one_hot
-            yield s.compare(found, exact.gradient(t), exact.gradient_scale(t), f"{batch.name}, T = {at}")
+            yield s.compare(computed, exact.gradient(t), exact.gradient_scale(t), f"{batch.name}, T = {at}")
 
 
 @identity(
@@ -109,13 +116,13 @@ def inverse_temperature(s: Setting) -> Iterator[Deviation]:
             beta = torch.ones_like(z[:, :1]).requires_grad_()
             losses = xent.cross_entropy(beta * z, target[tame], reduction="none")
             (slope,) = torch.autograd.grad(losses, beta, torch.ones_like(losses), create_graph=True)
-            (bend,) = torch.autograd.grad(slope, beta, torch.ones_like(slope))
+            (curvature,) = torch.autograd.grad(slope, beta, torch.ones_like(slope))
             a, name = t.sum(1), f"{batch.name}, {kind} targets"
             expected = (exact.gradient(t) * z64).sum(1)
             yield s.compare(slope[:, 0], expected, exact.gradient_scale(t)[:, 0] * size, f"{name}, ∂ℓ/∂β")
             centred = z64 - (p * z64).sum(1, keepdim=True)
             expected = a * (p * centred.square()).sum(1)
-            yield s.compare(bend[:, 0], expected, a * p.norm(dim=1) * size.square(), f"{name}, ∂²ℓ/∂β²")
+            yield s.compare(curvature[:, 0], expected, a * p.norm(dim=1) * size.square(), f"{name}, ∂²ℓ/∂β²")
 
 
 @identity(
@@ -132,13 +139,13 @@ def head_gradients(s: Setting) -> Iterator[Deviation]:
         x, w, b = (part.detach().requires_grad_() for part in (batch.head.x, batch.head.w, batch.head.b))
         for kind, target, t in batch.targets:
             loss = xent.linear_cross_entropy(x, w, target, linear_bias=b, reduction="sum")
-            found = torch.autograd.grad(loss, (x, w, b))
+            computed = torch.autograd.grad(loss, (x, w, b))
             g, scale = batch.head.exact.gradient(t), batch.head.gradient_scale(t)
             x64, w64 = x.detach().cpu().double(), w.detach().cpu().double()
             for name, value, expected, size in (
-                ("x", found[0], g @ w64, scale @ w64.abs()),
-                ("W", found[1], g.T @ x64, scale.T @ x64.abs()),
-                ("b", found[2], g.sum(0), scale.sum(0)),
+                ("x", computed[0], g @ w64, scale @ w64.abs()),
+                ("W", computed[1], g.T @ x64, scale.T @ x64.abs()),
+                ("b", computed[2], g.sum(0), scale.sum(0)),
             ):
                 yield s.compare(value, expected, size, f"{batch.name}, {kind} targets, {name}")
 
@@ -147,7 +154,7 @@ def head_gradients(s: Setting) -> Iterator[Deviation]:
     "through a feature extractor", "∂ℓ/∂θ = (∂x/∂θ)ᵀ Wᵀ(a p − t)", section=4, allowed=8, because=PRODUCTS
 )
 def feature_extractor(s: Setting) -> Iterator[Deviation]:
-    """x = θ∘u, a scale for each feature: ∂ℓ/∂θ = Σ_n u∘Wᵀ(a p − t)."""
+    """Check ∂ℓ/∂θ = Σ_n u∘Wᵀ(a p − t) for x = θ∘u, a scale for each feature."""
     for batch in s.batches:
         if batch.head is None:
             continue
@@ -156,10 +163,10 @@ def feature_extractor(s: Setting) -> Iterator[Deviation]:
         loss = xent.linear_cross_entropy(
             head.x * theta, head.w, batch.q, linear_bias=head.b, reduction="none"
         )
-        (found,) = torch.autograd.grad(loss, theta, torch.ones_like(loss))
+        (computed,) = torch.autograd.grad(loss, theta, torch.ones_like(loss))
         x, w, g = head.x.cpu().double(), head.w.cpu().double(), head.exact.gradient(t)
         size = (x.abs() * (head.gradient_scale(t) @ w.abs())).sum(0)
-        yield s.compare(found, (x * (g @ w)).sum(0), size, batch.name)
+        yield s.compare(computed, (x * (g @ w)).sum(0), size, batch.name)
 
 
 # §5 Curvature
@@ -169,14 +176,14 @@ def feature_extractor(s: Setting) -> Iterator[Deviation]:
 def second_derivative(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         for kind, target, t in batch.targets:
-            found = second(rows_of(target), batch.z)
+            computed = second(rows_of(target), batch.z)
             a = t.sum(1)[:, None, None]
             scale = a * batch.exact.p.norm(dim=1)[:, None, None]
-            yield s.compare(found, a * batch.exact.jacobian, scale, f"{batch.name}, {kind} targets")
+            yield s.compare(computed, a * batch.exact.jacobian, scale, f"{batch.name}, {kind} targets")
 
 
 def jacobian(batch: Batch) -> Tensor:
-    """J of every row as the second derivative of its loss, (N, C, C), of the batch's type."""
+    """Return J of every row as the second derivative of its loss, (N, C, C), in the batch's type."""
     return second(rows_of(batch.y), batch.z)
 
 
@@ -185,8 +192,8 @@ def jacobian(batch: Batch) -> Tensor:
 )
 def softmax_jacobian(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
-        found = jacobian(batch)
-        J = found.cpu().double()
+        computed = jacobian(batch)
+        J = computed.cpu().double()
         classes = J.shape[1]
         bound = (torch.eye(classes, dtype=torch.float64) - 1 / classes) / 2
         for name, violation in (
@@ -195,24 +202,28 @@ def softmax_jacobian(s: Setting) -> Iterator[Deviation]:
             ("0 ⪯ J", torch.linalg.eigvalsh((J + J.mT) / 2).clamp_max(0.0)),
             ("J ⪯ ½(I − 11ᵀ/C)", torch.linalg.eigvalsh(bound - (J + J.mT) / 2).clamp_max(0.0)),
         ):
-            yield s.compare(violation, 0.0, 1.0, f"{batch.name}, {name}", found.dtype)
+            yield s.compare(violation, 0.0, 1.0, f"{batch.name}, {name}", computed.dtype)
 
 
 @identity("the chain through log p", "J·(−t/p) = a·p − t", section=4, allowed=8, because=GRADIENT)
 def chain(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         # at a temperature at which every p is far from what the type calls 0
-        spread = batch.exact.distance.amax(1).to(s.device)
-        z = batch.z[spread < 1e3] * 0.1
-        q, J = batch.q[spread < 1e3].cpu().double(), second(rows_of(batch.y[spread < 1e3]), z)
+        logit_range = batch.exact.distance.amax(1).to(s.device)
+        z = batch.z[logit_range < 1e3] * 0.1
+        q, J = batch.q[logit_range < 1e3].cpu().double(), second(rows_of(batch.y[logit_range < 1e3]), z)
         exact = Exact(z.cpu().double())
-        seen = (exact.p > 1e-4).all(1)
-        ratio = (q / exact.p)[seen]
-        found = torch.einsum("nij,nj->ni", J.cpu().double()[seen], -ratio)
-        scale = torch.einsum("nij,nj->ni", exact.jacobian.abs()[seen], ratio)
-        if seen.any():
+        positive = (exact.p > 1e-4).all(1)
+        ratio = (q / exact.p)[positive]
+        computed = torch.einsum("nij,nj->ni", J.cpu().double()[positive], -ratio)
+        scale = torch.einsum("nij,nj->ni", exact.jacobian.abs()[positive], ratio)
+        if positive.any():
             yield s.compare(
-                found, exact.gradient(q)[seen], scale + exact.gradient_scale(q)[seen], batch.name, J.dtype
+                computed,
+                exact.gradient(q)[positive],
+                scale + exact.gradient_scale(q)[positive],
+                batch.name,
+                J.dtype,
             )
 
 
@@ -221,13 +232,13 @@ def chain(s: Setting) -> Iterator[Deviation]:
 )
 def worked_row(s: Setting) -> Iterator[Deviation]:
     z, y = s.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([0], device=s.device)
-    g, found = first(rows_of(y), z), second(rows_of(y), z)
-    J = found.cpu().double()[0]
+    g, computed = first(rows_of(y), z), second(rows_of(y), z)
+    J = computed.cpu().double()[0]
     scale = 1 + math.log(10)  # log p is rounded on the way in
     yield s.compare(g.cpu().double().norm(), 0.3741657386773941, scale, "‖p − y‖", g.dtype)
-    yield s.compare(J.trace(), 0.46, scale, "trace J", found.dtype)
+    yield s.compare(J.trace(), 0.46, scale, "trace J", computed.dtype)
     top = torch.linalg.eigvalsh((J + J.T) / 2)[-1]
-    yield s.compare(top, 0.33440306508910547, scale, "the largest eigenvalue of J", found.dtype)
+    yield s.compare(top, 0.33440306508910547, scale, "the largest eigenvalue of J", computed.dtype)
 
 
 # §7 The log-free surrogate
@@ -237,11 +248,11 @@ def worked_row(s: Setting) -> Iterator[Deviation]:
 def surrogate(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         for kind, target, t in batch.targets:
-            found = xent.surrogate_cross_entropy(batch.z, target, reduction="none")
+            computed = xent.surrogate_cross_entropy(batch.z, target, reduction="none")
             a, exact = t.sum(1), batch.exact
             expected = exact.loss(t) - a * exact.entropy()
             scale = exact.loss_scale(t) + a * exact.entropy_scale()
-            yield s.compare(found, expected, scale, f"{batch.name}, {kind} targets")
+            yield s.compare(computed, expected, scale, f"{batch.name}, {kind} targets")
 
 
 @identity(
@@ -252,28 +263,24 @@ def surrogate(s: Setting) -> Iterator[Deviation]:
     because=GRADIENT,
 )
 def surrogate_own_gradient(s: Setting) -> Iterator[Deviation]:
-    """Compare the gradient of the surrogate's value, in whose place `backward` gives another."""
+    """Check the gradient of the surrogate's value, which is not what its `backward` returns."""
     for batch in s.batches:
         t, exact = batch.q.cpu().double(), batch.exact
         a = t.sum(1, keepdim=True)
-        own = first(rows_of(batch.q), batch.z).cpu().double()
-        own = own - a * first(xent.entropy, batch.z).cpu().double()
+        slope_of_value = first(rows_of(batch.q), batch.z).cpu().double()
+        slope_of_value = slope_of_value - a * first(xent.entropy, batch.z).cpu().double()
         H = exact.entropy()[:, None]
         Jz = torch.where(exact.p == 0, 0.0, exact.p * (H - exact.cost))  # z = −cost, up to a constant
         slope = torch.where(exact.p == 0, 0.0, exact.p * (H + exact.cost))
         # of H − cost both are rounded, and z − max z in each
         scale = exact.gradient_scale(t) + a * (slope + exact.p * exact.entropy_scale()[:, None])
         scale = scale + a * (exact.jacobian.abs() @ exact.distance[:, :, None])[:, :, 0]
-        yield s.compare(own, exact.gradient(t) + a * Jz, scale, batch.name, batch.z.dtype)
+        yield s.compare(slope_of_value, exact.gradient(t) + a * Jz, scale, batch.name, batch.z.dtype)
 
 
 @identity("the surrogate's gradient", "a·p − t, which is supplied", section=7, allowed=4, because=GRADIENT)
 def surrogate_gradient(s: Setting) -> Iterator[Deviation]:
-    for batch in s.batches:
-        for kind, target, t in batch.targets:
-            found = first(surrogate_of(target), batch.z)
-            expected, scale = batch.exact.gradient(t), batch.exact.gradient_scale(t)
-            yield s.compare(found, expected, scale, f"{batch.name}, {kind} targets")
+    yield from compare_gradients(s, surrogate_of)
 
 
 @identity(
@@ -282,7 +289,7 @@ def surrogate_gradient(s: Setting) -> Iterator[Deviation]:
 def surrogate_curvature(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         t = batch.q.cpu().double()
-        found = second(surrogate_of(batch.q), batch.z)
+        computed = second(surrogate_of(batch.q), batch.z)
         a = t.sum(1)[:, None, None]
         scale = a * batch.exact.p.norm(dim=1)[:, None, None]
-        yield s.compare(found, a * batch.exact.jacobian, scale, batch.name)
+        yield s.compare(computed, a * batch.exact.jacobian, scale, batch.name)

@@ -1,6 +1,6 @@
-"""Two figures of scikit-learn's handwritten digits: which rival carries whose loss, and the hardest triplets.
+"""Two figures of scikit-learn's handwritten digits: the loss by pair of classes, and the hardest triplets.
 
-The logits are those of a linear classifier on rows that it was not fitted on (five folds).
+The logits are a linear classifier's on rows that it was not fitted on (five folds).
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class Judged(NamedTuple):
+class Predictions(NamedTuple):
+    """The digits and the logits of the classifier."""
+
     pixels: np.ndarray  # (N, 8, 8)
     logits: Tensor  # (N, 10)
     y: Tensor  # (N,)
 
 
 @cache
-def judged() -> Judged:
+def predictions() -> Predictions:
+    """Return the digits and cross-validated logits; computed once."""
     with needs("probe"):
         from sklearn.datasets import load_digits
         from sklearn.model_selection import cross_val_predict
     X, y = load_digits(return_X_y=True)
     model = xent.SoftmaxRegression(C=0.1)
     logits = cross_val_predict(model, X, y, cv=5, method="decision_function")
-    return Judged(X.reshape(-1, 8, 8), torch.from_numpy(logits), torch.from_numpy(y))
+    return Predictions(X.reshape(-1, 8, 8), torch.from_numpy(logits), torch.from_numpy(y))
 
 
 def rivals(figure: Figure) -> None:
-    """The pair matrix: the share of all loss that each rival carries of each digit."""
-    _, logits, y = judged()
+    """Draw the pair matrix: the share of the whole loss by digit and rival."""
+    _, logits, y = predictions()
     pairs = xent.triplets.pair_matrix(logits, y)
     share = (pairs.matrix / pairs.loss.sum()).numpy()
     text = [[f"{100 * v:.1f}" if v >= 0.0005 else "" for v in row] for row in share]
@@ -50,21 +53,25 @@ def rivals(figure: Figure) -> None:
     figures.pairs(axes, shade, text, [str(c) for c in range(10)], "share of all loss")
     axes.set_xlabel("rival", labelpad=8)
     axes.set_ylabel("true", labelpad=8)
-    whole = float(pairs.loss.sum() / pairs.count.sum())
+    mean_loss = float(pairs.loss.sum() / pairs.count.sum())
     figures.titled(
-        axes, "Who carries whose loss", f"per cent of {whole:.3f} nats a row, over {len(y):,} digits"
+        axes, "Who carries whose loss", f"per cent of {mean_loss:.3f} nats a row, over {len(y):,} digits"
     )
 
 
 def hardest(figure: Figure) -> None:
-    """The five rows whose hardest triplet costs most."""
-    pixels, logits, y = judged()
+    """Draw the five rows with the largest loss of the hardest triplet."""
+    pixels, logits, y = predictions()
     bounds = xent.triplets.bounds(logits, y)
     worst = bounds.hardest_low.topk(5).indices
-    found = xent.triplets.attribution(logits[worst], y[worst], 1)
+    attribution = xent.triplets.attribution(logits[worst], y[worst], 1)
     figure.set_size_inches(13.9, 4.2)
     for axes, n, rival, share in zip(
-        figure.subplots(1, 5), worst.tolist(), found.classes[:, 0], found.shares[:, 0], strict=True
+        figure.subplots(1, 5),
+        worst.tolist(),
+        attribution.classes[:, 0],
+        attribution.shares[:, 0],
+        strict=True,
     ):
         axes.imshow(pixels[n], cmap="gray_r", vmin=0, vmax=16)
         axes.set_axis_off()

@@ -1,4 +1,4 @@
-"""What the identities look like: figures in the project's style, computed by the functions they show.
+"""Figures of the identities, in the project's style, computed by the functions they show.
 
 Needs the extra ``report``.
 """
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 
 def draw(folder: Path) -> list[Path]:
-    """All of them as PNG in ``folder``; the paths. Raises ``MissingExtra`` without matplotlib, or without
-    scikit-learn, which has the digits."""
+    """Draw all figures as PNG into ``folder`` and return their paths.
+
+    Raises ``MissingExtra`` without matplotlib, or without scikit-learn, whose digits it draws.
+    """
     with needs("report"):
         from matplotlib.figure import Figure
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +43,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def cost_of_a_probability(figure: Figure) -> None:
-    """−log p against p."""
+    """Draw −log p against p."""
     figure.set_size_inches(6.4, 4.0)
     axes = figure.add_subplot()
     p = torch.linspace(0.0, 1.0, 2001, dtype=torch.float64)[1:]
@@ -61,13 +63,13 @@ def cost_of_a_probability(figure: Figure) -> None:
 
 
 def surrogate(figure: Figure) -> None:
-    """L₁ against L₂, which are alike and not the same; L₁ − L₂ against H(p), which are the same."""
+    """Draw cross-entropy against the surrogate, and the difference of both against H(p), which it equals."""
     figure.set_size_inches(9.2, 4.3)
     left, right = figure.subplots(1, 2, gridspec_kw={"wspace": 0.28})
     generator = torch.Generator().manual_seed(1)
     rows, classes = 400, 10
-    spread = 4 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)
-    z = spread * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
+    scales = 4 * torch.rand(rows, 1, generator=generator, dtype=torch.float64)
+    z = scales * torch.randn(rows, classes, generator=generator, dtype=torch.float64)
     y = torch.randint(classes, (rows,), generator=generator)
     cross_entropy = xent.cross_entropy(z, y, reduction="none")
     log_free = xent.surrogate_cross_entropy(z, y, reduction="none")
@@ -89,7 +91,7 @@ def surrogate(figure: Figure) -> None:
 
 
 def gradients_on_a_logit(figure: Figure) -> None:
-    """Binary cross-entropy against the squared error of σ(s), for a row whose answer is 1."""
+    """Draw the gradients of binary cross-entropy and of the squared error of σ(s) for a target of 1."""
     figure.set_size_inches(6.4, 4.0)
     axes = figure.add_subplot()
     s = torch.linspace(-8, 8, 801, dtype=torch.float64, requires_grad=True)
@@ -109,24 +111,26 @@ def gradients_on_a_logit(figure: Figure) -> None:
 
 
 def bounds_as_logits_sharpen(figure: Figure) -> None:
-    """The chain of bounds of β·z, for a row that is right and for one that is wrong."""
+    """Draw the bounds at β·z, for a row that is right and for one that is wrong."""
     figure.set_size_inches(9.4, 3.8)
     z = torch.tensor([1.0, 0.62, 0.5, 0.3, 0.1, 0.0, -0.2, -0.4, -0.7, -0.9], dtype=torch.float64)
     beta = torch.linspace(0, 12, 241, dtype=torch.float64)
     right, wrong = figure.subplots(1, 2, gridspec_kw={"wspace": 0.48})
     for axes, y in ((right, 0), (wrong, 1)):
-        found = xent.triplets.bounds(beta[:, None] * z, torch.full((len(beta),), y))
-        axes.fill_between(beta, found.hardest_low, found.hardest_high, color="#F0F0F0", linewidth=0, zorder=0)
+        bounds = xent.triplets.bounds(beta[:, None] * z, torch.full((len(beta),), y))
+        axes.fill_between(
+            beta, bounds.hardest_low, bounds.hardest_high, color="#F0F0F0", linewidth=0, zorder=0
+        )
         for name, colour in BOUNDS.items():
             line = dict(linewidth=3.0, zorder=3) if name == "loss" else dict(linewidth=1.7)
-            axes.plot(beta, getattr(found, name), color=colour, **line)
+            axes.plot(beta, getattr(bounds, name), color=colour, **line)
         axes.set_xlim(0, 12)
         axes.set_xlabel("sharpness β of the logits β·z")
     right.set_yscale("log")
     right.set_ylim(2e-3, 12)
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     wrong.set_ylim(0, 6)
-    # where each name stands beside the right end of its curve, so that none covers another
+    # the height of each name at the right end of its curve, so that none covers another
     for axes, places in (
         (right, {"union": 0.036, "loss": 0.0185, "tight": 0.0095, "smooth": 0.0049, "hardest_low": 0.0025}),
         (
@@ -165,7 +169,7 @@ FIGURES: dict[str, Callable[[Figure], None]] = {
     "digits-rivals": digits.rivals,
     "digits-hardest": digits.hardest,
 }
-"""By the name of the file."""
+"""The drawing functions by the name of the file."""
 
 
 def _name(
@@ -177,14 +181,14 @@ def _name(
     shift: tuple[float, float] = (0, 0),
     side: str = "left",
 ) -> None:
-    """A name beside what it names; ``shift`` in points."""
+    """Write a name beside the point (x, y), shifted by ``shift`` points."""
     axes.annotate(
         text, (x, y), shift, textcoords="offset points", color=colour, weight="bold", ha=side, zorder=4
     )
 
 
 def _diagonal(axes: Axes, low: float, high: float) -> None:
-    """The line on which both coordinates are equal, in a square of both."""
+    """Draw the line y = x in a square from low to high."""
     from matplotlib.ticker import MaxNLocator
 
     axes.plot([low, high], [low, high], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)

@@ -1,10 +1,10 @@
-"""What an identity is, and how far a computed number is from it.
+"""The registry of identities, and the deviation of a computed number from one.
 
-    deviation = |found − expected| / max(eps·scale, smallest number)
+    deviation = |computed − expected| / max(eps·scale, smallest number)
 
-eps is that of the type in which `found` was computed and `scale` the size of the terms that it is made of: so
-the deviation counts units in the last place of what rounding allows, the same for every type. An identity is
-one function of a `Setting` that yields deviations, and a decorator that names it.
+eps is that of the type in which `computed` was computed, `scale` the size of the terms that it is the sum of.
+So the deviation is in units of the rounding error, comparable between types. An identity is a function of a
+`Setting` that yields deviations, registered under a name by a decorator.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from xent.verify.data import Batch
 
 
 class Deviation(NamedTuple):
-    """The worst of some numbers."""
+    """The largest deviation among some numbers, and its place."""
 
     units: float
     where: str
@@ -29,29 +29,30 @@ class Deviation(NamedTuple):
 
 @dataclass(frozen=True)
 class Setting:
-    """What an identity is checked on."""
+    """The type, the device and the rows that an identity is checked on."""
 
     dtype: torch.dtype
     device: torch.device
     batches: tuple[Batch, ...]
 
     def tensor(self, values: object) -> Tensor:
+        """Return a tensor of the checked type on the device."""
         return torch.tensor(values, dtype=self.dtype, device=self.device)
 
     def compare(
         self,
-        found: Tensor,  # (N, ...)
+        computed: Tensor,  # (N, ...)
         expected: Tensor | float,  # broadcasts to it
         scale: Tensor | float,  # the same
         where: str,
-        dtype: torch.dtype | None = None,  # computed in, if not that of `found`
+        dtype: torch.dtype | None = None,  # in which `computed` was computed, if not its own
     ) -> Deviation:
-        """The worst deviation, and the row that it lies in. Equal infinities agree; nan is never right."""
-        info = torch.finfo(dtype or found.dtype)
-        found = found.detach().cpu().double()
-        expected = torch.as_tensor(expected, dtype=torch.float64).detach().cpu().expand(found.shape)
-        scale = torch.as_tensor(scale, dtype=torch.float64).detach().cpu().expand(found.shape)
-        error = torch.where(found == expected, 0.0, (found - expected).abs())
+        """Return the largest deviation and its row. Equal infinities agree; nan deviates by inf."""
+        info = torch.finfo(dtype or computed.dtype)
+        computed = computed.detach().cpu().double()
+        expected = torch.as_tensor(expected, dtype=torch.float64).detach().cpu().expand(computed.shape)
+        scale = torch.as_tensor(scale, dtype=torch.float64).detach().cpu().expand(computed.shape)
+        error = torch.where(computed == expected, 0.0, (computed - expected).abs())
         units = error / (scale * info.eps).clamp_min(info.smallest_normal * info.eps)
         units = torch.where(error == 0, 0.0, units).nan_to_num(nan=math.inf, posinf=math.inf)
         if units.numel() == 0:
@@ -68,16 +69,18 @@ Check = Callable[[Setting], Iterator[Deviation]]
 
 @dataclass(frozen=True)
 class Identity:
+    """A formula, the deviation it is allowed, and the function that checks it."""
+
     name: str
     formula: str
-    section: int  # of the mathematics page
+    section: int  # groups and orders the identities in the report
     allowed: float  # units in the last place
-    because: str  # that many
+    because: str  # the reason for that number
     check: Check
 
 
 IDENTITIES: dict[str, Identity] = {}
-"""All of them by name, in the order of the mathematics page."""
+"""All identities by name, in the order in which they are registered."""
 
 
 def identity(

@@ -1,4 +1,4 @@
-"""Run the identities, and say what came out: one line each, for every type."""
+"""The run of all identities in every type, and its report."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_DTYPES = ("float64", "float32")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One identity in one type."""
+    """The result of one identity in one type."""
 
     identity: Identity
     dtype: str
@@ -50,13 +50,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """All of them."""
+    """The results of all identities in all types."""
 
     outcomes: tuple[Outcome, ...]
     dtypes: tuple[str, ...]
     device: str
     data: tuple[str, ...]
-    missing: str | None  # data that was not there, and what it comes with
+    missing: str | None  # data that was not available, and the extra that brings it
     seconds: float
 
     @property
@@ -68,7 +68,7 @@ class Report:
         return [outcome for outcome in self.outcomes if not outcome.holds]
 
     def of(self, identity: Identity) -> list[Outcome]:
-        """In the order of `dtypes`."""
+        """Return the outcomes of an identity in the order of `dtypes`."""
         return [outcome for outcome in self.outcomes if outcome.identity is identity]
 
     @property
@@ -76,7 +76,7 @@ class Report:
         return list(dict.fromkeys(outcome.identity for outcome in self.outcomes))
 
     def summary(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the report as a dictionary for JSON."""
         return {
             "holds": self.holds,
             "versions": versions(),
@@ -110,7 +110,7 @@ def versions() -> dict[str, str]:
 
 
 def verify(dtypes: Sequence[str] = DEFAULT_DTYPES, device: str = "cpu") -> Report:
-    """Check every identity in every type on a device; nothing that a check does wrong ends the others."""
+    """Check every identity in every type on a device; an exception in one does not end the others."""
     began = time.perf_counter()
     table = read_digits()
     outcomes = []

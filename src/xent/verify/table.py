@@ -1,4 +1,4 @@
-"""A report as a table: a line for each identity, a column for each type. Needs the extra ``cli``."""
+"""The report as a table: a line for each identity, a column for each type. Needs the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from xent.verify.report import Report
 
 
 def say(console: Console, report: Report) -> None:
-    """The table, what does not hold and where, and what it was checked on."""
+    """Print the table, the identities that do not hold and where, and the data."""
     console.print("largest error of each identity, in units in the last place of what rounding allows\n")
     console.print(_table(report))
     console.print()
