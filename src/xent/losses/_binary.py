@@ -185,28 +185,28 @@ def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target
 def _logit_terms(into: Into, s: Tensor, y: Tensor, positive: Tensor | None) -> None:
     """Write ℓ of logits and ∂ℓ/∂s, by the formula of `_of_logits`."""
     value, slope = into.value, into.slope
-    e, c, half, t0, t1, *_ = into.spare
+    e, c, t0, t1, *_ = into.spare
     torch.abs(s, out=e).neg_().exp_()
     torch.ge(s, 0.0, out=c)  # h
     if slope is not None:
-        torch.sub(c, 0.5, out=half)  # ±½, with the sign of s
+        torch.sub(c, 0.5, out=slope)  # ±½, with the sign of s
     if positive is None:
         c.sub_(y)
-        torch.log1p(e, out=value)
     else:
         torch.mul(positive, y, out=t1)
         torch.sub(y.new_ones(()), y, out=t0)
         torch.sub(c, 1.0, out=value)
         c.mul_(t0).addcmul_(value, t1)
         mass = t0.add_(t1)
-        torch.log1p(e, out=value).mul_(mass)
-    value.addcmul_(c, s)
     if slope is not None:
-        torch.add(e, 1.0, out=slope)
-        e.div_(slope)
+        torch.div(e, torch.add(e, 1.0, out=value), out=value)
         if positive is not None:
-            e.mul_(mass)
-        into.scale(torch.addcmul(c, half, e, value=-2.0, out=slope))
+            value.mul_(mass)
+        into.scale(torch.addcmul(c, slope, value, value=-2.0, out=slope))
+    torch.log1p(e, out=value)
+    if positive is not None:
+        value.mul_(mass)
+    value.addcmul_(c, s)
 
 
 def _probability_terms(into: Into, p: Tensor, y: Tensor) -> None:

@@ -1,10 +1,10 @@
 """The reduced loss of elements that do not depend on one another.
 
-A loss is given twice: as a composition of torch's operations, which torch differentiates in every mode and any
-number of times, and as a function that writes values and slopes of a piece into buffers. The second serves a
-plain call on a CPU: the tensors are gone through once, in pieces that stay in the cache. All else goes to the
-first: a second backward, `create_graph`, transforms, graphs, targets that require a gradient, and losses that
-are not finite.
+A loss is given twice: as a composition of torch's operations, which torch differentiates in every mode and
+any number of times, and as a function that writes values and slopes of a piece into buffers. The second
+serves a plain call on a CPU: the tensors are gone through once, in pieces that stay in the cache. All else
+goes to the first: a second backward, `create_graph`, transforms, graphs, targets that require a gradient, and
+losses that are not finite.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from xent._autograd import transforms
 
 PIECE = 1 << 17  # elements: a few tensors of them stay in a cache; smaller losses are no faster in pieces
-BUFFERS = 7
+BUFFERS = 6
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -35,7 +35,7 @@ class Into(NamedTuple):
     factor: Tensor | float | None
     """The weights over the divisor; None is 1."""
     spare: Sequence[Tensor]
-    """Buffers of the piece's shape: one for the weights, one for the value, five for the terms."""
+    """Buffers of the piece's shape: one for the weights, one for the value, four for the terms."""
 
     def scale(self, slope: Tensor) -> Tensor:
         """Multiply by the factor in place."""
@@ -181,6 +181,6 @@ class _Formed(torch.autograd.Function):
             return None, None, *transforms.gradients_of(ctx.composed, tensors, wants, upstream)
         if transforms.batched(upstream) or transforms.transformed(upstream):
             gradient = gradient * upstream
-        elif upstream.dim() or upstream.item() != 1.0:
+        elif any(upstream.stride()) or upstream[(0,) * upstream.dim()].item() != 1.0:
             gradient.mul_(upstream)
         return None, None, gradient, *(None,) * (len(tensors) - 1)
