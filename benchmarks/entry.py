@@ -3,7 +3,9 @@
     python benchmarks/entry.py [--list]
 
 (2048, 64) × 5000, float32, gradients on, one process, second call. Functions of Python are counted, torch's
-included, before the first `autograd.Function.apply`. The limit that the project sets itself is 60.
+included, before the first `autograd.Function.apply`. The limit that the project sets itself is 60. Every step
+from one module of xent back to another that had been left before is printed too; the packages `_arguments`
+and `_autograd`, which many modules call, count neither as left nor as entered.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import xent
 
 LIMIT = 60
+SHARED = ("xent/_arguments/", "xent/_autograd/")
 
 
 def calls_before_apply(rows: int = 2048, features: int = 64, classes: int = 5000) -> list[tuple[str, str]]:
@@ -47,6 +50,27 @@ def calls_before_apply(rows: int = 2048, features: int = 64, classes: int = 5000
     return calls
 
 
+def short(file: str) -> str:
+    """Return a file's path from its package on."""
+    parts = file.replace("\\", "/").split("/")
+    start = max((i for i, part in enumerate(parts) if part in ("xent", "torch")), default=len(parts) - 1)
+    return "/".join(parts[start:])
+
+
+def steps_back(calls: list[tuple[str, str]]) -> list[tuple[str, str, str]]:
+    """Return (module left, module entered again, function) of each step to a module of xent left before."""
+    found, entered, current = [], set(), ""
+    for file, name in calls:
+        module = short(file)
+        if not module.startswith("xent/") or module.startswith(SHARED) or module == current:
+            continue
+        if module in entered:
+            found.append((current, module, name))
+        entered.add(module)
+        current = module
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--list", action="store_true", help="each call with its file")
@@ -54,12 +78,12 @@ def main() -> None:
     calls = calls_before_apply()
     if arguments.list:
         for file, name in calls:
-            parts = file.replace("\\", "/").split("/")
-            start = max(
-                (i for i, part in enumerate(parts) if part in ("xent", "torch")), default=len(parts) - 1
-            )
-            print(f"{'/'.join(parts[start:]):48} {name}")
+            print(f"{short(file):48} {name}")
+    back = steps_back(calls)
+    for left, module, name in back:
+        print(f"back to {module:40} {name}, from {left}")
     print(f"{len(calls)} Python calls before the first Function.apply (limit {LIMIT})")
+    print(f"{len(back)} steps back to a module that had been left")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 
 import xent
+from xent.losses import _elementwise
 
 INF = math.inf
 FORMS = pytest.mark.parametrize("form", ["logits", "probabilities"])
@@ -24,6 +25,15 @@ of_logits = xent.binary_cross_entropy_with_logits
 of_probabilities = xent.binary_cross_entropy
 unreduced = partial(of_logits, reduction="none")
 unreduced_p = partial(of_probabilities, reduction="none")
+
+
+@pytest.fixture(autouse=True, scope="module", params=["composition", "pieces"])
+def way(request):
+    """Run every test as a composition of torch's operations, and in pieces of at most five elements."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pieces":
+            patch.setattr(_elementwise, "PIECE", 5)
+        yield request.param
 
 
 def double(*values):
@@ -509,6 +519,124 @@ def test_types_are_promoted(form):
     assert f(x, y.bfloat16()).dtype == torch.float64
     assert f(x.float(), y, w).dtype == torch.float32
     assert f(x.bfloat16(), y.half()).dtype == torch.float32
+
+
+# ---------------------------------------------------------------------------------------------- pieces
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often the gradient was formed in the forward pass."""
+    calls = []
+    apply = _elementwise._Formed.apply
+    monkeypatch.setattr(_elementwise, "PIECE", 5)
+    monkeypatch.setattr(_elementwise._Formed, "apply", lambda *args: calls.append(1) or apply(*args))
+    return calls
+
+
+def losses_of_three(dtype=torch.float32):
+    """(our function, input, target) of each loss that goes in pieces."""
+    s, y = torch.randn(7, 3, dtype=dtype) * 3, torch.rand(7, 3, dtype=dtype)
+    s[2, 1], y[0, 0], y[6, 2] = -0.0, 0.0, 1.0
+    w, pw = torch.rand(3, dtype=dtype) + 0.5, torch.rand(7, 1, dtype=dtype) + 0.5
+    return {
+        "logits": (of_logits, s, y),
+        "weighted logits": (partial(of_logits, weight=w, pos_weight=pw), s, y),
+        "probabilities": (of_probabilities, s.sigmoid(), y),
+        "weighted probabilities": (partial(of_probabilities, weight=w), s.sigmoid(), y),
+        "masses": (xent.kl_div, F.logsigmoid(s), y),
+        "logarithms": (partial(xent.kl_div, log_target=True), F.logsigmoid(s), y.clamp(min=1e-3).log()),
+    }
+
+
+@pytest.mark.parametrize("name", losses_of_three())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@ALL_MODES
+def test_pieces_are_the_composition(name, dtype, reduction, counted, monkeypatch):
+    """Values and gradients agree to rounding, contiguous or not, whatever the upstream gradient."""
+    f, x, t = losses_of_three(dtype)[name]
+    f = partial(f, reduction=reduction)
+    upstream = torch.randn(x.shape if reduction == "none" else (), dtype=dtype)
+
+    def both(x, t):
+        leaf = x.detach().requires_grad_()
+        loss = f(leaf, t)
+        with torch.no_grad():
+            assert torch.equal(f(leaf, t), loss)
+        return loss.detach(), *torch.autograd.grad(loss, leaf, upstream.reshape(loss.shape))
+
+    layouts = {"plain": lambda v: v, "transposed": lambda v: v.t().contiguous().t()}
+    found = {layout: both(change(x), change(t)) for layout, change in layouts.items()}
+    assert len(counted) == 2
+    monkeypatch.setattr(_elementwise, "PIECE", 100)
+    expected = both(x, t)
+    assert len(counted) == 2
+    for layout, one in found.items():
+        assert_close(
+            one, expected, rtol=8 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps, msg=layout
+        )
+
+
+@pytest.mark.parametrize("name", losses_of_three())
+@ALL_MODES
+def test_a_gradient_formed_early_is_for_one_backward(name, reduction, counted):
+    """A second backward, a second derivative and a freed graph answer as torch's own operations do."""
+    f, x, t = losses_of_three(torch.float64)[name]
+
+    def loss(leaf):
+        return f(leaf, t, reduction=reduction).sum()
+
+    leaf = x.clone().requires_grad_()
+    value = loss(leaf)
+    first, second = (torch.autograd.grad(value, leaf, 3 * torch.ones(()), retain_graph=True) for _ in "ab")
+    near(first, second)
+    (slope,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    near(3 * slope.detach(), first[0])
+    curvature = torch.autograd.grad(slope.sum(), leaf)[0] if slope.requires_grad else torch.zeros_like(x)
+    near(curvature, jvp(grad(loss), (x,), (torch.ones_like(x),))[1])
+    near(torch.autograd.grad(loss(leaf), leaf, torch.ones(2), is_grads_batched=True)[0][1], first[0] / 3)
+    assert len(counted) == 3
+    value = loss(leaf)
+    value.backward()
+    with pytest.raises(RuntimeError, match="a second time"):
+        value.backward()
+
+
+def test_a_tensor_changed_after_the_forward_pass_is_noticed(counted):
+    s, y = torch.randn(20, requires_grad=True), torch.rand(20)
+    loss = of_logits(s, y)
+    y.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    assert counted
+
+
+def test_a_loss_without_reduction_may_be_changed_in_place(counted):
+    s = torch.randn(20, requires_grad=True)
+    loss = unreduced(s, torch.ones(20))
+    loss.mul_(2)
+    (g,) = torch.autograd.grad(loss.sum(), s)
+    assert_close(g, 2 * (s.detach().sigmoid() - 1))
+    assert counted
+
+
+def test_targets_that_learn_and_infinities_take_the_composition(counted):
+    s, y = torch.randn(20, requires_grad=True), torch.rand(20, requires_grad=True)
+    of_logits(s, y)
+    certain = s.detach().clone()
+    certain[13] = INF
+    of_logits(certain.requires_grad_(), torch.ones(20))
+    assert not counted
+    assert of_logits(certain, torch.ones(20)).isfinite()
+
+
+def test_slope_of_a_subnormal_probability(counted):
+    """1/p is more than float32 holds, the mean's gradient is not."""
+    p = torch.full((1000,), 0.5)
+    p[7] = 1e-39
+    _, g = gradients(lambda p: of_probabilities(p, torch.ones(1000)), p)
+    assert counted
+    assert g[7].item() == pytest.approx(-1e36, rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------- modules

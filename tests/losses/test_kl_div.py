@@ -16,12 +16,22 @@ from torch.func import grad, hessian, jacfwd, jvp, vmap
 from torch.testing import assert_close
 
 import xent
+from xent.losses import _elementwise
 
 INF = math.inf
 REDUCTIONS = ["none", "batchmean", "mean", "sum"]
 LOG_TARGET = pytest.mark.parametrize("log_target", [False, True])
 ALL = pytest.mark.parametrize("reduction", REDUCTIONS)
 unreduced = partial(xent.kl_div, reduction="none")
+
+
+@pytest.fixture(autouse=True, scope="module", params=["composition", "pieces"])
+def way(request):
+    """Run every test as a composition of torch's operations, and in pieces of at most five elements."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "pieces":
+            patch.setattr(_elementwise, "PIECE", 5)
+        yield request.param
 
 
 def double(*values):

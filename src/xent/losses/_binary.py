@@ -6,14 +6,14 @@ with h = 1 where s ≥ 0 and 0 elsewhere,
 
     ℓ = a·log1p(e^−|s|) + (h·t₀ − (1 − h)·t₁)·s        ℓ = −t₀·log1p(−p) − t₁·log p
 
-What stands before s is what is asked of the class that the score speaks against: where it is 0 nothing is
-subtracted from anything, and a score that is right beyond all doubt keeps its digits. Of probabilities t
-and logarithms x,
+The factor of s is the mass of the class that the logit is against. Where it is 0 nothing is subtracted, so
+the loss of a confident and correct logit keeps its digits. For probabilities t and logarithms x,
 
-    KL = t·(log t − x)        or, t given as its logarithm,        eᵗ·(t − x)
+    KL = t·(log t − x)        or, with t given as its logarithm,        eᵗ·(t − x)
 
-Throughout 0·∞ = 0, in values and gradients. Every step is an operation of torch that is smooth along the
-branch it is on, so all derivatives, in any mode and of any order, are torch's own.
+Throughout 0·∞ = 0, in values and gradients. Each loss stands here twice. `_of_...` composes it of operations
+of torch that are smooth on either branch, so that torch forms all derivatives, in any mode and of any order.
+`_..._terms` writes values and first derivatives into buffers, for a plain backward on a CPU (`_elementwise`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from xent._arguments.validation import FLOATING, autocasts, check_tensors, requi
 from xent._autograd import transforms
 from xent._core.logits import compute_dtype
 from xent._core.validators import OneOf, valid
+from xent.losses._elementwise import Into, loss
 
 KL_REDUCTIONS = OneOf(("none", "batchmean", "mean", "sum"))
 LOGITS = "logits go to binary_cross_entropy_with_logits"
@@ -44,12 +45,11 @@ def binary_cross_entropy(
     reduction: str = "mean",
     clamp: bool = False,
 ) -> Tensor:
-    r"""Binary cross-entropy of probabilities, ``−y·log p − (1 − y)·log(1 − p)`` an element, in nats.
+    r"""Return the binary cross-entropy of probabilities, ``−y·log p − (1 − y)·log(1 − p)`` each, in nats.
 
     A drop-in for :func:`torch.nn.functional.binary_cross_entropy`, except that a probability of exactly 0 for
     what is true costs +inf and not 100, and that gradients are the loss's own at every p. Where the logits
     are at hand, :func:`binary_cross_entropy_with_logits` has digits that p near 1 cannot hold.
-    Formula: mathematics page, §§1, 3.
 
     Args:
         input: p, probabilities in [0, 1], of any shape.
@@ -85,7 +85,8 @@ def binary_cross_entropy(
     p, y = _leave_out(weight, (input, 0.5), (target, 0.5), dtype=dtype)
     p = _within("input", p, 0.0, 1.0, LOGITS)
     y = _within("target", y, 0.0, 1.0, TARGETS)
-    return _reduce(_clamped(p, y) if clamp else _of_probabilities(p, y), weight, reduction, dtype)
+    of, terms = (_clamped, None) if clamp else (_of_probabilities, _probability_terms)
+    return loss(of, terms, reduction, p, y, weight).to(dtype)
 
 
 def binary_cross_entropy_with_logits(
@@ -96,10 +97,10 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Binary cross-entropy of logits, ``−w₊·y·log σ(s) − (1 − y)·log σ(−s)`` an element, in nats.
+    r"""Return the binary cross-entropy of logits, ``−w₊·y·log σ(s) − (1 − y)·log σ(−s)`` each, in nats.
 
     A drop-in for :func:`torch.nn.functional.binary_cross_entropy_with_logits`, exact in both tails, of the
-    loss and of all its derivatives, and at infinite logits. Formula: mathematics page, §1.
+    loss and of all its derivatives, and at infinite logits.
 
     Args:
         input: s, logits, of any shape.
@@ -130,15 +131,14 @@ def binary_cross_entropy_with_logits(
     input, target = transforms.thawed(input), transforms.thawed(target)
     weight, pos_weight = transforms.thawed(weight), transforms.thawed(pos_weight)
     s, y = _leave_out(weight, (input, 0.0), (target, 0.0), dtype=dtype)
-    positive = None if pos_weight is None else pos_weight.to(s.dtype)
-    return _reduce(_of_logits(s, y, positive), weight, reduction, dtype)
+    return loss(_of_logits, _logit_terms, reduction, s, y, weight, pos_weight).to(dtype)
 
 
 def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target: bool = False) -> Tensor:
-    r"""Kullback-Leibler divergence from logarithms of probabilities, ``t·(log t − x)`` an element, in nats.
+    r"""Return the Kullback-Leibler divergence from log-probabilities, ``t·(log t − x)`` an element, in nats.
 
-    A drop-in for :func:`torch.nn.functional.kl_div`, in which what has no probability costs nothing:
-    0·(−inf) = 0, also where ``target`` is given as logarithms. Formula: mathematics page, §3.
+    A drop-in for :func:`torch.nn.functional.kl_div`, in which an element without target mass costs nothing:
+    0·(−inf) = 0, also where ``target`` is given as logarithms.
 
     Args:
         input: x, logarithms of probabilities (as ``log_softmax`` makes them), of any shape.
@@ -177,14 +177,70 @@ def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target
         t = _within("target", t, -math.inf, math.inf, LOGARITHMS)
     else:
         t = _within("target", t, 0.0, math.inf, NEGATIVE)
-    values = _of_logarithms(x, t) if log_target else _of_masses(x, t)
-    if reduction != "batchmean":
-        return _reduce(values, None, reduction, dtype)
-    return (values.sum() / max(1, input.shape[0] if input.dim() else 1)).to(dtype)
+    if log_target:
+        return loss(_of_logarithms, _logarithm_terms, reduction, x, t).to(dtype)
+    return loss(_of_masses, _mass_terms, reduction, x, t).to(dtype)
+
+
+def _logit_terms(into: Into, s: Tensor, y: Tensor, positive: Tensor | None) -> None:
+    """Write ℓ of logits and ∂ℓ/∂s, by the formula of `_of_logits`."""
+    value, slope = into.value, into.slope
+    e, c, t0, t1, *_ = into.spare
+    torch.abs(s, out=e).neg_().exp_()
+    torch.ge(s, 0.0, out=c)  # h
+    if slope is not None:
+        torch.sub(c, 0.5, out=slope)  # ±½, with the sign of s
+    if positive is None:
+        c.sub_(y)
+    else:
+        torch.mul(positive, y, out=t1)
+        torch.sub(y.new_ones(()), y, out=t0)
+        torch.sub(c, 1.0, out=value)
+        c.mul_(t0).addcmul_(value, t1)
+        mass = t0.add_(t1)
+    if slope is not None:
+        torch.div(e, torch.add(e, 1.0, out=value), out=value)
+        if positive is not None:
+            value.mul_(mass)
+        into.scale(torch.addcmul(c, slope, value, value=-2.0, out=slope))
+    torch.log1p(e, out=value)
+    if positive is not None:
+        value.mul_(mass)
+    value.addcmul_(c, s)
+
+
+def _probability_terms(into: Into, p: Tensor, y: Tensor) -> None:
+    """Write ℓ of probabilities and ∂ℓ/∂p, by the formula of `_of_probabilities`."""
+    t0, a, b, *_ = into.spare
+    one = y.new_ones(())
+    torch.sub(one, y, out=t0)
+    torch.neg(p, out=a).log1p_().mul_(t0)
+    torch.log(p, out=b)
+    torch.addcmul(a, y, b, out=into.value).neg_()
+    if into.slope is not None:
+        torch.sub(one, p, out=a)
+        y = into.scale(b.copy_(y))  # first, as 1/p may be more than the type holds
+        torch.div(into.scale(t0), a, out=into.slope).sub_(torch.div(y, p, out=a))
+
+
+def _mass_terms(into: Into, x: Tensor, t: Tensor) -> None:
+    """Write KL from probabilities t and ∂KL/∂x, by the formula of `_of_masses`."""
+    info = torch.finfo(t.dtype)
+    torch.clamp(t, min=info.smallest_normal * info.eps, out=into.value).log_().sub_(x).mul_(t)
+    if into.slope is not None:
+        into.scale(torch.neg(t, out=into.slope))
+
+
+def _logarithm_terms(into: Into, x: Tensor, t: Tensor) -> None:
+    """Write KL from logarithms t and ∂KL/∂x, by the formula of `_of_logarithms`."""
+    mass = torch.exp(t, out=into.spare[0])
+    torch.sub(t, x, out=into.value).mul_(mass)
+    if into.slope is not None:
+        into.scale(torch.neg(mass, out=into.slope))
 
 
 def _of_logits(s: Tensor, y: Tensor, positive: Tensor | None) -> Tensor:
-    """ℓ of logits s, targets y and the positive class's weights, elementwise."""
+    """Return ℓ of logits s, targets y and weights of the positive class, elementwise."""
     # a constant ±1 where |·| has a derivative of its own: 0 at s = 0, where the loss's is ½ a − t₁
     sign = torch.copysign(s.detach().new_ones(()), s.detach())
     h = sign.clamp(min=0)  # 1 where s ≥ 0, else 0
@@ -196,7 +252,7 @@ def _of_logits(s: Tensor, y: Tensor, positive: Tensor | None) -> Tensor:
 
 
 def _of_probabilities(p: Tensor, y: Tensor) -> Tensor:
-    """ℓ of probabilities p and targets y, elementwise."""
+    """Return ℓ of probabilities p and targets y, elementwise."""
     low, high = _bounds(p)
     t0, p0, p1 = 1 - y, p, p
     if high >= 1:
@@ -207,7 +263,7 @@ def _of_probabilities(p: Tensor, y: Tensor) -> Tensor:
 
 
 def _clamped(p: Tensor, y: Tensor) -> Tensor:
-    """The same by torch's own function, which autocast would refuse though these are no half types."""
+    """Return torch's own loss; autocast would refuse it, though p and y are of no half type here."""
     if not autocasts(p):
         return F.binary_cross_entropy(p, y, reduction="none")
     with torch.autocast(p.device.type, enabled=False):
@@ -215,7 +271,7 @@ def _clamped(p: Tensor, y: Tensor) -> Tensor:
 
 
 def _of_masses(x: Tensor, t: Tensor) -> Tensor:
-    """KL of logarithms x from probabilities t, elementwise."""
+    """Return KL of logarithms x from probabilities t, elementwise."""
     low, _ = _bounds(t)
     logarithm = t
     if low <= 0:
@@ -225,7 +281,7 @@ def _of_masses(x: Tensor, t: Tensor) -> Tensor:
 
 
 def _of_logarithms(x: Tensor, t: Tensor) -> Tensor:
-    """KL of logarithms x from logarithms t, elementwise."""
+    """Return KL of logarithms x from logarithms t, elementwise."""
     mass, gap = t.exp(), t - x
     if not (_finite(x) and _finite(t)):
         gap = gap.masked_fill(mass == 0, 0.0)
@@ -233,17 +289,17 @@ def _of_logarithms(x: Tensor, t: Tensor) -> Tensor:
 
 
 def _times(c: Tensor, u: Tensor) -> Tensor:
-    """c·u with 0·∞ = 0."""
+    """Return c·u with 0·∞ = 0."""
     return c * (u if _finite(u) else u.masked_fill((c == 0) & u.isinf(), 0.0))
 
 
 def _finite(t: Tensor) -> bool:
-    """Whether t is known to be finite."""
+    """Return whether t is known to be finite."""
     return all(math.isfinite(bound) for bound in _bounds(t))
 
 
 def _bounds(t: Tensor) -> tuple[float, float]:
-    """Values between which t is known to lie; nan where one of t is."""
+    """Return bounds of the entries of t: infinite where data cannot be read, nan where an entry is."""
     if t.device.type != "cpu" or _blind(t) or t.numel() == 0:
         return -math.inf, math.inf
     low, high = t.detach().aminmax()  # a tenth of what selecting costs on a CPU; elsewhere it would wait
@@ -251,12 +307,12 @@ def _bounds(t: Tensor) -> tuple[float, float]:
 
 
 def _blind(t: Tensor) -> bool:
-    """Whether no question may be asked whose answer is data."""
+    """Return whether t holds no data, or data that must not decide."""
     return transforms.is_opaque(t) or transforms.batched(t)
 
 
-def _within(name: str, t: Tensor, low: float, high: float, way_out: str) -> Tensor:
-    """t, seen to lie in [low, high]; where data cannot be asked, nan in the place of what does not."""
+def _within(name: str, t: Tensor, low: float, high: float, advice: str) -> Tensor:
+    """Return t; raise for an entry outside [low, high], or make it nan where data cannot be read."""
     least, most = _bounds(t)
     if low <= least and most <= high and not _blind(t):
         return t
@@ -266,13 +322,13 @@ def _within(name: str, t: Tensor, low: float, high: float, way_out: str) -> Tens
     range_ = f"outside [{low:g}, {high:g}]" if math.isfinite(high) else "negative"
     if t.device.type != "cpu":
         wrong = "nan" if math.isinf(low) else f"nan or {range_}"
-        torch._assert_async(good.all(), f"{name} is {wrong}; {way_out}")
+        torch._assert_async(good.all(), f"{name} is {wrong}; {advice}")
     elif not good.all():
         at = tuple(good.logical_not().nonzero()[0].tolist())
         where = "" if not at else f" at row {at[0]}" if len(at) == 1 else f" at position {at}"
         value = t[at].item()
         wrong = "is not a number" if math.isnan(value) else f"is {range_}"
-        raise ValueError(f"{name} {value:g}{where} {wrong}; {way_out}")
+        raise ValueError(f"{name} {value:g}{where} {wrong}; {advice}")
     return t
 
 
@@ -283,7 +339,7 @@ def _check(
     reduction: str,
     pos_weight: Tensor | None = None,
 ) -> torch.dtype:
-    """The type of the loss, of arguments that fit together."""
+    """Return the type of the loss; raise for arguments that do not fit together."""
     valid("reduction", reduction)
     require_tensors(input=input, target=target)
     check_tensors(weight=weight, pos_weight=pos_weight)
@@ -307,6 +363,7 @@ def _check(
 
 
 def _loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
+    """Return the common type, float32 at least under autocast; raise for a type that is not floating."""
     for name, t in (("input", input), ("target", target)):
         if t.dtype not in FLOATING:
             raise TypeError(
@@ -320,20 +377,12 @@ def _loss_dtype(input: Tensor, target: Tensor) -> torch.dtype:
 def _leave_out(
     weight: Tensor | None, *tensors: tuple[Tensor, float], dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
-    """Each tensor in the type of the computation, with something harmless where the weight is 0."""
+    """Return each tensor in the type of the computation, replaced by a number where the weight is 0."""
     found = tuple(t.to(compute_dtype(dtype)) for t, _ in tensors)
     if weight is None:
         return found
-    out = weight == 0
-    if weight.device.type == "cpu" and not _blind(weight) and not out.any():
+    low, high = _bounds(weight)
+    if low > 0 or high < 0:
         return found
-    return tuple(t.masked_fill(out, harmless) for t, (_, harmless) in zip(found, tensors, strict=True))
-
-
-def _reduce(values: Tensor, weight: Tensor | None, reduction: str, dtype: torch.dtype) -> Tensor:
-    if weight is not None:
-        values = values * weight.to(values.dtype)
-    if reduction == "none":
-        return values.to(dtype)
-    total = values.sum()
-    return (total if reduction == "sum" else total / max(1, values.numel())).to(dtype)
+    out = weight == 0
+    return tuple(t.masked_fill(out, number) for t, (_, number) in zip(found, tensors, strict=True))
