@@ -111,11 +111,14 @@ def hessian_vector_product(
         The product, in the structure of ``vector``.
 
     Example:
-        >>> import torch, xent >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(16, 4), torch.randint(3,
-        (16,)) >>> v = {name: torch.randn_like(p) for name, p in model.named_parameters()} >>> params =
-        dict(model.named_parameters()) >>> H = xent.curvature.hessian_vector_product(model, params, x, y, v)
-        >>> G = xent.curvature.ggn_vector_product(model, params, x, y, v) >>> torch.allclose(H["weight"],
-        G["weight"], atol=1e-6)  # equal, since the logits are linear in the parameters True
+        >>> import torch, xent
+        >>> model, x, y = torch.nn.Linear(4, 3), torch.randn(16, 4), torch.randint(3, (16,))
+        >>> v = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        >>> params = dict(model.named_parameters())
+        >>> H = xent.curvature.hessian_vector_product(model, params, x, y, v)
+        >>> G = xent.curvature.ggn_vector_product(model, params, x, y, v)
+        >>> torch.allclose(H["weight"], G["weight"], atol=1e-6)  # equal, as logits are linear in both
+        True
     """
     _check_arguments(target, head, options)
     run, params, tangent, restore = _prepare(model, params, inputs, vector)
