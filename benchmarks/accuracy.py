@@ -1,4 +1,4 @@
-"""How many digits a loss and its gradient keep: xent beside its peers, on the same logits, against mpmath.
+"""The digits that a loss and its gradient keep: xent beside its peers, on the same logits, against mpmath.
 
     python benchmarks/accuracy.py [--rows 16] [--classes 200] [--seed 0] [--jax PYTHON] [--save FILE]
 
@@ -147,7 +147,7 @@ class Problem(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a library says: the losses and the gradient of their sum."""
+    """The losses that a library returns, and the gradient of their sum."""
 
     loss: Tensor  # (N,)
     gradient: Tensor  # (N, C)

@@ -71,7 +71,7 @@ def gradient_scale(row: Exact) -> mpmath.mpf:
 
 
 def gradient_bound(row: Exact, dtype: torch.dtype) -> mpmath.mpf:
-    """Of the Euclidean norm of the gradient's error."""
+    """Bound the Euclidean norm of the gradient's error."""
     if dtype in HALF:
         info = torch.finfo(dtype)
         rounding = norm([max(abs(g), info.smallest_normal) for g in row.gradient]) * info.eps / 2

@@ -153,7 +153,7 @@ def best_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
 
 
 def error_of_half_products(shape: tuple[int, int, int]) -> dict[str, float]:
-    """What rounding the factors to bfloat16 costs: of the loss, and of the gradients' norm, relative."""
+    """Return the relative errors of loss and gradients' norms that bfloat16 factors bring."""
     n, d, c = shape
     torch.manual_seed(0)
     x, w = torch.randn(n, d, requires_grad=True), (torch.randn(c, d) * 0.02).requires_grad_()

@@ -39,7 +39,7 @@ def status(name: str) -> int:
 
 
 def cut(total: int, rank: int, size: int) -> slice:
-    """As DTensor cuts a dimension."""
+    """Cut a dimension as DTensor does."""
     part = -(-total // size)
     return slice(min(rank * part, total), min((rank + 1) * part, total))
 

@@ -1,4 +1,4 @@
-"""How near Kronecker factors come to the Hessian of a softmax regression on scikit-learn's digits.
+"""The distance of Kronecker factors from the Hessian of a softmax regression on scikit-learn's digits.
 
     python benchmarks/spectrum.py [--figure docs/figures/digits-spectrum.png]
 

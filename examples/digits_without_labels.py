@@ -30,7 +30,7 @@ class Scores(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Of one seed."""
+    """The outcome of one seed."""
 
     pixels: Scores  # k-means of the images
     features: Scores  # k-means of what the network has learnt

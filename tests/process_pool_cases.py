@@ -1,4 +1,4 @@
-"""What the processes of a pool do: each compares its share of a head with the whole one, which it has too."""
+"""The jobs of a pool of processes: each compares its share of a head with the whole head."""
 
 from __future__ import annotations
 

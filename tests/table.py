@@ -53,7 +53,7 @@ LAWS = {
 
 
 class Place(NamedTuple):
-    """What computes a law, and where."""
+    """The backend that computes a law, and the device."""
 
     backend: str  # "chosen": the one that the call chooses
     device: str

@@ -1,4 +1,4 @@
-"""What each row says: against float64 autograd of the unfused form, for every row of the table."""
+"""The statistics of each row, against float64 autograd of the unfused form, for every row of the table."""
 
 import math
 

@@ -161,7 +161,7 @@ def linear_row_statistics(
 def entropy(
     input: Tensor, *, softcap: float | None = None, temperature: float = 1.0, bits: bool = False
 ) -> Tensor:
-    r"""H(softmax(z)) of each row in nats, ``log1p(r) − e/(1 + r)`` relative to the row's maximum.
+    r"""Return H(softmax(z)) of each row in nats, ``log1p(r) − e/(1 + r)`` relative to the row's maximum.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
@@ -186,7 +186,7 @@ def entropy(
 def top_k(
     input: Tensor, k: int, *, softcap: float | None = None, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    r"""The k largest probabilities of each row and their classes, largest first.
+    r"""Return the k largest probabilities of each row and their classes, largest first.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
@@ -220,7 +220,7 @@ def linear_top_k(
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""The k largest probabilities of a linear head, streaming over the classes: the logits never exist.
+    r"""Return the k largest probabilities of a linear head, streaming over the classes, without logits.
 
     Args:
         input, linear_weight, linear_bias, product_dtype, memory_budget: as in

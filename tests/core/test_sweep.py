@@ -1,4 +1,4 @@
-"""What a sweep costs: matrix products, allocations, settings."""
+"""The costs of a sweep: matrix products, allocations, settings."""
 
 from __future__ import annotations
 

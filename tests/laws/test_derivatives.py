@@ -1,4 +1,4 @@
-"""What is true of every gradient."""
+"""Laws of every gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loss must not depend on."""
+"""Laws of invariance: changes that must not change a loss."""
 
 from __future__ import annotations
 

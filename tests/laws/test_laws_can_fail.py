@@ -1,4 +1,4 @@
-"""What nothing can break is no law: losses that are nonsense fail those that they break, on every row."""
+"""Every law can fail: losses that are nonsense fail the laws that they break, on every row."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ class Part(NamedTuple):
         return Selection(targets.total, targets.rows, self.kept)
 
     def asking(self) -> Problem:
-        """The problem, asking for what a move, and the divisor of a mean, start from."""
+        """Return the problem with the outputs requested that a shift and the divisor of a mean need."""
         targets, moves = self.problem.targets, self.move is not None
         mass = self.weighs or (moves and targets.held is not None and targets.smoothing > 0)
         requested = RequestedOutputs(log_prob=moves, mass=mass)
@@ -196,7 +196,7 @@ class Options(NamedTuple):
         return -100 if self.ignore_index is None else self.ignore_index
 
     def of_logits(self, input: Tensor, target: Target) -> Call:
-        """input (C,), (N, C) or (N, C, d1, ...)."""
+        """Resolve logits, input (C,), (N, C) or (N, C, d1, ...), and their target."""
         require_tensors(input=input)
         if self._frozen(input, *tensors_of(target)):
             return self._thawed().of_logits(transforms.thawed(input), thawed_target(target))
@@ -230,7 +230,7 @@ class Options(NamedTuple):
     def of_head(
         self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
     ) -> Call:
-        """input (..., D); linear_weight (C, D) or (C, d1, ..., D)."""
+        """Resolve a head, input (..., D) and linear_weight (C, D) or (C, d1, ..., D), and its target."""
         require_tensors(input=input, linear_weight=linear_weight)
         check_tensors(linear_bias=linear_bias)
         if self._frozen(input, linear_weight, linear_bias, *tensors_of(target)):
@@ -314,7 +314,7 @@ class Options(NamedTuple):
         return self._replace(**{name: transforms.thawed(getattr(self, name)) for name in names})
 
     def of_spread_logits(self, input: Tensor, target: Target) -> Call:
-        """`of_logits` of what this process holds: of DTensors, the local one."""
+        """Resolve the logits that this process holds; a DTensor is replaced by its local part."""
         require_tensors(spread=True, input=input)
         axis = 0 if input.dim() == 1 else 1
         (input, target, weight), group = class_parallel.localised(
@@ -325,7 +325,7 @@ class Options(NamedTuple):
     def of_spread_head(
         self, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Target
     ) -> Call:
-        """`of_head` of what this process holds: of DTensors, the local one."""
+        """Resolve the head that this process holds; a DTensor is replaced by its local part."""
         (input, linear_weight, linear_bias, target, weight), group = class_parallel.localised(
             self.group,
             input=(input, None),
@@ -340,7 +340,7 @@ class Options(NamedTuple):
     def _ranks(
         self, input: Tensor, features: int | None, held: int, rows_shape: torch.Size, target: Target
     ) -> ClassGroup | None:
-        """The processes that hold the other classes."""
+        """Return the group of processes that share the classes, None where the call names none."""
         if self.group is None:
             return None
         self._no_sample_of_a_slice()
@@ -454,7 +454,7 @@ class Options(NamedTuple):
         )
 
     def _of_subset(self, subset: Subset, target: Target) -> tuple[Options, Target]:
-        """The same options, and the target, for the subset's own softmax."""
+        """Return the options and the target for a softmax over the subset alone."""
         if not isinstance(target, Tensor) or target.is_floating_point():
             self._of_indices_alone()
             raise TypeError(f"target must be a tensor of class indices, got {type(target).__name__}")
@@ -542,7 +542,7 @@ class Options(NamedTuple):
         return Part(problem, row_weight, kept, in_graph, self.check_targets, move, weighs)
 
     def _move(self, logits: Logits, targets: Targets, *, known: bool) -> TargetShift | None:
-        """How the targets' own scores move, which are those of single classes."""
+        """Return how the targets' logits are shifted by a margin and log Q; None where they are not."""
         margin = as_margin(self.margin)
         log_q = logits.log_q
         if margin is None and log_q is None:

@@ -1,4 +1,4 @@
-"""How a call's tensors become one rank's share of a head whose classes many processes hold.
+"""One rank's share of a head whose classes many processes hold, from the tensors of a call.
 
     group=pg         every rank of pg passes all rows, and its slice of the classes, in the order of ranks
     DTensor          a classifier placed Shard(0) on one mesh dimension is such a slice, and says its group
@@ -26,7 +26,7 @@ from xent._core.collectives import ClassGroup, Disagreement
 T = TypeVar("T")
 
 _expected: WeakKeyDictionary[Any, dict[int, tuple[int, ...]]] = WeakKeyDictionary()
-"""Of each group: the classes of every rank, by those of this one."""
+"""The number of classes of every rank, by group and by the number on this rank."""
 
 IN_GRAPH = (
     "processes that share the classes have nothing to say of tensors without data, as torch.export and "
@@ -40,7 +40,7 @@ class RanksDisagree(ValueError):
 
 
 def agreed(run: Callable[[], T], groups: tuple[Any, Any], *tensors: object) -> T:
-    """run(), once more where the ranks turn out to hold other slices than this one expected.
+    """Return run(); repeat it once where the ranks hold other slices than this one expected.
 
     groups: those of the classes and of the rows. A graph that is being made ends before it, and goes on
     behind.
@@ -79,7 +79,7 @@ _outside_of_graphs = torch._disable_dynamo(_agreed)  # type: ignore[attr-defined
 
 
 def ranks_of(group: Any, held: int, about: dict[str, Any]) -> ClassGroup | None:
-    """The processes of a group, of which this one holds so many classes; None where it is alone.
+    """Return the processes of a group, this one with `held` classes; None where it is alone.
 
     ``about``: what is to be the same on every rank, by the name under which an error says that it is not.
     """
@@ -97,7 +97,7 @@ def ranks_of(group: Any, held: int, about: dict[str, Any]) -> ClassGroup | None:
 
 
 def average_over(group: Any) -> Callable[[Tensor], Tensor]:
-    """The mean over a group's ranks of a tensor (), each having its own."""
+    """Return the mean over a group's ranks of a tensor (), each having its own."""
     group = process_group(group, "data_group")
 
     def average(value: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class _Average(torch.autograd.Function):
 
 
 def process_group(group: Any, name: str) -> Any:
-    """The process group that a caller means."""
+    """Return the process group that a caller means."""
     if hasattr(group, "get_group") and hasattr(group, "ndim"):
         if group.ndim != 1:
             raise ValueError(
@@ -147,7 +147,7 @@ def process_group(group: Any, name: str) -> Any:
 
 
 def _compare(group: Any, about: dict[str, Any]) -> tuple[int, ...]:
-    """How many classes each rank holds; ValueError names the first thing that is not the same everywhere."""
+    """Return how many classes each rank holds; raise for the first setting that differs between ranks."""
     said: list[dict[str, Any]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(said, about, group=group)
     for rank, other in enumerate(said):
@@ -164,7 +164,7 @@ def _compare(group: Any, about: dict[str, Any]) -> tuple[int, ...]:
 
 
 def checksum(*tensors: Tensor) -> int:
-    """A number that differs where integer tensors do."""
+    """Return a number that differs where integer tensors do."""
     total = 0
     for tensor in tensors:
         flat = tensor.detach().reshape(-1).to(torch.int64)

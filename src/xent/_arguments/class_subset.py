@@ -33,7 +33,7 @@ class Subset:
 
     @classmethod
     def of(cls, classes: Tensor, count: int, check: bool | None) -> Subset:
-        """`classes` (S,) of `count` in all: an error names the first that is no class, or is there twice."""
+        """Make a subset of `count` classes; raise for the first of (S,) that is no class or a repetition."""
         if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.shape[0] == 0:
             shape = tuple(classes.shape) if isinstance(classes, Tensor) else type(classes).__name__
             raise ValueError(f"classes must be a tensor (S,) of at least one class, got {shape}")
@@ -55,7 +55,7 @@ class Subset:
         return cls(classes, ordered, order)
 
     def rows(self, weight: Tensor, *, sparse: bool = False) -> Tensor:
-        """The subset's rows of a parameter (C, ...): (S, ...)."""
+        """Return the subset's rows of a parameter (C, ...): (S, ...)."""
         return _SparseRows.apply(weight, self.classes) if sparse else weight.index_select(0, self.classes)
 
     def local(self, target: Tensor, ignored: int, check: bool | None) -> Tensor:
@@ -107,7 +107,7 @@ def sample_classes(
     ignore_index: int | None = -100,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""A subset of classes for one batch: every class that occurs in it, and random others.
+    r"""Return a subset of classes for one batch: every class that occurs in it, and random others.
 
     The others are drawn uniformly without replacement until there are ``num_samples`` (or all) classes.
     Pass both results to :func:`xent.linear_cross_entropy`; without ``log_q`` the loss is that of the subset
@@ -166,7 +166,7 @@ def sample_classes(
 
 
 def _distinct(count: int, size: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-    """`size` different numbers of 0..count − 1, uniformly, in memory of `size` where that is far fewer."""
+    """Draw `size` different numbers of 0..count − 1; memory is O(size) where size is far below count."""
     if size > count // 8:
         return torch.randperm(count, generator=generator, device=device)[:size]
     chosen = torch.empty(0, dtype=torch.int64, device=device)
@@ -177,7 +177,7 @@ def _distinct(count: int, size: int, generator: torch.Generator | None, device: 
 
 
 def log_q_of(log_q: Tensor, columns: int) -> Tensor:
-    """log_q (S,) as scores take it."""
+    """Return log_q (S,), checked, in the type of the statistics."""
     if log_q.shape != (columns,):
         raise ValueError(
             f"log_q must have shape ({columns},), one a class that is scored; got {tuple(log_q.shape)}"

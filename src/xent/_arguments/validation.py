@@ -49,7 +49,7 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 
 def check_floating(**tensors: Tensor | None) -> None:
-    """All floating, and of one type."""
+    """Raise unless all tensors are floating and of one type."""
     given = {name: t.dtype for name, t in tensors.items() if t is not None}
     first, *_ = given
     for name, dtype in given.items():
@@ -86,7 +86,7 @@ def lower(tensor: Tensor) -> Tensor:
 
 
 def loss_dtype(tensor: Tensor) -> torch.dtype:
-    """The type of the loss: that of the scores, but never a half type under autocast."""
+    """Return the type of the loss: that of the logits, but never a half type under autocast."""
     return torch.float32 if autocasts(tensor) else tensor.dtype
 
 

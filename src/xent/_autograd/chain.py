@@ -94,7 +94,7 @@ class _Recipe:
         return recipe, leaves + rest
 
     def bind(self, tensors: tuple[Tensor | None, ...], *others: Tensor | None) -> Problem:
-        """The problem again; `others` are tensors beside its own that may be batched."""
+        """Return the problem made of the tensors; `others` are further ones that `vmap` may have batched."""
         probabilities, *logits = tensors[: self.leaves]
         rows, own, index_mass, other_mass, class_weight, spread = tensors[self.leaves :]
         targets = Targets(
@@ -129,7 +129,7 @@ def rows(problem: Problem) -> RowOutputs:
 
 
 def _outputs(found: Statistics) -> tuple[Tensor, ...]:
-    """ℓ, lse, H, log p_y, then what derivatives start from, then k, t_y; without what was not asked for."""
+    """Return ℓ, lse, H, log p_y, then m, r, a, e for the derivatives, then k, t_y; only what is requested."""
     entropy = None if found.e is None else found.entropy
     log_prob = None if found.own is None else found.target_log_prob
     saved = (t if t is None else t.clone() for t in (found.m, found.r, found.a, found.e))
@@ -146,7 +146,7 @@ def _unpacked(outputs: tuple[Tensor, ...], requested: RequestedOutputs) -> RowOu
 
 
 def _arranged(outputs: tuple[Any, ...], requested: RequestedOutputs) -> tuple[Any, ...]:
-    """(ℓ, lse, H or None, log p_y or None, the saved four) of `_outputs` or of something as long."""
+    """Split a tuple laid out as `_outputs` into ℓ, lse, H or None, log p_y or None, and the saved four."""
     wants = (True, True, requested.entropy, requested.log_prob, True, True, True, requested.entropy)
     *upstream, m, r, a, e = spread(outputs, wants, len(wants))
     return *upstream, (m, r, a, e)
@@ -159,7 +159,7 @@ def reduced(
     scale: Scale,
     move: TargetShift | None = None,
 ) -> Tensor:
-    """Σ s·(ℓ + λ lse²)·scale, a float64 scalar, its gradient formed in the forward sweep."""
+    """Return Σ s·(ℓ + λ lse²)·scale, a float64 scalar; its gradient is formed in the forward sweep."""
     recipe, tensors = _Recipe.of(problem)
     # in an object of its own, as torch.func unpacks tuples
     how = _Reduction(reduction, row_weight, scale, move)
@@ -168,7 +168,7 @@ def reduced(
 
 @dataclass(frozen=True, eq=False)
 class _Reduction:
-    """How rows become the loss."""
+    """The step from the rows' outputs to the loss."""
 
     reduction: Reduction
     row_weight: Tensor | None

@@ -96,12 +96,12 @@ def _scale(reduction: str, y: Tensor) -> float:
 
 
 def _total(log_p: Tensor, scale: float) -> Tensor:
-    """−scale·Σ log p_y, where nothing costs 0 and not −0."""
+    """Return −scale·Σ log p_y, where a loss of nothing is 0 and not −0."""
     return torch.rsub(log_p.sum(), 0.0, alpha=scale)
 
 
 def _exponentials(x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """exp(z − m) (N, C), whose own column is 0; log p_y and 1 + r, (N, 1) float64."""
+    """Return exp(z − m) (N, C) with 0 at the target; log p_y and 1 + r, (N, 1) float64."""
     if w is None:
         z = x.clone(memory_format=torch.contiguous_format)
     else:

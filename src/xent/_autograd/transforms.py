@@ -46,13 +46,13 @@ derived._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_derivatives() -> None:
-    """For what is about to become an operator of a graph."""
+    """Raise where a derivative is taken that an operator of a graph does not have."""
     if derived():
         raise NotImplementedError(DERIVED)
 
 
 def refuse_tangents(*tensors: Tensor | None) -> None:
-    """For an operator of a graph that was made before there were dual numbers."""
+    """Raise where an operator of a graph, made before, now meets dual numbers."""
     if has_tangent(*tensors):
         raise NotImplementedError(DERIVED)
 
@@ -80,7 +80,7 @@ def batched(*tensors: Tensor | None) -> bool:
 def gradients_of(
     loss: Callable[..., Tensor], tensors: Sequence[Tensor | None], wants: Sequence[bool], upstream: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """∂loss(*tensors)/∂tensors where wanted, inside a backward, and differentiable where that is.
+    """Return ∂loss(*tensors)/∂tensors where wanted, inside a backward; differentiable where that is.
 
     Each is taken in a view of its own. Of the tensors themselves it would come with what reaches them
     through one another (tied weights) or through their hooks, which the backward around this one adds too.
@@ -102,7 +102,7 @@ def is_one(upstream: Tensor) -> bool:
 
 
 def split(given: Sequence[Any], *lengths: int) -> tuple[Any, ...]:
-    """The first of `given` in groups of these lengths, and the rest of them."""
+    """Split `given` into groups of these lengths, and the rest."""
     groups, start = [], 0
     for length in lengths:
         groups.append(tuple(given[start : start + length]))

@@ -57,7 +57,7 @@ class _Recipe:
         return recipe, (*student.tensors, *teacher.tensors, t.rows)
 
     def bind(self, tensors: Leaves, *others: Tensor | None) -> Pair:
-        """The pair again; `others` are tensors beside its own that may be batched."""
+        """Return the pair made of the tensors; `others` are further ones that `vmap` may have batched."""
         student, teacher = self.student(*tensors[:3]), self.teacher(*tensors[3:LEAVES])
         targets = no_targets(self.total, self.classes, student.device, None)
         targets = replace(targets, rows=tensors[LEAVES])
@@ -65,21 +65,21 @@ class _Recipe:
 
 
 def rows(pair: Pair) -> Tensor:
-    """KL of each of the M rows, (M,) float64, differentiable twice in every tensor of both heads."""
+    """Return KL of each of the M rows, (M,) float64, differentiable twice in every tensor of both heads."""
     recipe, tensors = _Recipe.of(pair)
     kl: Tensor = _Rows.apply(recipe, *tensors)[0]
     return kl
 
 
 def reduced(pair: Pair, weight: Tensor | None, scale: float | Tensor) -> Tensor:
-    """Σ weight·KL·scale, a float64 scalar, its gradient formed in the forward sweep."""
+    """Return Σ weight·KL·scale, a float64 scalar, its gradient formed in the forward sweep."""
     recipe, tensors = _Recipe.of(pair)
     total: Tensor = _Reduced.apply(pair, recipe, weight, scale, *tensors)
     return total
 
 
 def total(kl: Tensor, weight: Tensor | None, scale: float | Tensor) -> Tensor:
-    """Σ weight·KL·scale: 0 where the weights leave nothing to count."""
+    """Return Σ weight·KL·scale: 0 where the weights leave nothing to count."""
     value = (kl if weight is None else kl * weight).sum() * scale
     return value.masked_fill(scale == 0, 0.0) if isinstance(scale, Tensor) else value
 
@@ -282,7 +282,7 @@ class _Reduced(torch.autograd.Function):
 
 
 def _gamma(pair: Pair, weight: Tensor | None, scale: float | Tensor) -> Tensor:
-    """∂(Σ weight·KL·scale)/∂KL, (M,)."""
+    """Return ∂(Σ weight·KL·scale)/∂KL, (M,)."""
     device = pair.student.device
     one = torch.ones(pair.targets.count, dtype=statistics_dtype(device), device=device)
     return (one if weight is None else weight) * scale
@@ -301,7 +301,7 @@ def found_of(saved: Sequence[Tensor]) -> Found:
 
 
 def both(of_leaves: Sequence[Any]) -> tuple[Any, Any]:
-    """The student's and the teacher's."""
+    """Split values of all leaves into the student's and the teacher's."""
     return tuple(of_leaves[:3]), tuple(of_leaves[3:LEAVES])
 
 

@@ -25,7 +25,7 @@ from xent._core.tiles.two_heads import Pair
 
 
 def rows(pair: Pair, kept: Tensor | None) -> Tensor:
-    """KL of all N rows as one operator, zero in those that are not kept (N,); differentiable once."""
+    """Return KL of all N rows by one operator, zero in rows not kept (N,); differentiable once."""
     refuse_derivatives()
     student, teacher = pair.student, pair.teacher
     kl, _ = torch.ops.xent.kl_rows(

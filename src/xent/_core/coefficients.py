@@ -22,7 +22,7 @@ class Coefficients(NamedTuple):
         return self._mapped(lambda t: cut(t, rows))
 
     def alpha(self, a: Tensor) -> Tensor:
-        """The factor of p, without the entropy's: a·γ + ∂L/∂lse − λ."""
+        """Return the factor of p, without the entropy's: a·γ + ∂L/∂lse − λ."""
         alpha = a * self.loss
         alpha = alpha if self.logsumexp is None else alpha + self.logsumexp
         return alpha if self.log_prob is None else alpha - self.log_prob

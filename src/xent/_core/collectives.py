@@ -58,7 +58,7 @@ class ClassGroup:
         return sum(self.sizes)
 
     def join(self, found: Statistics) -> Statistics:
-        """The statistics of all ranks' classes, of rows (M,) whose classes here have been seen."""
+        """Return the statistics over all ranks' classes from those over the classes here; (M,) each."""
         # some transports drop nan from a maximum; +inf has no softmax either, and `rest` stays nan
         found = replace(found, m=found.m.nan_to_num(torch.inf, torch.inf, -torch.inf))
         m = self._max(found.m)
@@ -74,12 +74,12 @@ class ClassGroup:
         return shares.at(m, None if k is None else k.to(torch.int64))
 
     def sum(self, value: Tensor) -> Tensor:
-        """The ranks' values added up, in the place of this one's."""
+        """Add up the ranks' values in place."""
         dist.all_reduce(value, group=self.group)
         return value
 
     def sum_later(self, value: Tensor) -> Sent:
-        """The same in the background: `wait` on what is returned before looking."""
+        """Add up the ranks' values in the background; call `wait` on the result before reading them."""
         sent: Sent = dist.all_reduce(value, group=self.group, async_op=True)
         return sent
 
@@ -91,8 +91,10 @@ class ClassGroup:
             yield slice(start, min(start + size, rows))
 
     def _max(self, m: Tensor) -> Tensor:
-        """MAX over ranks of m (M,), and of what they must agree on: a number is the same everywhere where
-        it and its negative have one maximum up to sign."""
+        """Return MAX over ranks of m (M,), and compare the numbers on which the ranks must agree.
+
+        A number is the same on every rank if its maximum is minus the maximum of its negative.
+        """
         expected = hash(self.sizes) & (2**52 - 1)
         sizes = [float(self.held) if k == self.rank else 0.0 for k in range(len(self.sizes))]
         said = [*sizes, expected, -expected, self.call, -self.call]

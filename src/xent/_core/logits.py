@@ -47,7 +47,7 @@ class Transform:
         return self.softcap is not None
 
     def apply(self, ops: TileOps, u: Tensor, buffers: TileBuffers) -> tuple[Tensor, Tensor | None]:
-        """z (R, T) and, where the transform is curved and the slope is wanted, dz/du ÷ gain."""
+        """Return z (R, T) and, where the transform is curved and the slope is wanted, dz/du ÷ gain."""
         z, slope = u, None
         if self.softcap is not None:
             z = ops.tanh(ops.div(z, self.softcap))
@@ -59,7 +59,7 @@ class Transform:
         return z, slope
 
     def bend(self, z: Tensor, slope: Tensor) -> Tensor:
-        """d²z/du² ÷ gain, from z and the slope: −(2/k)·tanh(u/k)·slope."""
+        """Return d²z/du² ÷ gain, from z and the slope: −(2/k)·tanh(u/k)·slope."""
         assert self.softcap is not None
         return z * (-2.0 * self.temperature / self.softcap**2) * slope
 
@@ -123,7 +123,7 @@ class Logits(Protocol):
     def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile: ...
 
     def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
-        """d²z/du² ÷ gain of a tile."""
+        """Return d²z/du² ÷ gain of a tile."""
         ...
 
     def entries(self, loaded: Tensor, classes: Tensor) -> Tensor: ...
@@ -156,7 +156,7 @@ class GradientAccumulator(Protocol):
 
 
 def _corrected(ops: TileOps, z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
-    """z − log Q of a tile."""
+    """Return z − log Q of a tile."""
     return z if log_q is None else ops.sub(z, cut(log_q, classes).to(z.dtype))
 
 
@@ -221,7 +221,7 @@ class DenseLogits:
         return take(self.u, rows)
 
     def select(self, kept: Tensor) -> DenseLogits:
-        """With zeros in the rows that are not kept (N,), whatever they held."""
+        """Return the same with zeros in the rows that are not kept (N,), whatever they held."""
         return replace(self, u=torch.where(kept[:, None], self.u, 0.0))
 
     def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile:
@@ -232,7 +232,7 @@ class DenseLogits:
         return self.transform.bend(_before(z, self.log_q, classes), slope)
 
     def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
-        """z of some classes (R, K) of each row."""
+        """Return z of some classes (R, K) of each row."""
         z = loaded.gather(1, classes).to(self.dtype)
         return self.transform.apply(FunctionalOps(), z, TileBuffers(None, None, False))[0]
 
@@ -245,7 +245,7 @@ class DenseLogits:
         classes: slice,
         out: Tensor | None,
     ) -> Tensor:
-        """The tangent of u over a tile."""
+        """Return the tangent of u over a tile."""
         du, *_ = tangents
         assert du is not None
         return ops.copy(du[rows, classes].to(self.dtype), out)
@@ -344,7 +344,7 @@ class LinearHead:
         return take(self.x, rows).to(self.factor_dtype)
 
     def select(self, kept: Tensor) -> LinearHead:
-        """With zeros in the rows that are not kept (N,), whatever they held."""
+        """Return the same with zeros in the rows that are not kept (N,), whatever they held."""
         return replace(self, x=torch.where(kept[:, None], self.x, 0.0))
 
     def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile:
@@ -358,7 +358,7 @@ class LinearHead:
         return self.transform.bend(_before(z, self.log_q, classes), slope)
 
     def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
-        """z of some classes (R, K) of each row, whose weights are gathered: (R, K, D)."""
+        """Return z of some classes (R, K) of each row, whose weights are gathered: (R, K, D)."""
         factors = self.w[classes].to(self.factor_dtype)
         u = (factors @ loaded[:, :, None])[:, :, 0].to(self.dtype)
         if self.b is not None:
@@ -374,7 +374,7 @@ class LinearHead:
         classes: slice,
         out: Tensor | None,
     ) -> Tensor:
-        """The tangent of u over a tile: ẋ Wᵀ + x Ẇᵀ + ḃ, a term for each tangent that there is."""
+        """Return the tangent of u over a tile: ẋ Wᵀ + x Ẇᵀ + ḃ, a term for each tangent that there is."""
         dx, dw, db, *_ = tangents
         v = None
         if dx is not None:
@@ -429,7 +429,7 @@ class _LinearHeadAccumulator:
             self.dw.add_product(classes, factor.t(), take(dx, rows).to(factor.dtype))
 
     def share(self, rows: Rows, ranks: ClassGroup) -> None:
-        """The features' gradient of rows to which all classes here have been added is that of all classes.
+        """Sum the features' gradient over ranks, for rows to which all classes here have been added.
 
         It is sent in the background, so nothing may be added to these rows any more.
         """

@@ -32,7 +32,7 @@ OUTSIDE = 0.05  # how far rounding, of half types too, may carry a cosine out of
 
 @dataclass(frozen=True)
 class Margin:
-    """How the target's own score is held back, so that training has to win it by more.
+    """A reduction of the target's own score, which training has to make up for.
 
     With x and w of length 1, whose product is the cosine of the angle θ between them, and ``temperature``
     1/s, the target's logit becomes ``s·(cos(θ + angle) − cosine)``; every other stays ``s·cos θ``.
@@ -57,7 +57,7 @@ class Margin:
             object.__setattr__(self, name, valid(name, getattr(self, name)))
 
     def move(self, c: Tensor, eps: float) -> Tensor:
-        """M(c) − c, (M,), of scores that are known to about eps."""
+        """Return M(c) − c, (M,), of scores that are known to about eps."""
         if self.angle == 0.0:
             return torch.full_like(c, -self.cosine)
         # nearer to ±1 than c is known, 1/sin θ would only magnify its rounding
@@ -80,7 +80,7 @@ class TargetShift(NamedTuple):
     way_out: str = ""  # of that error
 
     def __call__(self, loss: Tensor, logsumexp: Tensor, log_prob: Tensor) -> tuple[Tensor, Tensor]:
-        """ℓ and lse, (M,) each, with the own score where it moves to."""
+        """Return ℓ and lse, (M,) each, after the target's logit is shifted."""
         delta = self.delta(logsumexp + log_prob)
         cost = -log_prob
         moved = _with_odds(cost, delta)
@@ -97,7 +97,7 @@ class TargetShift(NamedTuple):
         return self._replace(log_q=log_q, mass=mass, rest=rest)
 
     def delta(self, own: Tensor) -> Tensor:
-        """δ of own logits (M,)."""
+        """Return the shift δ of the targets' logits (M,)."""
         back = torch.zeros_like(own) if self.log_q is None else self.log_q
         if self.margin is None:
             return back
@@ -115,7 +115,7 @@ class TargetShift(NamedTuple):
 
 
 def _with_odds(cost: Tensor, delta: Tensor) -> Tensor:
-    """log1p(e^−δ·expm1(ℓ)) of ℓ ≥ 0, (M,): to the last digits where ℓ is tiny, without overflow where not."""
+    """Return log1p(e^−δ·expm1(ℓ)) of ℓ ≥ 0, (M,), with all digits of a tiny ℓ and no overflow."""
     small = (cost < 1) | ((delta > 0) & (cost < 500))
     near = torch.log1p(torch.exp(-delta) * torch.expm1(torch.where(small, cost, 0.0)))
     large = torch.where(small, 1.0, cost)

@@ -28,7 +28,7 @@ _exact: bool | None = None  # unknown until the first probe
 
 
 def multiply_(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out = a b, or out += a b; a (M, K), b (K, N) of one floating type, out (M, N) of it or a wider one."""
+    """Compute out = a b or out += a b; a (M, K), b (K, N) of one type, out (M, N) of it or a wider one."""
     if a.dtype == out.dtype:
         if accumulate:
             out.addmm_(a, b)
@@ -95,7 +95,7 @@ def _routable() -> bool:
 
 
 def _has_amx() -> bool:
-    """With AMX oneDNN would round the factors to bfloat16; where it cannot be ruled out, say yes."""
+    """Return whether AMX may be there, with which oneDNN would round the factors to bfloat16."""
     ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return True if ask is None else bool(ask())
 

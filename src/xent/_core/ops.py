@@ -21,12 +21,12 @@ At: TypeAlias = slice | Tensor | tuple[slice | Tensor, slice]
 
 
 def cut(t: Tensor, at: slice) -> Tensor:
-    """t[at], or t itself where that is all of it: a view costs as much as a small product."""
+    """Return t[at], or t itself where that is all of it: a view costs as much as a small product."""
     return t if at.start == 0 and at.stop == t.shape[0] else t[at]
 
 
 def take(t: Tensor, rows: slice | Tensor) -> Tensor:
-    """t[rows]."""
+    """Return t[rows]."""
     return cut(t, rows) if isinstance(rows, slice) else t[rows]
 
 

@@ -1,4 +1,4 @@
-"""From the rows' losses to the loss: L = Σ s·(ℓ + λ·lse²) / divisor, and its derivatives in ℓ and lse.
+"""The reduction of the rows' losses: L = Σ s·(ℓ + λ·lse²) / divisor, and its derivatives in ℓ and lse.
 
     ∂L/∂ℓ = s / divisor        ∂L/∂lse = 2λ·lse·s / divisor
 
@@ -51,7 +51,7 @@ class Reduction:
         return values if row_weight is None else values * row_weight
 
     def total(self, values: Tensor, scale: Scale) -> Tensor:
-        """The loss: 0 where the weights leave nothing to count, whatever the rows would have cost."""
+        """Return the loss: 0 where the weights leave nothing to count, whatever the rows would have cost."""
         total = values.sum() * scale
         return total.masked_fill(scale == 0, 0.0) if isinstance(scale, Tensor) else total
 
@@ -93,7 +93,7 @@ class Reduction:
         chunk: slice,
         move: TargetShift | None = None,
     ) -> Coefficients:
-        """∂L/∂(ℓ, lse, log p_y) of a chunk of rows, whose statistics `found` are."""
+        """Return ∂L/∂(ℓ, lse, log p_y) of a chunk of rows from their statistics `found`."""
         if move is not None:
             return self._moved_coefficients(found, row_weight, scale, chunk, move)
         if row_weight is not None:
@@ -107,7 +107,7 @@ class Reduction:
     def _moved_coefficients(
         self, found: Statistics, row_weight: Tensor | None, scale: Scale, chunk: slice, move: TargetShift
     ) -> Coefficients:
-        """The same by autograd, of a few numbers a row."""
+        """Return the coefficients by autograd, of a few numbers a row."""
         rows = tuple(t.detach() for t in (found.loss, found.logsumexp, found.target_log_prob))
         with torch.enable_grad():
             loss, logsumexp, log_prob = (t.requires_grad_() for t in rows)

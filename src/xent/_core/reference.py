@@ -24,7 +24,7 @@ def target_rows(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """t, (N, C) float64: smoothing, then class weights, then ignored rows become zero."""
+    """Return t, (N, C) float64: smoothing, then class weights, then ignored rows become zero."""
     if target.is_floating_point():
         t = target.double()
         kept = torch.ones(t.shape[0], dtype=torch.bool)
@@ -48,7 +48,7 @@ def transform(z: Tensor, *, softcap: float | None = None, temperature: float = 1
 
 
 def held_back(c: Tensor, margin: Margin) -> Tensor:
-    """A target's own score with a margin: cos(θ + angle) − cosine, and past π what keeps falling."""
+    """Return a target's score with a margin: cos(θ + angle) − cosine, and past π a falling line."""
     turned = c
     if margin.angle:
         theta = torch.arccos(c)
@@ -58,7 +58,7 @@ def held_back(c: Tensor, margin: Margin) -> Tensor:
 
 
 def surprise(z: Tensor) -> Tensor:
-    """−log p, (N, C) -> (N, C) float64, from differences of logits: +inf of a masked class."""
+    """Return −log p (N, C) float64 of logits (N, C), from their differences: +inf of a masked class."""
     z = z.double()
     masked = z == -math.inf
     nothing = masked.all(1)
@@ -77,7 +77,7 @@ def surprise(z: Tensor) -> Tensor:
 
 
 def row_losses(z: Tensor, t: Tensor) -> Tensor:
-    """Σ_c t_c·(−log p_c), (N,) float64; a class without target mass costs nothing, masked or not."""
+    """Return Σ_c t_c·(−log p_c), (N,) float64; a class without target mass costs nothing."""
     cost = surprise(z)
     return torch.where(t == 0, 0.0, t * torch.where(t == 0, 1.0, cost)).sum(1)
 
@@ -98,7 +98,7 @@ def cross_entropy(
     margin: Margin | None = None,
     log_q: Tensor | None = None,  # (C,)
 ) -> Tensor:
-    """`xent.cross_entropy` over (N, C), written to be read."""
+    """Return `xent.cross_entropy` over (N, C), written to be read."""
     z = transform(z.double(), softcap=softcap)
     target = target if target.is_floating_point() else target.to(torch.int64)
     y = None if target.is_floating_point() else target.clamp(0, z.shape[1] - 1)[:, None]

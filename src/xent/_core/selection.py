@@ -1,4 +1,4 @@
-"""Which of N rows count: all, some by their index, or some by a mask.
+"""The selection of the rows that count: all N, some by their index, or some by a mask.
 
     scatter: (M, ...) → (N, ...)        M = N, or as many as the index has
 

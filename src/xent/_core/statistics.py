@@ -37,7 +37,7 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 
 
 def product_with_zero(a: Tensor, shift: Tensor) -> Tensor:
-    """a·shift with 0·(−inf) = 0: a class without target mass costs nothing, however far away it is."""
+    """Return a·shift with 0·(−inf) = 0: a class without target mass costs nothing, however far it is."""
     return torch.where(a == 0, 0.0, a * shift)
 
 
@@ -73,7 +73,7 @@ class Statistics:
 
     @classmethod
     def identity(cls, rows: int, device: torch.device, requested: RequestedOutputs = LOSS_ONLY) -> Statistics:
-        """The statistics of no classes at all: the neutral element of `merge`."""
+        """Return the statistics of no classes at all: the neutral element of `merge`."""
         zero = torch.zeros(rows, dtype=statistics_dtype(device), device=device)
         return cls(
             m=zero + NEG_INF,
@@ -87,7 +87,7 @@ class Statistics:
         )
 
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of the union of two disjoint sets of classes."""
+        """Return the statistics of the union of two disjoint sets of classes."""
         m = torch.maximum(self.m, other.m)
         return (self.shares(m) + other.shares(m)).at(m, _lowest(self, other))
 
@@ -139,7 +139,7 @@ class Statistics:
         return self.log_prob(self.own[:, None])[:, 0]
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""
+        """Return log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""
         return (z - self.m[:, None]) - self.log_partition[:, None]
 
     def rows(self, rows: slice) -> Statistics:
@@ -177,13 +177,13 @@ class PartialSums(NamedTuple):
         return PartialSums(*(None if x is None or y is None else x + y for x, y in both))  # type: ignore[arg-type]
 
     def at(self, m: Tensor, k: Tensor | None) -> Statistics:
-        """The union's statistics: of all the terms of m that were left out, one stays so."""
+        """Return the union's statistics: of all the terms of m that were left out, one stays so."""
         _, rest, d, a, e, own, mass = self
         return Statistics(m, rest + (self.top - 1), d, a, e, k, own, mass)
 
 
 def _lowest(one: Statistics, other: Statistics) -> Tensor | None:
-    """The class of the larger maximum, the lower one of two that are equal."""
+    """Return the class of the larger maximum, the lower one of two that are equal."""
     if one.k is None or other.k is None:
         return None
     equal = torch.minimum(one.k, other.k)
@@ -217,7 +217,7 @@ class PairwiseMerge(Generic[S]):
         self.parts.append((sets, part))
 
     def whole(self) -> S:
-        """The statistics of all of them, of which there is at least one."""
+        """Return the statistics of all sets, of which there is at least one."""
         *larger, (_, whole) = self.parts
         for _, part in reversed(larger):
             whole = part.merge(whole)
@@ -237,7 +237,7 @@ def summarise(
     requested: RequestedOutputs = LOSS_ONLY,
     first: int = 0,
 ) -> tuple[Tensor, Statistics]:
-    """exp(z − m) of one tile of logits z (R, T), m its own maximum, and the tile's statistics.
+    """Return exp(z − m) of a tile of logits z (R, T), m its own maximum, and the tile's statistics.
 
     t (R or 1, T) is the dense part of the target, None where there is none. Columns of `own` belong to
     the target's own tile: they arrive masked, contribute nothing, and leave as zeros. `first` is the tile's
@@ -283,7 +283,7 @@ def summarise(
 def summarise_row(
     ops: TileOps, z: Tensor, own: TargetColumns, mass: Tensor | None, absent: float | Tensor = torch.nan
 ) -> tuple[Tensor, Tensor, Statistics]:
-    """`summarise` of a tile that holds every class, merged with the target's own tile (K = 1) in one go.
+    """Summarise a tile that holds every class, merged with the target's own tile (K = 1) in one go.
 
     exp(z − m) with m the row's maximum, zero at the own class; the own logit (R, 1); the row's statistics.
     `absent` is the own logit (R, 1) where no column is the own class.
@@ -303,7 +303,7 @@ def summarise_row(
 
 
 def masked_dot(ops: TileOps, t: Tensor, z: Tensor) -> Tensor:
-    """Σ_c t_c z_c, (R or 1, T) and (R, T) -> (R,), with 0·(−inf) = 0."""
+    """Return Σ_c t_c z_c, (R or 1, T) and (R, T) -> (R,), with 0·(−inf) = 0."""
     d = dot(t, z)
     if ops.possible(d.isnan()):
         d = dot(t, torch.where(t == 0, 0.0, z))
@@ -311,7 +311,7 @@ def masked_dot(ops: TileOps, t: Tensor, z: Tensor) -> Tensor:
 
 
 def dot(t: Tensor, z: Tensor) -> Tensor:
-    """Σ_c t_c z_c. Targets of both signs cancel: the rounding of many terms averages out, that of few need
+    """Return Σ_c t_c z_c. Targets of both signs cancel: the rounding of many terms averages out, of few need
     not, so few are multiplied and added in the statistics' own type. Some rows at a time, a third at most:
     that much the scratch of a plan holds."""
     (rows, classes), dtype = z.shape, statistics_dtype(z.device)
@@ -332,7 +332,7 @@ class TargetColumns:
 
     @classmethod
     def locate(cls, index: Tensor, classes: slice, *, holds_all: bool = False) -> TargetColumns:
-        """index (R, K): the classes of the target's own tile, all of them in this one if it is known to."""
+        """Find the targets' classes, index (R, K), in a tile; `holds_all`: all are known to be there."""
         if holds_all:
             return cls(None, index)
         local = index - classes.start
@@ -354,7 +354,7 @@ class TargetColumns:
         return values if self.inside is None else torch.where(self.inside, values, 0.0)
 
     def put(self, ops: TileOps, z: Tensor, value: float | Tensor) -> Tensor:
-        """z (R, T) with `value` at the columns that lie here."""
+        """Return z (R, T) with `value` at the columns that lie here."""
         if self.inside is not None:
             value = torch.where(self.inside, value, z.gather(1, self.local))
             if self.anchor is not None:

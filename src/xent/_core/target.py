@@ -58,7 +58,7 @@ class TopKTarget:
             raise ValueError("a TopKTarget takes no gradient: pass probabilities.detach()")
 
     def to_dense(self, classes: int) -> Tensor:
-        """The same target as a probability for every class: (..., classes)."""
+        """Return the same target as a probability for every class: (..., classes)."""
         classes = Whole("at least 1", 1)("classes", classes) or 0
         check_top_k(widened(self.indices), classes, None)
         q, others = self.probabilities, classes - self.indices.shape[-1]
@@ -90,7 +90,7 @@ def thawed_target(target: T) -> T:
 
 
 def at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[Target]:
-    """A target's share of each position of a head."""
+    """Split a target into one for each position of a head."""
     if target is None:
         return (None,) * places
     if isinstance(target, TopKTarget):

@@ -59,14 +59,14 @@ class Targets:
         return self.smoothing / (self.classes if self.held is None else self.held.total)
 
     def elsewhere(self, chunk: slice) -> Tensor | None:
-        """(R, K) bool, which of a chunk's own classes another process holds; None where it is alone."""
+        """Return (R, K) bool, whether another process holds the target class; None where it is alone."""
         if self.held is None or self.own is None:
             return None
         own = cut(self.own, chunk)
         return _inside(own + self.held.start, self.held.total) & ~_inside(own, self.classes)
 
     def completed(self, a: Tensor) -> Targets:
-        """The same, once the mass a (M,) of all classes is known."""
+        """Return the targets completed by the mass a (M,) of all classes."""
         if self.held is None or self.own is None or self.other_mass is not None:
             return self
         if self.own.shape[1] == 1 and not self.dense:
@@ -75,7 +75,7 @@ class Targets:
         return replace(self, other_mass=a[:, None] - self.index_mass)
 
     def weighed(self, mass: Tensor) -> Targets:
-        """The same, once t_y (M,) of all rows is known: what each adds to the divisor of a mean is w_y."""
+        """Return the targets with w_y, what each row adds to the divisor of a mean, from t_y (M,)."""
         return replace(self, mean_weight=mass / (1 - self.smoothing + self.uniform))
 
     @property
@@ -84,7 +84,7 @@ class Targets:
         return self.total if self.rows is None else self.rows.numel()
 
     def pick(self, chunk: slice) -> slice | Tensor:
-        """A chunk of 0..M as something that indexes the N rows of the caller's tensors."""
+        """Return a chunk of 0..M as something that indexes the N rows of the caller's tensors."""
         return chunk if self.rows is None else self.rows[chunk]
 
     @property
@@ -93,7 +93,7 @@ class Targets:
         return self.probabilities is not None or self.spread is not None or self.smoothing > 0
 
     def tile(self, chunk: slice, classes: slice, dtype: torch.dtype) -> Tensor | None:
-        """The dense part of t over a tile, (R, T) or, where every row's is the same, (1, T)."""
+        """Return the dense part of t over a tile, (R, T) or, where every row's is the same, (1, T)."""
         if not self.dense:
             return None
         w = None if self.class_weight is None else self.class_weight[classes].to(dtype)
@@ -114,7 +114,7 @@ class Targets:
         return t if w is None else t * w
 
     def probability_factor(self, classes: slice, dtype: torch.dtype) -> Tensor | float:
-        """∂t/∂q, the same for every row: a number or (T,)."""
+        """Return ∂t/∂q, the same for every row: a number or (T,)."""
         factor = 1 - self.smoothing
         return factor if self.class_weight is None else self.class_weight[classes].to(dtype) * factor
 
@@ -303,7 +303,7 @@ def top_k_targets(
 
 
 def of_one_class(targets: Targets, labels: Tensor) -> Targets:
-    """The same rows with other targets: of each the class of `labels` (M,), with mass 1."""
+    """Return targets for the same rows: of each row the class in `labels` (M,), with mass 1."""
     return replace(
         targets,
         own=labels[:, None],
@@ -318,7 +318,7 @@ def of_one_class(targets: Targets, labels: Tensor) -> Targets:
 
 
 def no_targets(rows: int, classes: int, device: torch.device, sample_weight: Tensor | None) -> Targets:
-    """No target at all, for what depends on the scores alone."""
+    """Return targets without any mass, for what depends on the logits alone."""
     picked = weight = None
     if sample_weight is not None:
         picked, weight = _taking_part(torch.ones((), dtype=torch.bool, device=device), sample_weight)
@@ -367,7 +367,7 @@ def check_top_k(indices: Tensor, classes: int, check: bool | None) -> Checked:
 
 
 def _taking_part(keep: Tensor, sample_weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The rows to visit (None: all) and their sample weights."""
+    """Return the rows to visit (None: all) and their sample weights."""
     if sample_weight is not None:
         sample_weight = sample_weight.detach().to(statistics_dtype(sample_weight.device))
         keep = keep & (sample_weight != 0)

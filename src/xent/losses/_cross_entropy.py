@@ -223,7 +223,7 @@ def linear_cross_entropy(
 
 
 def _by_the_sweep(reduction: str, x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> Tensor:
-    """A plain loss for what the shorter way cannot do; its targets are classes."""
+    """Return a plain loss where `small` cannot: a second backward, or one to be differentiated."""
     options = Options(reduction=reduction, check_targets=False)
     return _loss(options.of_logits(x, y) if w is None else options.of_head(x, w, b, y))
 

@@ -44,7 +44,7 @@ def kl_divergence(
     temperature: float = 1.0,
     bits: bool = False,
 ) -> Tensor:
-    r"""KL(t ‖ softmax(z/temperature)) of each row, ``Σ t·(log t − log p)``, in nats.
+    r"""Return KL(t ‖ softmax(z/temperature)) of each row, ``Σ t·(log t − log p)``, in nats.
 
     Differentiable in both arguments any number of times, in every mode of torch. Computed without
     cancellation: of two logits it is never negative, equal ones are at 0, and distributions that differ by
@@ -106,7 +106,7 @@ def linear_kl_divergence(
     sample_weight: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""KL(teacher ‖ student) of two linear heads, straight from features: neither's logits ever exist.
+    r"""Return KL(teacher ‖ student) of two linear heads, straight from features, without any logits.
 
     ``kl_divergence(target=x_T @ w_T.T + b_T, input=x_S @ w_S.T + b_S, target_is_logits=True)`` for
     distillation, visited in tiles of rows × classes. A frozen teacher, the usual case, costs one matrix
@@ -184,7 +184,7 @@ class _Lesson(NamedTuple):
 def _lesson(
     one: tuple[Call, LinearHead], other: tuple[Call, LinearHead], sample_weight: Tensor | None
 ) -> _Lesson:
-    """The student's and the teacher's head over the same rows, and the weights of those that take part."""
+    """Match the student's and the teacher's rows, and return both with the weights of rows that count."""
     (call, student), (teaching, teacher) = one, other
     rows_shape = tuple(call.rows_shape)
     if call.rows_shape != teaching.rows_shape or student.shape[1] != teacher.shape[1]:
@@ -235,7 +235,7 @@ def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
 
 
 def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
-    """A head as scores, by the door that every head goes through."""
+    """Resolve one head, as every loss from features does; an error names the role."""
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")
     features, weight, bias = (*given, None)[:3]
@@ -252,7 +252,7 @@ def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
 
 
 def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Tensor:
-    """A sparse target in the shape of the logits, as which it is no larger than these."""
+    """Return a sparse target as a dense one in the shape of the logits."""
     if target_is_logits:
         raise ValueError("a TopKTarget holds probabilities: pass target_is_logits=False")
     call = Options().of_logits(input, target)  # which checks shape and indices
@@ -265,7 +265,7 @@ def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Ten
 
 
 def _check(target: Tensor, input: Tensor) -> int:
-    """The axis of the classes."""
+    """Return the axis of the classes."""
     if input.dim() == 0:
         raise ValueError("input needs a class dimension: (C,), (N, C) or (N, C, d1, ...); got a scalar")
     if target.shape != input.shape:
@@ -302,7 +302,7 @@ class _Settings(NamedTuple):
 
 
 def _rows(target: Tensor, z: Tensor, settings: _Settings) -> Tensor:
-    """KL of each row, (..., C) and (..., C) -> (...), of torch's own operations."""
+    """Return KL of each row, (..., C) and (..., C) -> (...), of torch's own operations."""
     given, z = target.to(settings.dtype), z.to(settings.dtype)
     log_p = _log_softmax(z, settings.temperature)
     p, mass = log_p.exp(), None
@@ -361,7 +361,7 @@ class _ByChunks(torch.autograd.Function):
 
 
 def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """(N, C) each, some rows at a time."""
+    """Split tensors (N, C) into some rows at a time."""
     n, classes = tensors[0].shape
     size = max(1, _at_a_time(tensors[0]) // classes)
     return zip(*(t.split(size) for t in tensors), strict=True) if n else iter([tensors])
@@ -373,7 +373,7 @@ def _at_a_time(z: Tensor) -> int:
 
 
 def _log_softmax(z: Tensor, temperature: float) -> Tensor:
-    """(z − m)/T − log1p(r), (..., C): r leaves the maximum's own term out, for confident rows."""
+    """Return (z − m)/T − log1p(r), (..., C); r leaves the maximum's own term out, for confident rows."""
     m, top = z.max(-1, keepdim=True)
     shifted = (z - m) / temperature
     r = shifted.exp().scatter(-1, top, 0.0).sum(-1, keepdim=True, dtype=statistics_dtype(z.device))
@@ -402,7 +402,7 @@ def _lost(direct: Tensor, z: Tensor, teacher: Tensor, temperature: float, log_t:
 
 
 def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a − b and its rounding error, exactly (Knuth)."""
+    """Return a − b and its rounding error, exactly (Knuth)."""
     d = a - b
     other = a - d
     return d, (a - (d + other)) + (other - b)

@@ -18,7 +18,7 @@ from xent._row_statistics import row_outputs
 
 
 def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduction: str = "mean") -> Tensor:
-    r"""``Σ_c (a·p_c − t_c)·z_c`` a row, with cross-entropy's derivatives a·p − t and a·J supplied for it.
+    r"""Return ``Σ_c (a·p_c − t_c)·z_c`` a row, with cross-entropy's derivatives a·p − t and a·J.
 
     They are not the value's own, whose gradient is a·p − t + a·J·z: a finite difference finds that one. The
     value equals ``cross_entropy − a·H(p)``, so it may be negative and is no measure of fit: a model that is
@@ -61,7 +61,7 @@ def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduc
 
 
 def _mass(input: Tensor, target: Tensor | TopKTarget) -> Tensor | float:
-    """a, in the shape of the rows."""
+    """Return a, in the shape of the rows."""
     if isinstance(target, TopKTarget):
         full = (
             target.remainder == "spread" and target.indices.shape[-1] < input.shape[min(1, input.dim() - 1)]

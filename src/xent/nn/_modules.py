@@ -75,7 +75,7 @@ class CrossEntropyLoss(nn.Module):
         group: Any = None,
         data_group: Any = None,
     ) -> Tensor:
-        """input (C,), (N, C) or (N, C, d1, ...) and target as :func:`xent.cross_entropy` takes them.
+        """Return the loss; input (C,), (N, C) or (N, C, d1, ...) and target as in :func:`xent.cross_entropy`.
 
         With ``group``, the module's ``weight`` is of this process's classes.
         """
@@ -178,7 +178,7 @@ class LinearCrossEntropyLoss(nn.Module):
         group: Any = None,
         data_group: Any = None,
     ) -> Tensor:
-        """input (..., D) and target as :func:`xent.linear_cross_entropy` takes them.
+        """Return the loss; input (..., D) and target as in :func:`xent.linear_cross_entropy`.
 
         With ``group``, the module is of this process's classes: ``num_classes`` is how many these are.
         """
@@ -295,7 +295,7 @@ class MarginLoss(nn.Module):
         classes: Tensor | None = None,
         log_q: Tensor | None = None,
     ) -> Tensor:
-        """input (..., D), target (...); classes and log_q as :func:`xent.linear_cross_entropy` takes them."""
+        """Return the loss; input (..., D), target (...); the rest as in :func:`xent.linear_cross_entropy`."""
         return _cross_entropy.linear_cross_entropy(
             input,
             self.class_weight,
@@ -340,7 +340,7 @@ class BCELoss(nn.Module):
         return _changed(self, reduction="mean", clamp=False)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """input, target: probabilities, of one shape."""
+        """Return the loss; input and target are probabilities, of one shape."""
         return _binary.binary_cross_entropy(
             input, target, self.weight, reduction=self.reduction, clamp=self.clamp
         )
@@ -381,7 +381,7 @@ class BCEWithLogitsLoss(nn.Module):
         return _changed(self, reduction="mean")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """input: logits; target: of their shape."""
+        """Return the loss; input: logits; target: of their shape."""
         return _binary.binary_cross_entropy_with_logits(
             input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
         )
@@ -412,7 +412,7 @@ class KLDivLoss(nn.Module):
         return _changed(self, reduction="mean", log_target=False)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """input: logarithms of probabilities; target: probabilities, or their logarithms."""
+        """Return the divergence; input: log-probabilities; target: probabilities, or their logarithms."""
         return _binary.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
@@ -457,7 +457,7 @@ class SoftTripletLoss(nn.Module):
         negatives: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """input (C,), (N, C) or (N, C, d1, ...) and target; ``negatives`` (N, ..., k) are sampled ones."""
+        """Return the loss; input (C,), (N, C) or (N, C, d1, ...); ``negatives`` (N, ..., k) are sampled."""
         return triplets.smooth_triplet_loss(
             input, target, sample_weight=sample_weight, **_triplet_options(self, negatives)
         )
@@ -528,7 +528,7 @@ class LinearSoftTripletLoss(nn.Module):
         negatives: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """input (..., D) and target (...); ``negatives`` (..., k) are sampled ones."""
+        """Return the loss; input (..., D), target (...); ``negatives`` (..., k) are sampled."""
         weight, bias = weight_and_bias(self.linear, "linear")
         return triplets.linear_smooth_triplet_loss(
             input,
@@ -606,5 +606,5 @@ def _options(module: CrossEntropyLoss | LinearCrossEntropyLoss) -> dict[str, Any
 
 
 def _changed(module: nn.Module, **defaults: object) -> str:
-    """The options that differ from their defaults, for `repr`."""
+    """Return the options that differ from their defaults, for `repr`."""
     return ", ".join(f"{n}={getattr(module, n)!r}" for n, v in defaults.items() if getattr(module, n) != v)

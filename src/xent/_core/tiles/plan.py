@@ -1,4 +1,4 @@
-"""How large a tile may be: a budget in bytes becomes rows × classes.
+"""The size of a tile: a budget in bytes becomes rows × classes.
 
 A head's backward needs every probability of a row at once. Where the budget holds all classes of enough
 rows, a chunk's probabilities stay in the workspace between forward and gradient (*resident*) and the
@@ -40,7 +40,7 @@ class Plan:
 
     @staticmethod
     def within(budget: int, rows: int, classes: int, footprint: Footprint, *, resident: bool) -> Plan:
-        """The largest useful tile of `rows` × `classes` whose footprint is at most `budget` bytes."""
+        """Return the largest useful tile of `rows` × `classes` whose footprint is at most `budget` bytes."""
         f = footprint
         buffers = budget - f.fixed
         rows = max(rows, 1)
@@ -77,7 +77,7 @@ class Plan:
 
 
 def _even(total: int, largest: int) -> int:
-    """The size that splits `total` into the fewest parts of at most `largest`, all nearly equal."""
+    """Return the size that splits `total` into the fewest parts of at most `largest`, nearly equal."""
     total = max(1, total)
     largest = max(1, min(largest, total))
     parts = -(-total // largest)

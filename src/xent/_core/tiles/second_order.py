@@ -224,7 +224,7 @@ class _Part(NamedTuple):
 
 
 def _part_of_tile(problem: Problem, pushed: _Pushed, found: Statistics) -> tuple[_Pushed, _Part]:
-    """The tile, as it was, and its part."""
+    """Return the tile, as it was, and its part."""
     ops, tile, zeta = problem.ops, pushed.tile, pushed.zeta
     own, dtype, whole = tile.own, found.m.dtype, 1 + found.r
     of_own = None if own is None else own.take(tile.z, 0.0)
@@ -242,7 +242,7 @@ def _part_of_tile(problem: Problem, pushed: _Pushed, found: Statistics) -> tuple
 
 
 def _others(problem: Problem, own: TargetColumns | None, values: Tensor) -> Tensor:
-    """Σ over the classes of a tile (R, T) that are not the target's own."""
+    """Return Σ over the classes of a tile (R, T) that are not the target's own."""
     return (values if own is None else own.put(problem.ops, values, 0.0)).sum(1)
 
 
@@ -256,7 +256,7 @@ def _push(
     found: Statistics,
     tangents: Tangents,
 ) -> _Pushed:
-    """A tile with its tangents."""
+    """Return a tile with its tangents."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     tile, shifted = revisit(problem, workspace, chunk, loaded, classes, found)
     bend = None
@@ -285,7 +285,7 @@ def _hessian_tile(
     part: RowTangent,
     dq: Tensor | None,
 ) -> Tensor:
-    """gain·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇)), in the place of ζ."""
+    """Return gain·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇)), in the memory of ζ."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     dtype = pushed.zeta.dtype
     asked = asked.scaled(logits.transform.gain)
@@ -331,7 +331,7 @@ def _workspace(problem: Problem, plan: Plan) -> Workspace:
 
 
 def _of_all_classes(part: RowTangent, ranks: ClassGroup) -> RowTangent:
-    """Every number of a row's tangent is a sum over classes; the rank that holds a sure one knows it."""
+    """Sum a row's tangent over ranks; the index of a sure class comes from the rank that holds it."""
     numbers = part._replace(sure=None)
     summed = iter(ranks.sum(torch.stack([t for t in numbers if t is not None])).unbind(0))
     whole = RowTangent(*(None if t is None else next(summed) for t in numbers))  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ class Problem(NamedTuple):
         return 0 if self.ranks is None else self.ranks.first
 
     def completed(self, found: Statistics) -> Problem:
-        """With what the targets lack until the statistics of all classes are known."""
+        """Return the problem with what its targets lack until the statistics of all classes are known."""
         self.check_sent()
         return self if self.ranks is None else self._replace(targets=self.targets.completed(found.a))
 
@@ -156,7 +156,7 @@ def gradient(
     *,
     wants_target: bool = False,
 ) -> tuple[GradientAccumulator, Accumulator | None]:
-    """The gradient from saved statistics: the logits are computed once more, classes outermost."""
+    """Return the gradient from saved statistics; the logits are computed once more, classes outermost."""
     problem = problem.completed(found)
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     plan = problem.plan(resident=False)
@@ -279,7 +279,7 @@ def chunk_statistics(
 def revisit(
     problem: Problem, workspace: Workspace, chunk: slice, loaded: Tensor, classes: slice, found: Statistics
 ) -> tuple[Tile, Tensor]:
-    """A tile of rows whose statistics are known, and z − m, whose exponential the tile still wants."""
+    """Return a tile of rows whose statistics are known, and z − m, to which `exp` is still to be applied."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     z, slope = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
     own = _target_columns(targets, chunk, classes)
@@ -291,7 +291,7 @@ def revisit(
 def differentiate(
     problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
 ) -> Tensor:
-    """∂L/∂u (R, T) of a tile, in the place of its exponentials."""
+    """Return ∂L/∂u (R, T) of a tile, in the memory of its exponentials."""
     g = differentiate_logits(problem, chunk, tile, found, asked)
     return g if tile.slope is None else problem.ops.mul(g, tile.slope)
 
@@ -299,7 +299,7 @@ def differentiate(
 def differentiate_logits(
     problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
 ) -> Tensor:
-    """gain·(α·p − γ·t) (R, T) of a tile."""
+    """Return gain·(α·p − γ·t) (R, T) of a tile."""
     targets, ops = problem.targets, problem.ops
     asked = asked.scaled(problem.logits.transform.gain)
     alpha, gamma, eta = asked.alpha(found.a), asked.loss, asked.entropy
@@ -353,7 +353,7 @@ def target_residual(targets: Targets, chunk: slice, a: Tensor, log_p: Tensor) ->
 
 
 def _mean_shift(found: Statistics) -> Tensor:
-    """ē = ⟨p, z − m⟩, (R,)."""
+    """Return ē = ⟨p, z − m⟩, (R,)."""
     assert found.e is not None
     return found.e / (1 + found.r)
 
@@ -375,7 +375,7 @@ def _target_columns(targets: Targets, chunk: slice, classes: slice) -> TargetCol
 def _target_statistics(
     ops: TileOps, z: Tensor, mass: Tensor | None, index: Tensor, requested: RequestedOutputs
 ) -> Statistics:
-    """The own tile's statistics, z, mass and index (R, K); of one class r = 0, d = 0 and e = 0."""
+    """Return the statistics of the target's own tile, z, mass, index (R, K); of one class r = d = e = 0."""
     if z.shape[1] > 1:
         assert mass is not None
         part = summarise(ops, z.clone(), mass, None, requested)[1]

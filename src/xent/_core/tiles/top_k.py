@@ -27,7 +27,7 @@ class Largest:
         self.classes: Tensor | None = None  # (R, the same) int64
 
     def add(self, z: Tensor, first: int) -> None:
-        """The next tile of logits, (R, T), and its first class."""
+        """Take in the next tile of logits, (R, T), and its first class."""
         values, at = _candidates(z, self.k)
         at = at + first
         if self.values is not None and self.classes is not None:

@@ -37,7 +37,7 @@ Tile: TypeAlias = tuple[Tensor, Tensor]  # (R, T) of the student and of the teac
 
 
 def phi(delta: Tensor) -> Tensor:
-    """φ(δ) = δ²·(1/2! + δ/3! + δ²/4! + …) for |δ| ≤ NEAR, to a few units in the last place."""
+    """Return φ(δ) = δ²·(1/2! + δ/3! + δ²/4! + …) for |δ| ≤ NEAR, to a few units in the last place."""
     terms = 14 if delta.dtype == torch.float64 else 8
     total = delta / math.factorial(terms + 1) + 1 / math.factorial(terms)
     for k in reversed(range(2, terms)):
@@ -97,7 +97,7 @@ class Pair(NamedTuple):
             yield
 
     def load(self, chunk: slice) -> Tile:
-        """The features of both, in the types of their products."""
+        """Load the features of both heads, in the types of their products."""
         picked = self.targets.pick(chunk)
         return self.student.load(picked), self.teacher.load(picked)
 
@@ -105,7 +105,7 @@ class Pair(NamedTuple):
         return Workspace(self.problem, plan, slopes=False, buffers=buffers)
 
     def tile(self, workspace: Workspace, chunk: slice, loaded: Tile, classes: slice) -> Tile:
-        """The logits of both over some classes."""
+        """Compute the logits of both heads over some classes."""
         student, teacher = (
             head.tile(self.ops, x, classes, TileBuffers(workspace.tile(chunk, classes, number), None, False))[
                 0
@@ -141,7 +141,7 @@ class Found(NamedTuple):
 
 
 def values(pair: Pair) -> Found:
-    """KL of each row, and the statistics of both heads: two products a tile, or four."""
+    """Return KL of each row, and the statistics of both heads: two products a tile, or four."""
     return _values(pair, pair.plan(resident=True))
 
 
@@ -235,7 +235,7 @@ def _chunk_values(
     found: Found,
     kept: list[tuple[slice, Tile]],
 ) -> Found:
-    """With KL, from the tiles that were kept or from the logits once more."""
+    """Return the chunk with KL, from the tiles that were kept or from the logits once more."""
     kl = found.kl
     for number, classes in enumerate(plan.class_tiles(pair.targets.classes)):
         if plan.resident:
@@ -248,7 +248,7 @@ def _chunk_values(
 
 
 def log_probabilities(pair: Pair, tile: Tile, found: Found) -> Tile:
-    """log p and log t in the places of the logits; m is subtracted first: a common offset must cancel."""
+    """Turn logits into log p and log t in place; m is subtracted first: a common offset must cancel."""
     ops = pair.ops
     student, teacher = (
         ops.sub(ops.sub(z, finite_base(part.m.to(z.dtype))[:, None]), part.log_partition.to(z.dtype)[:, None])
@@ -258,7 +258,7 @@ def log_probabilities(pair: Pair, tile: Tile, found: Found) -> Tile:
 
 
 def terms(log_p: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """t·φ(δ), and ∂KL/∂z_S = p − t; near δ = 0 from δ, which has the digits that t and p have lost."""
+    """Return t·φ(δ) and ∂KL/∂z_S = p − t; near δ = 0 from δ, whose digits t and p have lost."""
     t, delta = log_t.exp(), log_p - log_t
     x, change = delta.clamp(-NEAR, NEAR), log_p.exp() - t
     near, excess = delta.abs() < NEAR, phi(x)
@@ -268,7 +268,7 @@ def terms(log_p: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def slopes(log_p: Tensor, log_t: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
-    """∂KL/∂z_S = p − t and ∂KL/∂z_T = t∘(−δ − KL)."""
+    """Return ∂KL/∂z_S = p − t and ∂KL/∂z_T = t∘(−δ − KL)."""
     t = log_t.exp()
     return terms(log_p, log_t)[1], torch.where(t == 0, 0.0, t * (log_t - log_p - kl))
 
@@ -284,7 +284,7 @@ def _pull_back(
     kl: Tensor,  # (R,)
     gamma: Tensor,  # (R,)
 ) -> Tensor | None:
-    """A tile's gradients into the sinks; what it adds to KL (R,) where only the student learns."""
+    """Add a tile's gradients to the accumulators; return its part of KL (R,) if only the student learns."""
     gamma = gamma * pair.student.transform.gain
 
     def of_student(log_p: Tensor, log_t: Tensor, gamma: Tensor) -> Tile:
@@ -314,7 +314,7 @@ def over(
     *,
     places: int,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """f of tiles and columns, a piece at a time.
+    """Apply f to tiles and columns, a piece at a time.
 
     Its first `places` results in those of the first tiles, (R, T); the row sums of the others, (R,).
     """
@@ -339,7 +339,7 @@ def over(
 
 
 def _pieces(tile: Tensor, size: int) -> Iterator[tuple[slice, slice]]:
-    """A tile (R, T) cut into parts of at most `size` elements."""
+    """Cut a tile (R, T) into parts of at most `size` elements."""
     rows, classes = tile.shape
     width = min(classes, size)
     height = max(1, size // width)

@@ -42,7 +42,7 @@ class _Pushed(NamedTuple):
 
 
 def tangent(pair: Pair, found: Found, tangents: BothTangents) -> Tensor:
-    """The derivative of the rows' KL along tangents, (M,)."""
+    """Return the derivative of the rows' KL along tangents, (M,)."""
     plan = pair.plan(resident=False, buffers=BUFFERS)
     workspace = pair.workspace(plan, BUFFERS)
     with pair.products():
@@ -60,7 +60,7 @@ def product(
     tangents: BothTangents,
     wants: tuple[Wants, Wants],
 ) -> tuple[Tensor, tuple[GradientAccumulator, GradientAccumulator]]:
-    """KL˙ (M,), and the derivative of ⟨gradient, tangents⟩ in both heads' tensors."""
+    """Return KL˙ (M,), and the derivative of ⟨gradient, tangents⟩ in both heads' tensors."""
     plan = pair.plan(resident=True, buffers=BUFFERS, least_rows=2)
     workspace = pair.workspace(plan, BUFFERS)
     accumulators = pair.accumulators(wants)
@@ -90,7 +90,7 @@ def _chunk(
     found: Found,
     tangents: BothTangents,
 ) -> tuple[_Means, list[_Pushed]]:
-    """A chunk's row means over all classes; its tiles, where the plan keeps them."""
+    """Return a chunk's row means over all classes; its tiles, where the plan keeps them."""
     student = teacher = kl = torch.zeros_like(found.kl)
     kept = []
     for classes in plan.class_tiles(pair.targets.classes):
@@ -111,7 +111,7 @@ def _push(
     found: Found,
     tangents: BothTangents,
 ) -> _Pushed:
-    """log p and log t of a tile, and ζ of both heads."""
+    """Return log p and log t of a tile, and ζ of both heads."""
     ops, picked = pair.ops, pair.targets.pick(chunk)
     logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), found)
     zeta = []
@@ -144,7 +144,7 @@ def _second(
     kl: Tensor,
     gamma: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """R of both heads, then G of both."""
+    """Return R of both heads, then G of both."""
     t, centred_s, centred_t = log_t.exp(), zeta_s - mean_s, zeta_t - mean_t
     moved = torch.where(t == 0, 0.0, t * (1 - (log_p - log_t) - kl)) * centred_t
     of_student = (log_p.exp() * centred_s - t * centred_t) * gamma
