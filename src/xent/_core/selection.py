@@ -35,10 +35,6 @@ class Selection:
             return values
         return values.new_full((self.n_rows, *values.shape[1:]), fill).index_copy(0, self.index, values)
 
-    def gather(self, values: Tensor) -> Tensor:
-        """Return the rows of (N, ...) that are computed, (M, ...)."""
-        return values if self.index is None else values[self.index]
-
     def resolved(self) -> Selection:
         """Return the same rows by index, for code that may look at data."""
         if self.mask is None or bool(self.mask.all()):

@@ -317,7 +317,6 @@ OPTIONS: dict[str, Validator] = {
     "max_iter": Whole("a whole number that is not negative", 0),
     "fit_intercept": Flag(),
     "class_weight": ByClass("balanced", NONNEGATIVE),
-    "solver": OneOf(("lbfgs", "newton-cg")),
     "warm_start": Flag(),
     "random_state": Seed(),
     "verbose": Whole("a whole number that is not negative, or a bool", 0, flag=True),
