@@ -248,8 +248,11 @@ def test_a_third_derivative_raises():
 @CASES
 @SCORES
 def test_compiled_in_one_graph(row, scores):
-    """torch.compile(fullgraph=True): the eager loss and gradients."""
-    for reduction in REDUCTIONS:
+    """torch.compile(fullgraph=True): the eager loss and gradients.
+
+    The reduction is ordinary operations behind one operator, so that from logits one reduction is enough.
+    """
+    for reduction in REDUCTIONS if scores == "linear" else ("mean",):
         torch._dynamo.reset()
         ours, _, arguments, _ = pair(row, scores, reduction)
         leaves = [a.clone().requires_grad_() for a in arguments]

@@ -131,11 +131,11 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_nothing_of_the_size_of_a_mapped_file_is_made(tmp_path, monkeypatch, solver, dtype):
     """NumPy's memory is counted at its peak, torch's by its largest tensor."""
-    monkeypatch.setattr(row_source, "CHUNK", 1 << 17)
-    monkeypatch.setattr(row_source, "BLOCK", 1 << 17)
+    monkeypatch.setattr(row_source, "CHUNK", 1 << 16)
+    monkeypatch.setattr(row_source, "BLOCK", 1 << 16)
     rng = np.random.default_rng(0)
-    y = np.arange(40_000) % 3
-    X = mapped(tmp_path / "X.npy", (rng.normal(size=(40_000, 128)) + np.eye(128)[y]).astype(dtype))
+    y = np.arange(20_000) % 3
+    X = mapped(tmp_path / "X.npy", (rng.normal(size=(20_000, 128)) + np.eye(128)[y]).astype(dtype))
     model = SoftmaxRegression(solver=solver, max_iter=2, tol=0.0)
     with pytest.warns(match="max_iter is reached"), Largest():
         model.fit(X[::100], y[::100])  # imports are not to be counted

@@ -68,6 +68,24 @@ def test_worked_values():
         assert value.item() == pytest.approx(0.020136, abs=5e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_smallest_masses_keep_their_logarithms(dtype):
+    """t·(log t − x) to a few units in the last place, down to subnormal masses."""
+    tiny = torch.finfo(dtype)
+    t = torch.tensor(
+        [tiny.smallest_normal * 2**-9, tiny.tiny, 1e-30, 1e-12, 1e-6, 1e-3, 0.5, 0.0], dtype=dtype
+    )
+    x = torch.linspace(-90, -0.1, len(t), dtype=dtype)
+    value, slope = gradients(lambda x: xent.kl_div(x, t, reduction="none"), x)
+    for i in range(len(t)):
+        mass, logarithm = mpmath.mpf(t[i].item()), mpmath.mpf(x[i].item())
+        exact = mass * (mpmath.log(mass) - logarithm) if mass else mpmath.mpf(0)
+        bound = 4 * tiny.eps * mass * (abs(mpmath.log(mass)) + abs(logarithm)) if mass else 0
+        step = tiny.smallest_normal * tiny.eps  # of subnormal numbers
+        assert abs(value[i].item() - exact) <= bound + 100 * step
+    assert (slope == -t).all()
+
+
 @LOG_TARGET
 def test_cross_entropy_minus_entropy(log_target):
     """KL(q ‖ p) = CE(q, p) − H(q) ≥ 0, 0 for q = p, and not symmetric."""

@@ -92,6 +92,7 @@ def test_errors(call, match):
         call(head, x)
 
 
+@pytest.mark.slow
 def test_digits_without_labels():
     """Five seeds: clusters learnt without labels are better than those of k-means on the same pixels."""
     outcomes = np.array([compare(seed, epochs=30) for seed in range(5)])
