@@ -21,8 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Options
+from xent._arguments.call import require_target, resolve_logits
+from xent._arguments.options import Options
 from xent._arguments.validation import require_tensors
+from xent._core.problem import Problem
 from xent._core.target import TopKTarget
 from xent._core.targets import Targets
 from xent.errors import NoBestTemperature
@@ -76,10 +78,12 @@ def fit_temperature(
     """
     require_tensors(logits=logits)
     with torch.no_grad():
-        call = Options.of(ignore_index=ignore_index, sample_weight=sample_weight).of_logits(logits, target)
-        call.with_target()
-        problem = call.parts[0].problem
-        return _solve(_read(problem.logits.tensors[0], problem.targets))
+        call = resolve_logits(
+            Options.of(ignore_index=ignore_index, sample_weight=sample_weight), logits, target
+        )
+        require_target(target)
+        (problem,) = call.problems
+        return _solve(_read(problem))
 
 
 class Rows(NamedTuple):
@@ -94,7 +98,7 @@ class Rows(NamedTuple):
     size: float  # Σ s ⟨|t|, |u|⟩, the scale of the rounding error of k
 
     def chunks(self) -> Iterator[slice]:
-        return _chunks(self.targets.count, self.targets.classes)
+        return _chunks(self.targets.count, self.targets.n_classes)
 
 
 class Derivatives(NamedTuple):
@@ -117,10 +121,11 @@ def _load(logits: Tensor, targets: Targets, chunk: slice) -> Tensor:
     return logits[targets.pick(chunk)].to(device).to(torch.float64)
 
 
-def _read(logits: Tensor | None, targets: Targets) -> Rows:
+def _read(problem: Problem) -> Rows:
     """Check logits and targets in one pass, and compute the sums over the targets."""
+    (logits,), targets, row_weight = problem.logits.leaves, problem.targets, problem.row_weight
     assert logits is not None
-    classes = targets.classes
+    classes = targets.n_classes
     weights, target_logits, sizes, scale, masked = (
         [torch.zeros(0, dtype=torch.float64, device="cpu")],
         [],
@@ -147,8 +152,8 @@ def _read(logits: Tensor | None, targets: Targets) -> Rows:
             "has a target on a class that is masked (−inf)",
         )
         s = torch.ones_like(u[:, 0])
-        if targets.row_weight is not None:
-            s = targets.row_weight[chunk].to(u.device)
+        if row_weight is not None:
+            s = row_weight[chunk].to(u.device)
             bad = ~((s >= 0) & (s < math.inf))
             _raise_for_first(bad, targets, chunk, "has a sample weight that is negative, infinite or nan")
         a = t.sum(1)
@@ -171,16 +176,16 @@ def _read(logits: Tensor | None, targets: Targets) -> Rows:
 
 def _target_rows(targets: Targets, chunk: slice) -> Tensor:
     """Return t of a chunk of rows, (R, C) float64."""
-    rows, classes = chunk.stop - chunk.start, targets.classes
+    rows, classes = chunk.stop - chunk.start, targets.n_classes
     t = targets.tile(chunk, slice(0, classes), torch.float64)
-    if targets.own is None:
-        assert t is not None
+    if targets.index is None:
+        assert isinstance(t, Tensor)
         return t
-    own = targets.own[chunk]
+    own = targets.index[chunk]
     mass = torch.ones_like(own, dtype=torch.float64)
     if targets.index_mass is not None:
         mass = targets.index_mass[chunk].to(torch.float64)
-    base = torch.zeros(rows, classes, dtype=torch.float64, device=own.device) if t is None else t
+    base = t if isinstance(t, Tensor) else torch.zeros(rows, classes, dtype=torch.float64, device=own.device)
     return base.scatter(1, own, mass)
 
 
@@ -188,7 +193,9 @@ def _raise_for_first(bad: Tensor, targets: Targets, chunk: slice, why: str) -> N
     """Raise a ValueError that names the first bad row of a chunk, if there is one; bad is (R,)."""
     if bad.any():
         row = chunk.start + int(bad.to(torch.uint8).argmax())
-        raise ValueError(f"row {row if targets.rows is None else int(targets.rows[row])} {why}")
+        raise ValueError(
+            f"row {row if targets.selection.index is None else int(targets.selection.index[row])} {why}"
+        )
 
 
 def _derivatives(rows: Rows, beta: float) -> Derivatives:

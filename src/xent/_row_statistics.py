@@ -9,17 +9,27 @@ them are read off the same running statistics, each differentiable where that ha
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from xent._arguments import class_parallel
-from xent._arguments.call import Call, Options, Part
-from xent._autograd import chain, custom_ops, transforms
-from xent._autograd.chain import RowOutputs
+from xent._arguments.call import (
+    Call,
+    agreed,
+    resolve_head,
+    resolve_local_head,
+    resolve_local_logits,
+    resolve_logits,
+)
+from xent._arguments.options import Execution, LogitOptions, Options, ReductionOptions, TargetOptions
+from xent._arguments.targets import is_index
+from xent._autograd import custom_ops, transforms
+from xent._autograd.one_head import scattered
 from xent._core.logits import compute_dtype
-from xent._core.ops import FunctionalOps
+from xent._core.ops import tile_ops_for
+from xent._core.problem import Problem
 from xent._core.statistics import RequestedOutputs
 from xent._core.target import TopKTarget
 from xent._core.tiles import top_k as streaming
@@ -51,7 +61,7 @@ def row_statistics(
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     check_targets: bool | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> RowStatistics:
@@ -80,19 +90,13 @@ def row_statistics(
         (-0.551445, 0.975328, True)
     """
     options = Options(
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction="none",
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        temperature=temperature,
-        check_targets=check_targets,
-        group=group,
+        TargetOptions(weight, ignore_index, label_smoothing),
+        LogitOptions(softcap, temperature),
+        ReductionOptions("none"),
+        Execution(check_targets=check_targets, group=group),
     )
-    return class_parallel.agreed(
-        lambda: _row_statistics(options.checked().of_spread_logits(input, target), options.ignored),
-        (group, None),
-        input,
+    return agreed(
+        lambda: _row_statistics(resolve_local_logits(options, input, target), options), options, input
     )
 
 
@@ -106,7 +110,7 @@ def linear_row_statistics(
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     check_targets: bool | None = None,
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
@@ -138,28 +142,19 @@ def linear_row_statistics(
         torch.Size([5, 4])
     """
     options = Options(
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction="none",
-        label_smoothing=label_smoothing,
-        softcap=softcap,
-        temperature=temperature,
-        check_targets=check_targets,
-        product_dtype=product_dtype,
-        memory_budget=memory_budget,
-        group=group,
+        TargetOptions(weight, ignore_index, label_smoothing),
+        LogitOptions(softcap, temperature),
+        ReductionOptions("none"),
+        Execution(product_dtype, memory_budget, check_targets, group),
     )
-    return class_parallel.agreed(
-        lambda: _row_statistics(
-            options.checked().of_spread_head(input, linear_weight, linear_bias, target), options.ignored
-        ),
-        (group, None),
-        linear_weight,
+    head = (input, linear_weight, linear_bias)
+    return agreed(
+        lambda: _row_statistics(resolve_local_head(options, *head, target), options), options, linear_weight
     )
 
 
 def entropy(
-    input: Tensor, *, softcap: float | None = None, temperature: float = 1.0, bits: bool = False
+    input: Tensor, *, softcap: float | None = None, temperature: float | Tensor = 1.0, bits: bool = False
 ) -> Tensor:
     r"""Return H(softmax(z)) of each row in nats, ``log1p(r) − e/(1 + r)`` relative to the row's maximum.
 
@@ -177,14 +172,15 @@ def entropy(
         1.0
     """
     bits = valid("bits", bits)
-    call = Options.of(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
-    (found,) = (row_outputs(part, RequestedOutputs(entropy=True)) for part in call.parts)
+    call = _without_target(input, softcap, temperature)
+    (problem,) = call.problems
+    found = scattered(problem.request(RequestedOutputs(entropy=True)))
     assert found.entropy is not None
     return call.stack([found.entropy / math.log(2.0) if bits else found.entropy])
 
 
 def top_k(
-    input: Tensor, k: int, *, softcap: float | None = None, temperature: float = 1.0
+    input: Tensor, k: int, *, softcap: float | None = None, temperature: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
     r"""Return the k largest probabilities of each row and their classes, largest first.
 
@@ -205,8 +201,7 @@ def top_k(
         >>> indices.tolist()
         [2, 1]
     """
-    call = Options.of(reduction="none", softcap=softcap, temperature=temperature).of_logits(input, None)
-    return _top_k(call, k)
+    return _top_k(_without_target(input, softcap, temperature), k)
 
 
 def linear_top_k(
@@ -216,7 +211,7 @@ def linear_top_k(
     *,
     linear_bias: Tensor | None = None,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -242,47 +237,37 @@ def linear_top_k(
         product_dtype=product_dtype,
         memory_budget=memory_budget,
     )
-    return _top_k(options.of_head(input, linear_weight, linear_bias, None), k)
+    return _top_k(resolve_head(options, input, linear_weight, linear_bias, None), k)
 
 
-def _row_statistics(call: Call, ignored: int) -> RowStatistics:
+def _without_target(input: Tensor, softcap: float | None, temperature: float | Tensor) -> Call:
+    options = Options(logits=LogitOptions(softcap, temperature), reduction=ReductionOptions("none"))
+    return resolve_logits(options, input, None)
+
+
+def _row_statistics(call: Call, options: Options) -> RowStatistics:
     target = call.target
-    is_index = isinstance(target, Tensor) and not target.is_floating_point()
-    requested = RequestedOutputs(entropy=True, argmax=True, log_prob=is_index)
-    found = [row_outputs(part, requested) for part in call.parts]
+    of_class = is_index(target)
+    requested = RequestedOutputs(entropy=True, argmax=True, log_prob=of_class)
+    found = [scattered(problem.request(requested)) for problem in call.problems]
     dtype = compute_dtype(call.dtype)
 
     def stacked(name: str) -> Tensor:
-        return call.stack([getattr(part, name) for part in found], dtype)
+        return call.stack([getattr(rows, name) for rows in found], dtype)
 
-    argmax = call.stack([_present(part.argmax) for part in found], torch.int64)
+    argmax = call.stack([_present(rows.argmax) for rows in found], torch.int64)
     correct = None
-    if is_index:
+    if of_class:
         assert isinstance(target, Tensor)
-        correct = (argmax == target) & (target != ignored)
+        correct = (argmax == target) & (target != options.target.ignored)
     return RowStatistics(
         loss=None if target is None else stacked("loss"),
-        log_prob=stacked("log_prob") if is_index else None,
+        log_prob=stacked("log_prob") if of_class else None,
         logsumexp=stacked("logsumexp"),
         entropy=stacked("entropy"),
         argmax=argmax,
         correct=correct,
     )
-
-
-def row_outputs(part: Part, requested: RequestedOutputs) -> RowOutputs:
-    """Return the outputs of all N rows of a part: zero, and −1 for argmax, in those that are left out."""
-    problem = part.problem._replace(requested=requested)
-    if part.opaque:
-        found = custom_ops.rows(problem, part.kept, part.check)
-    else:
-        found = chain.rows(problem)
-    values = [
-        None if value is None else part.selection.scatter(value, -1 if name == "argmax" else 0)
-        for name, value in found._asdict().items()
-    ]
-    loss, logsumexp, *others = values
-    return RowOutputs(_present(loss), _present(logsumexp), *others)
 
 
 def _present(value: Tensor | None) -> Tensor:
@@ -291,12 +276,12 @@ def _present(value: Tensor | None) -> Tensor:
 
 
 def _top_k(call: Call, k: int) -> tuple[Tensor, Tensor]:
-    classes, asked = call.parts[0].problem.targets.classes, as_number("k", k, "a whole number")
+    classes, asked = call.problems[0].targets.n_classes, as_number("k", k, "a whole number")
     if not 1 <= asked <= classes:
         raise ValueError(f"k must be between 1 and the number of classes, {classes}; got {k}")
     k = valid("k", k)
     with torch.no_grad():
-        found = [_top_k_of(part, k) for part in call.parts]
+        found = [_top_k_of(problem, k) for problem in call.problems]
     shape, dtype = (*call.rows_shape, k), compute_dtype(call.dtype)
     probabilities, indices = (
         columns[0] if len(found) == 1 else torch.stack(columns, dim=1)
@@ -305,12 +290,10 @@ def _top_k(call: Call, k: int) -> tuple[Tensor, Tensor]:
     return probabilities.to(dtype).reshape(shape), indices.reshape(shape)
 
 
-def _top_k_of(part: Part, k: int) -> tuple[Tensor, Tensor]:
-    if part.opaque:
-        return custom_ops.top_k(part.problem, k)
-    tensors = part.problem.logits.tensors
-    if transforms.followed(*tensors):  # torch.func would take what has no derivative for a derivative of 0
+def _top_k_of(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
+    if problem.in_graph:
+        return custom_ops.top_k(problem, k)
+    leaves = problem.logits.leaves
+    if transforms.followed(*leaves):  # torch.func would take what has no derivative for a derivative of 0
         raise NotImplementedError("top_k has no derivative: pass tensors that are detached")
-    if transforms.batched(*tensors):
-        return streaming.top_k(part.problem._replace(ops=FunctionalOps()), k)
-    return streaming.top_k(part.problem, k)
+    return streaming.top_k(replace(problem, ops=tile_ops_for(*leaves)), k)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from xent._autograd import transforms
+from xent._core.class_indices import holds_integers, widened
 from xent._core.statistics import statistics_dtype
-from xent._core.targets import holds_integers, widened
 from xent._core.validators import valid
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xent._arguments import class_parallel
+from xent._autograd import transforms
 from xent._core.logits import compute_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -93,3 +94,12 @@ def loss_dtype(tensor: Tensor) -> torch.dtype:
 def autocasts(tensor: Tensor) -> bool:
     kind = tensor.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind) and tensor.dtype != torch.float64
+
+
+def is_readable(*tensors: Tensor | None) -> bool:
+    """Return whether data may be read here: on a CPU, outside of graphs and vmap."""
+    return not (
+        transforms.is_opaque(*tensors)
+        or any(t is not None and t.device.type != "cpu" for t in tensors)
+        or transforms.batched(*tensors)
+    )

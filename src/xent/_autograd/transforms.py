@@ -26,6 +26,35 @@ DERIVED = (
 )
 
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
+
+
+def is_plain(*tensors: object) -> bool:
+    """Return whether all are ordinary dense tensors with data, or None, and no transform of torch is at work.
+
+    Where it holds, no other function of this module, and no check for tensors of several processes, finds
+    anything.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return False
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _ORDINARY:
+            return False
+        assert isinstance(t, Tensor)
+        if t.layout is not torch.strided or t.is_meta or t.is_inference():
+            return False
+        if torch._C._functorch.is_legacy_batchedtensor(t):
+            return False
+    return True
+
+
 def is_opaque(*tensors: Tensor | None) -> bool:
     """Return whether a graph is being made, or a tensor has a shape but no data."""
     if torch.compiler.is_compiling():

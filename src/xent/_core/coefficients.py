@@ -1,4 +1,4 @@
-"""The derivatives of a loss in what its rows say, from which a sweep makes the gradient."""
+"""The derivatives of a loss in the outputs of its rows, from which a sweep makes the gradient."""
 
 from __future__ import annotations
 

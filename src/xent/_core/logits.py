@@ -1,29 +1,27 @@
-"""The sources of logits: `DenseLogits` that exist, or a `LinearHead` z = W x + b whose logits never do.
+"""The sources of logits: `DenseLogits` that exist, or a `LinearHead` u = x Wᵀ + b whose logits never do.
 
-    inner logits u → softcap k·tanh(u/k) → ÷ temperature → − log Q (of sampled classes) → z
+    inner logits u → `LogitMap` → z
 
-Both answer the same verbs. `load` brings a chunk of rows into the type of the computation, `tile` writes
-the z of a chunk over some classes, and a gradient `sink` pulls a tile of ∂L/∂u back:
+Both answer the same calls. `load` brings a chunk of rows into the type of the computation, `tile` writes z
+of a chunk over some classes, and a gradient accumulator pulls a tile of G = ∂L/∂u back:
 
     ∂L/∂x += G W        ∂L/∂W += Gᵀ x        ∂L/∂b += Gᵀ 1        G (R, T)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 from xent._core.collectives import ClassGroup
-from xent._core.ops import FunctionalOps, TileOps, cut, take
+from xent._core.logit_map import IDENTITY, LogitMap, Rows, TileBuffers
+from xent._core.ops import TileOps, cut, take
 
-Rows: TypeAlias = slice | Tensor  # consecutive rows, or (R,) int64
 Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
-Tangents: TypeAlias = tuple[Tensor | None, ...]  # one for each of Scores.tensors, of its shape
+Tangents: TypeAlias = tuple[Tensor | None, ...]  # one for each of Logits.leaves, of its shape
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -31,63 +29,23 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-@dataclass(frozen=True)
-class Transform:
-    """u → z, elementwise; `gain` is what is constant of dz/du, the slope what is not."""
+class Loaded(NamedTuple):
+    """A chunk of rows that a sweep works on."""
 
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def gain(self) -> float:
-        return 1.0 / self.temperature
-
-    @property
-    def curved(self) -> bool:
-        return self.softcap is not None
-
-    def apply(self, ops: TileOps, u: Tensor, buffers: TileBuffers) -> tuple[Tensor, Tensor | None]:
-        """Return z (R, T) and, where the transform is curved and the slope is wanted, dz/du ÷ gain."""
-        z, slope = u, None
-        if self.softcap is not None:
-            z = ops.tanh(ops.div(z, self.softcap))
-            if buffers.wants_slope:
-                slope = ops.one_minus_square(z, buffers.slope)
-            z = ops.mul(z, self.softcap)
-        if self.temperature != 1.0:
-            z = ops.div(z, self.temperature)
-        return z, slope
-
-    def bend(self, z: Tensor, slope: Tensor) -> Tensor:
-        """Return d²z/du² ÷ gain, from z and the slope: −(2/k)·tanh(u/k)·slope."""
-        assert self.softcap is not None
-        return z * (-2.0 * self.temperature / self.softcap**2) * slope
-
-
-class TileBuffers(NamedTuple):
-    """The memory for a tile of logits, and for its slopes where they are wanted."""
-
-    z: Tensor | None  # (R, T)
-    slope: Tensor | None  # (R, T)
-    wants_slope: bool
+    x: Tensor  # (R, D) features or (R, C) logits
+    map: LogitMap  # of these rows
 
 
 class Logits(Protocol):
     """The logits of N rows over C classes, as a sweep uses them."""
 
     @property
-    def transform(self) -> Transform: ...
+    def map(self) -> LogitMap: ...
 
     @property
-    def log_q(self) -> Tensor | None: ...
-
-    @property
-    def make(self) -> Callable[..., Logits]:
-        """The same scores of other tensors, which `make` does not hold."""
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        """The tensors in which the logits are differentiable."""
         ...
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]: ...
 
     @property
     def shape(self) -> tuple[int, int]: ...
@@ -99,7 +57,9 @@ class Logits(Protocol):
     def device(self) -> torch.device: ...
 
     @property
-    def depth(self) -> int: ...
+    def depth(self) -> int:
+        """Multiplications behind one logit."""
+        ...
 
     @property
     def least_resident_rows(self) -> int: ...
@@ -116,35 +76,43 @@ class Logits(Protocol):
         """Bytes per logit of a tile while it is worked on, beside the tile itself."""
         ...
 
-    def load(self, rows: Rows) -> Tensor: ...
+    def load(self, rows: Rows) -> Loaded: ...
 
     def select(self, kept: Tensor) -> Logits: ...
 
-    def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile: ...
-
-    def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
-        """Return d²z/du² ÷ gain of a tile."""
+    def tile(
+        self, ops: TileOps, loaded: Loaded, classes: slice, buffers: TileBuffers, *, borrow: bool = False
+    ) -> Tile:
+        """Return z and slope; with ``borrow``, z may be a caller's tensor, which nobody may write to."""
         ...
 
-    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor: ...
+    def entries(self, loaded: Loaded, classes: Tensor) -> Tensor:
+        """Return z of some classes (R, K) of each row."""
+        ...
 
     def push(
         self,
         ops: TileOps,
         rows: Rows,
-        loaded: Tensor,
+        loaded: Loaded,
         tangents: Tangents,
         classes: slice,
         out: Tensor | None,
-    ) -> Tensor: ...
+    ) -> Tensor:
+        """Return the tangent of u over a tile."""
+        ...
+
+    def pull_back(self, loaded: Loaded, g: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the leaves from G (R, C) of all rows and classes at once."""
+        ...
 
     def accumulator(self, ops: TileOps, wants: tuple[bool, ...]) -> GradientAccumulator: ...
 
 
 class GradientAccumulator(Protocol):
-    """Accumulates tiles of ∂L/∂u; `finish` gives one gradient for each of `Scores.tensors`."""
+    """Accumulates tiles of ∂L/∂u; `finish` gives one gradient for each of `Logits.leaves`."""
 
-    def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None: ...
+    def add(self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor) -> None: ...
 
     def crosses(self, tangents: Tangents) -> bool: ...
 
@@ -152,34 +120,23 @@ class GradientAccumulator(Protocol):
 
     def share(self, rows: Rows, ranks: ClassGroup) -> None: ...
 
+    def place(self, rows: Rows) -> Tensor | None:
+        """Return the memory of some rows of the gradient, if G of all classes may be formed in it."""
+        ...
+
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]: ...
-
-
-def _corrected(ops: TileOps, z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
-    """Return z − log Q of a tile."""
-    return z if log_q is None else ops.sub(z, cut(log_q, classes).to(z.dtype))
-
-
-def _before(z: Tensor, log_q: Tensor | None, classes: slice) -> Tensor:
-    """Return the logits before the correction."""
-    return z if log_q is None else z + cut(log_q, classes).to(z.dtype)
 
 
 @dataclass(frozen=True)
 class DenseLogits:
-    """Scores that are given: u = input."""
+    """Logits that are given: u = input."""
 
     u: Tensor  # (N, C)
-    log_q: Tensor | None = None  # (C,) subtracted from z; no gradient
-    transform: Transform = Transform()
+    map: LogitMap = IDENTITY
 
     @property
-    def make(self) -> Callable[..., DenseLogits]:
-        return partial(DenseLogits, transform=self.transform)
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.u,) if self.log_q is None else (self.u, self.log_q)
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        return (self.u,)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -195,7 +152,6 @@ class DenseLogits:
 
     @property
     def depth(self) -> int:
-        """Multiplications behind one logit."""
         return 0
 
     @property
@@ -217,38 +173,39 @@ class DenseLogits:
     def bytes_per_logit(self) -> int:
         return 0
 
-    def load(self, rows: Rows) -> Tensor:
-        return take(self.u, rows)
+    def load(self, rows: Rows) -> Loaded:
+        return Loaded(take(self.u, rows), self.map.rows(rows))
 
     def select(self, kept: Tensor) -> DenseLogits:
         """Return the same with zeros in the rows that are not kept (N,), whatever they held."""
         return replace(self, u=torch.where(kept[:, None], self.u, 0.0))
 
-    def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile:
-        z, slope = self.transform.apply(ops, ops.copy(loaded[:, classes].to(self.dtype), buffers.z), buffers)
-        return _corrected(ops, z, self.log_q, classes), slope
+    def tile(
+        self, ops: TileOps, loaded: Loaded, classes: slice, buffers: TileBuffers, *, borrow: bool = False
+    ) -> Tile:
+        x = loaded.x if classes.stop - classes.start == loaded.x.shape[1] else loaded.x[:, classes]
+        if borrow and x.dtype == self.dtype and loaded.map.is_identity:
+            return x, None
+        return loaded.map.apply(ops, ops.copy(x.to(self.dtype), buffers.z), classes, buffers)
 
-    def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
-        return self.transform.bend(_before(z, self.log_q, classes), slope)
-
-    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
-        """Return z of some classes (R, K) of each row."""
-        z = loaded.gather(1, classes).to(self.dtype)
-        return self.transform.apply(FunctionalOps(), z, TileBuffers(None, None, False))[0]
+    def entries(self, loaded: Loaded, classes: Tensor) -> Tensor:
+        return loaded.map.at(loaded.x.gather(1, classes).to(self.dtype))
 
     def push(
         self,
         ops: TileOps,
         rows: Rows,
-        loaded: Tensor,
+        loaded: Loaded,
         tangents: Tangents,
         classes: slice,
         out: Tensor | None,
     ) -> Tensor:
-        """Return the tangent of u over a tile."""
-        du, *_ = tangents
+        (du,) = tangents
         assert du is not None
         return ops.copy(du[rows, classes].to(self.dtype), out)
+
+    def pull_back(self, loaded: Loaded, g: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        return (g,)
 
     def accumulator(self, ops: TileOps, wants: tuple[bool, ...]) -> GradientAccumulator:
         return _DenseLogitsAccumulator(self, ops)
@@ -257,11 +214,10 @@ class DenseLogits:
 class _DenseLogitsAccumulator:
     def __init__(self, logits: DenseLogits, ops: TileOps) -> None:
         # every entry is written once, so it may be rounded at once
-        self.dtype = logits.u.dtype
-        self.nothing = (None,) * (len(logits.tensors) - 1)
+        self.dtype, self.computed = logits.u.dtype, logits.dtype
         self.du = ops.total(logits.shape, self.dtype, logits.device, dim=1)
 
-    def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
+    def add(self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor) -> None:
         self.du.put((rows, classes), g)
 
     def crosses(self, tangents: Tangents) -> bool:
@@ -273,32 +229,30 @@ class _DenseLogitsAccumulator:
     def share(self, rows: Rows, ranks: ClassGroup) -> None:
         pass  # each process has logits of its own
 
+    def place(self, rows: Rows) -> Tensor | None:
+        return self.du.place(rows) if self.dtype == self.computed else None
+
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
-        return self.du.finish(scale, self.dtype), *self.nothing
+        return (self.du.finish(scale, self.dtype),)
 
 
 @dataclass(frozen=True)
 class LinearHead:
-    """Scores of a linear classifier on features: u = x Wᵀ + b."""
+    """Logits of a linear classifier on features: u = x Wᵀ + b."""
 
     x: Tensor  # (N, D)
     w: Tensor  # (C, D)
     b: Tensor | None  # (C,)
-    log_q: Tensor | None = None  # (C,) subtracted from z; no gradient
-    transform: Transform = Transform()
+    map: LogitMap = IDENTITY
     product_dtype: torch.dtype | None = None  # to which products round their factors; None means dtype
-
-    @property
-    def make(self) -> Callable[..., LinearHead]:
-        return partial(LinearHead, transform=self.transform, product_dtype=self.product_dtype)
 
     @property
     def factor_dtype(self) -> torch.dtype:
         return self.product_dtype or self.dtype
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.x, self.w, self.b) if self.log_q is None else (self.x, self.w, self.b, self.log_q)
+    def leaves(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.w, self.b
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -340,54 +294,60 @@ class LinearHead:
     def bytes_per_logit(self) -> int:
         return self.factor_dtype.itemsize if self.factor_dtype != self.dtype else 0
 
-    def load(self, rows: Rows) -> Tensor:
-        return take(self.x, rows).to(self.factor_dtype)
+    def load(self, rows: Rows) -> Loaded:
+        return Loaded(take(self.x, rows).to(self.factor_dtype), self.map.rows(rows))
 
     def select(self, kept: Tensor) -> LinearHead:
         """Return the same with zeros in the rows that are not kept (N,), whatever they held."""
         return replace(self, x=torch.where(kept[:, None], self.x, 0.0))
 
-    def tile(self, ops: TileOps, loaded: Tensor, classes: slice, buffers: TileBuffers) -> Tile:
-        u = ops.product(loaded, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, buffers.z)
+    def tile(
+        self, ops: TileOps, loaded: Loaded, classes: slice, buffers: TileBuffers, *, borrow: bool = False
+    ) -> Tile:
+        u = ops.product(loaded.x, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, buffers.z)
         if self.b is not None:
             u = ops.add(u, cut(self.b, classes).to(self.dtype))
-        z, slope = self.transform.apply(ops, u, buffers)
-        return _corrected(ops, z, self.log_q, classes), slope
+        return loaded.map.apply(ops, u, classes, buffers)
 
-    def bend(self, z: Tensor, slope: Tensor, classes: slice) -> Tensor:
-        return self.transform.bend(_before(z, self.log_q, classes), slope)
-
-    def entries(self, loaded: Tensor, classes: Tensor) -> Tensor:
-        """Return z of some classes (R, K) of each row, whose weights are gathered: (R, K, D)."""
-        factors = self.w[classes].to(self.factor_dtype)
-        u = (factors @ loaded[:, :, None])[:, :, 0].to(self.dtype)
+    def entries(self, loaded: Loaded, classes: Tensor) -> Tensor:
+        factors = self.w[classes].to(self.factor_dtype)  # (R, K, D)
+        u = (factors @ loaded.x[:, :, None])[:, :, 0].to(self.dtype)
         if self.b is not None:
             u = u + self.b[classes].to(self.dtype)
-        return self.transform.apply(FunctionalOps(), u, TileBuffers(None, None, False))[0]
+        return loaded.map.at(u)
 
     def push(
         self,
         ops: TileOps,
         rows: Rows,
-        loaded: Tensor,
+        loaded: Loaded,
         tangents: Tangents,
         classes: slice,
         out: Tensor | None,
     ) -> Tensor:
-        """Return the tangent of u over a tile: ẋ Wᵀ + x Ẇᵀ + ḃ, a term for each tangent that there is."""
-        dx, dw, db, *_ = tangents
+        """Return ẋ Wᵀ + x Ẇᵀ + ḃ of a tile, a term for each tangent that there is."""
+        dx, dw, db = tangents
         v = None
         if dx is not None:
             x, w = take(dx, rows).to(self.factor_dtype), cut(self.w, classes).to(self.factor_dtype)
             v = ops.product(x, w.t(), self.dtype, out)
         if dw is not None:
             w = cut(dw, classes).to(self.factor_dtype).t()
-            v = ops.product(loaded, w, self.dtype, out) if v is None else ops.add_product(v, loaded, w)
+            v = ops.product(loaded.x, w, self.dtype, out) if v is None else ops.add_product(v, loaded.x, w)
         if db is not None:
             b = db[classes].to(self.dtype)
-            v = ops.copy(b.expand(loaded.shape[0], -1), out) if v is None else ops.add(v, b)
+            v = ops.copy(b.expand(loaded.x.shape[0], -1), out) if v is None else ops.add(v, b)
         assert v is not None
         return v
+
+    def pull_back(self, loaded: Loaded, g: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        wants_x, wants_w, wants_b = wants
+        factor = g.to(self.factor_dtype)
+        return (
+            torch.mm(factor, self.w.to(factor.dtype)) if wants_x else None,
+            torch.mm(factor.t(), loaded.x) if wants_w else None,
+            g.sum(0) if wants_b else None,
+        )
 
     def accumulator(self, ops: TileOps, wants: tuple[bool, ...]) -> GradientAccumulator:
         return _LinearHeadAccumulator(self, ops, wants)
@@ -402,26 +362,26 @@ class _LinearHeadAccumulator:
             ops.total(tuple(tensor.shape), logits.dtype, logits.device)
             if want and tensor is not None
             else None
-            for want, tensor in zip(wants[:3], logits.tensors[:3], strict=True)
+            for want, tensor in zip(wants, logits.leaves, strict=True)
         )
 
-    def add(self, rows: Rows, loaded: Tensor, classes: slice, g: Tensor) -> None:
+    def add(self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor) -> None:
         factor = g.to(self.logits.factor_dtype)
         if self.dx is not None:
             self.dx.add_product(rows, factor, cut(self.logits.w, classes).to(factor.dtype))
         if self.dw is not None:
-            self.dw.add_product(classes, factor.t(), loaded)
+            self.dw.add_product(classes, factor.t(), loaded.x)
         if self.db is not None:
             self.db.add(classes, g.sum(0))
 
     def crosses(self, tangents: Tangents) -> bool:
         """Return whether `add_tangent` has anything to add."""
-        dx, dw, *_ = tangents
+        dx, dw, _ = tangents
         return (self.dx is not None and dw is not None) or (self.dw is not None and dx is not None)
 
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
         """Add the part of a tile of ∂L/∂u̇ that comes from u̇ = ẋ Wᵀ + x Ẇᵀ + ḃ as a function of x and W."""
-        dx, dw, *_ = tangents
+        dx, dw, _ = tangents
         factor = g.to(self.logits.factor_dtype)
         if self.dx is not None and dw is not None:
             self.dx.add_product(rows, factor, cut(dw, classes).to(factor.dtype))
@@ -436,9 +396,11 @@ class _LinearHeadAccumulator:
         if self.dx is not None:
             self.dx.send(rows, ranks.sum_later)
 
+    def place(self, rows: Rows) -> Tensor | None:
+        return None
+
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
-        found = tuple(
+        return tuple(
             None if total is None or tensor is None else total.finish(scale, tensor.dtype)
-            for total, tensor in zip((self.dx, self.dw, self.db), self.logits.tensors[:3], strict=True)
+            for total, tensor in zip((self.dx, self.dw, self.db), self.logits.leaves, strict=True)
         )
-        return found + (None,) * (len(self.logits.tensors) - 3)

@@ -71,7 +71,7 @@ class TargetShift(NamedTuple):
     """The moves of M rows' own scores, and how much of each row's loss is the own class's."""
 
     margin: Margin | None
-    temperature: float
+    temperature: float | Tensor  # or (M,)
     eps: float  # of the scores
     log_q: Tensor | None  # (M,) what was subtracted from the own logit as from every sampled one
     mass: Tensor | None  # (M,) t_y; None means 1
@@ -94,7 +94,9 @@ class TargetShift(NamedTuple):
     def rows(self, rows: slice) -> TargetShift:
         some = (None if t is None else cut(t, rows) for t in (self.log_q, self.mass, self.rest))
         log_q, mass, rest = some
-        return self._replace(log_q=log_q, mass=mass, rest=rest)
+        t = self.temperature
+        temperature = cut(t, rows) if isinstance(t, Tensor) else t
+        return self._replace(log_q=log_q, mass=mass, rest=rest, temperature=temperature)
 
     def delta(self, own: Tensor) -> Tensor:
         """Return the shift δ of the targets' logits (M,)."""

@@ -49,9 +49,13 @@ class TileOps(Protocol):
 
     def sub(self, z: Tensor, y: Tensor) -> Tensor: ...
 
+    def difference(self, z: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+        """Return z − y without overwriting z, in the memory of `out` where that is given."""
+        ...
+
     def mul(self, z: Tensor, y: Tensor | float) -> Tensor: ...
 
-    def div(self, z: Tensor, y: float) -> Tensor: ...
+    def div(self, z: Tensor, y: Tensor | float) -> Tensor: ...
 
     def exp(self, z: Tensor) -> Tensor: ...
 
@@ -79,6 +83,10 @@ class Accumulator(Protocol):
 
     def put(self, at: At, value: Tensor) -> None: ...
 
+    def place(self, rows: slice | Tensor) -> Tensor | None:
+        """Return the memory of some rows, in which a value may be formed that is then `put` there."""
+        ...
+
     def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None: ...
 
     def send(self, at: slice | Tensor, add_up: Callable[[Tensor], Sent]) -> None: ...
@@ -87,21 +95,20 @@ class Accumulator(Protocol):
 
 
 class InPlaceOps:
-    """On buffers: nothing is allocated, and questions may be asked of the data."""
+    """On buffers, or on new tensors where there are none; what the data hold may decide."""
 
     buffered = True
 
     def product(self, a: Tensor, b: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        assert out is not None
+        if out is None:
+            out = torch.empty(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
         multiply_(out, a, b, accumulate=False)
         return out
 
     def copy(self, a: Tensor, out: Tensor | None) -> Tensor:
-        assert out is not None
-        return out.copy_(a)
+        return a.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(a)
 
     def one_minus_square(self, a: Tensor, out: Tensor | None) -> Tensor:
-        assert out is not None
         return torch.mul(a, a, out=out).neg_().add_(1.0)
 
     def add(self, z: Tensor, y: Tensor) -> Tensor:
@@ -117,10 +124,13 @@ class InPlaceOps:
     def sub(self, z: Tensor, y: Tensor) -> Tensor:
         return z.sub_(y)
 
+    def difference(self, z: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+        return torch.sub(z, y, out=out)
+
     def mul(self, z: Tensor, y: Tensor | float) -> Tensor:
         return z.mul_(y)
 
-    def div(self, z: Tensor, y: float) -> Tensor:
+    def div(self, z: Tensor, y: Tensor | float) -> Tensor:
         return z.div_(y)
 
     def exp(self, z: Tensor) -> Tensor:
@@ -162,10 +172,15 @@ class _InPlaceAccumulator:
         rows, classes = at if isinstance(at, tuple) else (at, None)
         if isinstance(rows, slice) and (classes is None or value.shape[1] == self.value.shape[1]):
             self._begin(rows)
-            cut(self.value, rows).copy_(value)
+            place = cut(self.value, rows)
+            if place.data_ptr() != value.data_ptr():  # else it was formed there
+                place.copy_(value)
         else:
             self._fill()
             self.value[at] = value.to(self.value.dtype)
+
+    def place(self, rows: slice | Tensor) -> Tensor | None:
+        return cut(self.value, rows) if isinstance(rows, slice) else None
 
     def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
         if isinstance(at, slice):
@@ -190,7 +205,7 @@ class _InPlaceAccumulator:
             if isinstance(at, Tensor):
                 self.value[at] = part
         if scale is not None:
-            self.value.mul_(scale)
+            self.value.mul_(scale if scale.dim() == 0 else scale[:, None])
         return self.value.to(dtype)
 
     def _begin(self, at: slice) -> bool:
@@ -215,6 +230,9 @@ class _InPlaceAccumulator:
         if start < self.value.shape[0]:
             self.value[start:].zero_()
         self.begun = None
+
+
+IN_PLACE = InPlaceOps()
 
 
 class FunctionalOps:
@@ -243,10 +261,13 @@ class FunctionalOps:
     def sub(self, z: Tensor, y: Tensor) -> Tensor:
         return z - y
 
+    def difference(self, z: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+        return z - y
+
     def mul(self, z: Tensor, y: Tensor | float) -> Tensor:
         return z * y
 
-    def div(self, z: Tensor, y: float) -> Tensor:
+    def div(self, z: Tensor, y: Tensor | float) -> Tensor:
         return z / y
 
     def exp(self, z: Tensor) -> Tensor:
@@ -287,6 +308,9 @@ class _FunctionalAccumulator:
         self._select(rows)
         self.parts[rest[0].start or 0 if rest else 0] = value
 
+    def place(self, rows: slice | Tensor) -> Tensor | None:
+        return None
+
     def add_product(self, at: slice | Tensor, a: Tensor, b: Tensor) -> None:
         self._select(at)
         self.add(slice(0, None) if isinstance(at, Tensor) else at, (a @ b).to(self.dtype))
@@ -303,10 +327,14 @@ class _FunctionalAccumulator:
             return torch.zeros(self.shape, dtype=dtype, device=self.device)
         parts = [self.parts[start] for start in sorted(self.parts)]
         value = parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
-        value = (value if scale is None else value * scale).to(dtype)
-        if self.selected is None:
-            return value
-        return value.new_zeros(self.shape[0], *value.shape[1:]).index_copy(0, self.selected, value)
+        if self.selected is not None:
+            value = value.new_zeros(self.shape[0], *value.shape[1:]).index_copy(0, self.selected, value)
+        if scale is not None:
+            value = value * (scale if scale.dim() == 0 else scale[:, None])
+        return value.to(dtype)
+
+
+FUNCTIONAL = FunctionalOps()
 
 
 def is_batched(t: Tensor) -> bool:
@@ -318,5 +346,5 @@ def is_batched(t: Tensor) -> bool:
 def tile_ops_for(*tensors: Tensor | None) -> TileOps:
     """Functional where `vmap` has batched any of the tensors, else in place."""
     if any(t is not None and is_batched(t) for t in tensors):
-        return FunctionalOps()
-    return InPlaceOps()
+        return FUNCTIONAL
+    return IN_PLACE

@@ -22,6 +22,19 @@ class Selection:
     index: Tensor | None = None  # (M,) int64, ascending
     mask: Tensor | None = None  # (M,) bool
 
+    @property
+    def count(self) -> int:
+        """M."""
+        return self.n_rows if self.index is None else self.index.numel()
+
+    def pick(self, chunk: slice) -> slice | Tensor:
+        """Return a chunk of the M rows as something that indexes the N rows of the caller's tensors."""
+        return chunk if self.index is None else self.index[chunk]
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Return (M, ...) from (N, ...)."""
+        return values if self.index is None else values[self.index]
+
     def masked(self, values: Tensor, fill: float = 0.0) -> Tensor:
         """Return (M, ...) with `fill` in the rows that the mask takes out."""
         if self.mask is None:

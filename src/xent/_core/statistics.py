@@ -232,14 +232,14 @@ def finite_base(m: Tensor) -> Tensor:
 def summarise(
     ops: TileOps,
     z: Tensor,
-    t: Tensor | None,
+    t: Tensor | float | None,
     own: TargetColumns | None,
     requested: RequestedOutputs = LOSS_ONLY,
     first: int = 0,
 ) -> tuple[Tensor, Statistics]:
     """Return exp(z − m) of a tile of logits z (R, T), m its own maximum, and the tile's statistics.
 
-    t (R or 1, T) is the dense part of the target, None where there is none. Columns of `own` belong to
+    t, a number or (R or 1, T), is the dense part of the target, None where there is none. Columns of `own` belong to
     the target's own tile: they arrive masked, contribute nothing, and leave as zeros. `first` is the tile's
     first class.
     """
@@ -250,6 +250,8 @@ def summarise(
         z = ops.exp(ops.sub(z, finite_base(m)[:, None]))
         zero = torch.zeros((), dtype=dtype, device=z.device).expand(z.shape[0])
         return z, Statistics(m.to(dtype), z.sum(1).to(dtype) - 1, zero, zero)
+    if isinstance(t, float):
+        t = torch.full((1, z.shape[1]), t, dtype=z.dtype, device=z.device)
     m, top = z.max(1)
     masked = m == NEG_INF
     all_masked = ops.possible(masked)
@@ -281,29 +283,44 @@ def summarise(
 
 
 def summarise_row(
-    ops: TileOps, z: Tensor, own: TargetColumns, mass: Tensor | None, absent: float | Tensor = torch.nan
+    ops: TileOps,
+    z: Tensor,  # (R, C), left as it is
+    own: TargetColumns,  # (R, 1)
+    t: Tensor | float | None,  # the dense part of the target, the same for every row: a number or (1, C)
+    mass: Tensor | None,  # (R, 1) t_y; None means 1
+    rest: Tensor | None,  # (R, 1) Σ_{j≠y} t_j; None means 0
+    out: Tensor | None = None,  # (R, C) memory for the first result
+    absent: float | Tensor = math.nan,
 ) -> tuple[Tensor, Tensor, Statistics]:
     """Summarise a tile that holds every class, merged with the target's own tile (K = 1) in one go.
 
-    exp(z − m) with m the row's maximum, zero at the own class; the own logit (R, 1); the row's statistics.
-    `absent` is the own logit (R, 1) where no column is the own class.
-    With the own class apart, Σ exp(z − m) = 1 + r for r = Σ_{j≠y} exp(z_j − m) + expm1(z_y − m).
+    Return exp(z − m) with m the row's maximum, zero at the target's class; its logit (R, 1); the row's
+    statistics. `absent` is that logit where no column is the target's class. With that class apart,
+    Σ exp(z − m) = 1 + r for r = Σ_{j≠y} exp(z_j − m) + expm1(z_y − m).
     """
     dtype = statistics_dtype(z.device)
-    own_z = own.take(z, absent)
-    z = own.put(ops, z, NEG_INF)
-    top = torch.maximum(z.amax(1, keepdim=True), own_z)
-    z = ops.exp(ops.sub(z, finite_base(top)))
-    own_z, m = own_z.to(dtype), top[:, 0].to(dtype)
-    distance = own_z[:, 0] - finite_base(m)
+    own_z = own.take(z, absent).to(dtype)
+    m = z.amax(1, keepdim=True)
+    base = finite_base(m)
+    z = ops.difference(z, base, out)
+    distance = (own_z - base)[:, 0]
+    if mass is None:
+        d, a = distance, torch.ones((), dtype=dtype, device=z.device).expand(distance.shape)
+    else:
+        mass = mass[:, 0]
+        d, a = product_with_zero(mass, distance), mass if rest is None else mass + rest[:, 0]
+    if t is not None:
+        z = own.put(ops, z, 0.0)
+        d = d + masked_dot(ops, t, z).to(dtype)
+    z = own.put(ops, ops.exp(z), 0.0)
     r = z.sum(1).to(dtype) + torch.expm1(distance)
-    a = torch.ones_like(m) if mass is None else mass[:, 0]
-    d = distance if mass is None else product_with_zero(a, distance)
-    return z, own_z, Statistics(m=m, r=r, d=d, a=a)
+    return z, own_z, Statistics(m=m[:, 0].to(dtype), r=r, d=d, a=a)
 
 
-def masked_dot(ops: TileOps, t: Tensor, z: Tensor) -> Tensor:
-    """Return Σ_c t_c z_c, (R or 1, T) and (R, T) -> (R,), with 0·(−inf) = 0."""
+def masked_dot(ops: TileOps, t: Tensor | float, z: Tensor) -> Tensor:
+    """Return Σ_c t_c z_c, a positive number or (R or 1, T) and (R, T) -> (R,), with 0·(−inf) = 0."""
+    if isinstance(t, float):
+        return z.sum(1, dtype=statistics_dtype(z.device) if z.shape[1] <= FEW else None) * t
     d = dot(t, z)
     if ops.possible(d.isnan()):
         d = dot(t, torch.where(t == 0, 0.0, z))

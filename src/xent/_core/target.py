@@ -9,8 +9,8 @@ from typing import TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor
 
+from xent._core.class_indices import check_top_k, holds_integers, widened
 from xent._core.functorch import thawed
-from xent._core.targets import check_top_k, holds_integers, widened
 from xent._core.validators import Whole, valid
 
 

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
-from xent._arguments.call import Call, Options
+from xent._arguments.call import Call, resolve_head
+from xent._arguments.options import Options
 from xent._arguments.validation import check_tensors, require_tensors
 from xent._autograd import transforms
 from xent._core.logits import LinearHead, compute_dtype
+from xent._core.problem import Problem
 from xent._core.target import Target, TopKTarget, tensors_of
-from xent._core.tiles.sweep import Problem
 
 Batch: TypeAlias = tuple[Tensor, Target] | tuple[Tensor, Target, Tensor]
 
@@ -80,8 +81,8 @@ class Source:
                 ("bias", bias),
                 ("features", features),
                 *(("target", t) for t in tensors_of(target)),
-                ("sample_weight", options.sample_weight),
-                ("class_weight", options.weight),
+                ("sample_weight", options.target.sample_weight),
+                ("class_weight", options.target.weight),
             )
             if isinstance(tensor, Tensor)
         ]
@@ -113,11 +114,11 @@ class Source:
         self.check_unchanged()
         w, b = self._head
         for number, call in enumerate(self._calls()):
-            (part,) = call.parts
-            self._check_finite(part.problem, number)
-            logits = part.problem.logits
+            (problem,) = call.problems
+            self._check_finite(problem, number)
+            logits = problem.logits
             assert isinstance(logits, LinearHead)
-            yield part.problem._replace(logits=replace(logits, w=w, b=b)), part.row_weight
+            yield replace(problem, logits=replace(logits, w=w, b=b)), problem.row_weight
 
     def _calls(self) -> Iterator[Call]:
         for number, batch in enumerate(self.batches):
@@ -128,28 +129,28 @@ class Source:
                     f"got a {type(batch).__name__}{size}"
                 )
             x, target, *s = batch
-            options = self.options._replace(sample_weight=s[0]) if s else self.options
+            options = self.options.with_options(sample_weight=s[0]) if s else self.options
             check_tensors(features=x)
             if not self.in_memory:
                 refuse_derivatives(x, *tensors_of(target), *s)
-            yield options.of_head(x.detach(), self.weight, self.bias, target)
+            yield resolve_head(options, x.detach(), self.weight, self.bias, target)
 
     def _total_scale(self) -> float:
         """Return one over the divisor of all batches together."""
-        if self.options.reduction == "sum" or self.options.denominator is not None:
+        if self.options.reduction.reduction == "sum" or self.options.reduction.denominator is not None:
             calls = list(self._calls())
-            rows = [(part.problem.targets, part.row_weight) for call in calls for part in call.parts]
+            rows = [problem for call in calls for problem in call.problems]
             return float(calls[0].reduction.scale(rows)) if calls else 1.0
         divisor = 0.0
         for call in self._calls():
-            (part,) = call.parts
-            scale = float(call.reduction.scale([(part.problem.targets, part.row_weight)]))
-            empty = part.problem.targets.count == 0
+            (problem,) = call.problems
+            scale = float(call.reduction.scale(call.problems))
+            empty = problem.targets.count == 0
             divisor += 0.0 if scale == 0.0 or empty else 1.0 / scale
         return 0.0 if divisor == 0.0 else 1.0 / divisor
 
     def _check_finite(self, problem: Problem, batch: int) -> None:
-        x, rows = problem.logits.tensors[0], problem.targets.rows
+        x, rows = problem.logits.leaves[0], problem.selection.index
         assert x is not None
         good = (x if rows is None else x[rows]).isfinite().all(1)
         if not good.all():
@@ -191,7 +192,7 @@ def _check_batches(features: object, target: Target, options: Options) -> None:
         )
     if not isinstance(features, Iterable):
         raise TypeError(f"features must be a tensor, or batches of them; got {type(features).__name__}")
-    if target is not None or options.sample_weight is not None:
+    if target is not None or options.target.sample_weight is not None:
         raise ValueError("batches bring their targets: (features, target[, sample_weight]) each")
     if iter(features) is features:
         raise TypeError(

@@ -81,7 +81,7 @@ class HeadFisher(HeadOperator):
         for labels in sample(problem, found, u).unbind(1):
             targets = of_one_class(problem.targets, labels)
             yield Curvature(
-                problem._replace(targets=targets),
+                replace(problem, targets=targets),
                 replace(found, a=torch.ones_like(found.a)),
                 self.form,
                 weight,
@@ -92,6 +92,8 @@ class HeadFisher(HeadOperator):
         logits, targets = curvature.problem.logits, curvature.problem.targets
         assert isinstance(logits, LinearHead)
         if not self.source.in_memory:
-            return content_keys(logits.x if targets.rows is None else logits.x[targets.rows])
-        numbers = torch.arange(targets.total, device=self.device)
-        return numbers if targets.rows is None else targets.rows
+            return content_keys(
+                logits.x if targets.selection.index is None else logits.x[targets.selection.index]
+            )
+        numbers = torch.arange(targets.selection.n_rows, device=self.device)
+        return numbers if targets.selection.index is None else targets.selection.index

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Options
+from xent._arguments.options import Options
 from xent._arguments.validation import check_tensors
 from xent._autograd.transforms import plain
 from xent._core.logits import LinearHead, Tangents, compute_dtype
@@ -255,7 +255,7 @@ class HeadOperator:
         d = self.weight.shape[1]
         total = torch.zeros(d, d, dtype=self.dtype, device=self.device)
         for curvature in self._curvatures():
-            rows = curvature.problem.targets.rows
+            rows = curvature.problem.selection.index
             at = row if rows is None else int(torch.searchsorted(rows, row))
             if rows is None or (at < len(rows) and int(rows[at]) == row):
                 total = total + curvature.feature_block(at).to(self.dtype)
@@ -316,7 +316,7 @@ class HeadOperator:
     def _make_curvatures(self) -> Iterator[Curvature]:
         for problem, row_weight in self.source.problems():
             yield from self._contributions(
-                Curvature.of(problem, self.form, self.source.scale, row_weight, self.options.z_loss)
+                Curvature.of(problem, self.form, self.source.scale, row_weight, self.options.reduction.z_loss)
             )
 
     def _contributions(self, curvature: Curvature) -> Iterator[Curvature]:
@@ -330,7 +330,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
 
 def _squared_norms(curvature: Curvature) -> Tensor:
     """Return ‖x‖² of the M rows, (M,)."""
-    logits, rows = curvature.problem.logits, curvature.problem.targets.rows
+    logits, rows = curvature.problem.logits, curvature.problem.selection.index
     assert isinstance(logits, LinearHead)
     norms = torch.linalg.vector_norm(logits.x, dim=1, dtype=statistics_dtype(logits.device))
     return (norms if rows is None else norms[rows]).square()

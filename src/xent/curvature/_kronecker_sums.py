@@ -26,7 +26,7 @@ HELD = 8  # tensors of (rows of a chunk, C) alive at once in `second_moments`, a
 def logit_sum(curvature: Curvature) -> Tensor:
     """Return Σ_n H_n, (C, C), a chunk of rows at a time."""
     problem = curvature.problem
-    logits, classes = problem.logits, problem.targets.classes
+    logits, classes = problem.logits, problem.targets.n_classes
     total = torch.zeros(classes, classes, dtype=logits.dtype, device=logits.device)
     diagonal = torch.zeros(classes, dtype=logits.dtype, device=logits.device)
     visit = Visit(curvature, curvature.plan(resident=True), crosses=False)
@@ -65,7 +65,7 @@ def inputs(curvature: Curvature, chunk: slice, *, features: bool, one: bool) -> 
     """Return x̃ of a chunk of rows, (R, D̃)."""
     logits = curvature.problem.logits
     assert isinstance(logits, LinearHead)
-    x = logits.load(curvature.problem.targets.pick(chunk)).to(logits.dtype)
+    x = logits.load(curvature.problem.targets.pick(chunk)).x.to(logits.dtype)
     if not one:
         return x if features else x[:, :0]
     ones = x.new_ones(x.shape[0], 1)
@@ -82,7 +82,7 @@ def second_moments(
 ) -> Tensor:
     """Return Λ, (K, E)."""
     problem = curvature.problem
-    dtype, classes = problem.logits.dtype, problem.targets.classes
+    dtype, classes = problem.logits.dtype, problem.targets.n_classes
     total = torch.zeros(u.shape[1], v.shape[1], dtype=dtype, device=u.device)
     most = max(1, problem.budget // (HELD * max(1, classes) * dtype.itemsize))
     plan = curvature.plan(resident=True)

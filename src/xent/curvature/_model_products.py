@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vjp
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from xent._arguments.call import Options
+from xent._arguments.call import resolve_logits
+from xent._arguments.options import Options
 from xent._arguments.validation import check_tensors, require_tensors
 from xent._autograd.transforms import plain
 from xent._core.target import Target, tensors_of
@@ -200,11 +201,13 @@ def _multiply_output_curvature(
     OneOf(("mean", "sum"))("reduction", reduction)
     settings = Options.of(**loss_options(options))
     with plain(out.device):
-        call = settings.of_logits(out, target)
-        (part,) = call.parts
-        scale = call.reduction.scale([(part.problem.targets, part.row_weight)])
-        of_logits = Curvature.of(part.problem, Form.GAUSS_NEWTON, scale, part.row_weight, settings.z_loss)
-    axis, rows = min(1, out.dim() - 1), part.problem.logits.shape
+        call = resolve_logits(settings, out, target)
+        (problem,) = call.problems
+        scale = call.reduction.scale(call.problems)
+        of_logits = Curvature.of(
+            problem, Form.GAUSS_NEWTON, scale, problem.row_weight, settings.reduction.z_loss
+        )
+    axis, rows = min(1, out.dim() - 1), problem.logits.shape
 
     def product(stacks: Stacks) -> Stacks:
         sides = stacks[0].movedim(1 + axis, -1)

@@ -146,13 +146,13 @@ def newton_step(
 
 def loss_gradient(operator: HeadOperator) -> Tensor:
     """Return the gradient of the operator's loss, (C, D̃): weight, then bias."""
-    wants = (False, "weight" in operator.wrt, "bias" in operator.wrt)
+    wants = (False, False, "weight" in operator.wrt, "bias" in operator.wrt)  # of targets, of features
     total: Tensor | None = None
     for curvature in operator._curvatures():
         problem = curvature.problem
         asked = curvature.rows(slice(0, problem.targets.count)).asked
         with plain(operator.device):
-            _, dw, db = sweep.gradient(problem, curvature.found, asked, wants)[0].finish(None)
+            _, _, dw, db = sweep.gradient(problem, curvature.found, asked, wants).finish(None)
         part = _join([t for t in (dw, db) if t is not None])
         total = part if total is None else total + part
     if total is None:
@@ -180,7 +180,7 @@ class NewtonSystem:
     ) -> None:
         self.operator, self.ridge, self.kronecker, self.first = operator, ridge, kronecker, int(pinned)
         options = operator.options
-        shifts = not pinned and options.z_loss == 0.0 and options.softcap is None
+        shifts = not pinned and options.reduction.z_loss == 0.0 and options.logits.softcap is None
         self.free = (ridge == 0) & shifts  # columns whose sum over the classes is not determined
 
     def __call__(self, v: Tensor) -> Tensor:

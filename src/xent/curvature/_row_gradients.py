@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, Options, Part
+from xent._arguments.call import Call, resolve_head
+from xent._arguments.options import Options
 from xent._arguments.validation import check_tensors, require_tensors
 from xent._autograd.transforms import plain
 from xent._core.logits import LinearHead
+from xent._core.problem import Problem
 from xent._core.target import Target, tensors_of
 from xent.curvature._batches import OPTIONS, check_options, check_target, refuse_derivatives
 from xent.curvature._tiles import Curvature, Form, norms
@@ -43,14 +45,16 @@ def row_gradient_norms(
     """
     require_tensors(features=features)
     with plain(features.device):
-        call, part, curvature = _row_curvature("row_gradient_norms", features, weight, target, bias, options)
+        call, problem, curvature = _row_curvature(
+            "row_gradient_norms", features, weight, target, bias, options
+        )
         logit_norms = curvature.gradient_norms()
-        if part.row_weight is not None:
-            logit_norms = logit_norms * part.row_weight.abs()
+        if problem.row_weight is not None:
+            logit_norms = logit_norms * problem.row_weight.abs()
         input_norms = norms(_inputs(curvature))
         if bias is not None:
             input_norms = torch.hypot(input_norms, torch.ones_like(input_norms))
-        return call.stack([part.selection.scatter(logit_norms * input_norms)])
+        return call.stack([problem.selection.scatter(logit_norms * input_norms)])
 
 
 def row_gradients(
@@ -75,13 +79,13 @@ def row_gradients(
     if features.dim() != 2:
         raise ValueError(f"features must be (N, D), got {tuple(features.shape)}")
     with plain(features.device):
-        call, part, curvature = _row_curvature("row_gradients", features, weight, target, bias, options)
+        call, problem, curvature = _row_curvature("row_gradients", features, weight, target, bias, options)
         g = curvature.gradients()
-        if part.row_weight is not None:
-            g = g * part.row_weight.to(g.dtype)[:, None]
+        if problem.row_weight is not None:
+            g = g * problem.row_weight.to(g.dtype)[:, None]
         x = _inputs(curvature)
-        gradients = part.selection.scatter((g[:, :, None] * x[:, None, :]).to(call.dtype))
-        return gradients if bias is None else (gradients, part.selection.scatter(g.to(call.dtype)))
+        gradients = problem.selection.scatter((g[:, :, None] * x[:, None, :]).to(call.dtype))
+        return gradients if bias is None else (gradients, problem.selection.scatter(g.to(call.dtype)))
 
 
 def _row_curvature(
@@ -91,7 +95,7 @@ def _row_curvature(
     target: Target,
     bias: Tensor | None,
     options: dict[str, Any],
-) -> tuple[Call, Part, Curvature]:
+) -> tuple[Call, Problem, Curvature]:
     check_options(function, options, ROW_OPTIONS)
     require_tensors(weight=weight)
     check_tensors(bias=bias, class_weight=options.get("class_weight"))
@@ -103,9 +107,9 @@ def _row_curvature(
     refuse_derivatives(features, weight, bias, *tensors_of(target), s)
     settings = Options.of(reduction="sum", **loss_options(options))
     head = weight.detach(), None if bias is None else bias.detach()
-    call = settings.of_head(features.detach(), *head, target)
-    (part,) = call.parts
-    return call, part, Curvature.of(part.problem, Form.OUTER, z_loss=settings.z_loss)
+    call = resolve_head(settings, features.detach(), *head, target)
+    (problem,) = call.problems
+    return call, problem, Curvature.of(problem, Form.OUTER, z_loss=settings.reduction.z_loss)
 
 
 def loss_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -115,6 +119,6 @@ def loss_options(options: dict[str, Any]) -> dict[str, Any]:
 
 def _inputs(curvature: Curvature) -> Tensor:
     """Return x of the M rows, (M, D), in the type of the computation."""
-    logits, rows = curvature.problem.logits, curvature.problem.targets.rows
+    logits, rows = curvature.problem.logits, curvature.problem.selection.index
     assert isinstance(logits, LinearHead)
     return (logits.x if rows is None else logits.x[rows]).to(logits.dtype)

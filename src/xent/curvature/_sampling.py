@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xent._core.problem import Problem
 from xent._core.statistics import CACHED, Statistics
-from xent._core.tiles.sweep import Problem, Workspace, revisit
+from xent._core.tiles.sweep import Workspace, revisit
 
 GOLDEN = 0x9E3779B97F4A7C15  # of splitmix64 (Steele, Lea and Flood, 2014), as are the factors in `_mixed`
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,7 +34,7 @@ def sample(problem: Problem, found: Statistics, u: Tensor) -> Tensor:
             drawn = torch.full_like(some, -1, dtype=torch.int64)
             last = torch.zeros(count, dtype=torch.int64, device=logits.device)
             before = torch.zeros(count, 1, dtype=logits.dtype, device=logits.device)
-            for classes in plan.class_tiles(targets.classes):
+            for classes in plan.class_tiles(targets.n_classes):
                 _, shifted = revisit(problem, workspace, chunk, loaded, classes, rows)
                 p = shifted.exp_().mul_((1 / (1 + rows.r)).to(shifted.dtype)[:, None])
                 width = p.shape[1]

@@ -33,16 +33,11 @@ from torch import Tensor
 from xent._core.coefficients import Coefficients
 from xent._core.logits import GradientAccumulator, LinearHead, Tangents
 from xent._core.ops import cut
+from xent._core.problem import Problem
 from xent._core.statistics import RequestedOutputs, Statistics, TargetColumns, statistics_dtype
+from xent._core.tiles.formulas import differentiate, differentiate_logits
 from xent._core.tiles.plan import Plan
-from xent._core.tiles.sweep import (
-    Problem,
-    Workspace,
-    differentiate,
-    differentiate_logits,
-    revisit,
-    statistics,
-)
+from xent._core.tiles.sweep import Workspace, revisit, statistics
 
 
 class Form(Enum):
@@ -104,7 +99,7 @@ class Curvature:
                 "curvature is of a head whose classes are all here, not spread over processes: gather the "
                 "weight and the bias, or the logits, first"
             )
-        found = statistics(problem._replace(requested=RequestedOutputs(argmax=True)))
+        found = statistics(problem.request(RequestedOutputs(argmax=True)))
         weight = torch.ones_like(found.m) * scale
         return cls(problem, found, form, weight if row_weight is None else weight * row_weight, z_loss)
 
@@ -135,14 +130,14 @@ class Curvature:
         assert isinstance(logits, LinearHead)
         dx, dw, db = (
             ops.total(tuple(t.shape), logits.dtype, logits.device) if want and t is not None else None
-            for want, t in zip(wants, logits.tensors[:3], strict=True)
+            for want, t in zip(wants, logits.leaves, strict=True)
         )
         plan = self.plan(resident=False)
         visit = Visit(self, plan, crosses=False)
         with self.problem.products():
             for chunk in plan.row_chunks(targets.count):
                 rows = visit.enter(chunk)
-                squares = visit.loaded.square()
+                squares = visit.loaded.x.square()
                 forms = None if dx is None else Forms(self, rows, logits.w)
                 for classes in visit.classes:
                     tile = visit.tile(classes)
@@ -207,7 +202,7 @@ class Curvature:
         """Return ∂ℓ/∂u, (M, C); for the form of outer products."""
         assert self.form is Form.OUTER
         logits, targets = self.problem.logits, self.problem.targets
-        whole = torch.empty(targets.count, targets.classes, dtype=logits.dtype, device=logits.device)
+        whole = torch.empty(targets.count, targets.n_classes, dtype=logits.dtype, device=logits.device)
         for chunk, _, tile in self._tiles():
             whole[chunk, tile.classes] = tile.p
         return whole
@@ -275,13 +270,13 @@ class Curvature:
         one = torch.ones_like(gamma)
         if self.form is Form.OUTER:
             return Rows(found, one * 0, gamma, Coefficients(one, kappa * lse if kappa else None))
-        square = self.problem.logits.transform.gain**2
+        square = self.problem.logits.map.rows(self.problem.selection.pick(chunk)).gain ** 2
         mass = found.a + kappa * lse if self.form is Form.HESSIAN else found.a
         asked = Coefficients(gamma, kappa * lse * gamma if kappa else None)
         return Rows(found, gamma * mass * square, gamma * kappa * square, asked)
 
     def plan(self, *, resident: bool, crosses: bool = False) -> Plan:
-        curved = self.problem.logits.transform.curved
+        curved = self.problem.logits.map.curved
         # P and T, further tensors for the full Hessian, and temporaries
         extra = (1 + curved) * (self.form is Form.HESSIAN and (curved or crosses))
         return self.problem.plan(
@@ -295,10 +290,8 @@ class Visit:
     def __init__(self, curvature: Curvature, plan: Plan, crosses: bool) -> None:
         self.of, self.plan, self.crosses = curvature, plan, crosses
         problem = curvature.problem
-        self.classes = list(plan.class_tiles(problem.targets.classes))
-        self.workspace = Workspace(
-            problem, plan, slopes=problem.logits.transform.curved, buffers=2, slope_at=2
-        )
+        self.classes = list(plan.class_tiles(problem.targets.n_classes))
+        self.workspace = Workspace(problem, plan, slopes=problem.logits.map.curved, buffers=2, slope_at=2)
 
     def enter(self, chunk: slice) -> Rows:
         self.chunk = chunk
@@ -349,10 +342,10 @@ class Visit:
         bend = None
         if seen.slope is not None and of.form is Form.HESSIAN:
             z = shifted + found.m.to(shifted.dtype)[:, None]
-            bend = problem.logits.bend(z, seen.slope, classes)
+            bend = self.loaded.map.bend(z, seen.slope, classes)
         seen = seen._replace(z=shifted.exp_())
         assert found.k is not None
-        whole = classes == slice(0, problem.targets.classes)
+        whole = classes == slice(0, problem.targets.n_classes)
         top = TargetColumns.locate(found.k[:, None], classes, holds_all=whole)
         if of.form is Form.OUTER:
             return Tile(
@@ -389,7 +382,7 @@ class Forms:
         logits, dtype = curvature.problem.logits, curvature.problem.logits.dtype
         self.ops, self.rows, self.columns = curvature.problem.ops, rows, columns
         # H_u·1 = 0 here, so subtract the mean: a large common part would cancel the digits of differences
-        self.curved, seen = logits.transform.curved, curvature.form is Form.OUTER or logits.transform.curved
+        self.curved, seen = logits.map.curved, curvature.form is Form.OUTER or logits.map.curved
         self.centre = torch.zeros_like(columns[0], dtype=dtype) if seen else columns.mean(0, dtype=dtype)
         assert rows.found.k is not None
         self.at_top = columns[rows.found.k].to(dtype).sub_(self.centre)  # (R, K), without the factor s_k

@@ -1,8 +1,4 @@
-"""Losses with torch's names, defaults and shapes.
-
-Options become objects at the door (`options`), the sweep gives each row's ℓ and lse (`autograd`, or `opaque`
-in a graph), and what is done to them here is ordinary operations.
-"""
+"""Cross-entropy with torch's names, defaults and shapes, of logits and straight from features."""
 
 from __future__ import annotations
 
@@ -11,13 +7,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from xent._arguments import class_parallel
-from xent._arguments.call import Call, Options, Part
-from xent._autograd import chain, custom_ops, small, transforms
+from xent._arguments.options import (
+    Execution,
+    LogitOptions,
+    Options,
+    ReductionOptions,
+    TargetOptions,
+)
 from xent._core.margin import Margin
-from xent._core.reduction import Reduction
 from xent._core.target import TopKTarget
-from xent._core.targets import Targets
+from xent.losses._loss import loss_of_head, loss_of_logits
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -35,7 +34,7 @@ def cross_entropy(
     sample_weight: Tensor | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     denominator: float | Tensor | None = None,
     check_targets: bool | None = None,
     margin: Margin | float | None = None,
@@ -60,7 +59,8 @@ def cross_entropy(
         sample_weight: s, the shape of the unreduced loss. A row of weight 0 is left out.
         z_loss: λ; adds λ·s·lse² to each row that is not ignored.
         softcap: k; logits pass through k·tanh(z/k) first.
-        temperature: logits are divided by it, after the softcap. No gradient.
+        temperature: logits are divided by it, after the softcap: a number, or one for each row, a tensor of
+            the shape of the unreduced loss. No gradient.
         denominator: replaces the divisor of ``"mean"`` (gradient accumulation).
         check_targets: None checks targets on a CPU and asserts asynchronously elsewhere; True always
             checks and names the row; False does not check, and a target outside the classes costs nan.
@@ -92,28 +92,12 @@ def cross_entropy(
         0.2484614
     """
     options = Options(
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        sample_weight=sample_weight,
-        z_loss=z_loss,
-        softcap=softcap,
-        temperature=temperature,
-        denominator=denominator,
-        check_targets=check_targets,
-        margin=margin,
-        log_q=log_q,
-        group=group,
-        data_group=data_group,
+        TargetOptions(weight, ignore_index, label_smoothing, sample_weight),
+        LogitOptions(softcap, temperature, margin, log_q),
+        ReductionOptions(reduction, denominator, z_loss, data_group),
+        Execution(check_targets=check_targets, group=group),
     )
-    if options.plain:
-        value = small.loss(input, None, None, target, ignore_index, reduction, _by_the_sweep)
-        if value is not None:
-            return value
-    return class_parallel.agreed(
-        lambda: _loss(options.checked().of_spread_logits(input, target)), (group, data_group), input
-    )
+    return loss_of_logits(options, input, target)
 
 
 def linear_cross_entropy(
@@ -129,7 +113,7 @@ def linear_cross_entropy(
     sample_weight: Tensor | None = None,
     z_loss: float = 0.0,
     softcap: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     denominator: float | Tensor | None = None,
     check_targets: bool | None = None,
     product_dtype: torch.dtype | None = None,
@@ -191,95 +175,9 @@ def linear_cross_entropy(
         0.2484614
     """
     options = Options(
-        weight=weight,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-        sample_weight=sample_weight,
-        z_loss=z_loss,
-        softcap=softcap,
-        temperature=temperature,
-        denominator=denominator,
-        check_targets=check_targets,
-        product_dtype=product_dtype,
-        memory_budget=memory_budget,
-        margin=margin,
-        classes=classes,
-        log_q=log_q,
-        sparse_grad=sparse_grad,
-        normalize=normalize,
-        group=group,
-        data_group=data_group,
+        TargetOptions(weight, ignore_index, label_smoothing, sample_weight),
+        LogitOptions(softcap, temperature, margin, log_q, classes, sparse_grad, normalize),
+        ReductionOptions(reduction, denominator, z_loss, data_group),
+        Execution(product_dtype, memory_budget, check_targets, group),
     )
-    if options.plain and linear_weight is not None:
-        value = small.loss(input, linear_weight, linear_bias, target, ignore_index, reduction, _by_the_sweep)
-        if value is not None:
-            return value
-    return class_parallel.agreed(
-        lambda: _loss(options.checked().of_spread_head(input, linear_weight, linear_bias, target)),
-        (group, data_group),
-        linear_weight,
-    )
-
-
-def _by_the_sweep(reduction: str, x: Tensor, w: Tensor | None, b: Tensor | None, y: Tensor) -> Tensor:
-    """Return a plain loss where `small` cannot: a second backward, or one to be differentiated."""
-    options = Options(reduction=reduction, check_targets=False)
-    return _loss(options.of_logits(x, y) if w is None else options.of_head(x, w, b, y))
-
-
-def _loss(call: Call) -> Tensor:
-    """One loss from parts that share its divisor."""
-    parts, reduction = call.with_target().parts, call.reduction
-    if reduction.kind == "none":
-        return call.stack([_unreduced(part, reduction) for part in parts])
-    # one part only: the gradients of several, kept until backward, would be several times the memory
-    if len(parts) == 1 and _forms_early(parts[0]):
-        (part,) = parts
-        scale = reduction.scale([(part.problem.targets, part.row_weight)])
-        return chain.reduced(part.asking(), reduction, part.row_weight, scale, part.move).to(call.dtype)
-    rows = [_values(part, reduction) for part in parts]
-    scale = reduction.scale(
-        [(targets, part.row_weight) for (_, targets), part in zip(rows, parts, strict=True)]
-    )
-    first, *others = (reduction.total(values, scale) for values, _ in rows)
-    return sum(others, start=first).to(call.dtype)
-
-
-def _forms_early(part: Part) -> bool:
-    """Return whether to form the gradient in the forward sweep: only where that is right and pays."""
-    problem, s = part.problem, part.row_weight
-    q = problem.targets.probabilities
-    if (
-        part.opaque
-        or not problem.logits.gradient_in_forward
-        or any(t is not None and t.requires_grad for t in (s, q))
-    ):
-        return False
-    if problem.ranks is not None:  # whose statistics come when the last tile has been seen
-        return False
-    return chain.needs_gradient(problem) and not transforms.transformed(*problem.logits.tensors, q, s)
-
-
-def _values(part: Part, reduction: Reduction) -> tuple[Tensor, Targets]:
-    """Return what each of the M rows adds to the loss, before the divisor; and the targets that give it."""
-    problem = part.asking()
-    targets = problem.targets
-    found = custom_ops.rows(problem, part.kept, part.check) if part.opaque else chain.rows(problem)
-    nll, logsumexp, log_prob = found.loss, found.logsumexp, found.log_prob
-    # select before weighing: 0·nan is not 0
-    nll, logsumexp = part.selection.masked(nll), part.selection.masked(logsumexp)
-    log_prob = None if log_prob is None else part.selection.masked(log_prob)
-    move = part.move
-    if found.mass is not None:  # of all processes' classes
-        targets = targets.weighed(found.mass) if part.weighs else targets
-        if move is not None and found.of_target is not None:
-            rest = found.of_target - found.mass if targets.dense else None
-            move = move._replace(mass=found.mass, rest=rest)
-    return reduction.values(nll, logsumexp, log_prob, part.row_weight, move), targets
-
-
-def _unreduced(part: Part, reduction: Reduction) -> Tensor:
-    """Return the losses of all N rows of a part, zero where a row is left out."""
-    values, _ = _values(part, reduction)
-    return part.selection.scatter(values)
+    return loss_of_head(options, input, linear_weight, linear_bias, target)

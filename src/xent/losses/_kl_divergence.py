@@ -15,7 +15,9 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, Options
+from xent._arguments.call import Call, resolve_head, resolve_logits
+from xent._arguments.options import Options
+from xent._arguments.targets import select
 from xent._arguments.validation import (
     check_devices,
     check_floating,
@@ -23,13 +25,13 @@ from xent._arguments.validation import (
     loss_dtype,
     require_tensors,
 )
-from xent._autograd import transforms, two_heads, two_heads_ops
+from xent._autograd import transforms, two_heads
+from xent._autograd.chain import needs_gradient
+from xent._core.class_indices import UNCHECKED
 from xent._core.logits import LinearHead, compute_dtype
 from xent._core.reduction import Kind, Scale
-from xent._core.selection import Selection
 from xent._core.statistics import statistics_dtype
 from xent._core.target import TopKTarget, thawed_target
-from xent._core.targets import no_targets
 from xent._core.tiles.two_heads import NEAR, PIECE, Pair, phi
 from xent._core.validators import valid
 
@@ -111,8 +113,8 @@ def linear_kl_divergence(
     ``kl_divergence(target=x_T @ w_T.T + b_T, input=x_S @ w_S.T + b_S, target_is_logits=True)`` for
     distillation, visited in tiles of rows × classes. A frozen teacher, the usual case, costs one matrix
     product of its own, and the student three where the budget holds 128 rows of both heads' logits; where it
-    does not, each head's logits are computed once more. Two derivatives in closed form. Formula: mathematics
-    page, §3; ``∂KL/∂z_S = p − t``, ``∂KL/∂z_T = t∘(log t − log p − KL)``.
+    does not, each head's logits are computed once more. Two derivatives in closed form. Formulas:
+    ``∂KL/∂z_S = p − t``, ``∂KL/∂z_T = t∘(log t − log p − KL)``.
 
     Args:
         student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,).
@@ -144,46 +146,45 @@ def linear_kl_divergence(
     check_tensors(sample_weight=sample_weight)
     sample_weight = transforms.thawed(sample_weight)
     options = Options.of(reduction=reduction, temperature=temperature, memory_budget=memory_budget)
-    lesson = _lesson(_head("student", student, options), _head("teacher", teacher, options), sample_weight)
-    call, pair, weight, kept, in_graph = lesson
-    kind, targets = call.reduction.kind, pair.targets
-    scale = _scale(kind, weight, targets.count)
-    if kind != "none" and lesson.one_backward:
-        return two_heads.reduced(pair, weight, scale).to(call.dtype)
-    kl = two_heads_ops.rows(pair, kept) if in_graph else two_heads.rows(pair)
-    selection = Selection(targets.total, targets.rows, kept)
-    kl = selection.masked(kl)  # before weighing: 0·nan is not 0
+    distillation = _resolve(
+        _head("student", student, options), _head("teacher", teacher, options), sample_weight
+    )
+    call, pair, weight, in_graph = distillation
+    kind, selection = call.reduction.kind, pair.selection
+    scale = _scale(kind, weight, selection.count)
+    if kind != "none" and distillation.one_backward:
+        return two_heads.loss(pair, weight, scale, call.dtype)
+    kl = selection.masked(two_heads.rows(pair, in_graph=in_graph))  # before weighing: 0·nan is not 0
     if kind != "none":
         return two_heads.total(kl, weight, scale).to(call.dtype)
     kl = kl if weight is None else kl * weight
     return call.stack([selection.scatter(kl)])
 
 
-class _Lesson(NamedTuple):
+class _Distillation(NamedTuple):
     """A call's arguments, resolved."""
 
     call: Call  # the student's: reduction, shape of the rows, type of the loss
     pair: Pair
     weight: Tensor | None  # (M,)
-    kept: Tensor | None  # (N,) bool: rows that count, where they could not be selected beforehand
     in_graph: bool  # whether the sweep is to be one operator
 
     @property
     def one_backward(self) -> bool:
         """The case that one plain backward will follow, whose gradient the forward sweep can form."""
-        if self.kept is not None or self.in_graph or not torch.is_grad_enabled():
-            return False
-        tensors = (*self.pair.student.tensors, *self.pair.teacher.tensors)
-        if self.weight is not None and self.weight.requires_grad:
-            return False
-        if transforms.transformed(*tensors, self.weight):
-            return False
-        return any(t is not None and t.requires_grad for t in tensors)
+        leaves = (*self.pair.student.leaves, *self.pair.teacher.leaves)
+        return not (
+            self.pair.selection.mask is not None
+            or self.in_graph
+            or not needs_gradient(leaves)
+            or (self.weight is not None and self.weight.requires_grad)
+            or transforms.transformed(*leaves, self.weight)
+        )
 
 
-def _lesson(
+def _resolve(
     one: tuple[Call, LinearHead], other: tuple[Call, LinearHead], sample_weight: Tensor | None
-) -> _Lesson:
+) -> _Distillation:
     """Match the student's and the teacher's rows, and return both with the weights of rows that count."""
     (call, student), (teaching, teacher) = one, other
     rows_shape = tuple(call.rows_shape)
@@ -202,25 +203,18 @@ def _lesson(
             f"sample_weight must have the shape of the rows, {rows_shape}; got {tuple(sample_weight.shape)}"
         )
     n, classes = student.shape
-    tensors = (*student.tensors, *teacher.tensors)
+    leaves = (*student.leaves, *teacher.leaves)
     weight = None if sample_weight is None else sample_weight.reshape(n)
-    learnt = weight is not None and weight.requires_grad and torch.is_grad_enabled()
-    fixed = None if learnt else weight  # a learnt weight of 0 still has a gradient
-    kept, in_graph = None, transforms.is_opaque(weight, *tensors)
+    in_graph = transforms.is_opaque(weight, *leaves)
     if in_graph:
-        check_devices(weight, *tensors)
-    if fixed is not None and (in_graph or transforms.batched(weight, *tensors)):
-        # data cannot choose rows here: those that do not count become harmless, and are taken out later
-        kept, fixed = fixed != 0, None
-        if not in_graph:  # the operator selects for itself
-            student, teacher = student.select(kept), teacher.select(kept)
-    targets = no_targets(n, classes, student.device, fixed)
-    if fixed is not None:
-        weight = targets.row_weight
-    elif weight is not None:
-        weight = weight.to(statistics_dtype(weight.device))
-    (part,) = call.parts
-    return _Lesson(call, Pair(student, teacher, targets, part.problem.budget), weight, kept, in_graph)
+        check_devices(weight, *leaves)
+    by_mask = weight is not None and (in_graph or transforms.batched(weight, *leaves))
+    targets, weight = select(Options(), None, classes, UNCHECKED, weight, student.x, by_mask=by_mask)
+    kept = targets.selection.mask
+    if kept is not None and not in_graph:  # in a graph the operator selects for itself
+        student, teacher = student.select(kept), teacher.select(kept)
+    (problem,) = call.problems
+    return _Distillation(call, Pair(student, teacher, targets.selection, problem.budget), weight, in_graph)
 
 
 def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
@@ -244,20 +238,19 @@ def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
     if weight.dim() != 2:
         raise ValueError(f"the {role}'s weight must be (C, D), got {tuple(weight.shape)}")
     try:
-        call = options.of_head(features, weight, bias, None)
+        call = resolve_head(options, features, weight, bias, None)
     except (ValueError, TypeError) as error:
         raise type(error)(f"the {role}: {error}") from None
-    (part,) = call.parts
-    return call, cast(LinearHead, part.problem.logits)
+    (problem,) = call.problems
+    return call, cast(LinearHead, problem.logits)
 
 
 def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Tensor:
     """Return a sparse target as a dense one in the shape of the logits."""
     if target_is_logits:
         raise ValueError("a TopKTarget holds probabilities: pass target_is_logits=False")
-    call = Options().of_logits(input, target)  # which checks shape and indices
-    (part,) = call.parts
-    classes = part.problem.targets.classes
+    (problem,) = resolve_logits(Options(), input, target).problems  # which checks shape and indices
+    classes = problem.targets.n_classes
     q = target.probabilities.to(compute_dtype(torch.promote_types(input.dtype, target.probabilities.dtype)))
     _check_probabilities(q)
     t = TopKTarget(target.indices, q, target.remainder).to_dense(classes).clamp_min(0.0)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Options
+from xent._arguments.call import require_target, resolve_logits
+from xent._arguments.options import Options
+from xent._autograd.one_head import scattered
 from xent._core.statistics import RequestedOutputs
 from xent._core.target import TopKTarget
-from xent._row_statistics import row_outputs
 
 
 def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduction: str = "mean") -> Tensor:
@@ -46,17 +47,17 @@ def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduc
     """
     if isinstance(target, Tensor) and target.requires_grad:
         raise ValueError("the surrogate's target is held constant: pass target.detach()")
-    call = Options.of(reduction=reduction).of_logits(input, target)
-    call.with_target()
-    (part,) = call.parts
-    found = row_outputs(part, RequestedOutputs(entropy=True))
+    require_target(target)
+    call = resolve_logits(Options.of(reduction=reduction), input, target)
+    (problem,) = call.problems
+    found = scattered(problem.request(RequestedOutputs(entropy=True)))
     assert found.entropy is not None
     rows = call.stack([found.loss], found.loss.dtype)
     uncertain = call.stack([found.entropy], found.entropy.dtype).detach() * _mass(input, target)
     values = rows - uncertain
     if reduction == "none":
         return values.to(call.dtype)
-    scale = call.reduction.scale([(part.problem.targets, part.row_weight)])
+    scale = call.reduction.scale(call.problems)
     return call.reduction.total(values, scale).to(call.dtype)
 
 

@@ -18,16 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#F0E442",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
-"""Okabe and Ito's palette."""
+BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+"""Of Okabe and Ito's palette."""
 INK, FAINT, RULE = "#222222", "#6B6B6B", "#E6E6E6"
 
 STYLE: Any = {
@@ -68,26 +60,15 @@ def style() -> Iterator[None]:
         yield
 
 
+def note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], **look: Any) -> None:
+    """Write a text at a point, shifted by some points of the page."""
+    axes.annotate(text, at, shift, textcoords="offset points", **look)
+
+
 def titled(axes: Axes, title: str, subtitle: str) -> None:
     """Write a title, and under it a fainter line, flush with the axes' left edge."""
-    axes.annotate(
-        title,
-        (0, 1),
-        (0, 26),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=13,
-        weight="bold",
-    )
-    axes.annotate(
-        subtitle,
-        (0, 1),
-        (0, 10),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        color=FAINT,
-        fontsize=9.5,
-    )
+    note(axes, title, (0, 1), (0, 26), xycoords="axes fraction", fontsize=13, weight="bold")
+    note(axes, subtitle, (0, 1), (0, 10), xycoords="axes fraction", color=FAINT, fontsize=9.5)
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
@@ -112,17 +93,10 @@ def loss_curve(
         axes = figure.add_subplot()
         last = max(1, len(training) - 1)
         axes.axhline(label_entropy, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.annotate(
-            f"class frequencies alone  {label_entropy:#.3g}",
-            (1, label_entropy),
-            (0, 5),
-            xycoords=axes.get_yaxis_transform(),
-            textcoords="offset points",
-            ha="right",
-            color=FAINT,
-            fontsize=9.5,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-        )
+        at_right_edge = axes.get_yaxis_transform()
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+        look = dict(xycoords=at_right_edge, ha="right", color=FAINT, fontsize=9.5, bbox=box)
+        note(axes, f"class frequencies alone  {label_entropy:#.3g}", (1, label_entropy), (0, 5), **look)
         curves = [("training", training, BLUE)]
         if len(validation):
             curves.append(("validation", validation, VERMILION))
@@ -147,19 +121,9 @@ def loss_curve(
         axes.grid(False, axis="x")  # the levels are to be read; the iterations need no ruler
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         ends = [float(curve[-1]) for _, curve, _ in curves]
-        for (name, _, colour), y in zip(curves, _apart(ends, axes, 13), strict=True):
-            end = dict(zip((n for n, _, _ in curves), ends, strict=True))[name]
-            axes.annotate(
-                f"{name}  {end:#.3g}",
-                (1, y),
-                (12, 0),
-                xycoords=axes.get_yaxis_transform(),
-                textcoords="offset points",
-                va="center",
-                color=colour,
-                weight="bold",
-                annotation_clip=False,
-            )
+        for (name, _, colour), end, y in zip(curves, ends, _apart(ends, axes, 13), strict=True):
+            look = dict(xycoords=at_right_edge, va="center", color=colour, weight="bold")
+            note(axes, f"{name}  {end:#.3g}", (1, y), (12, 0), annotation_clip=False, **look)
         axes.set_xlabel("iteration")
         titled(
             axes, "Loss while fitting", "mean cross-entropy in nats" + (", log scale" if logarithmic else "")
@@ -211,9 +175,7 @@ def confusion(
         side = float(np.clip(0.46 * shown + 0.6, 3.0, 9.5))
         figure = Figure(figsize=(side + 1.2, side))
         axes = figure.add_subplot()
-        pairs(axes, wrong, text, names, "share of the true class")
-        axes.set_xlabel("predicted", labelpad=8)
-        axes.set_ylabel("true", labelpad=8)
+        pairs(axes, wrong, text, names, "predicted", "share of the true class")
         part = f"; the {shown} most confused of {classes} classes" if classes and classes > shown else ""
         titled(axes, "What is taken for what", f"counts over {of}, grey: share got right{part}")
         save(figure, path)
@@ -224,6 +186,7 @@ def pairs(
     share: np.ndarray,  # (K, K), nan where a cell has no colour of its own
     text: Sequence[Sequence[str]],  # (K, K)
     names: Sequence[str],  # K
+    across: str,  # what the columns are; the rows are true classes
     unit: str,  # what the colour is a share of
 ) -> None:
     """Draw a number for each pair of classes, shaded by its share."""
@@ -249,6 +212,8 @@ def pairs(
     axes.set_xticks(np.arange(-0.5, shown), minor=True)
     axes.set_yticks(np.arange(-0.5, shown), minor=True)
     axes.set_yticks(range(shown), names)
+    axes.set_xlabel(across, labelpad=8)
+    axes.set_ylabel("true", labelpad=8)
     axes.grid(True, which="minor", color="white" if shown > 30 else RULE, linewidth=0.8)
     axes.tick_params(labelcolor=INK)
     for spine in axes.spines.values():

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call
+from xent._arguments.call import Call, resolve_head, resolve_logits
 from xent._core.logits import compute_dtype
 from xent._core.validators import valid
 from xent.triplets import _attribution_sweep
-from xent.triplets._arguments import report_options, report_rows, require_class_indices
+from xent.triplets._arguments import class_indices, join_parts, report_options, report_rows
 
 
 class Attribution(NamedTuple):
@@ -67,9 +67,8 @@ def attribution(
         >>> bool(torch.isclose(found.losses.sum() + found.remainder, xent.cross_entropy(z, y)))
         True
     """
-    require_class_indices(target)
     options = report_options(ignore_index, softcap, temperature, check_targets)
-    return _attribution(options.of_logits(input, target), top_k)
+    return _attribution(resolve_logits(options, input, class_indices(target)), top_k)
 
 
 def linear_attribution(
@@ -106,28 +105,24 @@ def linear_attribution(
         >>> found.classes.shape, found.loss.shape
         (torch.Size([8, 3]), torch.Size([8]))
     """
-    require_class_indices(target)
     options = report_options(ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget)
-    return _attribution(options.of_head(input, linear_weight, linear_bias, target), top_k)
+    return _attribution(
+        resolve_head(options, input, linear_weight, linear_bias, class_indices(target)), top_k
+    )
 
 
 def _attribution(call: Call, top_k: int) -> Attribution:
     top_k = valid("top_k", top_k)
     dtype = compute_dtype(call.dtype)
-    k = min(top_k, call.parts[0].problem.targets.classes - 1)
+    k = min(top_k, call.problems[0].targets.n_classes - 1)
     parts = report_rows(call, lambda problem: _attribution_sweep.attribution(problem, k))
-    classes, shares, remainder, loss = (
-        columns[0] if len(columns) == 1 else torch.stack(columns, dim=1)
-        for columns in map(list, zip(*parts, strict=True))
-    )
-    wide = (*call.rows_shape, k)
-    losses = weighted_loss(shares, loss[..., None])
+    classes, shares, remainder, loss = (join_parts(call, columns) for columns in zip(*parts, strict=True))
     return Attribution(
-        classes=classes.reshape(wide),
-        shares=shares.to(dtype).reshape(wide),
-        losses=losses.to(dtype).reshape(wide),
-        remainder=weighted_loss(remainder, loss).to(dtype).reshape(call.rows_shape),
-        loss=loss.to(dtype).reshape(call.rows_shape),
+        classes=classes,
+        shares=shares.to(dtype),
+        losses=weighted_loss(shares, loss[..., None]).to(dtype),
+        remainder=weighted_loss(remainder, loss).to(dtype),
+        loss=loss.to(dtype),
     )
 
 

@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._core.logits import TileBuffers
+from xent._core.logit_map import TileBuffers
 from xent._core.ops import cut
+from xent._core.problem import Problem
 from xent._core.statistics import (
     NEG_INF,
     PairwiseMerge,
@@ -27,7 +28,7 @@ from xent._core.statistics import (
     statistics_dtype,
     summarise,
 )
-from xent._core.tiles.sweep import Problem, Workspace
+from xent._core.tiles.sweep import Workspace
 from xent._core.tiles.top_k import Largest
 from xent.triplets._sweep import own_logits, softplus
 
@@ -44,7 +45,7 @@ class PartialSums(NamedTuple):
 def attribution(problem: Problem, k: int) -> PartialSums:
     """Return the k < C rivals of each row with the largest shares; one target class a row, no weights."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
-    assert targets.own is not None
+    assert targets.index is not None
     plan = problem.plan(resident=False, temporaries=1)
     workspace = Workspace(problem, plan, slopes=False)
     dtype = statistics_dtype(logits.device)
@@ -55,9 +56,9 @@ def attribution(problem: Problem, k: int) -> PartialSums:
             loaded = logits.load(targets.pick(chunk))
             union: PairwiseMerge[Statistics] = PairwiseMerge()
             largest = Largest(k)
-            for classes in plan.class_tiles(targets.classes):
+            for classes in plan.class_tiles(targets.n_classes):
                 z, _ = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
-                own = TargetColumns.locate(cut(targets.own, chunk), classes)
+                own = TargetColumns.locate(cut(targets.index, chunk), classes)
                 z = own.put(ops, z, NEG_INF)
                 largest.add(z, classes.start)
                 union.add(summarise(ops, z, None, own)[1])
@@ -70,7 +71,7 @@ def attribution(problem: Problem, k: int) -> PartialSums:
                 PartialSums(
                     classes=largest.classes.masked_fill(masked, -1),
                     shares=shares,
-                    remainder=_remainder(shares, targets.classes),
+                    remainder=_remainder(shares, targets.n_classes),
                     loss=rivals_loss(rivals, z_y),
                 )
             )
@@ -101,20 +102,20 @@ def pair_losses(problem: Problem) -> tuple[Tensor, Tensor]:
     (C, C) float64, indexed [y, j], and (C,) int64.
     """
     logits, targets, ops = problem.logits, problem.targets, problem.ops
-    assert targets.own is not None
-    classes, dtype = targets.classes, statistics_dtype(logits.device)
-    y = targets.own[:, 0]
+    assert targets.index is not None
+    classes, dtype = targets.n_classes, statistics_dtype(logits.device)
+    y = targets.index[:, 0]
     total = torch.zeros(classes, classes, dtype=dtype, device=logits.device)
     own_z = own_logits(problem)
     a_row = classes * (2 * logits.dtype.itemsize + 3 * dtype.itemsize + logits.bytes_per_logit)
-    rows = max(1, problem.budget // (a_row + logits.bytes_per_row(targets.rows is not None)))
+    rows = max(1, problem.budget // (a_row + logits.bytes_per_row(targets.selection.index is not None)))
     with problem.products():
         for start in range(0, targets.count, rows):
             chunk = slice(start, min(start + rows, targets.count))
             buffer = torch.empty(chunk.stop - start, classes, dtype=logits.dtype, device=logits.device)
             buffers = TileBuffers(buffer, None, wants_slope=False)
             z, _ = logits.tile(ops, logits.load(targets.pick(chunk)), slice(0, classes), buffers)
-            own = TargetColumns.locate(cut(targets.own, chunk), slice(0, classes))
+            own = TargetColumns.locate(cut(targets.index, chunk), slice(0, classes))
             e, rivals = summarise(ops, own.put(ops, z, NEG_INF), None, own)
             e = e.to(dtype)
             whole = e.sum(1)  # summed in the type of the matrix, so that a row's shares add up to 1

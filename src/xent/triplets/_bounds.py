@@ -6,13 +6,17 @@ softplus(max m) ≤ CE ≤ softplus(max m + log(C−1))
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, Options
-from xent._core.logits import DenseLogits, LinearHead, TileBuffers, compute_dtype
+from xent._arguments.call import Call, resolve_head, resolve_logits
+from xent._arguments.options import Options
+from xent._core.logit_map import TileBuffers
+from xent._core.logits import DenseLogits, LinearHead, compute_dtype
 from xent._core.ops import FunctionalOps
-from xent.triplets._arguments import no_autocast, report_options, report_rows, require_class_indices
+from xent.triplets._arguments import class_indices, join_parts, no_autocast, report_options, report_rows
 from xent.triplets._sweep import Bounds, chain
 
 
@@ -42,9 +46,8 @@ def margins(
         >>> xent.triplets.margins(torch.tensor([[3.0, 1.0, 7.0]]), torch.tensor([1]))
         tensor([[2., 6.]])
     """
-    require_class_indices(target)
     options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
-    return _margins(options.of_logits(input, target), options.ignored)
+    return _margins(resolve_logits(options, input, class_indices(target)), options.target.ignored)
 
 
 def linear_margins(
@@ -76,19 +79,18 @@ def linear_margins(
         >>> xent.triplets.linear_margins(x, w, torch.tensor([0]))
         tensor([[1.]])
     """
-    require_class_indices(target)
     options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
-    call = options.of_head(input, linear_weight, linear_bias, target)
-    return _margins(call, options.ignored)
+    call = resolve_head(options, input, linear_weight, linear_bias, class_indices(target))
+    return _margins(call, options.target.ignored)
 
 
 def _margins(call: Call, ignored: int) -> Tensor:
     assert isinstance(call.target, Tensor)
     ops, margins_by_part = FunctionalOps(), []
-    n = call.rows_shape.numel() // len(call.parts)
-    columns = call.target.reshape(n, len(call.parts)).unbind(1)
-    for part, y in zip(call.parts, columns, strict=True):
-        logits = part.problem.logits
+    n = call.rows_shape.numel() // len(call.problems)
+    columns = call.target.reshape(n, len(call.problems)).unbind(1)
+    for part, y in zip(call.problems, columns, strict=True):
+        logits = part.logits
         assert isinstance(logits, DenseLogits | LinearHead)
         classes = logits.shape[1]
         counted = y != ignored
@@ -103,8 +105,7 @@ def _margins(call: Call, ignored: int) -> Tensor:
         m = z.gather(1, rivals + (rivals >= y)) - z.gather(1, y)
         m = torch.where(inside[:, None], m, torch.nan)
         margins_by_part.append(torch.where(counted[:, None], m, torch.zeros_like(m)))
-    m = margins_by_part[0] if len(margins_by_part) == 1 else torch.stack(margins_by_part, dim=1)
-    return m.reshape(*call.rows_shape, m.shape[-1])
+    return join_parts(call, margins_by_part)
 
 
 def bounds(
@@ -147,11 +148,9 @@ def bounds(
         >>> round(found.smooth.item(), 6), round(found.loss.item(), 6)
         (2.158106, 2.302585)
     """
-    require_class_indices(target)
-    options = report_options(
-        ignore_index, softcap, temperature, check_targets, reduction=reduction, sample_weight=sample_weight
-    )
-    return _bounds(options.of_logits(input, target))
+    reducing: dict[str, Any] = {"reduction": reduction, "sample_weight": sample_weight}
+    options = report_options(ignore_index, softcap, temperature, check_targets, **reducing)
+    return _bounds(resolve_logits(options, input, class_indices(target)))
 
 
 def linear_bounds(
@@ -193,18 +192,11 @@ def linear_bounds(
         >>> bool(found.hinge <= found.smooth <= found.tight <= found.loss <= found.union)
         True
     """
-    require_class_indices(target)
+    reducing: dict[str, Any] = {"reduction": reduction, "sample_weight": sample_weight}
     options = report_options(
-        ignore_index,
-        softcap,
-        temperature,
-        check_targets,
-        product_dtype,
-        memory_budget,
-        reduction=reduction,
-        sample_weight=sample_weight,
+        ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget, **reducing
     )
-    return _bounds(options.of_head(input, linear_weight, linear_bias, target))
+    return _bounds(resolve_head(options, input, linear_weight, linear_bias, class_indices(target)))
 
 
 def _bounds(call: Call) -> Bounds:
@@ -212,5 +204,5 @@ def _bounds(call: Call) -> Bounds:
     fields = zip(*report_rows(call, chain), strict=True)
     if reduction.kind == "none":
         return Bounds(*(call.stack(parts, dtype) for parts in fields))
-    scale = reduction.scale([(part.problem.targets, part.row_weight) for part in call.parts])
+    scale = reduction.scale(call.problems)
     return Bounds(*(reduction.total(torch.stack(parts), scale).to(dtype) for parts in fields))

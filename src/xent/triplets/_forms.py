@@ -49,21 +49,23 @@ class Form:
         by = shift[:, None].to(m.dtype) if isinstance(shift, Tensor) else shift
         return self.phi(m + by).sum(1).to(statistics_dtype(m.device))
 
-
-def negative_margins(z: Tensor, y: Tensor, negatives: int | Tensor) -> tuple[Tensor, int | Tensor]:
-    """Return the margins of the negatives, −inf where there is none, and their number; z (M, C), y (M, 1)."""
-    classes = z.shape[1]
-    inside = (y >= 0) & (y < classes)
-    y = torch.where(inside, y, 0)
-    z_y = torch.where(inside, z.gather(1, y), math.nan)
-    if isinstance(negatives, Tensor):
-        used = negatives != y
-        return torch.where(used, z.gather(1, negatives) - z_y, NEG_INF), used.sum(1)
-    own = torch.arange(classes, device=z.device) == y
-    m = torch.where(own, NEG_INF, z - z_y)
-    if negatives < classes - 1:
-        m = m.topk(negatives, dim=1).values
-    return m, min(negatives, classes - 1)
+    def sum_over_negatives(
+        self, z: Tensor, y: Tensor, negatives: int | Tensor
+    ) -> tuple[Tensor, int | Tensor]:
+        """Return Σ φ over the negatives of each row, (M,), and their number; z (M, C), y (M, 1)."""
+        classes = z.shape[1]
+        count: int | Tensor
+        inside = (y >= 0) & (y < classes)
+        y = torch.where(inside, y, 0)
+        z_y = torch.where(inside, z.gather(1, y), math.nan)
+        if isinstance(negatives, Tensor):
+            used = negatives != y
+            m, count = torch.where(used, z.gather(1, negatives) - z_y, NEG_INF), used.sum(1)
+        else:
+            own = torch.arange(classes, device=z.device) == y
+            m, count = torch.where(own, NEG_INF, z - z_y), min(negatives, classes - 1)
+            m = m if count == classes - 1 else m.topk(count, dim=1).values
+        return self.sum(m, self.shift(count)), count
 
 
 def in_geometry(

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent._arguments.call import Call, Options, Part
+from xent._arguments.call import Call, resolve_head, resolve_logits
+from xent._arguments.options import Options
 from xent._autograd import transforms
+from xent._core.class_indices import holds_integers, widened
 from xent._core.logits import DenseLogits, LinearHead
-from xent._core.targets import holds_integers, widened
+from xent._core.problem import Problem
 from xent._core.validators import Whole, valid
 from xent.triplets import _tiles
-from xent.triplets._arguments import no_autocast, require_class_indices, scatter_rows
-from xent.triplets._forms import Form, in_geometry, negative_margins, softplus
+from xent.triplets._arguments import class_indices, no_autocast, scatter_rows
+from xent.triplets._forms import Form, in_geometry, softplus
 
 Negatives: TypeAlias = str | int | Tensor
 
@@ -68,9 +70,8 @@ def triplet_loss(
         >>> xent.triplets.triplet_loss(z, y).item()  # (0.5 + 0)/3
         0.1666666716337204
     """
-    require_class_indices(target)
     options = _options(ignore_index, reduction, sample_weight, check_targets)
-    return _loss(options.of_logits(input, target), _hinge(margin), negatives, options)
+    return _loss(resolve_logits(options, input, class_indices(target)), _hinge(margin), negatives)
 
 
 def smooth_triplet_loss(
@@ -108,9 +109,8 @@ def smooth_triplet_loss(
         >>> round(xent.triplets.smooth_triplet_loss(z, y).item(), 6)  # of a cross-entropy of 2.302585
         2.158106
     """
-    require_class_indices(target)
     options = _options(ignore_index, reduction, sample_weight, check_targets)
-    return _loss(options.of_logits(input, target), _smooth(margin), negatives, options)
+    return _loss(resolve_logits(options, input, class_indices(target)), _smooth(margin), negatives)
 
 
 def linear_triplet_loss(
@@ -161,10 +161,9 @@ def linear_triplet_loss(
         ... )
         >>> loss.backward()
     """
-    require_class_indices(target)
     options = _options(ignore_index, reduction, sample_weight, check_targets, memory_budget, geometry)
-    call = options.of_head(input, linear_weight, linear_bias, target)
-    return _loss(call, _hinge(margin), negatives, options, geometry)
+    call = resolve_head(options, input, linear_weight, linear_bias, class_indices(target))
+    return _loss(call, _hinge(margin), negatives, geometry)
 
 
 def linear_smooth_triplet_loss(
@@ -203,10 +202,9 @@ def linear_smooth_triplet_loss(
         >>> bool(loss <= xent.linear_cross_entropy(x, w, y))
         True
     """
-    require_class_indices(target)
     options = _options(ignore_index, reduction, sample_weight, check_targets, memory_budget, geometry)
-    call = options.of_head(input, linear_weight, linear_bias, target)
-    return _loss(call, _smooth(margin), negatives, options, geometry)
+    call = resolve_head(options, input, linear_weight, linear_bias, class_indices(target))
+    return _loss(call, _smooth(margin), negatives, geometry)
 
 
 def _options(
@@ -236,58 +234,49 @@ def _smooth(margin: float | None) -> Form:
     return Form(softplus, None if margin is None else valid("margin", margin))
 
 
-def _loss(call: Call, form: Form, negatives: Negatives, options: Options, geometry: str = "inner") -> Tensor:
-    parts, reduction, negatives = call.parts, call.reduction, transforms.thawed(negatives)
-    classes = parts[0].problem.targets.classes
-    by_part = _negatives_by_part(negatives, call, classes, options.check_targets)
-    with no_autocast(parts[0].problem.logits.device):
+def _loss(call: Call, form: Form, negatives: Negatives, geometry: str = "inner") -> Tensor:
+    parts, reduction = call.problems, call.reduction
+    by_part = _negatives_by_part(transforms.thawed(negatives), call)
+    with no_autocast(parts[0].logits.device):
         values = [_row_losses(part, form, k, geometry) for part, k in zip(parts, by_part, strict=True)]
         if reduction.kind == "none":
             return call.stack([scatter_rows(part, value) for part, value in zip(parts, values, strict=True)])
-        scale = reduction.scale([(part.problem.targets, part.row_weight) for part in parts])
+        scale = reduction.scale(call.problems)
         return reduction.total(torch.cat(values), scale).to(call.dtype)
 
 
-def _row_losses(part: Part, form: Form, negatives: int | Tensor, geometry: str) -> Tensor:
+def _row_losses(problem: Problem, form: Form, negatives: int | Tensor, geometry: str) -> Tensor:
     """Return the weighted loss of each of the M rows, float64."""
-    logits, targets = part.problem.logits, part.problem.targets
-    assert targets.own is not None
+    logits, targets = problem.logits, problem.targets
+    assert targets.index is not None
     assert isinstance(logits, DenseLogits | LinearHead)
-    if part.opaque and part.kept is not None:
-        logits = logits.select(part.kept)
-    if isinstance(negatives, Tensor) and targets.rows is not None:
-        negatives = negatives[targets.rows]
-    first, *others = (t if t is None else t.to(logits.dtype) for t in logits.tensors)
+    if problem.in_graph and problem.selection.mask is not None:
+        logits = logits.select(problem.selection.mask)
+    if isinstance(negatives, Tensor) and targets.selection.index is not None:
+        negatives = negatives[targets.selection.index]
+    first, *others = (t if t is None else t.to(logits.dtype) for t in logits.leaves)
     assert first is not None
-    first = first if targets.rows is None else first[targets.rows]
+    first = first if targets.selection.index is None else first[targets.selection.index]
     if isinstance(logits, DenseLogits):
-        loss, count = _sum_over_negatives(first, targets.own, negatives, form)
+        loss, count = form.sum_over_negatives(first, targets.index, negatives)
     else:
         w, b = others
         assert w is not None
         x, w, b = in_geometry(geometry, first, w, b)
         # torch's transforms do not allow a checkpoint
-        if part.opaque or part.kept is not None or transforms.transformed(x, w, b):
-            loss, count = _sum_over_negatives(F.linear(x, w, b), targets.own, negatives, form)
+        if problem.in_graph or problem.selection.mask is not None or transforms.transformed(x, w, b):
+            loss, count = form.sum_over_negatives(F.linear(x, w, b), targets.index, negatives)
         else:
             head = LinearHead(x, w, b)
-            loss, count = _tiles.sum_over_negatives(head, targets, negatives, form, part.problem.budget)
-    value = part.selection.masked(loss / (count + 1))
-    return value if part.row_weight is None else value * part.row_weight
+            loss, count = _tiles.sum_over_negatives(head, targets, negatives, form, problem.budget)
+    value = problem.selection.masked(loss / (count + 1))
+    return value if problem.row_weight is None else value * problem.row_weight
 
 
-def _sum_over_negatives(
-    z: Tensor, own: Tensor, negatives: int | Tensor, form: Form
-) -> tuple[Tensor, int | Tensor]:
-    m, count = negative_margins(z, own, negatives)
-    return form.sum(m, form.shift(count)), count
-
-
-def _negatives_by_part(
-    negatives: Negatives, call: Call, classes: int, check: bool | None
-) -> list[int | Tensor]:
+def _negatives_by_part(negatives: Negatives, call: Call) -> list[int | Tensor]:
     """Return for each part the number of hardest negatives, or the sampled ones (N, k)."""
-    parts, rows_shape = len(call.parts), tuple(call.rows_shape)
+    first, parts, rows_shape = call.problems[0], len(call.problems), tuple(call.rows_shape)
+    classes = first.targets.n_classes
     if isinstance(negatives, Tensor) and negatives.dim() > 0:
         if not holds_integers(negatives):
             raise TypeError(f"sampled negatives must be of an integer type, got {negatives.dtype}")
@@ -296,7 +285,7 @@ def _negatives_by_part(
                 f"sampled negatives must have shape {(*rows_shape, 'k')}, got {tuple(negatives.shape)}"
             )
         k = negatives.shape[-1]
-        index = _check_negatives(widened(negatives), classes, call.parts[0], check)
+        index = _check_negatives(widened(negatives), classes, first)
         return list(index.reshape(call.rows_shape.numel() // parts, parts, k).unbind(1))
     hardest = count_of_negatives(negatives)
     return [classes if hardest is None else hardest] * parts
@@ -316,16 +305,16 @@ def count_of_negatives(negatives: object) -> int | None:
     return count
 
 
-def _check_negatives(negatives: Tensor, classes: int, part: Part, check: bool | None) -> Tensor:
+def _check_negatives(negatives: Tensor, classes: int, problem: Problem) -> Tensor:
     """Return sampled negatives (..., k), int64; raise an IndexError that names the first outside 0..C−1."""
-    if part.opaque or part.kept is not None:  # the data cannot be read here: torch's own gather checks it
+    if problem.in_graph or problem.selection.mask is not None:  # no data to read: torch's gather checks it
         return negatives
     good = (negatives >= 0) & (negatives < classes)
-    if check is None and negatives.device.type != "cpu":
+    if problem.check is None and negatives.device.type != "cpu":
         torch._assert_async(
             good.all(), f"a negative is outside 0..{classes - 1}; check_targets=True names it"
         )
-    elif check is not False and not good.all():
+    elif problem.check is not False and not good.all():
         at = tuple(good.logical_not().nonzero()[0].tolist())
         raise IndexError(f"negatives{list(at)} is {int(negatives[at])}, outside 0..{classes - 1}")
     return negatives

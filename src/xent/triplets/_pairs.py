@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call
+from xent._arguments.call import Call, resolve_head, resolve_logits
 from xent._core.statistics import statistics_dtype
 from xent._core.validators import valid
 from xent.triplets import _attribution_sweep
-from xent.triplets._arguments import eager_problem, report_options, require_class_indices
+from xent.triplets._arguments import class_indices, eager_problem, report_options
 from xent.triplets._attribution import weighted_loss
 
 MAX_DENSE_CLASSES = 4096  # a dense matrix of 128 MiB
@@ -137,9 +137,8 @@ def pair_matrix(
         >>> torch.allclose(halves.matrix, whole.matrix), int(whole.count.sum())
         (True, 100)
     """
-    require_class_indices(target)
     options = report_options(ignore_index, softcap, temperature, check_targets)
-    return _pair_matrix(options.of_logits(input, target), top_k)
+    return _pair_matrix(resolve_logits(options, input, class_indices(target)), top_k)
 
 
 def linear_pair_matrix(
@@ -176,13 +175,14 @@ def linear_pair_matrix(
         >>> pairs.matrix.is_sparse, len(pairs.largest(3))
         (True, 3)
     """
-    require_class_indices(target)
     options = report_options(ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget)
-    return _pair_matrix(options.of_head(input, linear_weight, linear_bias, target), top_k)
+    return _pair_matrix(
+        resolve_head(options, input, linear_weight, linear_bias, class_indices(target)), top_k
+    )
 
 
 def _pair_matrix(call: Call, top_k: int | None) -> PairMatrix:
-    classes = call.parts[0].problem.targets.classes
+    classes = call.problems[0].targets.n_classes
     if top_k is None and classes > MAX_DENSE_CLASSES:
         raise ValueError(
             f"a dense matrix of {classes} classes takes {8 * classes**2 / 2**30:.1f} GiB; "
@@ -190,9 +190,9 @@ def _pair_matrix(call: Call, top_k: int | None) -> PairMatrix:
         )
     top_k = None if top_k is None else valid("top_k", top_k)
     result: PairMatrix | None = None
-    for part in call.parts:
+    for part in call.problems:
         problem = eager_problem(part)
-        if part.kept is not None:
+        if problem.selection.mask is not None:
             raise NotImplementedError("under vmap rows cannot be gathered by class: call this outside of it")
         with torch.no_grad():
             if top_k is None:
@@ -201,7 +201,7 @@ def _pair_matrix(call: Call, top_k: int | None) -> PairMatrix:
             else:
                 pairs = _sparse(
                     _attribution_sweep.attribution(problem, min(top_k, classes - 1)),
-                    problem.targets.own,
+                    problem.targets.index,
                     classes,
                 )
         result = pairs if result is None else result + pairs

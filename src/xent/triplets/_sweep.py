@@ -17,14 +17,15 @@ exp m), and Σ log1p(u) is the logarithm of a product of up to 64 factors that a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from xent._core.ops import TileOps, cut
+from xent._core.problem import Problem
 from xent._core.statistics import NEG_INF, PairwiseMerge, TargetColumns, finite_base, statistics_dtype
-from xent._core.tiles.sweep import Problem, Workspace
+from xent._core.tiles.sweep import Workspace
 
 FAR = 80.0  # beyond it exp m nears the end of float32's range, and log1p(1/v) < 2e-35 is negligible beside m
 HALVINGS = 6  # the product of 2⁶ factors 1 + u is at most 2⁶⁴, within float32's range
@@ -102,27 +103,22 @@ def _below_one(v: Tensor) -> Tensor:
     return v.reciprocal().clamp_max_(v)
 
 
-class TileBuffers:
-    """Three buffers for the intermediate results of a piece, allocated once.
+Buffers: TypeAlias = list[Tensor] | None
+"""Three buffers for the intermediate results of a piece, allocated once; None for fresh tensors.
 
-    Fresh tensors would cost as much time as the arithmetic, in pages that the system maps anew.
-    """
-
-    def __init__(self, elements: int, like: Tensor) -> None:
-        self.buffers = [like.new_empty(elements) for _ in range(3)]
-
-    def piece(self, number: int, rows: int, classes: int) -> Tensor:
-        return self.buffers[number][: rows * classes].view(rows, classes)
+Fresh tensors would cost as much time as the arithmetic, in pages that the system maps anew.
+"""
 
 
-def _piece(
-    buffers: TileBuffers | None, number: int, like: Tensor, classes: int | None = None
-) -> Tensor | None:
+def _piece(buffers: Buffers, number: int, like: Tensor, classes: int | None = None) -> Tensor | None:
     """Return a buffer for a tensor like (R, T), or of fewer classes; None where there are no buffers."""
-    return None if buffers is None else buffers.piece(number, like.shape[0], classes or like.shape[1])
+    if buffers is None:
+        return None
+    rows, classes = like.shape[0], classes or like.shape[1]
+    return buffers[number][: rows * classes].view(rows, classes)
 
 
-def sum_of_log1p(u: Tensor, buffers: TileBuffers | None = None, free: tuple[int, int] = (1, 2)) -> Tensor:
+def sum_of_log1p(u: Tensor, buffers: Buffers = None, free: tuple[int, int] = (1, 2)) -> Tensor:
     """Return Σ_j log1p(u_j), 0 ≤ u ≤ 1, (R, T) -> (R,): log Π(1 + u) by (1 + a)(1 + b) − 1 = a + b + ab.
 
     `free` numbers the two buffers to use; neither holds u.
@@ -143,26 +139,28 @@ def sum_of_log1p(u: Tensor, buffers: TileBuffers | None = None, free: tuple[int,
 def chain(problem: Problem) -> Bounds:
     """Return the bounds of the M rows that count, float64; targets are one class a row, without weights."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
-    assert targets.own is not None
+    assert targets.index is not None
     plan = problem.plan(resident=False, temporaries=3)
     workspace = Workspace(problem, plan, slopes=False)
     own_z = own_logits(problem)
-    parts, buffers = [], None
+    parts: list[Bounds] = []
+    buffers: Buffers = None
     with problem.products():
         for chunk in plan.row_chunks(targets.count):
             loaded = logits.load(targets.pick(chunk))
-            z_y, own = cut(own_z, chunk), cut(targets.own, chunk)
+            z_y, own = cut(own_z, chunk), cut(targets.index, chunk)
             union: PairwiseMerge[Sums] = PairwiseMerge()
-            for classes in plan.class_tiles(targets.classes):
+            for classes in plan.class_tiles(targets.n_classes):
                 z, _ = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
                 m = ops.sub(z, finite_base(z_y))
                 m = TargetColumns.locate(own, classes).put(ops, m, NEG_INF)
                 pieces = m.split(max(1, PIECE // m.shape[1])) if ops.buffered else (m,)
                 if ops.buffered and buffers is None:  # the first tile is the largest
-                    buffers = TileBuffers(max(min(PIECE, m.numel()), m.shape[1]), m)
-                found = [_sums(ops, piece, targets.classes, buffers) for piece in pieces]
+                    size = max(min(PIECE, m.numel()), m.shape[1])
+                    buffers = [m.new_empty(size) for _ in range(3)]
+                found = [_sums(ops, piece, targets.n_classes, buffers) for piece in pieces]
                 union.add(Sums(*map(torch.cat, zip(*found, strict=True))))
-            parts.append(union.whole().bounds(targets.classes, z_y[:, 0]))
+            parts.append(union.whole().bounds(targets.n_classes, z_y[:, 0]))
     if not parts:
         return Bounds(*(torch.zeros(0, dtype=statistics_dtype(logits.device), device=logits.device),) * 7)
     return Bounds(*map(torch.cat, zip(*parts, strict=True)))
@@ -171,21 +169,21 @@ def chain(problem: Problem) -> Bounds:
 def own_logits(problem: Problem) -> Tensor:
     """Return z_y of the M rows, (M, 1); nan where y is outside 0..C−1."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
-    assert targets.own is not None
+    assert targets.index is not None
     count = targets.count
     a_row = logits.bytes_per_row(gathered=True) + 4 * logits.dtype.itemsize * (logits.depth + 4)
     rows = max(1, problem.budget // a_row) if ops.buffered else max(1, count)
     found = []
     for start in range(0, count, rows):
         chunk = slice(start, min(start + rows, count))
-        own = cut(targets.own, chunk)
-        inside = (own >= 0) & (own < targets.classes)
+        own = cut(targets.index, chunk)
+        inside = (own >= 0) & (own < targets.n_classes)
         z = logits.entries(logits.load(targets.pick(chunk)), torch.where(inside, own, 0))
         found.append(torch.where(inside, z, math.nan))
     return torch.cat(found) if found else torch.zeros(0, 1, dtype=logits.dtype, device=logits.device)
 
 
-def _sums(ops: TileOps, m: Tensor, classes: int, buffers: TileBuffers | None) -> Sums:
+def _sums(ops: TileOps, m: Tensor, classes: int, buffers: Buffers) -> Sums:
     """Return the sums over a tile of margins m (R, T), −inf where there is no rival."""
     dtype = statistics_dtype(m.device)
     top = m.amax(1)
@@ -208,7 +206,7 @@ def _sums(ops: TileOps, m: Tensor, classes: int, buffers: TileBuffers | None) ->
     )
 
 
-def _softplus_sums(m: Tensor, e: Tensor, by: int, buffers: TileBuffers | None) -> tuple[Tensor, Tensor]:
+def _softplus_sums(m: Tensor, e: Tensor, by: int, buffers: Buffers) -> tuple[Tensor, Tensor]:
     """Return Σ max(m + log by, 0) and Σ softplus(m + log by), (R,) each, from m (R, T) and e = exp m."""
     hinge = torch.add(m, _log(by), out=_piece(buffers, 1, m)).clamp_min_(0).sum(1)
     v = e if by == 1 else torch.mul(e, by, out=_piece(buffers, 1, m))

@@ -17,11 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from xent._core.logits import LinearHead
+from xent._core.logit_map import IDENTITY
+from xent._core.logits import LinearHead, Loaded
+from xent._core.problem import Problem
+from xent._core.selection import Selection
 from xent._core.statistics import NEG_INF
 from xent._core.targets import Targets
 from xent._core.tiles.plan import Footprint, Plan
-from xent._core.tiles.sweep import Problem
 from xent.triplets import _attribution_sweep
 from xent.triplets._forms import Form
 
@@ -36,25 +38,25 @@ def sum_over_negatives(
     budget: int,
 ) -> tuple[Tensor, int | Tensor]:
     """Return Σ φ over the negatives of each row, (M,), and the number of negatives."""
-    classes, y = targets.classes, targets.own
+    classes, y = targets.n_classes, targets.index
     assert y is not None
     inside = (y >= 0) & (y < classes)
-    z_y = torch.where(inside, head.entries(head.x, torch.where(inside, y, 0)), torch.nan)
+    z_y = torch.where(inside, head.entries(Loaded(head.x, head.map), torch.where(inside, y, 0)), torch.nan)
+    count: int | Tensor
     if isinstance(negatives, Tensor):
         used = negatives != y
         count = used.sum(1)
-        return _sum_over_chosen(head, z_y, negatives, used, form, form.shift(count), budget), count
-    if negatives < classes - 1:
+    elif negatives < classes - 1:
         with torch.no_grad():
-            every_row = replace(targets, rows=None, total=targets.count)
-            detached = LinearHead(
-                head.x.detach(), head.w.detach(), None if head.b is None else head.b.detach()
-            )
+            every_row = replace(targets, selection=Selection(targets.count))
+            b = None if head.b is None else head.b.detach()
+            detached = LinearHead(head.x.detach(), head.w.detach(), b)
             hardest = _attribution_sweep.attribution(Problem(detached, every_row, budget), negatives).classes
-        unmasked = hardest >= 0
-        hardest = torch.where(unmasked, hardest, 0)
-        return _sum_over_chosen(head, z_y, hardest, unmasked, form, form.shift(negatives), budget), negatives
-    return _sum_over_all(head, z_y, y, form, form.shift(classes - 1), budget), classes - 1
+        used, count = hardest >= 0, negatives
+        negatives = torch.where(used, hardest, 0)
+    else:
+        return _sum_over_all(head, z_y, y, form, form.shift(classes - 1), budget), classes - 1
+    return _sum_over_chosen(head, z_y, negatives, used, form, form.shift(count), budget), count
 
 
 def _sum_over_all(
@@ -93,12 +95,11 @@ def _sum_over_chosen(
     def block(
         x: Tensor, w: Tensor, b: Tensor | None, z_y: Tensor, classes: Tensor, used: Tensor, shift: Tensor
     ) -> Tensor:
-        m = LinearHead(x, w, b).entries(x, classes) - z_y
+        m = LinearHead(x, w, b).entries(Loaded(x, IDENTITY), classes) - z_y
         return form.sum(torch.where(used, m, NEG_INF), shift)
 
-    size = max(
-        1, budget // (3 * head.dtype.itemsize * max(1, k * head.depth))
-    )  # room for the gathered class vectors
+    # room for the gathered class vectors
+    size = max(1, budget // (3 * head.dtype.itemsize * max(1, k * head.depth)))
     pieces = zip(*(t.split(size) for t in (head.x, z_y, classes, used, shifts)), strict=True)
     return torch.cat([_recompute(block, x, head.w, head.b, *rest) for x, *rest in pieces])
 

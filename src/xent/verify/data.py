@@ -207,10 +207,8 @@ def _digits(table: DigitRows, generator: torch.Generator) -> Batch:
 
 
 def _moved(batch: Batch, dtype: torch.dtype, device: torch.device) -> Batch:
-    head = (
-        None
-        if batch.head is None
-        else Head(*(part.to(device, dtype) for part in (batch.head.x, batch.head.w, batch.head.b)))
-    )
+    head = batch.head
+    if head is not None:
+        head = Head(*(part.to(device, dtype) for part in (head.x, head.w, head.b)))
     z, q = (part.to(device, dtype) for part in (batch.z, batch.q))
     return Batch(batch.name, z, batch.y.to(device), q, head)

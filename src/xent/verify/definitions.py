@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import xent
 from xent._core.logits import DenseLogits
+from xent._core.problem import Problem
 from xent._core.statistics import Statistics
 from xent._core.targets import probability_targets
 from xent._core.tiles import sweep
-from xent._core.tiles.plan import DEFAULT_BUDGET
-from xent.verify.data import Exact, Head
+from xent.verify.data import Batch, Exact, Head
 from xent.verify.registry import Deviation, Setting, identity
 
 ROUNDED = "a loss is rounded once, and z − max z once for each class"
@@ -27,23 +28,19 @@ PRODUCTS = "as for a loss; and a product of D terms is rounded D times, in any o
 
 @identity("cross-entropy", "ℓ = a·lse(z) − ⟨t, z⟩", section=1, allowed=4, because=ROUNDED)
 def formula(s: Setting) -> Iterator[Deviation]:
-    for batch in s.batches:
-        for kind, target, t in batch.targets:
-            computed = xent.cross_entropy(batch.z, target, reduction="none")
-            yield s.compare(
-                computed, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, {kind} targets"
-            )
+    for where, batch, target, t in s.targets:
+        computed = xent.cross_entropy(batch.z, target, reduction="none")
+        yield s.compare(computed, batch.exact.loss(t), batch.exact.loss_scale(t), where)
 
 
 @identity(
     "a common offset", "ℓ(z + c·1) = ℓ(z)", section=1, allowed=0, because="z + c is exact in these rows"
 )
 def offset(s: Setting) -> Iterator[Deviation]:
-    for batch in s.batches:
+    for where, batch, target, _ in s.targets:
         z = torch.where(batch.z.isfinite(), batch.z.clamp(-8, 8).mul(2).round() / 2, batch.z)
-        for kind, target, _ in batch.targets:
-            computed, moved = (xent.cross_entropy(u, target, reduction="none") for u in (z, z + 32))
-            yield s.compare(moved, computed, 1.0, f"{batch.name}, {kind} targets")
+        computed, moved = (xent.cross_entropy(u, target, reduction="none") for u in (z, z + 32))
+        yield s.compare(moved, computed, 1.0, where)
 
 
 @identity("label smoothing", "t = (1 − ε)·e_y + ε/C", section=1, allowed=4, because=ROUNDED)
@@ -52,17 +49,12 @@ def smoothing(s: Setting) -> Iterator[Deviation]:
         for epsilon in (0.1, 1.0):
             t = (1 - epsilon) * batch.one_hot + epsilon / batch.z.shape[1]
             computed = xent.cross_entropy(batch.z, batch.y, label_smoothing=epsilon, reduction="none")
-            yield s.compare(
-                computed, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, ε = {epsilon}"
-            )
+            expected, scale = batch.exact.loss(t), batch.exact.loss_scale(t)
+            yield s.compare(computed, expected, scale, f"{batch.name}, ε = {epsilon}")
 
 
 @identity(
-    "smoothing as a prior",
-    "ℓ_ε = (1 − ε)·ℓ + ε·(KL(u‖p) + log C)",
-    section=1,
-    allowed=8,
-    because=TWICE,
+    "smoothing as a prior", "ℓ_ε = (1 − ε)·ℓ + ε·(KL(u‖p) + log C)", section=1, allowed=8, because=TWICE
 )
 def prior(s: Setting) -> Iterator[Deviation]:
     epsilon = 0.1
@@ -104,9 +96,8 @@ def class_weights(s: Setting) -> Iterator[Deviation]:
         for epsilon in (0.0, 0.25):
             t = w.cpu().double() * ((1 - epsilon) * batch.one_hot + epsilon / classes)
             computed = xent.cross_entropy(batch.z, batch.y, w, label_smoothing=epsilon, reduction="none")
-            yield s.compare(
-                computed, batch.exact.loss(t), batch.exact.loss_scale(t), f"{batch.name}, ε = {epsilon}"
-            )
+            expected, scale = batch.exact.loss(t), batch.exact.loss_scale(t)
+            yield s.compare(computed, expected, scale, f"{batch.name}, ε = {epsilon}")
 
 
 @identity("the mean", "Σ s ℓ / Σ s·w[y], of no rows 0", section=1, allowed=4, because=ROUNDED)
@@ -140,9 +131,8 @@ def ignored(s: Setting) -> Iterator[Deviation]:
         scale = exact.loss_scale(batch.one_hot)
         yield s.compare(computed, torch.where(counted, exact.loss(t), 0.0), scale, batch.name)
         expected = torch.where(counted[:, None], exact.gradient(t), 0.0)
-        yield s.compare(
-            gradient, expected, exact.gradient_scale(batch.one_hot), f"{batch.name}, the gradient"
-        )
+        scale = exact.gradient_scale(batch.one_hot)
+        yield s.compare(gradient, expected, scale, f"{batch.name}, the gradient")
 
 
 @identity("two classes", "softmax of (0, s) = binary, of s", section=1, allowed=8, because=TWICE)
@@ -191,16 +181,10 @@ def log_zero(s: Setting) -> Iterator[Deviation]:
 
 
 def _statistics(z: Tensor, q: Tensor) -> Statistics:
-    return sweep.statistics(sweep.Problem(DenseLogits(z), probability_targets(q), DEFAULT_BUDGET))
+    return sweep.statistics(Problem(DenseLogits(z), probability_targets(q)))
 
 
-@identity(
-    "merging statistics",
-    "(A ∪ B) ∪ C = A ∪ (B ∪ C) = whole",
-    section=2,
-    allowed=8,
-    because=TWICE,
-)
+@identity("merging statistics", "(A ∪ B) ∪ C = A ∪ (B ∪ C) = whole", section=2, allowed=8, because=TWICE)
 def merging(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
         t = batch.q.cpu().double()
@@ -223,41 +207,32 @@ def merging(s: Setting) -> Iterator[Deviation]:
                 yield s.compare(union.loss, expected, scale, f"{batch.name}, {name}", dtype)
 
 
+def _head_losses(batch: Batch, head: Head, **options: Any) -> Tensor:
+    return xent.linear_cross_entropy(head.x, head.w, batch.y, linear_bias=head.b, reduction="none", **options)
+
+
 @identity("tiles", "small tiles = one tile", section=2, allowed=8, because=PRODUCTS)
 def tiles(s: Setting) -> Iterator[Deviation]:
-    for name, head, y, one_hot in _heads(s):
-        given = (head.x, head.w, y)
-        whole = xent.linear_cross_entropy(*given, linear_bias=head.b, reduction="none")
+    for batch, head in s.heads:
+        whole, scale = _head_losses(batch, head).cpu().double(), head.loss_scale(batch.one_hot)
         for budget in (4_000, 40_000):
-            computed = xent.linear_cross_entropy(
-                *given, linear_bias=head.b, reduction="none", memory_budget=budget
-            )
-            yield s.compare(
-                computed, whole.cpu().double(), head.loss_scale(one_hot), f"{name}, {budget} bytes"
-            )
+            computed = _head_losses(batch, head, memory_budget=budget)
+            yield s.compare(computed, whole, scale, f"{batch.name}, {budget} bytes")
 
 
 @identity("a linear head", "ℓ(x, W, b) = ℓ(W x + b)", section=2, allowed=8, because=PRODUCTS)
 def linear_head(s: Setting) -> Iterator[Deviation]:
-    for name, head, y, one_hot in _heads(s):
-        computed = xent.linear_cross_entropy(head.x, head.w, y, linear_bias=head.b, reduction="none")
-        expected = head.exact.loss(one_hot)
-        yield s.compare(computed, expected, head.loss_scale(one_hot), name)
+    for batch, head in s.heads:
+        expected, scale = head.exact.loss(batch.one_hot), head.loss_scale(batch.one_hot)
+        yield s.compare(_head_losses(batch, head), expected, scale, batch.name)
 
 
 @identity("gauge freedom", "W + 1vᵀ: the same loss", section=5, allowed=8, because=PRODUCTS)
 def gauge(s: Setting) -> Iterator[Deviation]:
-    for name, head, y, one_hot in _heads(s):
+    for batch, head in s.heads:
         moved = replace(head, w=head.w + 1)
-        computed = xent.linear_cross_entropy(moved.x, moved.w, y, linear_bias=moved.b, reduction="none")
-        yield s.compare(computed, head.exact.loss(one_hot), moved.loss_scale(one_hot), name)
-
-
-def _heads(s: Setting) -> Iterator[tuple[str, Head, Tensor, Tensor]]:
-    """Yield name, head, classes and their one-hot rows of the batches that have features."""
-    for batch in s.batches:
-        if batch.head is not None:
-            yield batch.name, batch.head, batch.y, batch.one_hot
+        expected, scale = head.exact.loss(batch.one_hot), moved.loss_scale(batch.one_hot)
+        yield s.compare(_head_losses(batch, moved), expected, scale, batch.name)
 
 
 # §3 Likelihood, entropy, divergence

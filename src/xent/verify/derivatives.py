@@ -58,11 +58,9 @@ def compare_gradients(
     s: Setting, loss_of: Callable[[Tensor], Callable[[Tensor], Tensor]]
 ) -> Iterator[Deviation]:
     """Compare the gradient of a loss with a·p − t, for every kind of target."""
-    for batch in s.batches:
-        for kind, target, t in batch.targets:
-            computed = first(loss_of(target), batch.z)
-            expected, scale = batch.exact.gradient(t), batch.exact.gradient_scale(t)
-            yield s.compare(computed, expected, scale, f"{batch.name}, {kind} targets")
+    for where, batch, target, t in s.targets:
+        computed = first(loss_of(target), batch.z)
+        yield s.compare(computed, batch.exact.gradient(t), batch.exact.gradient_scale(t), where)
 
 
 @identity(
@@ -126,21 +124,15 @@ def inverse_temperature(s: Setting) -> Iterator[Deviation]:
 
 
 @identity(
-    "gradients through the head",
-    "Wᵀ(a p − t), (a p − t)xᵀ, a p − t",
-    section=4,
-    allowed=8,
-    because=PRODUCTS,
+    "gradients through the head", "Wᵀ(a p − t), (a p − t)xᵀ, a p − t", section=4, allowed=8, because=PRODUCTS
 )
 def head_gradients(s: Setting) -> Iterator[Deviation]:
-    for batch in s.batches:
-        if batch.head is None:
-            continue
-        x, w, b = (part.detach().requires_grad_() for part in (batch.head.x, batch.head.w, batch.head.b))
+    for batch, head in s.heads:
+        x, w, b = (part.detach().requires_grad_() for part in (head.x, head.w, head.b))
         for kind, target, t in batch.targets:
             loss = xent.linear_cross_entropy(x, w, target, linear_bias=b, reduction="sum")
             computed = torch.autograd.grad(loss, (x, w, b))
-            g, scale = batch.head.exact.gradient(t), batch.head.gradient_scale(t)
+            g, scale = head.exact.gradient(t), head.gradient_scale(t)
             x64, w64 = x.detach().cpu().double(), w.detach().cpu().double()
             for name, value, expected, size in (
                 ("x", computed[0], g @ w64, scale @ w64.abs()),
@@ -155,14 +147,11 @@ def head_gradients(s: Setting) -> Iterator[Deviation]:
 )
 def feature_extractor(s: Setting) -> Iterator[Deviation]:
     """Check ∂ℓ/∂θ = Σ_n u∘Wᵀ(a p − t) for x = θ∘u, a scale for each feature."""
-    for batch in s.batches:
-        if batch.head is None:
-            continue
-        head, t = batch.head, batch.q.cpu().double()
+    for batch, head in s.heads:
+        t = batch.q.cpu().double()
         theta = torch.ones_like(head.x[0]).requires_grad_()
-        loss = xent.linear_cross_entropy(
-            head.x * theta, head.w, batch.q, linear_bias=head.b, reduction="none"
-        )
+        x = head.x * theta
+        loss = xent.linear_cross_entropy(x, head.w, batch.q, linear_bias=head.b, reduction="none")
         (computed,) = torch.autograd.grad(loss, theta, torch.ones_like(loss))
         x, w, g = head.x.cpu().double(), head.w.cpu().double(), head.exact.gradient(t)
         size = (x.abs() * (head.gradient_scale(t) @ w.abs())).sum(0)
@@ -174,12 +163,15 @@ def feature_extractor(s: Setting) -> Iterator[Deviation]:
 
 @identity("the second derivative", "∂²ℓ/∂z² = a·(diag(p) − p pᵀ)", section=5, allowed=4, because=GRADIENT)
 def second_derivative(s: Setting) -> Iterator[Deviation]:
-    for batch in s.batches:
-        for kind, target, t in batch.targets:
-            computed = second(rows_of(target), batch.z)
-            a = t.sum(1)[:, None, None]
-            scale = a * batch.exact.p.norm(dim=1)[:, None, None]
-            yield s.compare(computed, a * batch.exact.jacobian, scale, f"{batch.name}, {kind} targets")
+    for where, batch, target, t in s.targets:
+        yield compare_curvature(s, second(rows_of(target), batch.z), batch, t, where)
+
+
+def compare_curvature(s: Setting, computed: Tensor, batch: Batch, t: Tensor, where: str) -> Deviation:
+    """Compare second derivatives of the rows of a batch, (N, C, C), with a·(diag(p) − p pᵀ)."""
+    a = t.sum(1)[:, None, None]
+    scale = a * batch.exact.p.norm(dim=1)[:, None, None]
+    return s.compare(computed, a * batch.exact.jacobian, scale, where)
 
 
 def jacobian(batch: Batch) -> Tensor:
@@ -217,14 +209,9 @@ def chain(s: Setting) -> Iterator[Deviation]:
         ratio = (q / exact.p)[positive]
         computed = torch.einsum("nij,nj->ni", J.cpu().double()[positive], -ratio)
         scale = torch.einsum("nij,nj->ni", exact.jacobian.abs()[positive], ratio)
+        expected, scale = exact.gradient(q)[positive], scale + exact.gradient_scale(q)[positive]
         if positive.any():
-            yield s.compare(
-                computed,
-                exact.gradient(q)[positive],
-                scale + exact.gradient_scale(q)[positive],
-                batch.name,
-                J.dtype,
-            )
+            yield s.compare(computed, expected, scale, batch.name, J.dtype)
 
 
 @identity(
@@ -246,21 +233,15 @@ def worked_row(s: Setting) -> Iterator[Deviation]:
 
 @identity("the surrogate", "⟨a·p − t, z⟩ = ℓ − a·H(p)", section=7, allowed=8, because="as for a loss, twice")
 def surrogate(s: Setting) -> Iterator[Deviation]:
-    for batch in s.batches:
-        for kind, target, t in batch.targets:
-            computed = xent.surrogate_cross_entropy(batch.z, target, reduction="none")
-            a, exact = t.sum(1), batch.exact
-            expected = exact.loss(t) - a * exact.entropy()
-            scale = exact.loss_scale(t) + a * exact.entropy_scale()
-            yield s.compare(computed, expected, scale, f"{batch.name}, {kind} targets")
+    for where, batch, target, t in s.targets:
+        computed = xent.surrogate_cross_entropy(batch.z, target, reduction="none")
+        a, exact = t.sum(1), batch.exact
+        expected = exact.loss(t) - a * exact.entropy()
+        yield s.compare(computed, expected, exact.loss_scale(t) + a * exact.entropy_scale(), where)
 
 
 @identity(
-    "the surrogate's own slope",
-    "∂(ℓ − a·H)/∂z = a·p − t + a·J·z",
-    section=7,
-    allowed=8,
-    because=GRADIENT,
+    "the surrogate's own slope", "∂(ℓ − a·H)/∂z = a·p − t + a·J·z", section=7, allowed=8, because=GRADIENT
 )
 def surrogate_own_gradient(s: Setting) -> Iterator[Deviation]:
     """Check the gradient of the surrogate's value, which is not what its `backward` returns."""
@@ -288,8 +269,5 @@ def surrogate_gradient(s: Setting) -> Iterator[Deviation]:
 )
 def surrogate_curvature(s: Setting) -> Iterator[Deviation]:
     for batch in s.batches:
-        t = batch.q.cpu().double()
         computed = second(surrogate_of(batch.q), batch.z)
-        a = t.sum(1)[:, None, None]
-        scale = a * batch.exact.p.norm(dim=1)[:, None, None]
-        yield s.compare(computed, a * batch.exact.jacobian, scale, batch.name)
+        yield compare_curvature(s, computed, batch, batch.q.cpu().double(), batch.name)

@@ -50,9 +50,7 @@ def rivals(figure: Figure) -> None:
     figure.set_size_inches(6.4, 5.2)
     axes = figure.add_subplot()
     shade = np.where(np.eye(10, dtype=bool), np.nan, share)
-    figures.pairs(axes, shade, text, [str(c) for c in range(10)], "share of all loss")
-    axes.set_xlabel("rival", labelpad=8)
-    axes.set_ylabel("true", labelpad=8)
+    figures.pairs(axes, shade, text, [str(c) for c in range(10)], "rival", "share of all loss")
     mean_loss = float(pairs.loss.sum() / pairs.count.sum())
     figures.titled(
         axes, "Who carries whose loss", f"per cent of {mean_loss:.3f} nats a row, over {len(y):,} digits"
@@ -66,13 +64,8 @@ def hardest(figure: Figure) -> None:
     worst = bounds.hardest_low.topk(5).indices
     attribution = xent.triplets.attribution(logits[worst], y[worst], 1)
     figure.set_size_inches(13.9, 4.2)
-    for axes, n, rival, share in zip(
-        figure.subplots(1, 5),
-        worst.tolist(),
-        attribution.classes[:, 0],
-        attribution.shares[:, 0],
-        strict=True,
-    ):
+    classes, shares = attribution.classes[:, 0], attribution.shares[:, 0]
+    for axes, n, rival, share in zip(figure.subplots(1, 5), worst.tolist(), classes, shares, strict=True):
         axes.imshow(pixels[n], cmap="gray_r", vmin=0, vmax=16)
         axes.set_axis_off()
         axes.set_title(f"a {int(y[n])}; rival {int(rival)}", fontsize=11, weight="bold", loc="left")

@@ -56,9 +56,7 @@ def cost_of_a_probability(figure: Figure) -> None:
         cost = float(xent.binary_cross_entropy(torch.tensor(at), torch.tensor(1.0)))
         axes.plot(at, cost, "o", color=BLUE, markersize=6)
         _name(axes, at, cost, f"{what}  {cost:.3f}", BLUE, shift, side)
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 5)
-    axes.set_xlabel("probability given to what came true")
+    axes.set(xlim=(0, 1), ylim=(0, 5), xlabel="probability given to what came true")
     figures.titled(axes, "What a probability costs", "−log p in nats: without bound at 0, nothing at 1")
 
 
@@ -104,9 +102,7 @@ def gradients_on_a_logit(figure: Figure) -> None:
         axes.plot(s.detach(), slope, color=colour)
     _name(axes, -0.2, -0.76, "cross-entropy  σ(s) − 1", BLUE)
     _name(axes, -7.6, -0.37, "squared error  2(σ(s) − 1)σ′(s)", VERMILION)
-    axes.set_xlim(-8, 8)
-    axes.set_ylim(-1.08, 0.05)
-    axes.set_xlabel("logit s of a row whose answer is 1")
+    axes.set(xlim=(-8, 8), ylim=(-1.08, 0.05), xlabel="logit s of a row whose answer is 1")
     figures.titled(axes, "A row that is wrong and sure still learns", "derivative of the loss in the logit")
 
 
@@ -121,46 +117,40 @@ def bounds_as_logits_sharpen(figure: Figure) -> None:
         axes.fill_between(
             beta, bounds.hardest_low, bounds.hardest_high, color="#F0F0F0", linewidth=0, zorder=0
         )
-        for name, colour in BOUNDS.items():
+        for name, (_, colour) in BOUNDS.items():
             line = dict(linewidth=3.0, zorder=3) if name == "loss" else dict(linewidth=1.7)
             axes.plot(beta, getattr(bounds, name), color=colour, **line)
-        axes.set_xlim(0, 12)
-        axes.set_xlabel("sharpness β of the logits β·z")
-    right.set_yscale("log")
-    right.set_ylim(2e-3, 12)
+        axes.set(xlim=(0, 12), xlabel="sharpness β of the logits β·z")
+    right.set(yscale="log", ylim=(2e-3, 12))
     right.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     wrong.set_ylim(0, 6)
     # the height of each name at the right end of its curve, so that none covers another
-    for axes, places in (
-        (right, {"union": 0.036, "loss": 0.0185, "tight": 0.0095, "smooth": 0.0049, "hardest_low": 0.0025}),
-        (
-            wrong,
-            {"union": 5.15, "loss": 4.75, "hardest_low": 4.35, "tight": 1.25, "smooth": 0.85, "hinge": 0.45},
-        ),
-    ):
+    on_right = {"union": 0.036, "loss": 0.0185, "tight": 0.0095, "smooth": 0.0049, "hardest_low": 0.0025}
+    on_wrong = {
+        "union": 5.15,
+        "loss": 4.75,
+        "hardest_low": 4.35,
+        "tight": 1.25,
+        "smooth": 0.85,
+        "hinge": 0.45,
+    }
+    for axes, places in ((right, on_right), (wrong, on_wrong)):
         for name, at in places.items():
-            _name(axes, 12, at, NAMES[name], BOUNDS[name], (6, -3))
-    _name(right, 4.55, 3.2e-3, NAMES["hinge"], BOUNDS["hinge"], (-4, 0), "right")
+            _name(axes, 12, at, *BOUNDS[name], (6, -3))
+    _name(right, 4.55, 3.2e-3, *BOUNDS["hinge"], (-4, 0), "right")
     figures.titled(right, "A row that is right", "triplet bounds in nats, log scale; ten classes")
     figures.titled(wrong, "A row that is wrong", "the same in nats; grey: what the hardest allows")
 
 
 BOUNDS = {
-    "union": PURPLE,
-    "loss": BLUE,
-    "hardest_low": FAINT,
-    "tight": GREEN,
-    "smooth": ORANGE,
-    "hinge": VERMILION,
+    "union": ("Σ softplus", PURPLE),
+    "loss": ("cross-entropy", BLUE),
+    "hardest_low": ("hardest alone", FAINT),
+    "tight": ("tight", GREEN),
+    "smooth": ("smooth", ORANGE),
+    "hinge": ("hinge", VERMILION),
 }
-NAMES = {
-    "union": "Σ softplus",
-    "loss": "cross-entropy",
-    "hardest_low": "hardest alone",
-    "tight": "tight",
-    "smooth": "smooth",
-    "hinge": "hinge",
-}
+"""The name and the colour of each curve."""
 FIGURES: dict[str, Callable[[Figure], None]] = {
     "cost-of-a-probability": cost_of_a_probability,
     "surrogate": surrogate,
@@ -182,9 +172,7 @@ def _name(
     side: str = "left",
 ) -> None:
     """Write a name beside the point (x, y), shifted by ``shift`` points."""
-    axes.annotate(
-        text, (x, y), shift, textcoords="offset points", color=colour, weight="bold", ha=side, zorder=4
-    )
+    figures.note(axes, text, (x, y), shift, color=colour, weight="bold", ha=side, zorder=4)
 
 
 def _diagonal(axes: Axes, low: float, high: float) -> None:
@@ -192,10 +180,6 @@ def _diagonal(axes: Axes, low: float, high: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.plot([low, high], [low, high], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-    axes.set_xlim(low, high)
-    axes.set_ylim(low, high)
-    axes.set_aspect("equal")
     ticks = MaxNLocator(nbins=6, steps=[1, 2, 5, 10]).tick_values(low, high)
     inside = [tick for tick in ticks if low <= tick <= high]
-    axes.set_xticks(inside)
-    axes.set_yticks(inside)
+    axes.set(xlim=(low, high), ylim=(low, high), aspect="equal", xticks=inside, yticks=inside)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent.verify.data import Batch
+from xent.verify.data import Batch, Head
 
 
 class Deviation(NamedTuple):
@@ -34,6 +34,18 @@ class Setting:
     dtype: torch.dtype
     device: torch.device
     batches: tuple[Batch, ...]
+
+    @property
+    def targets(self) -> Iterator[tuple[str, Batch, Tensor, Tensor]]:
+        """The batches with each kind of target: its name, the batch, the target, and the same as rows t."""
+        for batch in self.batches:
+            for kind, target, t in batch.targets:
+                yield f"{batch.name}, {kind} targets", batch, target, t
+
+    @property
+    def heads(self) -> Iterator[tuple[Batch, Head]]:
+        """The batches that have features, each with its head."""
+        return ((batch, batch.head) for batch in self.batches if batch.head is not None)
 
     def tensor(self, values: object) -> Tensor:
         """Return a tensor of the checked type on the device."""

@@ -113,19 +113,16 @@ def verify(dtypes: Sequence[str] = DEFAULT_DTYPES, device: str = "cpu") -> Repor
     """Check every identity in every type on a device; an exception in one does not end the others."""
     began = time.perf_counter()
     table = read_digits()
+    in_order = sorted(IDENTITIES.values(), key=lambda identity: identity.section)
     outcomes = []
     where = torch.device(device)
     data: tuple[str, ...] = ()
     for dtype in dtypes:
         setting = Setting(DTYPES[dtype], where, batches(DTYPES[dtype], where, table))
         data = tuple(f"{batch.name}: {len(batch.y):,} rows" for batch in setting.batches)
-        outcomes += [_outcome(identity, dtype, setting) for identity in _in_order()]
+        outcomes += [_outcome(identity, dtype, setting) for identity in in_order]
     missing = None if table is not None else "digits: scikit-learn comes with pip install 'xent[probe]'"
     return Report(tuple(outcomes), tuple(dtypes), device, data, missing, time.perf_counter() - began)
-
-
-def _in_order() -> list[Identity]:
-    return sorted(IDENTITIES.values(), key=lambda identity: identity.section)
 
 
 def _outcome(identity: Identity, dtype: str, setting: Setting) -> Outcome:

@@ -113,9 +113,8 @@ def decomposition(s: Setting) -> Iterator[Deviation]:
             largest = terms.sort(1, descending=True).values[:, :k]
             yield s.compare(computed.losses, largest, scale[:, None], f"{batch.name}, {k} terms")
             from_shares = computed.shares.cpu().double() * loss[:, None]
-            yield s.compare(
-                computed.losses, from_shares, scale[:, None], f"{batch.name}, {k} terms as shares"
-            )
+            where = f"{batch.name}, {k} terms as shares"
+            yield s.compare(computed.losses, from_shares, scale[:, None], where)
 
 
 @identity("the gradient in a margin", "∂ℓ/∂m_j = p_j", section=6, allowed=4, because="p is rounded once")
@@ -138,17 +137,13 @@ def gradient_in_a_margin(s: Setting) -> Iterator[Deviation]:
     because="a product of D terms is rounded D times, in any order",
 )
 def squared_distances(s: Setting) -> Iterator[Deviation]:
-    for batch in s.batches:
-        if batch.head is None:
-            continue
-        x, w, y = batch.head.x, batch.head.w, batch.y
+    for batch, head in s.heads:
+        x, w, y = head.x, head.w, batch.y
         bias = -w.square().sum(1) / 2
         computed = 2 * xent.triplets.linear_margins(x, w, y, linear_bias=bias)
         x64, w64, is_target = x.cpu().double(), w.cpu().double(), batch.one_hot.bool()
         logits = -(x64[:, None] - w64).square().sum(2)
         size = x64.square().sum(1, keepdim=True) + 2 * x64.abs() @ w64.abs().T + w64.square().sum(1)
-        expected, scale = (
-            (logits - logits[is_target][:, None])[~is_target],
-            (size + size[is_target][:, None])[~is_target],
-        )
+        expected = (logits - logits[is_target][:, None])[~is_target]
+        scale = (size + size[is_target][:, None])[~is_target]
         yield s.compare(computed, expected.view_as(computed), scale.view_as(computed), batch.name, s.dtype)

@@ -1,6 +1,6 @@
 """Second derivatives of the rows' losses in closed form, tile by tile; no logits are kept.
 
-Along tangents (ẋ, Ẇ, ḃ) of the scores' tensors and q̇ of the probabilities, with u̇ pushed through the head,
+Along tangents (ẋ, Ẇ, ḃ) of the logits' tensors and q̇ of the probabilities, with u̇ pushed through the head,
 ζ = (dz/du)·u̇, f = ∂t/∂q and the row coefficients α, γ of the gradient:
 
     ℓ̇ = a⟨p, ζ⟩ − ⟨t, ζ⟩ + ⟨f∘q̇, −log p⟩        lsė = ⟨p, ζ⟩
@@ -28,19 +28,14 @@ from torch import Tensor
 
 from xent._core.coefficients import Coefficients
 from xent._core.collectives import ClassGroup
-from xent._core.logits import GradientAccumulator, Rows, Tangents
-from xent._core.ops import Accumulator, cut
+from xent._core.logit_map import Rows
+from xent._core.logits import Loaded, Tangents
+from xent._core.ops import cut
+from xent._core.problem import Problem
 from xent._core.statistics import RequestedOutputs, Statistics, TargetColumns
+from xent._core.tiles.formulas import Tile, differentiate_logits, target_residual
 from xent._core.tiles.plan import Plan
-from xent._core.tiles.sweep import (
-    Problem,
-    Tile,
-    Workspace,
-    differentiate_logits,
-    revisit,
-    target_residual,
-    target_total,
-)
+from xent._core.tiles.sweep import TileGradients, Workspace, revisit, target_total
 
 
 class RowTangent(NamedTuple):
@@ -81,7 +76,7 @@ class _Pushed(NamedTuple):
 
 
 def tangent(problem: Problem, found: Statistics, tangents: Tangents, dq: Tensor | None) -> RowTangent:
-    """Directional derivatives of the rows' ℓ and lse."""
+    """Return the directional derivatives of the rows' ℓ and lse."""
     problem = problem.completed(found)
     plan = _plan(problem, resident=False)
     workspace = _workspace(problem, plan)
@@ -100,20 +95,18 @@ def product(
     coefficients: Coefficients,
     tangents: Tangents,
     dq: Tensor | None,
-    wants: tuple[bool, ...],
-    *,
-    wants_target: bool,
-) -> tuple[RowTangent, GradientAccumulator, Accumulator | None]:
-    """Row tangents, and the derivative of ⟨gradient, tangents⟩ in the scores' tensors and in q."""
+    wants: tuple[bool, ...],  # of probabilities, then of the logits' tensors
+) -> tuple[RowTangent, TileGradients]:
+    """Return row tangents, and the derivative of ⟨gradient, tangents⟩ in q and in the logits' tensors."""
     problem = problem.completed(found)
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     # where other processes hold classes too, a row's tangent is not known when its own tiles have been seen
     whole = None if problem.ranks is None else tangent(problem, found, tangents, dq)
     plan = _plan(problem, resident=whole is None)
     workspace = _workspace(problem, plan)
-    accumulator = logits.accumulator(ops, wants)
-    q_part = target_total(problem) if wants_target else None
-    wants_g = logits.transform.curved or accumulator.crosses(tangents)
+    accumulator = logits.accumulator(ops, wants[1:])
+    q_part = target_total(problem) if wants[0] else None
+    wants_g = logits.map.curved or accumulator.crosses(tangents)
     parts = []
 
     def visit(chunk: slice) -> None:
@@ -126,7 +119,7 @@ def product(
         else:
             part, kept = whole.rows(chunk), []
         parts.append(part)
-        for number, classes in enumerate(plan.class_tiles(targets.classes)):
+        for number, classes in enumerate(plan.class_tiles(targets.n_classes)):
             if kept:
                 pushed = kept[number]
             else:
@@ -152,7 +145,9 @@ def product(
                 visit(chunk)
             if problem.ranks is not None:
                 accumulator.share(targets.pick(block), problem.ranks)
-    return _concatenate(parts, found, problem.requested) if whole is None else whole, accumulator, q_part
+    q = targets.probabilities
+    gradients = TileGradients(q_part, None if q is None else q.dtype, accumulator)
+    return _concatenate(parts, found, problem.requested) if whole is None else whole, gradients
 
 
 def _chunk_tangent(
@@ -172,7 +167,7 @@ def _chunk_tangent(
     apart = left = at_sure = p_zeta
     sure = torch.full_like(found.m, -1, dtype=torch.int64)
     kept = []
-    for classes in plan.class_tiles(targets.classes):
+    for classes in plan.class_tiles(targets.n_classes):
         pushed = _push(problem, workspace, chunk, picked, loaded, classes, found, tangents)
         zeta, own, shifted = pushed.zeta, pushed.tile.own, pushed.shifted
         # the own class apart, as in the gradient: p_y − 1 of a row that is sure is smaller than p_y rounds
@@ -208,7 +203,7 @@ def _chunk_tangent(
             kept.append(pushed)
     entropy = None if found.e is None else found.e / (1 + found.r) * p_zeta - p_zeta_z
     log_prob = centred if problem.requested.log_prob else None
-    one = targets.own is not None and targets.own.shape[1] == 1
+    one = targets.index is not None and targets.index.shape[1] == 1
     out = RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob, centred if one else None)
     return out._replace(apart=apart, left=left, at_sure=at_sure, sure=sure), kept
 
@@ -251,7 +246,7 @@ def _push(
     workspace: Workspace,
     chunk: slice,
     picked: Rows,
-    loaded: Tensor,
+    loaded: Loaded,
     classes: slice,
     found: Statistics,
     tangents: Tangents,
@@ -261,18 +256,19 @@ def _push(
     tile, shifted = revisit(problem, workspace, chunk, loaded, classes, found)
     bend = None
     if tile.slope is not None:
-        bend = logits.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope, classes)
+        bend = loaded.map.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope, classes)
     wanted = targets.probabilities is not None or problem.requested.entropy
     saved = shifted.clone() if wanted else None
     tile = tile._replace(z=ops.exp(shifted))
     du = zeta = torch.zeros_like(tile.z)
     if any(t is not None for t in tangents):
         du = logits.push(ops, picked, loaded, tangents, classes, workspace.tile(chunk, classes, 1))
-        gain = logits.transform.gain
+        gain = tile.gain
+        gain = gain.to(du.dtype)[:, None] if isinstance(gain, Tensor) else gain
         if tile.slope is not None:
             zeta = du * tile.slope * gain
         else:
-            zeta = du if gain == 1.0 else ops.mul(du, gain)
+            zeta = du if isinstance(gain, float) and gain == 1.0 else ops.mul(du, gain)
     return _Pushed(tile, saved, du, zeta, bend)
 
 
@@ -286,9 +282,9 @@ def _hessian_tile(
     dq: Tensor | None,
 ) -> Tensor:
     """Return gain·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇)), in the memory of ζ."""
-    logits, targets, ops = problem.logits, problem.targets, problem.ops
+    targets, ops = problem.targets, problem.ops
     dtype = pushed.zeta.dtype
-    asked = asked.scaled(logits.transform.gain)
+    asked = asked.scaled(pushed.tile.gain)
     gamma, alpha = asked.loss, asked.alpha(found.a)
     r = ops.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
     if part.centred is not None and pushed.tile.own is not None:
@@ -318,7 +314,7 @@ def _hessian_tile(
 
 def _plan(problem: Problem, *, resident: bool) -> Plan:
     # kept: probabilities and tangents, and where the transform is curved its slopes, bends and ζ beside u̇
-    curved, soft = problem.logits.transform.curved, problem.targets.probabilities is not None
+    curved, soft = problem.logits.map.curved, problem.targets.probabilities is not None
     entropy = problem.requested.entropy
     kept = 2 + 2 * curved + (soft or entropy)
     # those of a tile live on while the next tile makes its own
@@ -327,7 +323,7 @@ def _plan(problem: Problem, *, resident: bool) -> Plan:
 
 
 def _workspace(problem: Problem, plan: Plan) -> Workspace:
-    return Workspace(problem, plan, slopes=problem.logits.transform.curved, buffers=2, slope_at=2)
+    return Workspace(problem, plan, slopes=problem.logits.map.curved, buffers=2, slope_at=2)
 
 
 def _of_all_classes(part: RowTangent, ranks: ClassGroup) -> RowTangent:

@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xent._core.problem import Problem
 from xent._core.statistics import PairwiseMerge, Statistics, statistics_dtype, summarise
-from xent._core.tiles.sweep import Problem, Workspace
+from xent._core.tiles.sweep import Workspace
 
 BLOCK = 64  # classes: of a tile of 4096, as many blocks as one holds classes
 
@@ -63,7 +64,7 @@ def top_k(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
             loaded = logits.load(targets.pick(chunk))
             union: PairwiseMerge[Statistics] = PairwiseMerge()
             largest = Largest(k)
-            for classes in plan.class_tiles(targets.classes):
+            for classes in plan.class_tiles(targets.n_classes):
                 z, _ = logits.tile(ops, loaded, classes, workspace.buffers(chunk, classes))
                 largest.add(z, classes.start)
                 union.add(summarise(ops, z, None, None)[1])

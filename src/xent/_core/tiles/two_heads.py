@@ -16,17 +16,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from xent._core.logits import GradientAccumulator, LinearHead, TileBuffers
-from xent._core.ops import InPlaceOps, TileOps
+from xent._core.logit_map import LogitMap, TileBuffers
+from xent._core.logits import GradientAccumulator, LinearHead, Loaded
+from xent._core.ops import IN_PLACE, TileOps, tile_ops_for
+from xent._core.problem import Problem
+from xent._core.selection import Selection
 from xent._core.statistics import PairwiseMerge, Statistics, finite_base, statistics_dtype, summarise
-from xent._core.targets import Targets
+from xent._core.targets import no_targets
 from xent._core.tiles.plan import Footprint, Plan
-from xent._core.tiles.sweep import Problem, Workspace
+from xent._core.tiles.sweep import Workspace
 
 NEAR = 0.5  # |δ| below which e^δ − 1 and δ cancel
 PIECE = 1 << 16  # elements of a tile at a time: what is made on the way stays in the cache
@@ -34,6 +38,7 @@ TEMPORARIES = 12  # tensors of a piece that are alive at once
 
 Wants: TypeAlias = tuple[bool, bool, bool]  # of features, weight and bias
 Tile: TypeAlias = tuple[Tensor, Tensor]  # (R, T) of the student and of the teacher
+Both: TypeAlias = tuple[Loaded, Loaded]  # a chunk of rows of both
 
 
 def phi(delta: Tensor) -> Tensor:
@@ -45,23 +50,48 @@ def phi(delta: Tensor) -> Tensor:
     return delta * delta * total
 
 
-class Pair(NamedTuple):
-    """A student and a teacher, whose problems name the same rows and no target."""
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """A student and a teacher over the same rows and classes; both have the same temperature."""
 
     student: LinearHead
     teacher: LinearHead
-    targets: Targets
+    selection: Selection
     budget: int
-    ops: TileOps = InPlaceOps()
+    ops: TileOps = IN_PLACE
 
     @property
     def heads(self) -> tuple[LinearHead, LinearHead]:
         return self.student, self.teacher
 
     @property
-    def problem(self) -> Problem:
-        """The student's own, for what asks about one head."""
-        return Problem(self.student, self.targets, self.budget, self.ops)
+    def n_classes(self) -> int:
+        return self.student.shape[1]
+
+    def problem(self, head: LinearHead) -> Problem:
+        """Return the problem of one of the heads, for what a head alone decides."""
+        return Problem(head, no_targets(self.n_classes, self.selection), self.budget, ops=self.ops)
+
+    def gain(self, chunk: slice) -> float | Tensor:
+        """Return dz/du, a number or (R,)."""
+        return self.student.map.rows(self.selection.pick(chunk)).gain
+
+    def resolved(self) -> Pair:
+        """Return the pair with its rows selected by index, for code that may look at data."""
+        return replace(self, selection=self.selection.resolved())
+
+    def flatten(self) -> tuple[PairForm, tuple[Tensor | None, ...]]:
+        """Return the pair as a form and tensors, the leaves first."""
+        temperature = self.student.map.temperature
+        each = temperature if isinstance(temperature, Tensor) else None
+        form = PairForm(
+            self.student.product_dtype,
+            self.teacher.product_dtype,
+            1.0 if isinstance(temperature, Tensor) else temperature,
+            self.budget,
+        )
+        rest = (each, self.selection.index, self.selection.mask)
+        return form, (*self.student.leaves, *self.teacher.leaves, *rest)
 
     @property
     def piece(self) -> int:
@@ -72,7 +102,7 @@ class Pair(NamedTuple):
     def plan(self, *, resident: bool, buffers: int = 2, least_rows: int = 1) -> Plan:
         """Tiles within the budget; `buffers` of their size are held at once."""
         size = self.student.dtype.itemsize
-        gathered = self.targets.rows is not None
+        gathered = self.selection.index is not None
         footprint = Footprint(
             kept=size * buffers,
             # a copy that becomes exp(z − m), with booleans where a row is wholly masked
@@ -83,28 +113,25 @@ class Pair(NamedTuple):
             fixed=TEMPORARIES * size * self.piece,
         )
         if not self.ops.buffered:
-            return Plan.of_all_rows(self.budget, self.targets.count, self.targets.classes, footprint)
-        return Plan.within(
-            self.budget, self.targets.count, self.targets.classes, footprint, resident=resident
-        )
+            return Plan.of_all_rows(self.budget, self.selection.count, self.n_classes, footprint)
+        return Plan.within(self.budget, self.selection.count, self.n_classes, footprint, resident=resident)
 
     @contextmanager
     def products(self) -> Iterator[None]:
         with ExitStack() as stack:
             for head in self.heads:
-                problem = Problem(head, self.targets, self.budget, self.ops)
-                stack.enter_context(problem.products())
+                stack.enter_context(self.problem(head).products())
             yield
 
-    def load(self, chunk: slice) -> Tile:
+    def load(self, chunk: slice) -> Both:
         """Load the features of both heads, in the types of their products."""
-        picked = self.targets.pick(chunk)
+        picked = self.selection.pick(chunk)
         return self.student.load(picked), self.teacher.load(picked)
 
     def workspace(self, plan: Plan, buffers: int = 2) -> Workspace:
-        return Workspace(self.problem, plan, slopes=False, buffers=buffers)
+        return Workspace(self.problem(self.student), plan, slopes=False, buffers=buffers)
 
-    def tile(self, workspace: Workspace, chunk: slice, loaded: Tile, classes: slice) -> Tile:
+    def tile(self, workspace: Workspace, chunk: slice, loaded: Both, classes: slice) -> Tile:
         """Compute the logits of both heads over some classes."""
         student, teacher = (
             head.tile(self.ops, x, classes, TileBuffers(workspace.tile(chunk, classes, number), None, False))[
@@ -114,11 +141,46 @@ class Pair(NamedTuple):
         )
         return student, teacher
 
-    def accumulators(self, wants: tuple[Wants, Wants]) -> tuple[GradientAccumulator, GradientAccumulator]:
-        first, second = (
-            head.accumulator(self.ops, want) for head, want in zip(self.heads, wants, strict=True)
+    def accumulators(self, wants: tuple[Wants, Wants]) -> PairGradients:
+        return PairGradients(
+            self.student.accumulator(self.ops, wants[0]), self.teacher.accumulator(self.ops, wants[1])
         )
-        return first, second
+
+
+@dataclass(frozen=True)
+class PairForm:
+    """Everything of a pair that is no tensor."""
+
+    product_dtype: torch.dtype | None
+    teacher_product_dtype: torch.dtype | None
+    temperature: float  # 1 where each row has its own
+    budget: int
+
+    def bind(self, tensors: tuple[Tensor | None, ...], *others: Tensor | None) -> Pair:
+        """Return the pair made of the tensors; `others` are further ones that `vmap` may have batched."""
+        x, w, b, teacher_x, teacher_w, teacher_b, each, index, mask = tensors
+        assert x is not None
+        assert w is not None
+        assert teacher_x is not None
+        assert teacher_w is not None
+        logits = LogitMap(None, self.temperature if each is None else each)
+        return Pair(
+            LinearHead(x, w, b, logits, self.product_dtype),
+            LinearHead(teacher_x, teacher_w, teacher_b, logits, self.teacher_product_dtype),
+            Selection(x.shape[0], index, mask),
+            self.budget,
+            tile_ops_for(*tensors, *others),
+        )
+
+
+class PairGradients(NamedTuple):
+    """The gradients of both heads in the making."""
+
+    student: GradientAccumulator
+    teacher: GradientAccumulator
+
+    def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *self.student.finish(scale), *self.teacher.finish(scale)
 
 
 class Found(NamedTuple):
@@ -149,7 +211,7 @@ def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False) -> Found:
     workspace = pair.workspace(plan)
     parts = []
     with pair.products():
-        for chunk in plan.row_chunks(pair.targets.count):
+        for chunk in plan.row_chunks(pair.selection.count):
             loaded = pair.load(chunk)
             found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
             if not statistics_alone:
@@ -160,19 +222,19 @@ def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False) -> Found:
 
 def fused(
     pair: Pair, coefficients: Callable[[slice], Tensor], wants: tuple[Wants, Wants]
-) -> tuple[Found, tuple[GradientAccumulator, GradientAccumulator]]:
+) -> tuple[Found, PairGradients]:
     """Values and gradients in one sweep; `coefficients` gives γ = ∂L/∂KL (R,) of a chunk of rows."""
     plan = pair.plan(resident=True)
     # the teacher's gradient starts from the row's value; with the student's alone the value comes by the way
     frozen = not any(wants[1])
     if not plan.resident:
         found = _values(pair, plan, statistics_alone=frozen)
-        return gradient(pair, found, coefficients(slice(0, pair.targets.count)), wants)
+        return gradient(pair, found, coefficients(slice(0, pair.selection.count)), wants)
     workspace = pair.workspace(plan)
     accumulators = pair.accumulators(wants)
     parts = []
     with pair.products():
-        for chunk in plan.row_chunks(pair.targets.count):
+        for chunk in plan.row_chunks(pair.selection.count):
             loaded = pair.load(chunk)
             found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
             if not frozen:
@@ -190,15 +252,15 @@ def gradient(
     found: Found,
     gamma: Tensor,  # (M,) ∂L/∂KL
     wants: tuple[Wants, Wants],
-) -> tuple[Found, tuple[GradientAccumulator, GradientAccumulator]]:
+) -> tuple[Found, PairGradients]:
     """Gradients from saved statistics, classes outermost; of the values, which the student's do without."""
     plan = pair.plan(resident=False)
     workspace = pair.workspace(plan)
     accumulators = pair.accumulators(wants)
     kl = pair.ops.total(tuple(found.kl.shape), found.kl.dtype, found.kl.device)
     with pair.products():
-        for classes in plan.class_tiles(pair.targets.classes):
-            for chunk in plan.row_chunks(pair.targets.count):
+        for classes in plan.class_tiles(pair.n_classes):
+            for chunk in plan.row_chunks(pair.selection.count):
                 rows, loaded = found.rows(chunk), pair.load(chunk)
                 logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), rows)
                 here = _pull_back(
@@ -210,12 +272,12 @@ def gradient(
 
 
 def _chunk_statistics(
-    pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Tile
+    pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Both
 ) -> tuple[Found, list[tuple[slice, Tile]]]:
     """Statistics of a chunk of rows over all classes; log p and log t of the tiles that the plan keeps."""
     ops, kept = pair.ops, []
     unions: tuple[PairwiseMerge[Statistics], ...] = (PairwiseMerge(), PairwiseMerge())
-    for classes in plan.class_tiles(pair.targets.classes):
+    for classes in plan.class_tiles(pair.n_classes):
         tile = pair.tile(workspace, chunk, loaded, classes)
         for union, z in zip(unions, tile, strict=True):
             union.add(summarise(ops, z.clone() if plan.resident else z, None, None)[1])
@@ -231,13 +293,13 @@ def _chunk_values(
     plan: Plan,
     workspace: Workspace,
     chunk: slice,
-    loaded: Tile,
+    loaded: Both,
     found: Found,
     kept: list[tuple[slice, Tile]],
 ) -> Found:
     """Return the chunk with KL, from the tiles that were kept or from the logits once more."""
     kl = found.kl
-    for number, classes in enumerate(plan.class_tiles(pair.targets.classes)):
+    for number, classes in enumerate(plan.class_tiles(pair.n_classes)):
         if plan.resident:
             _, logs = kept[number]
         else:
@@ -275,17 +337,17 @@ def slopes(log_p: Tensor, log_t: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
 
 def _pull_back(
     pair: Pair,
-    accumulators: tuple[GradientAccumulator, GradientAccumulator],
+    accumulators: PairGradients,
     wants: tuple[Wants, Wants],
     chunk: slice,
-    loaded: Tile,
+    loaded: Both,
     classes: slice,
     logs: Tile,
     kl: Tensor,  # (R,)
     gamma: Tensor,  # (R,)
 ) -> Tensor | None:
     """Add a tile's gradients to the accumulators; return its part of KL (R,) if only the student learns."""
-    gamma = gamma * pair.student.transform.gain
+    gamma = gamma * pair.gain(chunk)
 
     def of_student(log_p: Tensor, log_t: Tensor, gamma: Tensor) -> Tile:
         here, slope = terms(log_p, log_t)
@@ -299,7 +361,7 @@ def _pull_back(
         gradients, added = over(pair, of_both, logs, (kl, gamma), places=2)
     else:
         gradients, added = over(pair, of_student, logs, (gamma,), places=1)
-    picked = pair.targets.pick(chunk)
+    picked = pair.selection.pick(chunk)
     for accumulator, want, x, g in zip(accumulators, wants, loaded, gradients, strict=False):
         if any(want):
             accumulator.add(picked, x, classes, g)

@@ -17,10 +17,20 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from xent._core.logits import GradientAccumulator, Tangents
+from xent._core.logits import Tangents
 from xent._core.tiles.plan import Plan
 from xent._core.tiles.sweep import Workspace
-from xent._core.tiles.two_heads import Found, Pair, Tile, Wants, log_probabilities, over, slopes
+from xent._core.tiles.two_heads import (
+    Both,
+    Found,
+    Pair,
+    PairGradients,
+    Tile,
+    Wants,
+    log_probabilities,
+    over,
+    slopes,
+)
 
 BUFFERS = 4  # log p, log t and the tangents of both heads' logits
 
@@ -48,7 +58,7 @@ def tangent(pair: Pair, found: Found, tangents: BothTangents) -> Tensor:
     with pair.products():
         parts = [
             _chunk(pair, plan, workspace, chunk, pair.load(chunk), found.rows(chunk), tangents)[0].kl
-            for chunk in plan.row_chunks(pair.targets.count)
+            for chunk in plan.row_chunks(pair.selection.count)
         ]
     return torch.cat(parts) if parts else torch.zeros_like(found.kl)
 
@@ -59,20 +69,19 @@ def product(
     gamma: Tensor,  # (M,) ∂L/∂KL
     tangents: BothTangents,
     wants: tuple[Wants, Wants],
-) -> tuple[Tensor, tuple[GradientAccumulator, GradientAccumulator]]:
+) -> tuple[Tensor, PairGradients]:
     """Return KL˙ (M,), and the derivative of ⟨gradient, tangents⟩ in both heads' tensors."""
     plan = pair.plan(resident=True, buffers=BUFFERS, least_rows=2)
     workspace = pair.workspace(plan, BUFFERS)
     accumulators = pair.accumulators(wants)
-    gain = pair.student.transform.gain
     parts = []
     with pair.products():
-        for chunk in plan.row_chunks(pair.targets.count):
+        for chunk in plan.row_chunks(pair.selection.count):
             loaded, rows = pair.load(chunk), found.rows(chunk)
             means, kept = _chunk(pair, plan, workspace, chunk, loaded, rows, tangents)
             parts.append(means.kl)
-            columns = (*means, rows.kl, gamma[chunk] * gain)
-            for number, classes in enumerate(plan.class_tiles(pair.targets.classes)):
+            columns = (*means, rows.kl, gamma[chunk] * pair.gain(chunk))
+            for number, classes in enumerate(plan.class_tiles(pair.n_classes)):
                 if plan.resident:
                     pushed = kept[number]
                 else:
@@ -86,14 +95,14 @@ def _chunk(
     plan: Plan,
     workspace: Workspace,
     chunk: slice,
-    loaded: Tile,
+    loaded: Both,
     found: Found,
     tangents: BothTangents,
 ) -> tuple[_Means, list[_Pushed]]:
     """Return a chunk's row means over all classes; its tiles, where the plan keeps them."""
     student = teacher = kl = torch.zeros_like(found.kl)
     kept = []
-    for classes in plan.class_tiles(pair.targets.classes):
+    for classes in plan.class_tiles(pair.n_classes):
         pushed = _push(pair, workspace, chunk, loaded, classes, found, tangents)
         _, here = over(pair, _moments, (*pushed.logs, *pushed.zeta), (found.kl,), places=0)
         student, teacher, kl = student + here[0], teacher + here[1], kl + here[2]
@@ -106,20 +115,22 @@ def _push(
     pair: Pair,
     workspace: Workspace,
     chunk: slice,
-    loaded: Tile,
+    loaded: Both,
     classes: slice,
     found: Found,
     tangents: BothTangents,
 ) -> _Pushed:
     """Return log p and log t of a tile, and ζ of both heads."""
-    ops, picked = pair.ops, pair.targets.pick(chunk)
+    ops, picked = pair.ops, pair.selection.pick(chunk)
     logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), found)
     zeta = []
     for number, (head, x, along) in enumerate(zip(pair.heads, loaded, tangents, strict=True)):
         buffers = workspace.tile(chunk, classes, 2 + number)
         if any(t is not None for t in along):
             du = head.push(ops, picked, x, along, classes, buffers)
-            zeta.append(du if head.transform.gain == 1.0 else ops.mul(du, head.transform.gain))
+            gain = x.map.gain
+            gain = gain.to(du.dtype)[:, None] if isinstance(gain, Tensor) else gain
+            zeta.append(du if isinstance(gain, float) and gain == 1.0 else ops.mul(du, gain))
         else:
             zeta.append(ops.copy(logs[0].new_zeros(()).expand(logs[0].shape), buffers))
     return _Pushed(classes, logs, (zeta[0], zeta[1]))
@@ -155,17 +166,17 @@ def _second(
 
 def _pull_back(
     pair: Pair,
-    accumulators: tuple[GradientAccumulator, GradientAccumulator],
+    accumulators: PairGradients,
     wants: tuple[Wants, Wants],
     chunk: slice,
-    loaded: Tile,
+    loaded: Both,
     pushed: _Pushed,
     columns: tuple[Tensor, ...],
     tangents: BothTangents,
 ) -> None:
     found, _ = over(pair, _second, (*pushed.zeta, *pushed.logs), columns, places=4)
     second_s, second_t, first_s, first_t = found
-    picked = pair.targets.pick(chunk)
+    picked = pair.selection.pick(chunk)
     every = zip(accumulators, wants, loaded, (second_s, second_t), (first_s, first_t), tangents, strict=True)
     for accumulator, want, x, second, first, along in every:
         if any(want):

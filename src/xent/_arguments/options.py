@@ -1,0 +1,184 @@
+"""The options that losses share, in four groups, each validated once when it is made.
+
+    target     which class a row has, and how much it counts      logits    how the logits are made
+    reduction  how rows become a loss                             execution how it is computed
+
+Only what differs from its default is validated. `Options.of` sorts options by name into their groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent._arguments.validation import check_tensors, is_readable
+from xent._autograd import transforms
+from xent._core.margin import Margin
+from xent._core.validators import as_number, valid
+
+
+class _Group:
+    """A group of options. `validated` names those of a Python type, with their defaults."""
+
+    validated: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, default in self.validated:
+            value = getattr(self, name)
+            if value is not default and (type(value) is not type(default) or value != default):
+                object.__setattr__(self, name, valid(name, value))
+        self._check()
+
+    def _check(self) -> None:
+        """Validate the options that are tensors, or of several types."""
+
+
+@dataclass(frozen=True, eq=False)
+class TargetOptions(_Group):
+    """The options of a row's target and of its weight."""
+
+    weight: Tensor | None = None  # (C,)
+    ignore_index: int | None = -100
+    label_smoothing: float = 0.0
+    sample_weight: Tensor | None = None  # of the shape of the unreduced loss
+
+    validated = (("ignore_index", -100), ("label_smoothing", 0.0))
+
+    def _check(self) -> None:
+        if self.weight is not None or self.sample_weight is not None:
+            check_tensors(spread=True, weight=self.weight, sample_weight=self.sample_weight)
+
+    @property
+    def ignored(self) -> int:
+        return -100 if self.ignore_index is None else self.ignore_index
+
+
+@dataclass(frozen=True, eq=False)
+class LogitOptions(_Group):
+    """The options of the logits that enter the softmax."""
+
+    softcap: float | None = None
+    temperature: float | Tensor = 1.0  # a number, or a tensor of the shape of the unreduced loss
+    margin: Margin | float | None = None
+    log_q: Tensor | None = None  # (C,)
+    classes: Tensor | None = None  # (S,)
+    sparse_grad: bool = False
+    normalize: bool = False
+
+    validated = (("softcap", None), ("sparse_grad", False), ("normalize", False))
+
+    def _check(self) -> None:
+        t = self.temperature
+        if isinstance(t, Tensor) and (t.dim() or not is_readable(t)) and not _counts_as_number(t):
+            check_tensors(temperature=t)
+            if not t.is_floating_point():
+                raise TypeError(f"a temperature for each row must be floating, got {t.dtype}")
+            if t.requires_grad or transforms.followed(t):
+                raise ValueError("temperature takes no gradient: pass temperature.detach()")
+        elif type(t) is not float or t != 1.0:
+            object.__setattr__(self, "temperature", valid("temperature", t))
+        if self.margin is not None:
+            object.__setattr__(self, "margin", as_margin(self.margin))
+        if self.log_q is not None:
+            check_tensors(spread=True, log_q=self.log_q)
+
+
+@dataclass(frozen=True, eq=False)
+class ReductionOptions(_Group):
+    """The options of the step from rows to a loss."""
+
+    reduction: str = "mean"
+    denominator: float | Tensor | None = None
+    z_loss: float = 0.0
+    data_group: Any = None
+
+    validated = (("reduction", "mean"), ("z_loss", 0.0))
+
+    def _check(self) -> None:
+        if self.denominator is not None:
+            object.__setattr__(self, "denominator", _denominator(self.denominator))
+
+
+@dataclass(frozen=True, eq=False)
+class Execution(_Group):
+    """The options of how a loss is computed."""
+
+    product_dtype: torch.dtype | None = None
+    memory_budget: int | None = None
+    check_targets: bool | None = None
+    group: Any = None
+
+    validated = (("product_dtype", None), ("memory_budget", None), ("check_targets", None))
+
+
+class Options(NamedTuple):
+    """The four groups."""
+
+    target: TargetOptions = TargetOptions()
+    logits: LogitOptions = LogitOptions()
+    reduction: ReductionOptions = ReductionOptions()
+    execution: Execution = Execution()
+
+    @classmethod
+    def of(cls, **given: Any) -> Options:
+        """Return the options of the names given, which need not say of which group they are."""
+        return cls().with_options(**given)
+
+    def with_options(self, **given: Any) -> Options:
+        """Return the options with others in place of some."""
+        changed: dict[str, dict[str, Any]] = {}
+        for name, value in given.items():
+            changed.setdefault(GROUP_OF[name], {})[name] = value
+        return self._replace(
+            **{group: replace(getattr(self, group), **new) for group, new in changed.items()}
+        )
+
+    @property
+    def on_one_process(self) -> bool:
+        return self.execution.group is None and self.reduction.data_group is None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Return the options that may be tensors, None for the others."""
+        t = self.logits.temperature
+        return (
+            *(self.target.weight, self.target.sample_weight, self.logits.classes, self.logits.log_q),
+            t if isinstance(t, Tensor) else None,
+        )
+
+
+GROUP_OF = {
+    field.name: group
+    for group, kind in (
+        ("target", TargetOptions),
+        ("logits", LogitOptions),
+        ("reduction", ReductionOptions),
+        ("execution", Execution),
+    )
+    for field in fields(kind)
+}
+
+
+def as_margin(value: object) -> Margin:
+    """Return a margin, of which a number is the cosine's."""
+    if isinstance(value, Margin):
+        return value
+    as_number("margin", value, "a number or a xent.Margin")
+    return Margin(valid("margin", value))
+
+
+def _counts_as_number(t: Tensor) -> bool:
+    """Return whether a tensor of one element is taken for a number: where it can be read."""
+    return t.numel() == 1 and is_readable(t)
+
+
+def _denominator(value: Any) -> float | Tensor | None:
+    """Return the divisor that replaces that of a mean: a number where it can be read, else a tensor ()."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not is_readable(value):
+        if value.requires_grad or transforms.followed(value):
+            raise ValueError("denominator takes no gradient: pass denominator.detach()")
+        return value.reshape(())
+    number: float | None = valid("denominator", value)
+    return number

@@ -1,0 +1,232 @@
+"""The forms of problems, as differentiation sees them: what a chain of Functions can compute from tensors.
+
+    of one head, or given logits    outputs ℓ, lse, H, log p_y    saved m, r, a, e          leaves q, x, W, b
+    of two heads                    output KL                     saved both m and r, KL    leaves both x, W, b
+
+A form is everything of a problem that is no tensor. The differentiable tensors, the leaves, come first. Which backend computes with one head is chosen for every problem.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from xent._core import problem as core
+from xent._core.backend import Gradients, backend_for
+from xent._core.coefficients import Coefficients
+from xent._core.statistics import Statistics
+from xent._core.tiles import two_heads, two_heads_second_order
+from xent._core.tiles.two_heads import Found, PairForm
+
+Tensors: TypeAlias = tuple[Tensor | None, ...]
+
+THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn.functional for it"
+THIRD_OF_TWO = (
+    "linear_kl_divergence has two derivatives; this asks for a third: "
+    "xent.kl_divergence of both heads' logits has any number of them"
+)
+
+
+class Form(Protocol):
+    """Everything of a problem that is no tensor, and what the chain needs to compute with it."""
+
+    @property
+    def n_leaves(self) -> int: ...
+
+    @property
+    def n_saved(self) -> int: ...
+
+    @property
+    def outputs(self) -> tuple[bool, ...]:
+        """Which of the differentiable outputs there are."""
+        ...
+
+    @property
+    def further(self) -> int:
+        """The number of outputs without a derivative."""
+        ...
+
+    @property
+    def third(self) -> str:
+        """The message where a third derivative is taken."""
+        ...
+
+    @property
+    def form(self) -> Any: ...
+
+    def device(self, tensors: Tensors) -> torch.device: ...
+
+    def evaluate(self, tensors: Tensors, known: Any = None) -> tuple[Tensors, Tensors, Tensors]:
+        """Return outputs, what the derivatives start from, and further outputs; None where there is none."""
+        ...
+
+    def gradient(
+        self, tensors: Tensors, saved: Tensors, upstream: Tensors, wants: tuple[bool, ...]
+    ) -> Gradients:
+        """Return ∂⟨outputs, upstream⟩/∂leaves, of those that are wanted."""
+        ...
+
+    def tangent(self, tensors: Tensors, saved: Tensors, along: Tensors) -> Tensors:
+        """Return the derivative of the outputs along tangents of the leaves."""
+        ...
+
+    def product(
+        self,
+        tensors: Tensors,
+        saved: Tensors,
+        upstream: Tensors,
+        along: Tensors,
+        wants: tuple[bool, ...],
+    ) -> tuple[Tensors, Gradients]:
+        """Return `tangent`, and the derivative of ⟨gradient, along⟩ in the leaves that are wanted."""
+        ...
+
+
+@dataclass(frozen=True)
+class OneHead:
+    """The form of a problem of one head, or of given logits, as the chain uses it."""
+
+    form: core.Form
+
+    n_saved = 4
+    third = THIRD
+
+    @property
+    def n_leaves(self) -> int:
+        return self.form.n_leaves
+
+    @property
+    def outputs(self) -> tuple[bool, ...]:
+        return True, True, self.form.requested.entropy, self.form.requested.log_prob
+
+    @property
+    def further(self) -> int:
+        return self.form.requested.argmax + self.form.requested.mass
+
+    def device(self, tensors: Tensors) -> torch.device:
+        x = tensors[1]
+        assert x is not None
+        return x.device
+
+    def evaluate(self, tensors: Tensors, known: Statistics | None = None) -> tuple[Tensors, Tensors, Tensors]:
+        if known is None:
+            problem = self.form.bind(tensors)
+            known = backend_for(problem).row_statistics(problem)
+        return outputs_of(known), _saved(known), (known.k, known.mass)
+
+    def gradient(
+        self, tensors: Tensors, saved: Tensors, upstream: Tensors, wants: tuple[bool, ...]
+    ) -> Gradients:
+        problem = self.form.bind(tensors, *upstream, *saved)
+        return backend_for(problem).gradient(problem, found_of(saved), _coefficients(upstream), wants)
+
+    def tangent(self, tensors: Tensors, saved: Tensors, along: Tensors) -> Tensors:
+        problem = self.form.bind(tensors, *saved, *along)
+        dq, *tangents = along
+        return backend_for(problem).tangent(problem, found_of(saved), tuple(tangents), dq).outputs
+
+    def product(
+        self, tensors: Tensors, saved: Tensors, upstream: Tensors, along: Tensors, wants: tuple[bool, ...]
+    ) -> tuple[Tensors, Gradients]:
+        problem = self.form.bind(tensors, *upstream, *saved, *along)
+        dq, *tangents = along
+        part, gradients = backend_for(problem).product(
+            problem, found_of(saved), _coefficients(upstream), tuple(tangents), dq, wants
+        )
+        return part.outputs, gradients
+
+
+def outputs_of(found: Statistics) -> Tensors:
+    """Return ℓ, lse, H and log p_y of rows, None where their statistics are not known."""
+    entropy = None if found.e is None else found.entropy
+    log_prob = None if found.own is None else found.target_log_prob
+    return found.loss, found.logsumexp, entropy, log_prob
+
+
+def _saved(found: Statistics) -> Tensors:
+    return tuple(None if t is None else t.clone() for t in (found.m, found.r, found.a, found.e))
+
+
+def found_of(saved: Tensors) -> Statistics:
+    """Return the statistics for derivatives, which never need d."""
+    m, r, a, e = saved
+    assert m is not None
+    assert r is not None
+    assert a is not None
+    return Statistics(m=m, r=r, d=torch.zeros_like(m), a=a, e=e)
+
+
+def _coefficients(upstream: Tensors) -> Coefficients:
+    loss, *others = upstream
+    assert loss is not None
+    return Coefficients(loss, *others)
+
+
+@dataclass(frozen=True)
+class TwoHeads:
+    """The form of a pair of heads, as the chain uses it."""
+
+    form: PairForm
+
+    n_leaves = 6
+    n_saved = 5
+    outputs = (True,)
+    further = 0
+    third = THIRD_OF_TWO
+
+    def device(self, tensors: Tensors) -> torch.device:
+        x = tensors[0]
+        assert x is not None
+        return x.device
+
+    def evaluate(self, tensors: Tensors, known: Found | None = None) -> tuple[Tensors, Tensors, Tensors]:
+        found = two_heads.values(self.form.bind(tensors)) if known is None else known
+        return (found.kl,), tuple(t.clone() for t in pair_saved(found)), ()
+
+    def gradient(
+        self, tensors: Tensors, saved: Tensors, upstream: Tensors, wants: tuple[bool, ...]
+    ) -> Gradients:
+        pair = self.form.bind(tensors, *upstream, *saved)
+        (gamma,) = upstream
+        assert gamma is not None
+        return two_heads.gradient(pair, pair_found(saved), gamma, both(wants))[1]
+
+    def tangent(self, tensors: Tensors, saved: Tensors, along: Tensors) -> Tensors:
+        pair = self.form.bind(tensors, *saved, *along)
+        return (two_heads_second_order.tangent(pair, pair_found(saved), (along[:3], along[3:])),)
+
+    def product(
+        self, tensors: Tensors, saved: Tensors, upstream: Tensors, along: Tensors, wants: tuple[bool, ...]
+    ) -> tuple[Tensors, Gradients]:
+        pair = self.form.bind(tensors, *upstream, *saved, *along)
+        (gamma,) = upstream
+        assert gamma is not None
+        kl, gradients = two_heads_second_order.product(
+            pair, pair_found(saved), gamma, (along[:3], along[3:]), both(wants)
+        )
+        return (kl,), gradients
+
+
+def pair_saved(found: Found) -> tuple[Tensor, ...]:
+    return found.student.m, found.student.r, found.teacher.m, found.teacher.r, found.kl
+
+
+def pair_found(saved: Tensors) -> Found:
+    """Return the statistics for derivatives, which never need d and a."""
+    student_m, student_r, teacher_m, teacher_r, kl = saved
+    assert student_m is not None
+    assert student_r is not None
+    assert teacher_m is not None
+    assert teacher_r is not None
+    assert kl is not None
+    zero = torch.zeros_like(student_m)
+    student = Statistics(m=student_m, r=student_r, d=zero, a=zero)
+    return Found(student, Statistics(m=teacher_m, r=teacher_r, d=zero, a=zero), kl)
+
+
+def both(wants: tuple[bool, ...]) -> tuple[two_heads.Wants, two_heads.Wants]:
+    x, w, b, teacher_x, teacher_w, teacher_b = wants
+    return (x, w, b), (teacher_x, teacher_w, teacher_b)

@@ -1,0 +1,168 @@
+"""The seam between what is to be computed and what computes it: backends, and the choice of one for a call.
+
+    row_statistics(problem) → Statistics                              (M,) numbers a row
+    gradient(problem, statistics, coefficients, wants) → Gradients    of probabilities and the logits' tensors
+
+A backend implements these two. `fused`, loss and gradient in one pass, has a default made of the two;
+tangents and Hessian products are the tiles' unless a backend has its own. `supports` returns None or the reason why a
+problem is not served; the choice is made for every call, in the order of the registry, and the tiles serve
+everything. Nothing above this module knows which backend ran.
+
+What forces a GPU to wait for the host lies behind this seam or in the checks of a call's arguments, and is
+listed in docs/design.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+from xent._core.coefficients import Coefficients
+from xent._core.logits import Tangents
+from xent._core.problem import Problem
+from xent._core.statistics import Statistics
+from xent._core.tiles import second_order, sweep
+from xent._core.tiles.second_order import RowTangent
+
+Wants: TypeAlias = tuple[bool, ...]  # of probabilities, then of each of the logits' tensors
+
+
+class Gradients(Protocol):
+    """Gradients whose common factor is not known yet."""
+
+    def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Return the gradient of each leaf, in its type, times `scale`: a number, or one for each of N rows.
+
+        The factor comes before the rounding to a half type. Memory may be reused: it is called once.
+        """
+        ...
+
+
+class FinishedGradients(NamedTuple):
+    """Gradients that exist already, in the type of the computation."""
+
+    tensors: tuple[Tensor | None, ...]
+    leaves: tuple[Tensor | None, ...]
+
+    def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
+        if scale is not None and scale.dim():
+            scale = scale[:, None]
+        return tuple(
+            None if g is None or leaf is None else (g if scale is None else g.mul_(scale)).to(leaf.dtype)
+            for g, leaf in zip(self.tensors, self.leaves, strict=True)
+        )
+
+
+class Backend(ABC):
+    """An implementation of row statistics and gradients."""
+
+    name: str
+    serves: str  # one line for people
+
+    def supports(self, problem: Problem) -> str | None:
+        """Return None, or why this backend does not serve the problem."""
+        return None
+
+    @abstractmethod
+    def row_statistics(self, problem: Problem) -> Statistics:
+        """Return the statistics of the M rows that count."""
+
+    @abstractmethod
+    def gradient(
+        self, problem: Problem, found: Statistics, coefficients: Coefficients, wants: Wants
+    ) -> Gradients:
+        """Return the gradients of the leaves that are wanted, None for the others."""
+
+    def fused(
+        self, problem: Problem, coefficients: Callable[[Statistics, slice], Coefficients], wants: Wants
+    ) -> tuple[Statistics, Gradients]:
+        """Return statistics and gradients; `coefficients` gives those of a chunk of rows when it is known."""
+        found = self.row_statistics(problem)
+        upstream = coefficients(found, slice(0, problem.targets.count))
+        return found, self.gradient(problem, found, upstream, wants)
+
+    def tangent(
+        self, problem: Problem, found: Statistics, tangents: Tangents, dq: Tensor | None
+    ) -> RowTangent:
+        """Return the derivatives of the rows' outputs along tangents of the leaves."""
+        return second_order.tangent(problem, found, tangents, dq)
+
+    def product(
+        self,
+        problem: Problem,
+        found: Statistics,
+        coefficients: Coefficients,
+        tangents: Tangents,
+        dq: Tensor | None,
+        wants: Wants,
+    ) -> tuple[RowTangent, Gradients]:
+        """Return these, and the derivative of ⟨gradient, tangents⟩ in the leaves."""
+        return second_order.product(problem, found, coefficients, tangents, dq, wants)
+
+
+class Tiles(Backend):
+    """Tiles of rows × classes within a memory budget, of torch's operations: every problem, any device."""
+
+    name = "tiles"
+    serves = "every problem, on any device"
+
+    def row_statistics(self, problem: Problem) -> Statistics:
+        return sweep.statistics(problem)
+
+    def gradient(
+        self, problem: Problem, found: Statistics, coefficients: Coefficients, wants: Wants
+    ) -> Gradients:
+        return sweep.gradient(problem, found, coefficients, wants)
+
+    def fused(
+        self, problem: Problem, coefficients: Callable[[Statistics, slice], Coefficients], wants: Wants
+    ) -> tuple[Statistics, Gradients]:
+        return sweep.fused(problem, coefficients, wants)
+
+
+class BackendInfo(NamedTuple):
+    """A registered backend."""
+
+    name: str
+    serves: str
+    when: str  # "by default", "when registered", "in tests"
+
+
+_backends: list[Backend] = [Tiles()]
+_only: list[str] = []
+
+
+def register_backend(backend: Backend) -> None:
+    """Put a backend before those that are registered; one of the same name is replaced.
+
+    Raise a TypeError unless it is a `Backend`. The interface may change until version 1.0.
+    """
+    if not isinstance(backend, Backend):
+        raise TypeError(f"backend must be a Backend, got {type(backend).__name__}")
+    _backends[:] = [backend, *(other for other in _backends if other.name != backend.name)]
+
+
+def unregister_backend(name: str) -> None:
+    """Take a backend out; raise a ValueError that lists the names if there is none, or it is the tiles."""
+    names = [backend.name for backend in _backends]
+    if name not in names or name == Tiles.name:
+        raise ValueError(
+            f"name must be a registered backend other than {Tiles.name!r}: {names}; got {name!r}"
+        )
+    _backends[:] = [backend for backend in _backends if backend.name != name]
+
+
+def registered() -> tuple[Backend, ...]:
+    """Return the backends in the order in which they are tried."""
+    return tuple(_backends)
+
+
+def backend_for(problem: Problem) -> Backend:
+    """Return the first backend that serves the problem."""
+    for backend in _backends:
+        if backend.supports(problem) is None:
+            return backend
+    raise AssertionError("the tiles serve every problem")

@@ -1,0 +1,193 @@
+"""The formulas of one tile of rows × classes: its statistics, and its gradient once the row's are known.
+
+With row coefficients from what came after the row's outputs (γ = ∂L/∂ℓ, η = ∂L/∂H, λ = ∂L/∂log p_y):
+
+    ∂L/∂z = p∘(α − η·(z − m − ē)) − γ·t + λ·e_y        α = a·γ + ∂L/∂lse − λ        ∂L/∂q = γ·(∂t/∂q)·(−log p)
+
+with p = exp(z − m) / (1 + r) and ē = e/(1 + r). At the target's class, where α·p, γ·t and λ may cancel, each
+upstream gradient has a factor of its own, none of which does (`target_residual`):
+
+    γ·(a·p_y − t_y) + ∂L/∂lse·p_y − λ·expm1(log p_y) − η·p_y·(z_y − m − ē)
+
+Which tiles there are, and whose memory they use, is decided elsewhere: by the sweep, or by the one tile that
+holds a small problem whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xent._core.coefficients import Coefficients
+from xent._core.logit_map import TileBuffers
+from xent._core.logits import Loaded
+from xent._core.ops import TileOps, cut
+from xent._core.problem import Problem
+from xent._core.statistics import (
+    RequestedOutputs,
+    Statistics,
+    TargetColumns,
+    summarise,
+    summarise_row,
+)
+from xent._core.targets import Targets
+
+LOG_HALF = -0.69
+
+
+class Tile(NamedTuple):
+    classes: slice
+    z: Tensor  # (R, T) exp(z − base)
+    slope: Tensor | None  # (R, T)
+    gain: float | Tensor  # dz/du ÷ slope, a number or (R,)
+    base: Tensor  # (R,) what was subtracted before exp
+    own: TargetColumns | None
+    own_z: Tensor | None  # (R, K) logits of the target's classes, where this tile holds them
+
+
+def takes_whole_rows(problem: Problem) -> bool:
+    """Return whether a tile of all classes is summarised together with the target's own, in one go."""
+    t = problem.targets
+    return (
+        t.index is not None
+        and t.index.shape[1] == 1
+        and t.uniform_alone
+        and not problem.requested.of_scores
+        and (t.held is None or not t.dense)
+    )
+
+
+def row_tile(problem: Problem, chunk: slice, loaded: Loaded, buffers: TileBuffers) -> tuple[Statistics, Tile]:
+    """Return the statistics of a chunk of rows from one tile of all classes, and the tile."""
+    logits, targets, ops = problem.logits, problem.targets, problem.ops
+    classes = slice(0, targets.n_classes)
+    z, slope = logits.tile(ops, loaded, classes, buffers, borrow=True)
+    own = target_columns(targets, chunk, classes)
+    assert own is not None
+    z, own_z, found = summarise_row(
+        ops,
+        z,
+        own,
+        targets.tile(chunk, classes, z.dtype),
+        None if targets.index_mass is None else cut(targets.index_mass, chunk),
+        None if targets.other_mass is None or targets.held is not None else cut(targets.other_mass, chunk),
+        buffers.z,
+        absent_logit(targets, chunk),
+    )
+    if problem.requested.mass:
+        found = replace(found, mass=found.a)
+    return found, Tile(classes, z, slope, loaded.map.gain, found.m, own, own_z)
+
+
+def absent_logit(targets: Targets, chunk: slice) -> float | Tensor:
+    """Return the logit of a target class that no tile holds: −inf if another process does, else nan."""
+    elsewhere = targets.elsewhere(chunk)
+    if elsewhere is None:
+        return torch.nan
+    return torch.where(elsewhere, -torch.inf, torch.nan)
+
+
+def target_columns(targets: Targets, chunk: slice, classes: slice) -> TargetColumns | None:
+    """Return the columns of the targets' classes within a tile."""
+    if targets.index is None:
+        return None
+    holds_all = targets.index_checked and classes == slice(0, targets.n_classes)
+    return TargetColumns.locate(cut(targets.index, chunk), classes, holds_all=holds_all)
+
+
+def differentiate(
+    problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
+) -> Tensor:
+    """Return ∂L/∂u (R, T) of a tile, in the memory of its exponentials."""
+    g = differentiate_logits(problem, chunk, tile, found, asked)
+    return g if tile.slope is None else problem.ops.mul(g, tile.slope)
+
+
+def differentiate_logits(
+    problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
+) -> Tensor:
+    """Return gain·(α·p − γ·t) (R, T) of a tile."""
+    targets, ops = problem.targets, problem.ops
+    asked = asked.scaled(tile.gain)
+    alpha, gamma, eta = asked.alpha(found.a), asked.loss, asked.entropy
+    share, bent = alpha / (1 + found.r), None
+    # what lies between the row's maximum and the one that was subtracted from this tile
+    behind = None if tile.base is found.m else torch.where(tile.base == found.m, 0.0, tile.base - found.m)
+    if eta is not None:
+        mean = mean_shift(found)
+        share = (alpha + eta * (mean if behind is None else mean - behind)) / (1 + found.r)
+        bent = torch.special.entr(tile.z)  # −E log E, E = exp(z − base)
+    if behind is not None:
+        near = torch.exp(behind)
+        share = share * near
+        if eta is not None:
+            share, eta = torch.where(behind == -torch.inf, 0.0, share), eta * near
+    dtype = tile.z.dtype
+    g = ops.mul(tile.z, share.to(dtype)[:, None])
+    if bent is not None:
+        assert eta is not None
+        g = ops.add(g, bent * (eta / (1 + found.r)).to(dtype)[:, None])
+    t = targets.tile(chunk, tile.classes, dtype)
+    if isinstance(t, float):
+        g = ops.sub(g, (gamma * t).to(dtype)[:, None])
+    elif t is not None:
+        g = ops.subtract_scaled(g, t, gamma.to(dtype)[:, None])
+    if tile.own is not None:
+        assert tile.own_z is not None
+        log_p = found.log_prob(tile.own_z)
+        at_own = gamma[:, None] * target_residual(targets, chunk, found.a, log_p)
+        if asked.logsumexp is not None:
+            at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
+        if asked.log_prob is not None:
+            at_own = at_own - asked.log_prob[:, None] * torch.expm1(log_p)
+        if asked.entropy is not None:
+            distance = mean_shift(found)[:, None] - (tile.own_z - found.m[:, None])
+            of_entropy = asked.entropy[:, None] * torch.exp(log_p) * distance
+            at_own = at_own + torch.where(tile.own_z == -torch.inf, 0.0, of_entropy)
+        g = tile.own.put(ops, g, at_own.to(dtype))
+    return g
+
+
+def target_residual(targets: Targets, chunk: slice, a: Tensor, log_p: Tensor) -> Tensor:
+    """Return a·p_y − t_y at the own classes of a chunk, (R, K), from a (R,) and log p_y (R, K).
+
+    Where p_y is near 1 the difference is a·expm1(log p_y) + (a − t_y), elsewhere what it says.
+    """
+    near = a[:, None] * torch.expm1(log_p)
+    if targets.other_mass is None:  # t_y = a
+        return near
+    mass = 1.0 if targets.index_mass is None else cut(targets.index_mass, chunk)
+    far = a[:, None] * torch.exp(log_p) - mass
+    return torch.where(log_p < LOG_HALF, far, near + cut(targets.other_mass, chunk))
+
+
+def mean_shift(found: Statistics) -> Tensor:
+    """Return ē = ⟨p, z − m⟩, (R,)."""
+    assert found.e is not None
+    return found.e / (1 + found.r)
+
+
+def target_statistics(
+    ops: TileOps, z: Tensor, mass: Tensor | None, index: Tensor, requested: RequestedOutputs
+) -> Statistics:
+    """Return the statistics of the target's own tile, z, mass, index (R, K); of one class r = d = e = 0."""
+    if z.shape[1] > 1:
+        assert mass is not None
+        part = summarise(ops, z.clone(), mass, None, requested)[1]
+        if part.k is None:
+            return part
+        top = torch.where(z == part.m[:, None], index, torch.iinfo(index.dtype).max)
+        return replace(part, k=torch.minimum(top.amin(1), index.gather(1, part.k[:, None])[:, 0]))
+    z = z[:, 0]
+    zero = torch.zeros_like(z)
+    return Statistics(
+        m=z,
+        r=torch.where(z == -torch.inf, -1.0, zero),
+        d=zero,
+        a=torch.ones_like(z) if mass is None else mass[:, 0],
+        e=zero if requested.entropy else None,
+        k=index[:, 0] if requested.argmax else None,
+    )
