@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xent._core.tiles.plan import FEWEST_ROWS, MIB, Footprint, Plan
+from xent._core.plan import FEWEST_ROWS, MIB, Footprint, Plan
 
 footprints = st.builds(
     Footprint,

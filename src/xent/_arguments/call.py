@@ -31,7 +31,7 @@ from xent._arguments.validation import (
     product_dtype,
     require_tensors,
 )
-from xent._autograd import transforms
+from xent._autograd import one_head, transforms
 from xent._core.class_indices import Checked
 from xent._core.collectives import ClassGroup
 from xent._core.directions import unit
@@ -39,13 +39,13 @@ from xent._core.logit_map import LogitMap
 from xent._core.logits import DenseLogits, LinearHead, Logits, compute_dtype
 from xent._core.margin import TargetShift
 from xent._core.ops import BATCHED
+from xent._core.plan import DEFAULT_BUDGET
 from xent._core.problem import Problem
 from xent._core.reduction import Kind, Reduction
 from xent._core.row_losses import RowLoss
 from xent._core.statistics import statistics_dtype
 from xent._core.target import Target, TopKTarget, at_positions, tensors_of, thawed_target, with_wide_indices
 from xent._core.targets import Targets
-from xent._core.tiles.plan import DEFAULT_BUDGET
 
 LARGEST_SHIFT = 600.0  # exp of it is a float64
 
@@ -60,6 +60,17 @@ class Call(NamedTuple):
     rows_shape: torch.Size  # of the unreduced loss
     dtype: torch.dtype  # of the loss
     target: Target = None  # as given, its class indices int64
+
+    def loss(self, *, plain: bool = False) -> Tensor:
+        """Return one loss of problems that share its divisor, or one for each row.
+
+        ``plain``: no transform of torch is at work, which has been found out already.
+        """
+        if self.reduction.kind != "none":
+            return one_head.loss(self.problems, self.reduction, self.dtype, plain=plain)
+        return self.stack(
+            [one_head.loss((problem,), self.reduction, self.dtype, plain=plain) for problem in self.problems]
+        )
 
     def stack(self, columns: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
         """One tensor (N,) from each problem -> the shape of the unreduced loss."""
@@ -76,6 +87,7 @@ class _Common(NamedTuple):
     checked: Checked
     row_loss: RowLoss | None
     plain: bool
+    device: torch.device
 
 
 def require_target(target: Target) -> None:
@@ -127,7 +139,7 @@ def resolve_logits(
     each = _each_row(t, rows_shape).reshape(n) if isinstance(t, Tensor) else t
     log_q = None if log_q is None else log_q_of(log_q, classes)
     logits = DenseLogits(u, LogitMap(options.logits.softcap, each, log_q))
-    problem = _problem(common, logits, flat, None if s is None else s.reshape(n), DEFAULT_BUDGET)
+    problem = _problem(common, logits, flat, None if s is None else s.reshape(n), DEFAULT_BUDGET, n, classes)
     return Call((problem,), common.reduction, rows_shape, loss_dtype(input), target)
 
 
@@ -194,7 +206,7 @@ def resolve_head(
         flat = target if x is input and isinstance(target, Tensor) else at_positions(target, n, classes, 1)[0]
         of_map = LogitMap(of_logits.softcap, each.reshape(n) if isinstance(each, Tensor) else each, log_q)
         logits = LinearHead(x, weight, bias, of_map, factor)
-        problem = _problem(common, logits, flat, None if s is None else s.reshape(n), budget)
+        problem = _problem(common, logits, flat, None if s is None else s.reshape(n), budget, n, classes)
         return Call((problem,), common.reduction, rows_shape, dtype, target)
     if places > 1:  # so that the gradients of all positions add up before they are rounded
         x = x.to(compute_dtype(x.dtype))
@@ -212,6 +224,8 @@ def resolve_head(
             y_k,
             s_k,
             budget,
+            n,
+            classes,
         )
         for w_k, b_k, t_k, y_k, s_k in zip(
             w_at, b_at, t_at, at_positions(target, n, classes, places), s_at, strict=True
@@ -329,7 +343,7 @@ def _common(
     group = options.execution.group
     ranks = None if group is None else _ranks(options, input, features, classes, rows_shape, target)
     checked = check_classes(options, target, classes, ranks, plain=plain)
-    return _Common(options, reduction, ranks, checked, row_loss, plain)
+    return _Common(options, reduction, ranks, checked, row_loss, plain, input.device)
 
 
 def _each_row(temperature: Tensor, rows_shape: torch.Size) -> Tensor:
@@ -432,16 +446,16 @@ def _problem(
     target: Target,  # (N,), (N, C), (N, k) or none
     sample_weight: Tensor | None,  # (N,)
     budget: int,
+    n: int,
+    classes: int,
 ) -> Problem:
     """Return the problem of logits and their targets."""
     options, ranks, row_loss = common.options, common.ranks, common.row_loss
     in_graph = by_mask = False
-    leaves, of_map = logits.leaves, logits.map
+    of_map = logits.map
     each = of_map.temperature if isinstance(of_map.temperature, Tensor) else None
-    first = leaves[0]
-    assert first is not None
     if not common.plain:
-        given = tensors_of(target)
+        leaves, given = logits.leaves, tensors_of(target)
         others = (sample_weight, options.target.weight, each)
         in_graph = transforms.is_opaque(*given, *leaves)
         if in_graph:  # where no operation would notice, and the loss be anything
@@ -450,10 +464,11 @@ def _problem(
     targets, row_weight = select(
         options,
         target,
-        logits.shape[1],
+        classes,
         common.checked,
         sample_weight,
-        first,
+        n,
+        common.device,
         by_mask=by_mask,
         ranks=ranks,
     )
@@ -529,7 +544,7 @@ def _reduction(options: Options, input: Tensor, target: Target) -> Reduction:
         options.reduction.data_group,
     )
     if denominator is None and data_group is None:
-        return Reduction(cast(Kind, kind), z_loss)
+        return Reduction(kind, z_loss)  # type: ignore[arg-type]  # it is one of the kinds
     if denominator is not None and kind != "mean":
         raise ValueError(f"denominator replaces the divisor of reduction='mean'; reduction is {kind!r}")
     if isinstance(denominator, Tensor) and denominator.device != input.device:

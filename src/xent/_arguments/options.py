@@ -8,6 +8,7 @@ Only what differs from its default is validated. `Options.of` sorts options by n
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -20,20 +21,55 @@ from xent._core.margin import Margin
 from xent._core.validators import as_number, valid
 
 
-class _Group:
-    """A group of options. `validated` names those of a Python type, with their defaults."""
+def _tensor(name: str, value: Any) -> Any:
+    check_tensors(spread=True, **{name: value})
+    return value
 
-    validated: tuple[tuple[str, Any], ...] = ()
+
+def _temperature(name: str, t: Any) -> float | Tensor:
+    """Return a number where the value is one that can be read, else a tensor for each row."""
+    if not isinstance(t, Tensor) or (t.numel() == 1 and is_readable(t)):
+        number: float = valid(name, t)
+        return number
+    check_tensors(temperature=t)
+    if not t.is_floating_point():
+        raise TypeError(f"a temperature for each row must be floating, got {t.dtype}")
+    if t.requires_grad or transforms.followed(t):
+        raise ValueError("temperature takes no gradient: pass temperature.detach()")
+    return t
+
+
+def _margin(name: str, value: object) -> Margin:
+    """Return a margin, of which a number is the cosine's."""
+    if isinstance(value, Margin):
+        return value
+    as_number(name, value, "a number or a xent.Margin")
+    return Margin(valid(name, value))
+
+
+def _denominator(name: str, value: Any) -> float | Tensor | None:
+    """Return the divisor that replaces that of a mean: a number where it can be read, else a tensor ()."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not is_readable(value):
+        if value.requires_grad or transforms.followed(value):
+            raise ValueError("denominator takes no gradient: pass denominator.detach()")
+        return value.reshape(())
+    number: float | None = valid(name, value)
+    return number
+
+
+class _Group:
+    """A group of options: for each that is validated its name, its default, and how."""
+
+    validated: tuple[tuple[str, Any, Callable[[str, Any], Any]], ...] = ()
 
     def __post_init__(self) -> None:
-        for name, default in self.validated:
+        for name, default, validate in self.validated:
             value = getattr(self, name)
-            if value is not default and (type(value) is not type(default) or value != default):
-                object.__setattr__(self, name, valid(name, value))
-        self._check()
-
-    def _check(self) -> None:
-        """Validate the options that are tensors, or of several types."""
+            if value is default or (
+                default is not None and type(value) is type(default) and value == default
+            ):
+                continue
+            object.__setattr__(self, name, validate(name, value))
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,11 +81,12 @@ class TargetOptions(_Group):
     label_smoothing: float = 0.0
     sample_weight: Tensor | None = None  # of the shape of the unreduced loss
 
-    validated = (("ignore_index", -100), ("label_smoothing", 0.0))
-
-    def _check(self) -> None:
-        if self.weight is not None or self.sample_weight is not None:
-            check_tensors(spread=True, weight=self.weight, sample_weight=self.sample_weight)
+    validated = (
+        ("weight", None, _tensor),
+        ("ignore_index", -100, valid),
+        ("label_smoothing", 0.0, valid),
+        ("sample_weight", None, _tensor),
+    )
 
     @property
     def ignored(self) -> int:
@@ -68,22 +105,14 @@ class LogitOptions(_Group):
     sparse_grad: bool = False
     normalize: bool = False
 
-    validated = (("softcap", None), ("sparse_grad", False), ("normalize", False))
-
-    def _check(self) -> None:
-        t = self.temperature
-        if isinstance(t, Tensor) and (t.dim() or not is_readable(t)) and not _counts_as_number(t):
-            check_tensors(temperature=t)
-            if not t.is_floating_point():
-                raise TypeError(f"a temperature for each row must be floating, got {t.dtype}")
-            if t.requires_grad or transforms.followed(t):
-                raise ValueError("temperature takes no gradient: pass temperature.detach()")
-        elif type(t) is not float or t != 1.0:
-            object.__setattr__(self, "temperature", valid("temperature", t))
-        if self.margin is not None:
-            object.__setattr__(self, "margin", as_margin(self.margin))
-        if self.log_q is not None:
-            check_tensors(spread=True, log_q=self.log_q)
+    validated = (
+        ("softcap", None, valid),
+        ("temperature", 1.0, _temperature),
+        ("margin", None, _margin),
+        ("log_q", None, _tensor),
+        ("sparse_grad", False, valid),
+        ("normalize", False, valid),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,11 +124,11 @@ class ReductionOptions(_Group):
     z_loss: float = 0.0
     data_group: Any = None
 
-    validated = (("reduction", "mean"), ("z_loss", 0.0))
-
-    def _check(self) -> None:
-        if self.denominator is not None:
-            object.__setattr__(self, "denominator", _denominator(self.denominator))
+    validated = (
+        ("reduction", "mean", valid),
+        ("denominator", None, _denominator),
+        ("z_loss", 0.0, valid),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +140,11 @@ class Execution(_Group):
     check_targets: bool | None = None
     group: Any = None
 
-    validated = (("product_dtype", None), ("memory_budget", None), ("check_targets", None))
+    validated = (
+        ("product_dtype", None, valid),
+        ("memory_budget", None, valid),
+        ("check_targets", None, valid),
+    )
 
 
 class Options(NamedTuple):
@@ -159,26 +192,3 @@ GROUP_OF = {
     )
     for field in fields(kind)
 }
-
-
-def as_margin(value: object) -> Margin:
-    """Return a margin, of which a number is the cosine's."""
-    if isinstance(value, Margin):
-        return value
-    as_number("margin", value, "a number or a xent.Margin")
-    return Margin(valid("margin", value))
-
-
-def _counts_as_number(t: Tensor) -> bool:
-    """Return whether a tensor of one element is taken for a number: where it can be read."""
-    return t.numel() == 1 and is_readable(t)
-
-
-def _denominator(value: Any) -> float | Tensor | None:
-    """Return the divisor that replaces that of a mean: a number where it can be read, else a tensor ()."""
-    if isinstance(value, Tensor) and value.numel() == 1 and not is_readable(value):
-        if value.requires_grad or transforms.followed(value):
-            raise ValueError("denominator takes no gradient: pass denominator.detach()")
-        return value.reshape(())
-    number: float | None = valid("denominator", value)
-    return number

@@ -129,25 +129,25 @@ def select(
     classes: int,
     checked: Checked,
     sample_weight: Tensor | None,  # (N,)
-    like: Tensor,  # (N, ...) the rows' own tensor
+    n: int,
+    device: torch.device,
     *,
     by_mask: bool,  # data cannot choose rows here
     ranks: ClassGroup | None = None,
 ) -> Weighted:
     """Return targets of the rows that count: not ignored, and of a weight other than 0."""
-    n, s, ignored = like.shape[0], sample_weight, options.target.ignored
+    s = sample_weight
     learnt = s is not None and s.requires_grad and torch.is_grad_enabled()
-    index = target if is_index(target) else None
-    assert index is None or isinstance(index, Tensor)
-    keep: Tensor | None = None
+    index = target if isinstance(target, Tensor) and not target.is_floating_point() else None
+    keep = row_weight = None
     if index is not None and not (checked.none_ignored and not by_mask):
-        keep = index != ignored
+        keep = index != options.target.ignored
     if s is not None and not learnt:  # a learnt weight of 0 still has a gradient
         s = s.detach()
         keep = s != 0 if keep is None else keep & (s != 0)
     if by_mask:
         if keep is None:
-            keep = torch.ones(n, dtype=torch.bool, device=like.device)
+            keep = torch.ones(n, dtype=torch.bool, device=device)
         selection = Selection(n, mask=keep)
         weight = keep if s is None else s
         row_weight = weight.to(statistics_dtype(weight.device)).masked_fill(~keep, 0.0)
@@ -156,7 +156,8 @@ def select(
     else:
         chosen = None if keep is None or bool(keep.all()) else keep.nonzero().squeeze(1)
         selection = Selection(n, chosen)
-        row_weight = None if s is None else selection.gather(s.to(statistics_dtype(s.device)))
+        if s is not None:
+            row_weight = selection.gather(s.to(statistics_dtype(s.device)))
     held = None if ranks is None else ClassSlice(ranks.first, ranks.classes)
     return Weighted(_targets(options, target, classes, checked, selection, held), row_weight)
 
@@ -186,7 +187,7 @@ def _targets(
         )
     if target.is_floating_point():
         return probability_targets(target, selection, class_weight=weight, smoothing=smoothing, held=held)
-    index = selection.gather(target)
+    index = target if selection.index is None else target[selection.index]
     return index_targets(
         index,
         classes,

@@ -51,14 +51,18 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 def check_floating(**tensors: Tensor | None) -> None:
     """Raise unless all tensors are floating and of one type."""
-    given = {name: t.dtype for name, t in tensors.items() if t is not None}
-    first, *_ = given
-    for name, dtype in given.items():
+    first = of_first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        dtype = tensor.dtype
         if dtype not in FLOATING:
             raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {dtype}")
-        if dtype != given[first]:
+        if first is None:
+            first, of_first = name, dtype
+        elif dtype != of_first:
             raise TypeError(
-                f"{first} is {given[first]} but {name} is {dtype}: convert one of them, or use torch.autocast"
+                f"{first} is {of_first} but {name} is {dtype}: convert one of them, or use torch.autocast"
             )
 
 
@@ -69,6 +73,8 @@ def check_devices(*tensors: Tensor | None) -> None:
 
 
 def product_dtype(asked: torch.dtype | None, input: Tensor) -> torch.dtype:
+    if asked is None and input.dtype in (torch.float32, torch.float64):
+        return input.dtype
     full = compute_dtype(input.dtype)
     if asked is None:
         return full if input.device.type == "cpu" else input.dtype

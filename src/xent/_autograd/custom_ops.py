@@ -3,7 +3,7 @@
 The tile loop must not be unrolled into a graph, so there the sweeps are operators that a graph holds as they
 are: ``xent::rows`` and its derivative ``xent::rows_gradient``, of a head, of given logits or of two heads.
 They take a problem as its tensors and as numbers and names, which `_encoded` and `_decoded` turn into a form
-and back. They have one derivative and no rule for torch.func, which is why eager code never goes through them.
+and back. They have one derivative and no rule for torch.func, so eager code never goes through them.
 ``xent::top_k`` has none.
 """
 

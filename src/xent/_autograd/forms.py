@@ -1,9 +1,10 @@
 """The forms of problems, as differentiation sees them: what a chain of Functions can compute from tensors.
 
-    of one head, or given logits    outputs ℓ, lse, H, log p_y    saved m, r, a, e          leaves q, x, W, b
-    of two heads                    output KL                     saved both m and r, KL    leaves both x, W, b
+    of one head, or given logits    outputs ℓ, lse, H, log p_y    saved m, r, a, e        leaves q, x, W, b
+    of two heads                    output KL                     saved m and r, KL       leaves x, W, b twice
 
-A form is everything of a problem that is no tensor. The differentiable tensors, the leaves, come first. Which backend computes with one head is chosen for every problem.
+A form is everything of a problem that is no tensor. The differentiable tensors, the leaves, come first. Which
+backend computes with one head is chosen for every problem.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from xent._autograd.forms import OneHead, Tensors
 from xent._autograd.transforms import transformed
 from xent._core.backend import Gradients, backend_for
 from xent._core.coefficients import Coefficients
+from xent._core.logits import LinearHead
 from xent._core.problem import Problem, RowTerms
 from xent._core.reduction import Reduction, Scale
 from xent._core.statistics import Statistics
@@ -104,12 +105,14 @@ def loss(
     ``plain``: no transform is at work, which has been found out already.
     """
     # one problem only: the gradients of several, kept until backward, would be several times the memory
-    if len(problems) == 1 and _forms_early(problems[0], reduction, plain=plain):
+    if len(problems) == 1:
         problem = problems[0].for_loss()
-        step = _Step(problem.terms, reduction, reduction.scale(problems), dtype)
+        terms = problem.terms
         form, tensors = problem.flatten()
-        value: Tensor = Loss.apply(problem, step, OneHead(form), problem.row_weight, *tensors)
-        return value
+        if _forms_early(problem, tensors, reduction, plain=plain):
+            step = _Step(terms, reduction, reduction.scale(problems), dtype)
+            value: Tensor = Loss.apply(problem, step, OneHead(form), problem.row_weight, *tensors)
+            return value
     if reduction.kind == "none":
         (problem,) = problems
         values, _ = _values(problem, reduction)
@@ -120,16 +123,16 @@ def loss(
     return sum(others, start=first).to(dtype)
 
 
-def _forms_early(problem: Problem, reduction: Reduction, *, plain: bool) -> bool:
+def _forms_early(problem: Problem, tensors: Tensors, reduction: Reduction, *, plain: bool) -> bool:
     """Return whether to form the gradient in the forward sweep: only where that is right and pays."""
     logits, s, q = problem.logits, problem.row_weight, problem.targets.probabilities
     if problem.in_graph or problem.ranks is not None or not logits.gradient_in_forward:
         return False  # of ranks, statistics come when the last tile has been seen
-    if reduction.kind == "none" and logits.depth:
+    if reduction.kind == "none" and isinstance(logits, LinearHead):
         return False  # the weight's gradient sums over rows, whose upstream is not known yet
     if (s is not None and s.requires_grad) or (q is not None and q.requires_grad):
         return False
-    return needs_gradient(logits.leaves) and (plain or not transformed(*logits.leaves, q, s))
+    return needs_gradient(tensors) and (plain or not transformed(*tensors, s))
 
 
 def _values(problem: Problem, reduction: Reduction) -> tuple[Tensor, Problem]:

@@ -4,9 +4,9 @@
     gradient(problem, statistics, coefficients, wants) → Gradients    of probabilities and the logits' tensors
 
 A backend implements these two. `fused`, loss and gradient in one pass, has a default made of the two;
-tangents and Hessian products are the tiles' unless a backend has its own. `supports` returns None or the reason why a
-problem is not served; the choice is made for every call, in the order of the registry, and the tiles serve
-everything. Nothing above this module knows which backend ran.
+tangents and Hessian products are the tiles' unless a backend has its own. `supports` returns None or the
+reason why a problem is not served; the choice is made for every call, in the order of the registry, and the
+tiles serve everything. Nothing above this module knows which backend ran.
 
 What forces a GPU to wait for the host lies behind this seam or in the checks of a call's arguments, and is
 listed in docs/design.md.

@@ -76,7 +76,8 @@ def check_index(target: Tensor, classes: int, ignore_index: int, check: bool | N
     if check is False:
         return UNCHECKED
     if target.device.type == "cpu" and target.numel():
-        low, high = (int(bound) for bound in target.aminmax())
+        least, most = target.aminmax()
+        low, high = least.item(), most.item()
         if low >= 0 and high < classes and not low <= ignore_index <= high:
             return Checked(classes=True, none_ignored=True)
     good = (target == ignore_index) | ((target >= 0) & (target < classes))

@@ -3,8 +3,8 @@
     z = k·tanh(u/k) / T − log Q        dz/du = g·s        g = 1/T, s = 1 − tanh²(u/k)
 
 with the softcap k, the temperature T (a number, or one for each row) and the chances Q of sampled classes.
-The factor g is constant along a row, so whoever has a coefficient of the row multiplies that; s, the slope, is a
-tile, and absent where there is no softcap.
+The factor g is constant along a row, so whoever has a coefficient of the row multiplies that; s, the slope,
+is a tile, and absent where there is no softcap.
 """
 
 from __future__ import annotations

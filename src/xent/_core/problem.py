@@ -22,11 +22,11 @@ from xent._core.logits import DenseLogits, LinearHead, Logits
 from xent._core.margin import TargetShift
 from xent._core.matmul import fast_products
 from xent._core.ops import BATCHED, IN_PLACE, TileOps, tile_ops_for
+from xent._core.plan import DEFAULT_BUDGET, Footprint, Plan
 from xent._core.row_losses import RowLoss
 from xent._core.selection import Selection
 from xent._core.statistics import LOSS_ONLY, RequestedOutputs, Statistics
 from xent._core.targets import ClassSlice, Targets
-from xent._core.tiles.plan import DEFAULT_BUDGET, Footprint, Plan
 
 Tensors = tuple[Tensor | None, ...]
 
@@ -173,7 +173,7 @@ class Problem:
             *(each, of_map.log_q, t.selection.index, t.selection.mask),
             *(t.index, t.index_mass, t.other_mass, t.class_weight, t.remainder),
         )
-        return form, (*self.leaves, *rest)
+        return form, (t.probabilities, *logits.leaves, *rest)
 
 
 @dataclass(frozen=True)

@@ -239,9 +239,9 @@ def summarise(
 ) -> tuple[Tensor, Statistics]:
     """Return exp(z − m) of a tile of logits z (R, T), m its own maximum, and the tile's statistics.
 
-    t, a number or (R or 1, T), is the dense part of the target, None where there is none. Columns of `own` belong to
-    the target's own tile: they arrive masked, contribute nothing, and leave as zeros. `first` is the tile's
-    first class.
+    t, a number or (R or 1, T), is the dense part of the target, None where there is none. Columns of `own`
+    belong to the target's own tile: they arrive masked, contribute nothing, and leave as zeros. `first` is the
+    tile's first class.
     """
     dtype = statistics_dtype(z.device)
     if t is None and own is not None and not requested.of_scores:

@@ -33,10 +33,10 @@ from torch import Tensor
 from xent._core.coefficients import Coefficients
 from xent._core.logits import GradientAccumulator, LinearHead, Tangents
 from xent._core.ops import cut
+from xent._core.plan import Plan
 from xent._core.problem import Problem
 from xent._core.statistics import RequestedOutputs, Statistics, TargetColumns, statistics_dtype
 from xent._core.tiles.formulas import differentiate, differentiate_logits
-from xent._core.tiles.plan import Plan
 from xent._core.tiles.sweep import Workspace, revisit, statistics
 
 

@@ -209,7 +209,7 @@ def _resolve(
     if in_graph:
         check_devices(weight, *leaves)
     by_mask = weight is not None and (in_graph or transforms.batched(weight, *leaves))
-    targets, weight = select(Options(), None, classes, UNCHECKED, weight, student.x, by_mask=by_mask)
+    targets, weight = select(Options(), None, classes, UNCHECKED, weight, n, student.device, by_mask=by_mask)
     kept = targets.selection.mask
     if kept is not None and not in_graph:  # in a graph the operator selects for itself
         student, teacher = student.select(kept), teacher.select(kept)

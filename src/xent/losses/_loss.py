@@ -10,9 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from xent._arguments import call as calls
-from xent._arguments.call import Call, agreed
+from xent._arguments.call import agreed
 from xent._arguments.options import Options
-from xent._autograd import one_head
 from xent._autograd.transforms import is_plain
 from xent._core.row_losses import RowLoss
 from xent._core.target import Target
@@ -24,8 +23,8 @@ def loss_of_logits(
     """Return a loss of given logits, (C,), (N, C) or (N, C, d1, ...)."""
     calls.require_target(target)
     if options.on_one_process and is_plain(input, target, *options.tensors()):
-        return _loss(calls.resolve_logits(options, input, target, row_loss, plain=True), plain=True)
-    return agreed(lambda: _loss(calls.resolve_local_logits(options, input, target, row_loss)), options, input)
+        return calls.resolve_logits(options, input, target, row_loss, plain=True).loss(plain=True)
+    return agreed(lambda: calls.resolve_local_logits(options, input, target, row_loss).loss(), options, input)
 
 
 def loss_of_head(
@@ -40,16 +39,7 @@ def loss_of_head(
     calls.require_target(target)
     head = (input, linear_weight, linear_bias)
     if options.on_one_process and linear_weight is not None and is_plain(*head, target, *options.tensors()):
-        return _loss(calls.resolve_head(options, *head, target, row_loss, plain=True), plain=True)
+        return calls.resolve_head(options, *head, target, row_loss, plain=True).loss(plain=True)
     return agreed(
-        lambda: _loss(calls.resolve_local_head(options, *head, target, row_loss)), options, linear_weight
+        lambda: calls.resolve_local_head(options, *head, target, row_loss).loss(), options, linear_weight
     )
-
-
-def _loss(call: Call, *, plain: bool = False) -> Tensor:
-    """Return one loss of problems that share its divisor, or one for each row."""
-    problems, reduction = call.problems, call.reduction
-    if reduction.kind != "none":
-        return one_head.loss(problems, reduction, call.dtype, plain=plain)
-    columns = [one_head.loss((problem,), reduction, call.dtype, plain=plain) for problem in problems]
-    return call.stack(columns)

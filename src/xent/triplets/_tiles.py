@@ -19,11 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from xent._core.logit_map import IDENTITY
 from xent._core.logits import LinearHead, Loaded
+from xent._core.plan import Footprint, Plan
 from xent._core.problem import Problem
 from xent._core.selection import Selection
 from xent._core.statistics import NEG_INF
 from xent._core.targets import Targets
-from xent._core.tiles.plan import Footprint, Plan
 from xent.triplets import _attribution_sweep
 from xent.triplets._forms import Form
 

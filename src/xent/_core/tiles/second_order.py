@@ -31,10 +31,10 @@ from xent._core.collectives import ClassGroup
 from xent._core.logit_map import Rows
 from xent._core.logits import Loaded, Tangents
 from xent._core.ops import cut
+from xent._core.plan import Plan
 from xent._core.problem import Problem
 from xent._core.statistics import RequestedOutputs, Statistics, TargetColumns
 from xent._core.tiles.formulas import Tile, differentiate_logits, target_residual
-from xent._core.tiles.plan import Plan
 from xent._core.tiles.sweep import TileGradients, Workspace, revisit, target_total
 
 

@@ -18,6 +18,7 @@ from xent._core.coefficients import Coefficients
 from xent._core.logit_map import TileBuffers
 from xent._core.logits import GradientAccumulator, Loaded
 from xent._core.ops import Accumulator, cut
+from xent._core.plan import Plan
 from xent._core.problem import Problem
 from xent._core.statistics import PairwiseMerge, Statistics, finite_base, statistics_dtype, summarise
 from xent._core.tiles.formulas import (
@@ -29,7 +30,6 @@ from xent._core.tiles.formulas import (
     target_columns,
     target_statistics,
 )
-from xent._core.tiles.plan import Plan
 
 
 class TileGradients(NamedTuple):

@@ -25,11 +25,11 @@ from torch import Tensor
 from xent._core.logit_map import LogitMap, TileBuffers
 from xent._core.logits import GradientAccumulator, LinearHead, Loaded
 from xent._core.ops import IN_PLACE, TileOps, tile_ops_for
+from xent._core.plan import Footprint, Plan
 from xent._core.problem import Problem
 from xent._core.selection import Selection
 from xent._core.statistics import PairwiseMerge, Statistics, finite_base, statistics_dtype, summarise
 from xent._core.targets import no_targets
-from xent._core.tiles.plan import Footprint, Plan
 from xent._core.tiles.sweep import Workspace
 
 NEAR = 0.5  # |δ| below which e^δ − 1 and δ cancel

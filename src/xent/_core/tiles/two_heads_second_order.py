@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from xent._core.logits import Tangents
-from xent._core.tiles.plan import Plan
+from xent._core.plan import Plan
 from xent._core.tiles.sweep import Workspace
 from xent._core.tiles.two_heads import (
     Both,
