@@ -28,7 +28,7 @@ from xent._arguments.targets import is_index
 from xent._autograd import custom_ops, transforms
 from xent._autograd.one_head import scattered
 from xent._core.logits import compute_dtype
-from xent._core.ops import tile_ops_for
+from xent._core.ops import any_batched
 from xent._core.problem import Problem
 from xent._core.statistics import RequestedOutputs
 from xent._core.target import TopKTarget
@@ -296,4 +296,4 @@ def _top_k_of(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     leaves = problem.logits.leaves
     if transforms.followed(*leaves):  # torch.func would take what has no derivative for a derivative of 0
         raise NotImplementedError("top_k has no derivative: pass tensors that are detached")
-    return streaming.top_k(replace(problem, ops=tile_ops_for(*leaves)), k)
+    return streaming.top_k(replace(problem, batched=any_batched(*leaves)), k)

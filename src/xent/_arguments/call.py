@@ -105,7 +105,7 @@ def resolve_logits(
     plain: bool = False,  # as transforms.is_plain has it
 ) -> Call:
     """Resolve logits, input (C,), (N, C) or (N, C, d1, ...), and their target."""
-    if not plain:
+    if not plain or input is None:
         require_tensors(input=input)
         given = (*tensors_of(target), *options.tensors())
         if transforms.is_frozen(input, *given):
@@ -154,7 +154,7 @@ def resolve_head(
     plain: bool = False,  # as transforms.is_plain has it
 ) -> Call:
     """Resolve a head, input (..., D) and linear_weight (C, D) or (C, d1, ..., D), and its target."""
-    if not plain:
+    if not plain or input is None:
         require_tensors(input=input, linear_weight=linear_weight)
         check_tensors(linear_bias=linear_bias)
         head = (input, linear_weight, linear_bias)

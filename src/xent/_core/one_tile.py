@@ -38,7 +38,7 @@ class OneTile(Backend):
             return f"the tensors are on {problem.logits.device.type}"
         if problem.ranks is not None:
             return "other processes hold some of the classes"
-        if not problem.ops.buffered:
+        if problem.batched:
             return "vmap has batched a tensor"
         if problem.targets.probabilities is not None:
             return "a target of probabilities may take a gradient of its own"

@@ -343,8 +343,11 @@ def is_batched(t: Tensor) -> bool:
     return functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t)
 
 
-def tile_ops_for(*tensors: Tensor | None) -> TileOps:
-    """Functional where `vmap` has batched any of the tensors, else in place."""
-    if any(t is not None and is_batched(t) for t in tensors):
-        return FUNCTIONAL
-    return IN_PLACE
+def any_batched(*tensors: Tensor | None) -> bool:
+    """Return whether any of the tensors' outermost wrapper is vmap's."""
+    return any(t is not None and is_batched(t) for t in tensors)
+
+
+def tile_ops(*, batched: bool) -> TileOps:
+    """Return the functional body of a tile where `vmap` has batched a tensor, else the one in place."""
+    return FUNCTIONAL if batched else IN_PLACE

@@ -21,7 +21,7 @@ from xent._core.logit_map import LogitMap
 from xent._core.logits import DenseLogits, LinearHead, Logits
 from xent._core.margin import TargetShift
 from xent._core.matmul import fast_products
-from xent._core.ops import BATCHED, IN_PLACE, TileOps, tile_ops_for
+from xent._core.ops import BATCHED, TileOps, any_batched, tile_ops
 from xent._core.plan import DEFAULT_BUDGET, Footprint, Plan
 from xent._core.row_losses import RowLoss
 from xent._core.selection import Selection
@@ -60,13 +60,17 @@ class Problem:
     budget: int = DEFAULT_BUDGET  # bytes of working memory
     requested: RequestedOutputs = LOSS_ONLY
     ranks: ClassGroup | None = None  # the processes that hold the other classes
-    ops: TileOps = IN_PLACE
+    batched: bool = False  # whether vmap has batched a tensor
     row_weight: Tensor | None = None  # as in `RowTerms`
     shift: TargetShift | None = None
     row_loss: RowLoss | None = None
     in_graph: bool = False  # whether the sweep is one operator of a graph
     check: bool | None = None  # of targets, by that operator
     weight_elsewhere: bool = False  # whether other processes know what some rows add to the divisor of a mean
+
+    @property
+    def ops(self) -> TileOps:
+        return tile_ops(batched=self.batched)
 
     @property
     def selection(self) -> Selection:
@@ -112,7 +116,7 @@ class Problem:
 
     def check_sent(self) -> None:
         """Raise NotImplementedError where `vmap` would have processes send batches of tensors."""
-        if self.ranks is not None and not self.ops.buffered:
+        if self.ranks is not None and self.batched:
             raise NotImplementedError(BATCHED)
 
     def blocks(self) -> Iterator[slice]:
@@ -137,7 +141,7 @@ class Problem:
             per_class=logits.bytes_per_class(),
             resident_rows=max(1, logits.least_resident_rows // least_rows),
         )
-        if not self.ops.buffered:
+        if self.batched:
             return Plan.of_all_rows(self.budget, targets.count, targets.n_classes, footprint)
         return Plan.within(self.budget, targets.count, targets.n_classes, footprint, resident=resident)
 
@@ -223,5 +227,5 @@ class Form:
             remainder,
             held=self.held,
         )
-        ops = tile_ops_for(*tensors, *others)
-        return Problem(logits, targets, self.budget, self.requested, self.ranks, ops)
+        batched = any_batched(*tensors, *others)
+        return Problem(logits, targets, self.budget, self.requested, self.ranks, batched)

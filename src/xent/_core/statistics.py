@@ -276,7 +276,7 @@ def summarise(
     z = ops.scatter(z, top[:, None], 0.0)
     r = torch.where(masked, -1.0, z.sum(1).to(dtype))
     e = -torch.special.entr(z).sum(1).to(dtype) if requested.entropy else None  # Σ E log E, E = exp(z − m)
-    z = ops.scatter(z, top[:, None], 1.0)
+    z = ops.scatter(z, top[:, None], (1 + (m - m))[:, None])  # nan of a row with +inf
     if all_masked:
         z = torch.where(masked[:, None], 0.0, z)
     return z, Statistics(m.to(dtype), r, d, a, e, first + top if requested.argmax else None)

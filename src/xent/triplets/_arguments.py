@@ -16,7 +16,7 @@ from torch import Tensor
 from xent._arguments.call import Call
 from xent._arguments.options import Options
 from xent._autograd import transforms
-from xent._core.ops import tile_ops_for
+from xent._core.ops import any_batched
 from xent._core.problem import Problem
 
 
@@ -76,7 +76,7 @@ def eager_problem(problem: Problem) -> Problem:
             "a description by triplets has no derivative: differentiate xent.cross_entropy, "
             "xent.triplets.triplet_loss or xent.triplets.smooth_triplet_loss"
         )
-    return replace(problem, ops=tile_ops_for(*problem.logits.leaves, problem.targets.index))
+    return replace(problem, batched=any_batched(*problem.logits.leaves, problem.targets.index))
 
 
 def scatter_rows(problem: Problem, value: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from xent._core.logit_map import LogitMap, TileBuffers
 from xent._core.logits import GradientAccumulator, LinearHead, Loaded
-from xent._core.ops import IN_PLACE, TileOps, tile_ops_for
+from xent._core.ops import TileOps, any_batched, tile_ops
 from xent._core.plan import Footprint, Plan
 from xent._core.problem import Problem
 from xent._core.selection import Selection
@@ -58,7 +58,11 @@ class Pair:
     teacher: LinearHead
     selection: Selection
     budget: int
-    ops: TileOps = IN_PLACE
+    batched: bool = False  # whether vmap has batched a tensor
+
+    @property
+    def ops(self) -> TileOps:
+        return tile_ops(batched=self.batched)
 
     @property
     def heads(self) -> tuple[LinearHead, LinearHead]:
@@ -70,7 +74,7 @@ class Pair:
 
     def problem(self, head: LinearHead) -> Problem:
         """Return the problem of one of the heads, for what a head alone decides."""
-        return Problem(head, no_targets(self.n_classes, self.selection), self.budget, ops=self.ops)
+        return Problem(head, no_targets(self.n_classes, self.selection), self.budget, batched=self.batched)
 
     def gain(self, chunk: slice) -> float | Tensor:
         """Return dz/du, a number or (R,)."""
@@ -169,7 +173,7 @@ class PairForm:
             LinearHead(teacher_x, teacher_w, teacher_b, logits, self.teacher_product_dtype),
             Selection(x.shape[0], index, mask),
             self.budget,
-            tile_ops_for(*tensors, *others),
+            any_batched(*tensors, *others),
         )
 
 
