@@ -26,7 +26,7 @@ from xent._core.tiles import sweep
 from xent._core.validators import valid
 from xent.curvature import _cg
 from xent.curvature._batches import OPTIONS, Batch, check_options
-from xent.curvature._cg import CGResult, Map, RefinedResult
+from xent.curvature._cg import Map
 from xent.curvature._heads import HeadGGN, HeadHessian, HeadOperator
 from xent.curvature._kronecker import HeadKronecker
 from xent.curvature._preconditioners import from_blocks, from_diagonal, from_factors
@@ -106,11 +106,8 @@ def newton_step(
         )
     curvature, preconditioner = valid("curvature", curvature), valid("preconditioner", preconditioner)
     check_options("newton_step", options, OPTIONS)
-    head_options: dict[str, Any] = {
-        "bias": bias,
-        "wrt": "weight" if bias is None else ("weight", "bias"),
-        **options,
-    }
+    wrt = "weight" if bias is None else ("weight", "bias")
+    head_options: dict[str, Any] = {"bias": bias, "wrt": wrt, **options}
     operator_type = HeadHessian if curvature == "hessian" else HeadGGN
     operator = operator_type(features, weight, target, **head_options)
     ridge = weight.new_full((weight.shape[1] + (bias is not None),), l2 + damping)
@@ -129,9 +126,8 @@ def newton_step(
                 "the gradient is not finite: weight or bias hold nan or inf, or their logits overflow; "
                 "if earlier steps led there, give these damping, or a line search"
             )
-        result, residual, decrease = system.solve_refined(
-            -gradient, preconditioner, tolerance, max_iterations
-        )
+        arguments = system.for_cg(-gradient, preconditioner, tolerance, max_iterations)
+        result, residual, decrease = _cg.solve_refined(*arguments)
     d = weight.shape[1]
     return NewtonStep(
         result.solution[:, :d].contiguous(),
@@ -194,33 +190,18 @@ class NewtonSystem:
         """Subtract the mean over the classes from the columns where it is not determined."""
         return v - v.mean(0) * self.free
 
-    def solve(
+    def for_cg(
         self,
         right: Tensor,  # (K, D̃)
         preconditioner: Preconditioner | None,
         tolerance: float,
         max_iterations: int | None = None,
-    ) -> CGResult:
-        """Return the solution without undetermined components; its residual is that of the recursion."""
-        return _cg.solve(self, *self._cg_arguments(right, preconditioner, max_iterations, tolerance))
-
-    def solve_refined(
-        self,
-        right: Tensor,  # (K, D̃)
-        preconditioner: Preconditioner | None,
-        tolerance: float,
-        max_iterations: int | None = None,
-    ) -> RefinedResult:
-        """Return the solution as `solve` does, with the residual recomputed by products with H."""
-        return _cg.solve_refined(self, *self._cg_arguments(right, preconditioner, max_iterations, tolerance))
-
-    def _cg_arguments(
-        self, right: Tensor, preconditioner: Preconditioner | None, limit: int | None, tolerance: float
-    ) -> tuple[Tensor, Map, float, int]:
+    ) -> tuple[Map, Tensor, Map, float, int]:
+        """Return the arguments of `_cg.solve` and `_cg.solve_refined`, without undetermined components."""
         right = self.project(right)
-        limit = 2 * right.numel() if limit is None else limit
+        limit = 2 * right.numel() if max_iterations is None else max_iterations
         inverse = self.inverse(preconditioner) if limit and bool(right.any()) else _identity
-        return right, lambda r: self.project(inverse(r)), tolerance, limit
+        return self, right, lambda r: self.project(inverse(r)), tolerance, limit
 
     def inverse(self, preconditioner: Preconditioner | None) -> Map:
         if preconditioner == "class-blocks":

@@ -47,9 +47,8 @@ class Poles(NamedTuple):
 
     @classmethod
     def of(cls, from_zero: Tensor, e: Tensor, d: Tensor, e2: Tensor, d2: Tensor, rest: Tensor) -> Poles:
-        base = torch.where(from_zero, -e, d).masked_fill(
-            rest == 0, 2.0
-        )  # a value that the unknown cannot take
+        # 2 is a value that the unknown cannot take
+        base = torch.where(from_zero, -e, d).masked_fill(rest == 0, 2.0)
         return cls(from_zero, torch.where(from_zero, torch.ones_like(e2), -1.0), e2, d2, rest, base)
 
     def distances(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

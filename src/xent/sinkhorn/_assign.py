@@ -121,23 +121,27 @@ def assign(
             "sinkhorn.assign asks its data when to stop: call it outside the graph (torch.compiler.disable), "
             "on tensors that have data"
         )
-    given = (
-        scores,
-        valid("mask", mask),
-        valid("row_marginal", row_marginal),
-        valid("column_marginal", column_marginal),
-        valid("start", start),
-    )
-    types = [t.dtype for t in given[2:4] if t is not None and t.is_floating_point()]
+    mask, row_marginal = valid("mask", mask), valid("row_marginal", row_marginal)
+    column_marginal, start = valid("column_marginal", column_marginal), valid("start", start)
+    given = [t for t in (row_marginal, column_marginal) if t is not None and t.is_floating_point()]
     settings = Settings(
         valid("epsilon", epsilon),
         math.inf if row_relaxation is None else valid("row_relaxation", row_relaxation),
         math.inf if column_relaxation is None else valid("column_relaxation", column_relaxation),
         Whole("at least 1", 1)("max_iterations", max_iterations) or 1,
         None if tolerance is None else valid("tolerance", tolerance),
-        eps=max((torch.finfo(t).eps for t in types), default=0.0),
+        eps=max((torch.finfo(t.dtype).eps for t in given), default=0.0),
     )
-    z, row, column, f = _Arguments(settings, *given).tensors()
+    row, column = _marginals(scores, row_marginal, column_marginal)
+    # where both sides are relaxed, the plan may exceed every marginal
+    z = scores.to(row.dtype if settings.relaxed else compute_dtype(scores.dtype))
+    if mask is not None:
+        if not _broadcasts(mask, scores.shape):
+            raise ValueError(f"mask {tuple(mask.shape)} does not fit scores {tuple(scores.shape)}")
+        z = z.masked_fill(~mask, -math.inf)
+    f = torch.zeros_like(row).detach() if start is None else start[0].detach().to(row)
+    if f.shape != row.shape:
+        raise ValueError(f"start[0] is {tuple(f.shape)}; the rows' potentials are {tuple(row.shape)}")
     if valid("differentiate", differentiate) == "unroll":
         solved = _unroll(settings, z, row, column, f)
     else:
@@ -185,60 +189,30 @@ def _warn(settings: Settings, solved: Solution, within: Tensor, fits: Tensor, dt
         )
 
 
-class _Arguments(NamedTuple):
-    """The tensor arguments of `assign`, as given."""
-
-    settings: Settings
-    scores: Tensor
-    mask: Tensor | None
-    row_marginal: Tensor | None
-    column_marginal: Tensor | None
-    start: tuple[Tensor, Tensor] | None
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return S (..., N, K), r (..., N), c (..., K) and the initial f (..., N); raise on misfits."""
-        scores = self.scores
-        if scores.ndim < 2:
-            raise ValueError(f"scores must be (..., N, K), not {tuple(scores.shape)}")
-        if scores.shape[-1] == 0 and scores.shape[-2] > 0:
-            raise ValueError(f"scores of shape {tuple(scores.shape)} have no column to assign rows to")
-        row, column = self._marginals()
-        # where both sides are relaxed, the plan may exceed every marginal
-        z = scores.to(row.dtype if self.settings.relaxed else compute_dtype(scores.dtype))
-        if self.mask is not None:
-            if not _broadcasts(self.mask, scores.shape):
-                raise ValueError(f"mask {tuple(self.mask.shape)} does not fit scores {tuple(scores.shape)}")
-            z = z.masked_fill(~self.mask, -math.inf)
-        f = torch.zeros_like(row).detach()
-        if self.start is not None:
-            f = self.start[0].detach().to(row)
-            if f.shape != row.shape:
-                raise ValueError(f"start[0] is {tuple(f.shape)}; the rows' potentials are {tuple(row.shape)}")
-        return z, row, column, f
-
-    def _marginals(self) -> tuple[Tensor, Tensor]:
-        scores = self.scores
-        *batch, n, k = scores.shape
-        dtype = statistics_dtype(scores.device)
-        given = []
-        for name, t, count in (
-            ("row_marginal", self.row_marginal, n),
-            ("column_marginal", self.column_marginal, k),
-        ):
-            if t is not None:
-                if t.ndim == 0 or t.shape[-1] != count or not _broadcasts(t, (*batch, count)):
-                    raise ValueError(
-                        f"{name} {tuple(t.shape)} does not fit scores {tuple(scores.shape)}: "
-                        f"it must be ({count},) or {(*batch, count)}"
-                    )
-                t = t.to(device=scores.device, dtype=dtype).expand(*batch, count)
-            given.append(t)
-        row, column = given
-        if row is None:
-            row = torch.ones(*batch, n, dtype=dtype, device=scores.device)
-        if column is None:
-            column = (row.sum(-1, keepdim=True) / max(k, 1)).expand(*batch, k)
-        return row, column
+def _marginals(scores: Tensor, row: Tensor | None, column: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return r (..., N) and c (..., K), or their defaults; raise where they do not fit the scores."""
+    if scores.ndim < 2:
+        raise ValueError(f"scores must be (..., N, K), not {tuple(scores.shape)}")
+    if scores.shape[-1] == 0 and scores.shape[-2] > 0:
+        raise ValueError(f"scores of shape {tuple(scores.shape)} have no column to assign rows to")
+    *batch, n, k = scores.shape
+    dtype = statistics_dtype(scores.device)
+    given = []
+    for name, t, count in (("row_marginal", row, n), ("column_marginal", column, k)):
+        if t is not None:
+            if t.ndim == 0 or t.shape[-1] != count or not _broadcasts(t, (*batch, count)):
+                raise ValueError(
+                    f"{name} {tuple(t.shape)} does not fit scores {tuple(scores.shape)}: "
+                    f"it must be ({count},) or {(*batch, count)}"
+                )
+            t = t.to(device=scores.device, dtype=dtype).expand(*batch, count)
+        given.append(t)
+    row, column = given
+    if row is None:
+        row = torch.ones(*batch, n, dtype=dtype, device=scores.device)
+    if column is None:
+        column = (row.sum(-1, keepdim=True) / max(k, 1)).expand(*batch, k)
+    return row, column
 
 
 def _broadcasts(t: Tensor, shape: Sequence[int]) -> bool:

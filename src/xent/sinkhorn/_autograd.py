@@ -185,14 +185,8 @@ class _Plan(torch.autograd.Function):
         return None, on_scores, on_row, on_column, None
 
     @staticmethod
-    def jvp(
-        ctx: Any,
-        _settings: None,
-        on_scores: Tensor | None,
-        on_row: Tensor | None,
-        on_column: Tensor | None,
-        _: Any,
-    ) -> Any:
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        _, on_scores, on_row, on_column, _ = tangents
         plan, row, column = ctx.saved_tensors
         plan, settings = _ForwardOnce.apply(plan), ctx.settings
         P = plan.to(row.dtype)

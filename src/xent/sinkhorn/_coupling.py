@@ -97,16 +97,19 @@ def _direct(
     def blocks() -> Iterator[tuple[slice, Tensor]]:
         yield from (_blocks(P, row_scale, column_scale) if stored is None else stored)
 
+    def apply_B(eta: Tensor) -> Tensor:
+        return torch.cat([matvec(B, eta) for _, B in blocks()], -1)
+
+    def apply_Bt(xi: Tensor) -> Tensor:
+        return sum((rmatvec(B, xi[..., at]) for at, B in blocks()), torch.zeros_like(beta))
+
     def correct(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         """Return ξ and η for a right-hand side, with the ridge."""
-        rhs = second - sum((rmatvec(B, first[..., at]) for at, B in blocks()), torch.zeros_like(second))
-        eta = torch.cholesky_solve(rhs[..., None], factor)[..., 0]
-        return torch.cat([first[..., at] - matvec(B, eta) for at, B in blocks()], -1), eta
+        eta = torch.cholesky_solve((second - apply_Bt(first))[..., None], factor)[..., 0]
+        return first - apply_B(eta), eta
 
-    gram = sum(
-        (B.mT @ B for _, B in blocks()), column_scale.new_zeros(*column_scale.shape, column_scale.shape[-1])
-    )
-    identity = torch.eye(column_scale.shape[-1], dtype=column_scale.dtype, device=column_scale.device)
+    identity = torch.eye(beta.shape[-1], dtype=beta.dtype, device=beta.device)
+    gram = sum((B.mT @ B for _, B in blocks()), torch.zeros_like(identity))
     ridge = RIDGE
     while True:
         factor, failed = torch.linalg.cholesky_ex((1 + ridge) * identity - gram)
@@ -115,11 +118,7 @@ def _direct(
         ridge *= 100
     xi, eta = correct(alpha, beta)
     for _ in range(REFINEMENTS):
-        first = alpha - xi - torch.cat([matvec(B, eta) for _, B in blocks()], -1)
-        second = beta - eta
-        for at, B in blocks():
-            second = second - rmatvec(B, xi[..., at])
-        more_xi, more_eta = correct(first, second)
+        more_xi, more_eta = correct(alpha - xi - apply_B(eta), beta - eta - apply_Bt(xi))
         xi, eta = xi + more_xi, eta + more_eta
     return xi, eta
 

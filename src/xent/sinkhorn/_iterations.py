@@ -148,15 +148,10 @@ def _log_columns(problem: Problem, f: Tensor, g: Tensor) -> tuple[Tensor, ...]:
 
 def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
     """Take the row step, f from g, and write the resulting plan into `plan`."""
-    scores, epsilon, lam, exponent = (
-        problem.scores,
-        problem.epsilon,
-        problem.row_relaxation,
-        problem.row_exponent,
-    )
+    scores, epsilon, exponent = problem.scores, problem.epsilon, problem.row_exponent
     f, p, q = torch.empty_like(problem.row), torch.empty_like(problem.row), torch.zeros_like(problem.column)
     log_r = problem.row.log()
-    buffer = g.new_empty(max((_size(scores[at]) for at in blocks(scores)), default=0))
+    buffer = g.new_empty(max((scores[at].numel() for at in blocks(scores)), default=0))
     for items, rows in blocks(scores):
         part = scores[items, rows]
         z = buffer[: part.numel()].view(part.shape)
@@ -167,7 +162,11 @@ def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
         # a row without mass, or that is to have none, becomes 0
         has_mass = (total > 0) & (r > 0)
         u = log_row - exponent * total.log()
-        scale = r / total if math.isinf(problem.row_relaxation) else (u + m / (lam + epsilon)).exp()
+        scale = (
+            r / total
+            if math.isinf(problem.row_relaxation)
+            else (u + m / (problem.row_relaxation + epsilon)).exp()
+        )
         # an infinite scale overflows plan and sums: what reads these then computes them from logarithms
         scale = torch.where(has_mass, scale, 0.0)
         q[items] += z.mul_(scale[..., None]).sum(-2)
@@ -175,10 +174,6 @@ def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
         f[items, rows] = torch.where(has_mass, epsilon * u - exponent * m, -math.inf)
         p[items, rows] = scale * total
     return State(f, g, plan, p, q, column_error(problem, f, g, q))
-
-
-def _size(part: Tensor) -> int:
-    return part.numel()
 
 
 def plan_as(problem: Problem, state: State, dtype: torch.dtype) -> Tensor:
@@ -212,8 +207,8 @@ def columns_from_plan(problem: Problem, state: State) -> Tensor:
     """Take the column step from the plan's column sums, g (B, K)."""
     if has_lost_columns(problem, state):
         return column_step(problem, state.f)
-    step = problem.epsilon * _log_v(problem, state.g, state.q)
-    return torch.where(problem.column > 0, state.g + step, -math.inf)
+    log_v = _log_scaling(state.q, problem.column, problem.column_exponent, state.g, problem.epsilon)
+    return torch.where(problem.column > 0, state.g + problem.epsilon * log_v, -math.inf)
 
 
 def has_lost_columns(problem: Problem, state: State) -> bool:
@@ -222,18 +217,13 @@ def has_lost_columns(problem: Problem, state: State) -> bool:
     return not bool((within | (problem.column == 0)).all())
 
 
-def _log_v(problem: Problem, g: Tensor, s: Tensor) -> Tensor:
-    """Return log v (B, K) of the column step on a kernel that contains g; s = Pᵀ·u."""
-    exponent = problem.column_exponent
-    step = problem.column.log() - exponent * s.log()
-    return step if exponent == 1.0 else step + (exponent - 1) * g / problem.epsilon
+def _log_scaling(s: Tensor, mass: Tensor, exponent: float, potential: Tensor, epsilon: float) -> Tensor:
+    """Return log u of the row step or log v of the column step, on a kernel that contains the potential.
 
-
-def _log_u(problem: Problem, f: Tensor, s: Tensor) -> Tensor:
-    """Return log u (B, N) of the row step on a kernel that contains f; s = P·v."""
-    exponent = problem.row_exponent
-    step = problem.row.log() - exponent * s.log()
-    return step if exponent == 1.0 else step + (exponent - 1) * f / problem.epsilon
+    s holds the sums of that kernel by the other side's scaling: P·v (B, N), or Pᵀ·u (B, K).
+    """
+    step = mass.log() - exponent * s.log()
+    return step if exponent == 1.0 else step + (exponent - 1) * potential / epsilon
 
 
 def iterate(problem: Problem, state: State, count: int) -> State:
@@ -257,12 +247,14 @@ def _iterate_kernel(problem: Problem, state: State, count: int) -> tuple[Tensor,
     rows, columns = problem.row > 0, problem.column > 0
     q, log_v, done = state.q, torch.zeros_like(state.q), 0
     for _ in range(count):
-        ahead = torch.where(columns, _log_v(problem, state.g, q), 0.0)
+        ahead = _log_scaling(q, problem.column, problem.column_exponent, state.g, problem.epsilon)
+        ahead = torch.where(columns, ahead, 0.0)
         if not bool((ahead.abs() <= REACH).all()):  # nan and inf too
             break
         v = ahead.exp().to(dtype).view(kernel.shape[:-2] + kernel.shape[-1:])
         s = matvec(kernel, v).to(q.dtype).view(problem.row.shape)
-        log_u = torch.where(rows, _log_u(problem, state.f, s), 0.0)
+        log_u = _log_scaling(s, problem.row, problem.row_exponent, state.f, problem.epsilon)
+        log_u = torch.where(rows, log_u, 0.0)
         if not bool((log_u.abs() <= REACH).all()):
             break
         u = log_u.exp().to(dtype).view(kernel.shape[:-1])

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from xent.curvature import _cg
 from xent.curvature._kronecker import HeadKronecker
 from xent.curvature._newton import NewtonSystem, Preconditioner
 from xent.linear_model.solvers._registry import Solver
@@ -87,7 +88,8 @@ def _step(
     with torch.no_grad():
         size = slope.abs().max()  # squares of a small gradient leave the range of float32
         right = -slope[:, :columns] / size
-        found = system.solve(right, _preconditioner(objective.n_vectors, columns), forcing, MOST_PRODUCTS)
+        preconditioner = _preconditioner(objective.n_vectors, columns)
+        found = _cg.solve(*system.for_cg(right, preconditioner, forcing, MOST_PRODUCTS))
     step = np.zeros((objective.n_vectors, objective.n_features + 1))
     step[:, :columns] = (found.solution * size).numpy()
     return step.ravel()
