@@ -45,11 +45,7 @@ if TYPE_CHECKING:
     help="Share of the rows held out, every class alike; 0 for none.",
 )
 @click.option(
-    "--l2",
-    type=Finite(0),
-    default=1.0,
-    show_default=True,
-    help="Penalty l2/2·‖W‖²; 1/C of scikit-learn.",
+    "--l2", type=Finite(0), default=1.0, show_default=True, help="Penalty l2/2·‖W‖²; 1/C of scikit-learn."
 )
 @click.option(
     "--solver",
@@ -174,13 +170,7 @@ def _draw(fitted: Fitted, out: Path, paths: list[Path], quiet: bool) -> bool:
 
 
 def _report(
-    fitted: Fitted,
-    tol: float,
-    source: str,
-    paths: list[Path],
-    out: Path,
-    as_json: bool,
-    quiet: bool,
+    fitted: Fitted, tol: float, source: str, paths: list[Path], out: Path, as_json: bool, quiet: bool
 ) -> None:
     """Print how the fit ended, as a table or as JSON."""
     if not fitted.converged and not fitted.interrupted and not quiet:
@@ -251,8 +241,7 @@ def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], o
     grid.add_row("accuracy", *(f"{100 * part.accuracy:.2f} %" for _, part in parts))
     about = f"{source}: {len(fitted.model.classes)} classes, {len(fitted.model.feature_names)} features"
     console.print(Text(printable(about)))
-    skipped = fitted.skipped
-    if skipped:
+    if skipped := fitted.skipped:
         shown = ", ".join(skipped[:6]) + (f" and {len(skipped) - 6} more" if len(skipped) > 6 else "")
         console.print(Text(f"not numeric, so not used: {printable(shown)}"))
     console.print()

@@ -19,8 +19,8 @@ from typing import Any
 from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data.limits import MOST_CELL, MOST_NAME, check_columns, check_names
-from xent.data.parquet import from_arrow, is_number, within
-from xent.data.table import Table, Wanted, bad_number, choose, skipped
+from xent.data.parquet import choose_columns, from_arrow, within
+from xent.data.table import Table, Wanted, bad_number
 from xent.errors import BadInput, needs
 
 BLOCK = 8 << 20
@@ -41,7 +41,7 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     _check_header(path, delimiter)
     parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    blocks = csv.ReadOptions(block_size=BLOCK)
+    given = {"parse_options": parse, "read_options": csv.ReadOptions(block_size=BLOCK)}
 
     def types(columns: dict[str, Any], include: list[str] | None = None) -> csv.ConvertOptions:
         return csv.ConvertOptions(
@@ -50,21 +50,17 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
 
     try:
         as_text = {} if wanted.label is None else {wanted.label: pa.string()}
-        with csv.open_csv(
-            path, parse_options=parse, read_options=blocks, convert_options=types(as_text)
-        ) as file:
+        with csv.open_csv(path, convert_options=types(as_text), **given) as file:
             schema = file.schema
             head = next(iter(file), None)
         if head is None:
             raise BadInput(f"{path}: the file has columns but no rows")
         _check_cells(path, head)
         _no_number_spoiled(path, wanted, head)
-        features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
-        label = wanted.label if wanted.label in schema.names else None
-        column_types = {name: pa.float64() for name in features}
-        if label is not None:
-            column_types[label] = pa.string()
-        given = {"parse_options": parse, "read_options": blocks}
+        columns = choose_columns(path, wanted, schema)
+        column_types = {name: pa.float64() for name in columns.features}
+        if columns.label is not None:
+            column_types[columns.label] = pa.string()
         wanted_types = types(column_types, list(column_types))
         start = 0
         if share.whole:
@@ -79,7 +75,7 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
         raise
     except (pa.ArrowInvalid, OSError) as error:
         raise _diagnose_csv(path, wanted, parse, error) from error
-    return from_arrow(path, wanted, arrow, features, label, skipped(wanted, schema.names, features), start)
+    return from_arrow(path, wanted, arrow, columns, start)
 
 
 def _check_header(path: Path, delimiter: str) -> None:
@@ -152,14 +148,13 @@ def _diagnose_csv(path: Path, wanted: Wanted, parse: Any, error: Exception) -> B
     from pyarrow import csv
 
     one_thread = csv.ReadOptions(block_size=BLOCK, use_threads=False)  # so that messages carry row numbers
+    given = {"parse_options": parse, "read_options": one_thread}
     try:
-        with csv.open_csv(path, parse_options=parse, read_options=one_thread) as head:
+        with csv.open_csv(path, **given) as head:
             schema = head.schema
-        features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
+        features = choose_columns(path, wanted, schema).features
         texts = csv.ConvertOptions(column_types=dict.fromkeys(schema.names, pa.string()))
-        with csv.open_csv(
-            path, parse_options=parse, read_options=one_thread, convert_options=texts
-        ) as blocks:
+        with csv.open_csv(path, convert_options=texts, **given) as blocks:
             first = 0
             for block in blocks:
                 for name in features:

@@ -28,6 +28,7 @@ from xent.data.reading import reading
 from xent.errors import BadInput, needs
 
 VERSION = 1
+TENSORS = ("weight", "bias", "mean", "scale")
 HEADER_LIMIT = 16 << 20
 """Bytes of header read at most: room for a million short names. A file that claims more is refused."""
 
@@ -77,8 +78,7 @@ class Model:
         """Return the log-probabilities of features that are not yet standardised."""
         z = self.logits(x)
         z = z - z.max(axis=1, keepdims=True)
-        log_p: np.ndarray = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-        return log_p
+        return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
 
 
 def save(model: Model, path: Path) -> None:
@@ -93,15 +93,11 @@ def save(model: Model, path: Path) -> None:
         raise BadInput(
             f"{path}: not written, because {fault}; raise --l2, standardise or rescale the features"
         )
-    types = {"U": "str", "i": "int", "u": "int", "b": "bool"}
+    kind = {"U": "str", "i": "int", "u": "int", "b": "bool"}[model.classes.dtype.kind]
     about = {
         "format": "xent.softmax_regression",
         "version": VERSION,
-        "classes": {
-            "type": types[model.classes.dtype.kind],
-            "kind": model.kind,
-            "values": model.classes.tolist(),
-        },
+        "classes": {"type": kind, "kind": model.kind, "values": model.classes.tolist()},
         "features": list(model.feature_names),
         "width": model.width,
         "label": model.label_name,
@@ -111,9 +107,7 @@ def save(model: Model, path: Path) -> None:
     text = json_text(about)
     if len(text.encode()) > HEADER_LIMIT // 2:
         raise BadInput(f"{path}: the names of features and classes take {len(text) >> 20} MiB; shorten them")
-    tensors = {
-        name: np.ascontiguousarray(getattr(model, name)) for name in ("weight", "bias", "mean", "scale")
-    }
+    tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in TENSORS}
     with atomic_write(path) as temporary:
         temporary.write_bytes(to_bytes(tensors, metadata={"xent": text}))
 
@@ -158,7 +152,7 @@ def _model(path: Path) -> Model:
             )
         classes = _classes(path, about["classes"])
         return Model(
-            **{name: tensors[name] for name in ("weight", "bias", "mean", "scale")},
+            **{name: tensors[name] for name in TENSORS},
             classes=classes,
             feature_names=tuple(_texts(about["features"])),
             label_name=None if about["label"] is None else _texts([about["label"]])[0],
@@ -221,9 +215,8 @@ def _width(given: Any, features: int) -> int | None:
 def _texts(values: list[Any]) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("names are a list of texts")
-    "".join(
-        values
-    ).encode()  # a lone surrogate, which JSON can hold and no file or terminal can, is a ValueError
+    # a lone surrogate, which JSON can hold and no file or terminal can, is a ValueError
+    "".join(values).encode()
     return values
 
 

@@ -211,5 +211,4 @@ def _texts(where: str, values: np.ndarray) -> list[str]:
             f"{where}: a label holds {hex(int(points.max()))}, which is no character; "
             "the file is damaged, save it again"
         )
-    texts: list[str] = values.tolist()
-    return texts
+    return values.tolist()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,11 +15,33 @@ from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
-from xent.data.table import Table, Wanted, bad_number, check_finite, choose, no_label, skipped
+from xent.data.table import Table, Wanted, bad_number, check_finite, choose, no_label
 from xent.errors import BadInput, needs
 
 BATCH = 1 << 16
 """Rows of a share that are decoded at a time."""
+
+
+class Columns(NamedTuple):
+    """The wanted columns of an Arrow table."""
+
+    features: list[str]
+    label: str | None
+    skipped: tuple[str, ...]  # those that are neither features nor excluded nor the label
+
+    @property
+    def names(self) -> list[str]:
+        """The names of those that are read, the label last."""
+        return self.features if self.label is None else [*self.features, self.label]
+
+
+def choose_columns(path: Path, wanted: Wanted, schema: Any) -> Columns:
+    """Choose among the columns of an Arrow schema."""
+    features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
+    label = wanted.label if wanted.label in schema.names else None
+    passed_over = {*features, wanted.label, *wanted.exclude}
+    others = [name for name in schema.names if wanted.features is None and name not in passed_over]
+    return Columns(features, label, tuple(others))
 
 
 def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
@@ -30,21 +52,18 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
         about, schema = file.metadata, file.schema_arrow
         check_columns(path, len(schema.names))
         check_names(path, schema.names)
-        features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
-    label = wanted.label if wanted.label in schema.names else None
-    columns = features if label is None else [*features, label]
+        columns = choose_columns(path, wanted, schema)
+    names = columns.names
     rows = share.of(about.num_rows)
     count = rows.stop - rows.start
     # each number takes four bytes at least, and is there twice: Arrow's and in the matrix
-    check_memory(path, 8 * count * len(columns), f"{count:,} rows of {len(columns):,} columns")
+    check_memory(path, 8 * count * len(names), f"{count:,} rows of {len(names):,} columns")
     # text of the file's dictionary is there once, however many rows have it
-    encoded = [name for name in columns if name == label and is_text(schema.field(name).type)]
+    encoded = [name for name in names if name == columns.label and is_text(schema.field(name).type)]
     with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded) as file:
-        arrow = file.read(columns=columns) if share.whole else _read_share(file, columns, share)
+        arrow = file.read(columns=names) if share.whole else _read_share(file, names, share)
     arrow.validate(full=True)  # text is UTF-8, and what points into a dictionary lies in it
-    return from_arrow(
-        path, wanted, arrow, features, label, skipped(wanted, schema.names, features), rows.start
-    )
+    return from_arrow(path, wanted, arrow, columns, rows.start)
 
 
 def _read_share(file: Any, columns: list[str], share: Share) -> Any:
@@ -96,27 +115,16 @@ def table_from_arrow(path: Path, wanted: Wanted, arrow: Any, share: Share) -> Ta
     """
     check_columns(path, len(arrow.schema.names))
     check_names(path, arrow.schema.names)
-    features = choose(path, wanted, arrow.schema.names, [is_number(field.type) for field in arrow.schema])
-    label = wanted.label if wanted.label in arrow.schema.names else None
-    left_out = skipped(wanted, arrow.schema.names, features)
-    rows = share.of(arrow.num_rows)
-    arrow = arrow.select(features if label is None else [*features, label])
-    part = arrow.slice(rows.start, rows.stop - rows.start)
-    return from_arrow(path, wanted, part, features, label, left_out, rows.start)
+    columns, rows = choose_columns(path, wanted, arrow.schema), share.of(arrow.num_rows)
+    part = arrow.select(columns.names).slice(rows.start, rows.stop - rows.start)
+    return from_arrow(path, wanted, part, columns, rows.start)
 
 
-def from_arrow(
-    path: Path,
-    wanted: Wanted,
-    arrow: Any,
-    features: list[str],
-    label: str | None,
-    left_out: tuple[str, ...],
-    start: int,
-) -> Table:
+def from_arrow(path: Path, wanted: Wanted, arrow: Any, columns: Columns, start: int) -> Table:
     """Return some rows of a file as a table, the first at ``start``."""
     import pyarrow as pa
 
+    features, label, left_out = columns
     kinds = [arrow.schema.field(name).type for name in features]
     single = all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds)
     matrix = np.empty((arrow.num_rows, len(features)), dtype=np.float32 if single else np.float64)

@@ -124,14 +124,6 @@ def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[b
     return chosen
 
 
-def skipped(wanted: Wanted, names: Sequence[str], chosen: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns that are neither features nor excluded nor the label."""
-    if wanted.features is not None:
-        return ()
-    accounted_for = {*chosen, wanted.label, *wanted.exclude}
-    return tuple(name for name in names if name not in accounted_for)
-
-
 def some(names: Sequence[str], most: int = 8) -> str:
     """Return a list of names for a message, cut where it is long."""
     shown = ", ".join(quoted(name) for name in itertools.islice(names, most))

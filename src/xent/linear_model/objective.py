@@ -60,14 +60,8 @@ class Objective:
         self.penalty = 1.0 / (C * self.total)  # λ
         self.mean, self.scale = self._standardisation(mass)
         self._sums = leader.register(self._loss_and_gradient)
-        self._hessian = HessianSums(
-            self._standardised,
-            (self.n_vectors, self.n_features + 1),
-            self.binary,
-            fit_intercept,
-            self.total,
-            leader,
-        )
+        shape = (self.n_vectors, self.n_features + 1)
+        self._hessian = HessianSums(self._standardised, shape, self.binary, fit_intercept, self.total, leader)
         self._theta: np.ndarray | None = None
         self._value = 0.0
         self._gradient = np.empty(0)

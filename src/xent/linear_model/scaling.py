@@ -8,9 +8,7 @@ from xent._processes.group import Ranks
 from xent._util.text import quoted
 from xent.data.table import Table
 from xent.errors import BadInput
-
-CHUNK = 1 << 20
-"""Numbers of which deviations are formed at a time."""
+from xent.linear_model.row_source import BLOCK, slices
 
 
 def check_range(table: Table, ranks: Ranks) -> None:
@@ -32,9 +30,9 @@ def standardisation(x: np.ndarray, wanted: bool, ranks: Ranks) -> tuple[np.ndarr
         return np.zeros(x.shape[1], x.dtype), np.ones(x.shape[1], x.dtype)
     rows = float(ranks.sum(len(x)))
     mean = ranks.sum(x.sum(axis=0, dtype=np.float64)) / rows
-    squares, step = np.zeros(x.shape[1]), max(1, CHUNK // x.shape[1])
-    for i in range(0, len(x), step):
-        squares += np.square(x[i : i + step] - mean).sum(axis=0)
+    squares = np.zeros(x.shape[1])
+    for part in slices(x.shape, BLOCK):
+        squares += np.square(x[part] - mean).sum(axis=0)
     scale = np.sqrt(ranks.sum(squares) / rows)
     # a constant feature's deviation is rounding; dividing by it would make noise of size 1
     constant = scale <= 10 * np.finfo(x.dtype).eps * np.abs(mean)

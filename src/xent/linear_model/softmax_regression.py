@@ -265,27 +265,22 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         z = self.decision_function(X)
         if z.ndim == 1:
             return np.stack([expit(-z), expit(z)], axis=1)
-        p: np.ndarray = softmax(z, axis=1)
-        return p
+        return softmax(z, axis=1)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
         """Return log-probabilities (N, C) in nats, from the logits: finite where p rounds to 0."""
         z = self.decision_function(X)
         if z.ndim == 1:
             return np.stack([log_expit(-z), log_expit(z)], axis=1)
-        log_p: np.ndarray = log_softmax(z, axis=1)
-        return log_p
+        return log_softmax(z, axis=1)
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable class of each row, (N,)."""
-        best = self._best(X)
-        chosen: np.ndarray = self.classes_[best]
-        return chosen
+        return self.classes_[self._best(X)]
 
     def _best(self, X: Any) -> np.ndarray:  # (N,) positions in classes_
         z = self.decision_function(X)
-        best: np.ndarray = (z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)
-        return best
+        return (z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Return the accuracy; for soft labels (N, C), the share of their mass on the predicted classes.
@@ -316,8 +311,7 @@ def _class_weights(
     class_weight: dict[Any, float] | str, classes: np.ndarray, target: np.ndarray, weight: np.ndarray | None
 ) -> np.ndarray:  # (C,)
     if class_weight != "balanced":
-        given: np.ndarray = compute_class_weight(class_weight, classes=classes, y=classes)
-        return given
+        return compute_class_weight(class_weight, classes=classes, y=classes)
     if target.ndim == 2:
         mass = target.sum(axis=0) if weight is None else weight @ target
     else:

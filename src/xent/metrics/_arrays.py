@@ -104,8 +104,7 @@ def as_array(given: Any, name: str) -> np.ndarray:
     if isinstance(given, Tensor):
         _check_dense(given, name)
         half = given.dtype.is_floating_point and given.dtype.itemsize < 4
-        array: np.ndarray = (given.float() if half else given).numpy(force=True)
-        return array
+        return (given.float() if half else given).numpy(force=True)
     if isinstance(given, list | tuple) and any(isinstance(each, Tensor) for each in given):
         given = [as_array(each, name) if isinstance(each, Tensor) else each for each in given]
     try:

@@ -134,12 +134,13 @@ def _hashable(values: np.ndarray, name: str, start: int = 0) -> list[Any]:
         hash(tuple(listed))
     except TypeError:
         row, value = next((n, value) for n, value in enumerate(listed) if not isinstance(value, Hashable))
-        where = "position" if name == "labels" else "row"
-        raise TypeError(
-            f"{name} is {value!r} at {where} {start + row}, which is no label: labels are whole numbers, "
-            f"bools or strings"
-        ) from None
+        raise TypeError(_no_label(value, name, start + row)) from None
     return listed
+
+
+def _no_label(value: Any, name: str, at: int) -> str:
+    place = f"{'position' if name == 'labels' else 'row'} {at}"
+    return f"{name} is {value!r} at {place}, which is no label: labels are whole numbers, bools or strings"
 
 
 # --- one-hot rows ----------------------------------------------------------------------------------------
@@ -185,10 +186,7 @@ def _integers(y: np.ndarray, part: slice, name: str) -> np.ndarray:  # (R,) int6
             good = (np.trunc(numbers) == numbers) & (np.abs(numbers) <= EXACT)
         if not good.all():
             row = int(np.flatnonzero(~good)[0])
-            raise ValueError(
-                f"{name} is {numbers[row].item()} at {'row' if name != 'labels' else 'position'} "
-                f"{part.start + row}, which is no label: labels are whole numbers, bools or strings"
-            )
+            raise ValueError(_no_label(numbers[row].item(), name, part.start + row))
     return numbers.astype(np.int64, copy=False)
 
 
@@ -233,19 +231,16 @@ def _whole_number_labels(y: np.ndarray, given: np.ndarray | None, name: str) -> 
 
 def _distinct_numbers(y: np.ndarray, name: str) -> np.ndarray:  # (C,) int64, ascending
     """Return the whole numbers that occur."""
-    low, high = None, None
-    for part in _parts(slice(0, len(y))):
+    parts = list(_parts(slice(0, len(y))))
+    extremes = []
+    for part in parts:
         numbers = _integers(y, part, name)
-        least, most = int(numbers.min()), int(numbers.max())
-        low = least if low is None else min(low, least)
-        high = most if high is None else max(high, most)
-    assert low is not None
-    assert high is not None
+        extremes.append((int(numbers.min()), int(numbers.max())))
+    low, high = min(least for least, _ in extremes), max(most for _, most in extremes)
     if high - low >= TABLE:
-        each = [np.unique(_integers(y, part, name)) for part in _parts(slice(0, len(y)))]
-        return np.unique(np.concatenate(each))
+        return np.unique(np.concatenate([np.unique(_integers(y, part, name)) for part in parts]))
     seen = np.zeros(high - low + 1, dtype=np.bool_)
-    for part in _parts(slice(0, len(y))):
+    for part in parts:
         seen[_integers(y, part, name) - low] = True
     return np.flatnonzero(seen) + low
 

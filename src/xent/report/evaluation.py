@@ -54,9 +54,7 @@ class Evaluation:
 
         Each is (a, b, a taken for b, b taken for a, rows of the two); a is the one mistaken more often.
         """
-        pairs: dict[tuple[int, int], int] = {}
-        for true, predicted, count in self.errors.tolist():
-            pairs[true, predicted] = count
+        pairs = {(true, predicted): count for true, predicted, count in self.errors.tolist()}
         together = {
             (a, b): count + pairs.get((b, a), 0)
             for (a, b), count in pairs.items()
@@ -123,9 +121,7 @@ def evaluate(
         for each in chunks(model, len(rows) if ranks.counts else 0):
             y = codes[rows[each]]
             log_p = log_proba(model, table, rows[each])
-            with np.errstate(
-                over="ignore"
-            ):  # of rows that are wrong beyond the largest number the sum is infinite
+            with np.errstate(over="ignore"):  # of rows wrong beyond the largest number the sum is infinite
                 total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
             predicted = log_p.argmax(axis=1)
             wrong.append(y[predicted != y] * classes + predicted[predicted != y])

@@ -113,6 +113,5 @@ def _plan(head: LinearHead, rows: int, classes: int, budget: int) -> Plan:
 def _recompute(f: Callable[..., Tensor], *tensors: Tensor | None) -> Tensor:
     """Return f(*tensors); the backward pass computes its intermediate results again."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        value: Tensor = checkpoint(f, *tensors, use_reentrant=False, preserve_rng_state=False)
-        return value
+        return checkpoint(f, *tensors, use_reentrant=False, preserve_rng_state=False)
     return f(*tensors)

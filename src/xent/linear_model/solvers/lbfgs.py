@@ -37,8 +37,7 @@ def lbfgs(
             "ftol": 64 * np.finfo(np.float64).eps,
         },
     )
-    reached_a_limit: bool = result.status == 1  # of iterations or evaluations
-    return not reached_a_limit
+    return bool(result.status != 1)  # 1: a limit of iterations or evaluations is reached
 
 
 LBFGS = Solver("lbfgs", lbfgs)
