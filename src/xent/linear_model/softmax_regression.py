@@ -276,7 +276,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the most probable class of each row, (N,)."""
-        return self.classes_[self._best(X)]
+        best = self._best(X)  # first: it raises where nothing is fitted yet
+        return self.classes_[best]
 
     def _best(self, X: Any) -> np.ndarray:  # (N,) positions in classes_
         z = self.decision_function(X)
