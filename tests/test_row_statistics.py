@@ -10,7 +10,13 @@ from torch.testing import assert_close
 
 import xent
 from table import ROWS, TOLERANCE, problem, spelt_out
+from xent._autograd import custom_ops
+from xent._autograd.forms import OneHead
 from xent._core import reference
+from xent._core.logits import LinearHead
+from xent._core.problem import Problem
+from xent._core.selection import Selection
+from xent._core.targets import no_targets
 
 # what row_statistics has no option for, or says before it (a z-loss is no row's own)
 OPTIONS = ("label_smoothing", "softcap", "temperature", "weight")
@@ -318,7 +324,9 @@ def test_top_k_in_a_graph_and_without_data(dynamic):
     assert_close(g(x, 2), largest(x, 2))
     p, indices = xent.linear_top_k(x.to("meta"), w.to("meta"), 5)
     assert (p.shape, p.dtype, indices.shape, indices.dtype) == ((6, 5), torch.float64, (6, 5), torch.int64)
-    torch.library.opcheck(torch.ops.xent.top_k, (x, w.detach(), None, 5, 40, None, 1.0, None, 1 << 20))
+    form, tensors = Problem(LinearHead(x, w.detach(), None), no_targets(40, Selection(6))).flatten()
+    given, present, *settings = custom_ops.arguments(OneHead(form), tensors)
+    torch.library.opcheck(torch.ops.xent.top_k, (given, present, 5, *settings))
 
 
 @pytest.mark.parametrize("linear", [False, True])

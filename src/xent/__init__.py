@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 from xent import curvature, metrics, nn, sinkhorn, triplets
 from xent._arguments.class_subset import sample_classes
 from xent._calibration import fit_temperature
+from xent._core.backend import Backend
+from xent._core.backends import backends, register_backend
 from xent._core.margin import Margin
 from xent._core.target import TopKTarget
 from xent._row_statistics import (
@@ -18,7 +20,9 @@ from xent._row_statistics import (
 )
 from xent.losses._binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
 from xent.losses._cross_entropy import cross_entropy, linear_cross_entropy
+from xent.losses._focal import focal_loss, linear_focal_loss
 from xent.losses._kl_divergence import kl_divergence, linear_kl_divergence
+from xent.losses._poly import linear_poly_loss, poly_loss
 from xent.losses._surrogate import surrogate_cross_entropy
 
 if TYPE_CHECKING:
@@ -26,25 +30,32 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Backend",
     "Margin",
     "RowStatistics",
     "SoftmaxRegression",
     "TopKTarget",
     "__version__",
+    "backends",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
     "cross_entropy",
     "curvature",
     "entropy",
     "fit_temperature",
+    "focal_loss",
     "kl_div",
     "kl_divergence",
     "linear_cross_entropy",
+    "linear_focal_loss",
     "linear_kl_divergence",
+    "linear_poly_loss",
     "linear_row_statistics",
     "linear_top_k",
     "metrics",
     "nn",
+    "poly_loss",
+    "register_backend",
     "row_statistics",
     "sample_classes",
     "sinkhorn",

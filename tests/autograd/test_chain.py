@@ -16,7 +16,15 @@ from torch.testing import assert_close
 
 import xent
 from table import ROWS, Problem, problem, spelt_out
+from xent._autograd import custom_ops
+from xent._autograd.forms import OneHead
+from xent._core import problem as core
 from xent._core import reference
+from xent._core.logit_map import LogitMap
+from xent._core.logits import DenseLogits, LinearHead
+from xent._core.selection import Selection
+from xent._core.statistics import RequestedOutputs
+from xent._core.targets import Targets, probability_targets
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -363,28 +371,27 @@ def test_export(dynamic):
 def test_opcheck():
     """torch's own checks of the two operators: schema, fake tensors, autograd registration, AOT."""
     x, w, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (5, 3), (5,)))
-    own = torch.tensor([[0], [3], [4], [0]])
     mass, rest = torch.ones(4, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)
-    kept = torch.tensor([True, True, True, False])
-    settings = (5, 0.0, 3.0, 1.0, None, 1 << 20, True, True)
+    rows = Selection(4, mask=torch.tensor([True, True, True, False]))
     log_q = -torch.rand(5, dtype=torch.float64)
-    arguments = (x, w, b, None, own, mass, rest, None, None, log_q, kept, *settings, True, True)
-    torch.library.opcheck(torch.ops.xent.rows.default, arguments)
+    head = LinearHead(x, w, b, LogitMap(softcap=3.0, log_q=log_q))
+    targets = Targets(5, rows, torch.tensor([[0], [3], [4], [0]]), mass, rest)
+    every = RequestedOutputs(entropy=True, argmax=True, log_prob=True)
     q = torch.rand(4, 5, dtype=torch.float64, requires_grad=True)
-    plain = (*settings[:-2], False, False, False)
-    torch.library.opcheck(
-        torch.ops.xent.rows.default, (x, w, None, q, None, None, None, None, None, None, None, *plain, True)
-    )
-    of_rows, statistics, _ = torch.ops.xent.rows(
-        *(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    )
-    arguments = (
-        of_rows,
-        statistics,
-        [True, True, True, False],
-        *(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments[:-2]),
-    )
-    torch.library.opcheck(torch.ops.xent.rows_gradient.default, arguments)
+    problem = core.Problem(head, targets, requested=every)
+    for some in (
+        problem,
+        core.Problem(LinearHead(x, w, None), probability_targets(q)),
+        core.Problem(DenseLogits(q), targets),
+    ):
+        form, tensors = some.flatten()
+        given, present, *settings = custom_ops.arguments(OneHead(form), tensors)
+        torch.library.opcheck(torch.ops.xent.rows.default, (given, present, True, *settings))
+        given = [t.detach() for t in given]
+        of_rows, statistics, _ = torch.ops.xent.rows(given, present, True, *settings)
+        wants = [t is not None and t.requires_grad for t in tensors[: form.n_leaves]]
+        arguments = (of_rows, statistics, wants, given, present, *settings)
+        torch.library.opcheck(torch.ops.xent.rows_gradient.default, arguments)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

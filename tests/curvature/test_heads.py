@@ -191,17 +191,18 @@ def test_monte_carlo_fisher_converges_to_the_type_2_and_the_empirical_does_not()
 
 def test_labels_are_drawn_as_often_as_they_are_likely():
     """Whole and in tiles; a masked class never."""
-    from xent._arguments.call import Options
+    from xent._arguments.call import resolve_head
+    from xent._arguments.options import Options
     from xent._core.tiles import sweep
     from xent.curvature._sampling import sample, uniforms
 
     u = uniforms(torch.arange(2), 20_000, seed=0)
     z = torch.tensor([[0.0, 1.0, -torch.inf, 2.0, -1.0, 0.5], [5.0, -50.0, 0.0, 0.0, 0.0, -torch.inf]])
     for budget in (1 << 20, 120):
-        options = Options(memory_budget=budget)
-        (part,) = options.of_head(torch.eye(2), z.nan_to_num(neginf=-1e4).t(), None, None).parts
-        found = sweep.statistics(part.problem)
-        drawn = sample(part.problem, found, u)
+        options = Options.of(memory_budget=budget)
+        (problem,) = resolve_head(options, torch.eye(2), z.nan_to_num(neginf=-1e4).t(), None, None).problems
+        found = sweep.statistics(problem)
+        drawn = sample(problem, found, u)
         for row, p in zip(drawn, z.softmax(1), strict=True):
             share = torch.bincount(row, minlength=6) / 20_000
             assert ((share - p).abs() <= 5 * (p / 20_000).sqrt()).all()
@@ -210,15 +211,16 @@ def test_labels_are_drawn_as_often_as_they_are_likely():
 
 def test_a_class_without_probability_is_never_drawn():
     """The smallest and the largest uniform numbers do not draw it either."""
-    from xent._arguments.call import Options
+    from xent._arguments.call import resolve_head
+    from xent._arguments.options import Options
     from xent._core.tiles import sweep
     from xent.curvature._sampling import sample
 
     w = torch.tensor([[-1e9], [0.0], [0.0], [-1e9]])
-    (part,) = Options().of_head(torch.ones(1, 1), w, None, None).parts
-    found = sweep.statistics(part.problem)
+    (problem,) = resolve_head(Options(), torch.ones(1, 1), w, None, None).problems
+    found = sweep.statistics(problem)
     for u, right in ((0.0, 1), (1.0, 2)):
-        assert sample(part.problem, found, torch.full((1, 3), u)).tolist() == [[right] * 3]
+        assert sample(problem, found, torch.full((1, 3), u)).tolist() == [[right] * 3]
 
 
 @pytest.mark.parametrize("row", [TABLE[6], TABLE[-4]], ids=lambda row: row.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 import threading
 
@@ -325,12 +326,13 @@ def test_errors_name_the_argument_and_a_remedy(call, error, match):
 
 
 def test_a_head_spread_over_processes_is_refused():
-    from xent._arguments.call import Options
+    from xent._arguments.call import resolve_head
+    from xent._arguments.options import Options
     from xent.curvature._tiles import Curvature, Form
 
-    (part,) = Options().of_head(X, W, None, Y).parts
+    (problem,) = resolve_head(Options(), X, W, None, Y).problems
     with pytest.raises(NotImplementedError, match="gather the weight and the bias"):
-        Curvature.of(part.problem._replace(ranks=object()), Form.HESSIAN)
+        Curvature.of(dataclasses.replace(problem, ranks=object()), Form.HESSIAN)
 
 
 def test_lists_and_integers_of_torch_and_numpy_are_accepted():

@@ -16,8 +16,10 @@ from torch.testing import assert_close
 
 import xent
 from core.test_sweep import LiveBytes
+from xent._autograd import custom_ops
+from xent._autograd.forms import TwoHeads
 from xent._core import matmul, ops
-from xent._core.tiles.two_heads import NEAR, phi
+from xent._core.tiles.two_heads import NEAR, PairForm, phi
 
 F64 = torch.float64
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
@@ -717,12 +719,15 @@ def test_a_derivative_that_a_graph_has_not_is_no_silent_zero():
 def test_opcheck():
     leaves = leaf(heads())
     kept = torch.tensor([True, False, True, True, True, True])
-    for inputs in ((*leaves, kept), (*leaves[:2], None, *leaves[3:], None)):
-        torch.library.opcheck(torch.ops.xent.kl_rows.default, (*inputs, 1.5, None, None, 1 << 20))
-    plain = [t.detach() for t in leaves]
-    _, saved = torch.ops.xent.kl_rows(*plain, kept, 1.5, None, None, 1 << 20)
-    arguments = (torch.rand(N, dtype=F64), saved, [True] * 6, *plain, kept, 1.5, None, None, 1 << 20)
-    torch.library.opcheck(torch.ops.xent.kl_rows_gradient.default, arguments)
+    form = TwoHeads(PairForm(None, None, 1.5, 1 << 20))
+    for tensors in ((*leaves, None, None, kept), (*leaves[:2], None, *leaves[3:], None, None, None)):
+        given, present, *settings = custom_ops.arguments(form, tensors)
+        torch.library.opcheck(torch.ops.xent.rows.default, (given, present, True, *settings))
+    plain = [None if t is None else t.detach() for t in (*leaves, None, None, kept)]
+    given, present, *settings = custom_ops.arguments(form, tuple(plain))
+    _, saved, _ = torch.ops.xent.rows(given, present, True, *settings)
+    arguments = (torch.rand(1, N, dtype=F64), saved, [True] * 6, given, present, *settings)
+    torch.library.opcheck(torch.ops.xent.rows_gradient.default, arguments)
 
 
 def test_meta_and_fake_tensors():

@@ -343,6 +343,8 @@ def _common(
     group = options.execution.group
     ranks = None if group is None else _ranks(options, input, features, classes, rows_shape, target)
     checked = check_classes(options, target, classes, ranks, plain=plain)
+    if row_loss is not None:
+        row_loss.check(classes if ranks is None else ranks.classes)
     return _Common(options, reduction, ranks, checked, row_loss, plain, input.device)
 
 

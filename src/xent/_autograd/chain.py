@@ -27,7 +27,7 @@ from xent._core.backend import Gradients
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What a Function computes, in an object of its own: torch.func unpacks tuples."""
+    """A form and its results that are wanted, in an object of its own: torch.func unpacks tuples."""
 
     form: Form
     wants: tuple[bool, ...] = ()
@@ -250,7 +250,7 @@ class Step(Protocol):
 
     @property
     def is_linear(self) -> bool:
-        """Whether its derivatives in the rows' outputs are constant."""
+        """The case that its derivatives in the rows' outputs are constant."""
         ...
 
     def fused(self, problem: Any, wants: tuple[bool, ...]) -> tuple[Tensor, Any, Gradients]:

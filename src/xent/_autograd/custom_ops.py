@@ -87,12 +87,17 @@ def _decoded(
     )
 
 
+def arguments(form: Form, tensors: Tensors) -> tuple[Any, ...]:
+    """Return a problem as the operators take it: the tensors that there are, which those are, the form."""
+    present = [t is not None for t in tensors]
+    return [t for t in tensors if t is not None], present, *_encoded(form)
+
+
 def rows(form: Form, tensors: Tensors, check: bool | None) -> tuple[Tensors, Tensors]:
     """Return each row's outputs (N,), zero in rows the mask takes out, and argmax; differentiable once."""
     refuse_derivatives()
-    present = [t is not None for t in tensors]
-    given = [t for t in tensors if t is not None]
-    outputs, _, argmax = torch.ops.xent.rows(given, present, check is not False, *_encoded(form))
+    given, present, *encoded = arguments(form, tensors)
+    outputs, _, argmax = torch.ops.xent.rows(given, present, check is not False, *encoded)
     return tuple(t if is_there else None for t, is_there in zip(outputs, form.outputs, strict=True)), (
         argmax,
     )
@@ -225,9 +230,8 @@ def top_k(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
     """Return probabilities and classes (N, k), which have no derivative."""
     refuse_derivatives()
     form, tensors = problem.flatten()
-    given = [t.detach() for t in tensors if t is not None]
-    present = [t is not None for t in tensors]
-    found: tuple[Tensor, Tensor] = torch.ops.xent.top_k(given, present, k, *_encoded(OneHead(form)))
+    given, present, *encoded = arguments(OneHead(form), tensors)
+    found: tuple[Tensor, Tensor] = torch.ops.xent.top_k([t.detach() for t in given], present, k, *encoded)
     return found
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from xent._core import problem as core
-from xent._core.backend import Gradients, backend_for
+from xent._core.backend import Gradients
+from xent._core.backends import backend_for
 from xent._core.coefficients import Coefficients
 from xent._core.statistics import Statistics
 from xent._core.tiles import two_heads, two_heads_second_order
@@ -42,7 +43,7 @@ class Form(Protocol):
 
     @property
     def outputs(self) -> tuple[bool, ...]:
-        """Which of the differentiable outputs there are."""
+        """A flag for each differentiable output: whether there is one."""
         ...
 
     @property

@@ -17,7 +17,8 @@ from xent._autograd import chain, custom_ops
 from xent._autograd.chain import Loss, needs_gradient
 from xent._autograd.forms import OneHead, Tensors
 from xent._autograd.transforms import transformed
-from xent._core.backend import Gradients, backend_for
+from xent._core.backend import Gradients
+from xent._core.backends import backend_for
 from xent._core.coefficients import Coefficients
 from xent._core.logits import LinearHead
 from xent._core.problem import Problem, RowTerms

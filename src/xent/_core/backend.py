@@ -1,12 +1,12 @@
-"""The seam between what is to be computed and what computes it: backends, and the choice of one for a call.
+"""The seam between what is to be computed and what computes it: the interface of a backend, and the tiles.
 
     row_statistics(problem) → Statistics                              (M,) numbers a row
     gradient(problem, statistics, coefficients, wants) → Gradients    of probabilities and the logits' tensors
 
 A backend implements these two. `fused`, loss and gradient in one pass, has a default made of the two;
 tangents and Hessian products are the tiles' unless a backend has its own. `supports` returns None or the
-reason why a problem is not served; the choice is made for every call, in the order of the registry, and the
-tiles serve everything. Nothing above this module knows which backend ran.
+reason why a problem is not served; `backends` chooses for every call, and the tiles serve everything. Nothing
+above knows which backend ran.
 
 What forces a GPU to wait for the host lies behind this seam or in the checks of a call's arguments, and is
 listed in docs/design.md.
@@ -121,48 +121,3 @@ class Tiles(Backend):
         self, problem: Problem, coefficients: Callable[[Statistics, slice], Coefficients], wants: Wants
     ) -> tuple[Statistics, Gradients]:
         return sweep.fused(problem, coefficients, wants)
-
-
-class BackendInfo(NamedTuple):
-    """A registered backend."""
-
-    name: str
-    serves: str
-    when: str  # "by default", "when registered", "in tests"
-
-
-_backends: list[Backend] = [Tiles()]
-_only: list[str] = []
-
-
-def register_backend(backend: Backend) -> None:
-    """Put a backend before those that are registered; one of the same name is replaced.
-
-    Raise a TypeError unless it is a `Backend`. The interface may change until version 1.0.
-    """
-    if not isinstance(backend, Backend):
-        raise TypeError(f"backend must be a Backend, got {type(backend).__name__}")
-    _backends[:] = [backend, *(other for other in _backends if other.name != backend.name)]
-
-
-def unregister_backend(name: str) -> None:
-    """Take a backend out; raise a ValueError that lists the names if there is none, or it is the tiles."""
-    names = [backend.name for backend in _backends]
-    if name not in names or name == Tiles.name:
-        raise ValueError(
-            f"name must be a registered backend other than {Tiles.name!r}: {names}; got {name!r}"
-        )
-    _backends[:] = [backend for backend in _backends if backend.name != name]
-
-
-def registered() -> tuple[Backend, ...]:
-    """Return the backends in the order in which they are tried."""
-    return tuple(_backends)
-
-
-def backend_for(problem: Problem) -> Backend:
-    """Return the first backend that serves the problem."""
-    for backend in _backends:
-        if backend.supports(problem) is None:
-            return backend
-    raise AssertionError("the tiles serve every problem")

@@ -1,4 +1,4 @@
-"""What a row costs, as a function of its cross-entropy ℓ: cross-entropy itself, focal loss, poly loss.
+"""The cost of a row as a function of its cross-entropy ℓ: cross-entropy itself, focal loss, poly loss.
 
     cross-entropy    ℓ
     focal            α·(1 − p)^γ·ℓ        1 − p = −expm1(−ℓ)      (Lin et al. 2017, https://arxiv.org/abs/1708.02002)
@@ -30,6 +30,10 @@ class RowLoss(ABC):
     def __call__(self, loss: Tensor) -> Tensor:
         """Return the cost (M,) of rows of cross-entropy ℓ (M,), by differentiable operations."""
 
+    def check(self, n_classes: int) -> None:
+        """Raise a ValueError where the loss is not one over so many classes."""
+        return
+
     def for_rows(self, index: Tensor) -> RowLoss:
         """Return the loss of rows of these classes (M,), where it depends on the class."""
         return self
@@ -57,6 +61,12 @@ class Focal(RowLoss):
         of_large = (-torch.expm1(-large)).pow(self.gamma) * large
         value = torch.where(far, loss, torch.where(near, of_small, of_large))
         return self.alpha * value.masked_fill(none, 0.0)
+
+    def check(self, n_classes: int) -> None:
+        if isinstance(self.alpha, Tensor) and self.alpha.shape != (n_classes,):
+            raise ValueError(
+                f"alpha must have shape ({n_classes},), one a class; got {tuple(self.alpha.shape)}"
+            )
 
     def for_rows(self, index: Tensor) -> Focal:
         if not isinstance(self.alpha, Tensor):

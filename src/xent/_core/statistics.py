@@ -240,7 +240,7 @@ def summarise(
     """Return exp(z − m) of a tile of logits z (R, T), m its own maximum, and the tile's statistics.
 
     t, a number or (R or 1, T), is the dense part of the target, None where there is none. Columns of `own`
-    belong to the target's own tile: they arrive masked, contribute nothing, and leave as zeros. `first` is the
+    belong to the target's own tile: they arrive masked, contribute nothing, leave as zeros. `first` is the
     tile's first class.
     """
     dtype = statistics_dtype(z.device)

@@ -15,6 +15,7 @@ from xent._arguments.options import Options
 from xent._autograd.transforms import is_plain
 from xent._core.row_losses import RowLoss
 from xent._core.target import Target
+from xent._core.validators import valid
 
 
 def loss_of_logits(
@@ -43,3 +44,12 @@ def loss_of_head(
     return agreed(
         lambda: calls.resolve_local_head(options, *head, target, row_loss).loss(), options, linear_weight
     )
+
+
+def refuse_smoothing(function: str, label_smoothing: object) -> None:
+    """Raise a ValueError unless label smoothing is 0."""
+    if valid("label_smoothing", label_smoothing) != 0.0:
+        raise ValueError(
+            f"{function} is a function of one class's probability: label_smoothing must be 0, "
+            f"got {label_smoothing}"
+        )

@@ -11,15 +11,18 @@ from xent.nn._modules import (
     SoftTripletLoss,
 )
 from xent.nn._prototypes import PrototypeHead
+from xent.nn._row_losses import FocalLoss, PolyLoss
 
 __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",
     "CrossEntropyLoss",
+    "FocalLoss",
     "KLDivLoss",
     "LinearCrossEntropyLoss",
     "LinearSoftTripletLoss",
     "MarginLoss",
+    "PolyLoss",
     "PrototypeHead",
     "SoftTripletLoss",
 ]

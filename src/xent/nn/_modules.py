@@ -74,10 +74,12 @@ class CrossEntropyLoss(nn.Module):
         denominator: float | Tensor | None = None,
         group: Any = None,
         data_group: Any = None,
+        temperature: Tensor | None = None,
     ) -> Tensor:
         """Return the loss; input (C,), (N, C) or (N, C, d1, ...) and target as in :func:`xent.cross_entropy`.
 
-        With ``group``, the module's ``weight`` is of this process's classes.
+        With ``group``, the module's ``weight`` is of this process's classes. ``temperature`` is one for each
+        row, in place of the module's.
         """
         return _cross_entropy.cross_entropy(
             input,
@@ -86,7 +88,7 @@ class CrossEntropyLoss(nn.Module):
             denominator=denominator,
             group=group,
             data_group=data_group,
-            **_options(self),
+            **_options(self, temperature),
         )
 
 
@@ -177,10 +179,12 @@ class LinearCrossEntropyLoss(nn.Module):
         denominator: float | Tensor | None = None,
         group: Any = None,
         data_group: Any = None,
+        temperature: Tensor | None = None,
     ) -> Tensor:
         """Return the loss; input (..., D) and target as in :func:`xent.linear_cross_entropy`.
 
         With ``group``, the module is of this process's classes: ``num_classes`` is how many these are.
+        ``temperature`` is one for each row, in place of the module's.
         """
         shape = (self.num_classes, *self.out_features)
         weight, bias = weight_and_bias(self.linear, "linear")
@@ -200,7 +204,7 @@ class LinearCrossEntropyLoss(nn.Module):
             memory_budget=self.memory_budget,
             group=group,
             data_group=data_group,
-            **_options(self),
+            **_options(self, temperature),
         )
 
 
@@ -601,8 +605,9 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _options(module: CrossEntropyLoss | LinearCrossEntropyLoss) -> dict[str, Any]:
-    return {name: getattr(module, name) for name in ("weight", *_DEFAULTS)}
+def _options(module: CrossEntropyLoss | LinearCrossEntropyLoss, temperature: Tensor | None) -> dict[str, Any]:
+    options = {name: getattr(module, name) for name in ("weight", *_DEFAULTS)}
+    return options if temperature is None else options | {"temperature": temperature}
 
 
 def _changed(module: nn.Module, **defaults: object) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BLUE, ORANGE, GREEN, VERMILION, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
-"""Colours of Okabe and Ito's palette."""
+"""Colours of the palette by Okabe and Ito."""
 INK, FAINT, RULE = "#222222", "#6B6B6B", "#E6E6E6"
 
 STYLE: Any = {

@@ -1,4 +1,4 @@
-"""The short way of a small plain loss says what the sweep says, and gives way to it where it must."""
+"""The backend of one tile says what the tiles say."""
 
 import gc
 import weakref
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import xent
-from xent._autograd import small
+from xent._core.backends import registered
 
 DTYPES = (torch.float64, torch.float32)
 
@@ -44,11 +44,12 @@ def loss_and_gradients(loss, tensors):
 @pytest.mark.parametrize(
     "kind", ["normal", "confident", "hopeless", "offset", "masked", "masked target", "tied"]
 )
-def test_small_is_the_sweep(kind, reduction, dtype, monkeypatch):
+def test_one_tile_is_the_tiles(kind, reduction, dtype, monkeypatch):
     z, y = rows(kind, dtype)
     taken = []
-    plain = small._Small.apply
-    monkeypatch.setattr(small._Small, "apply", lambda *a: (taken.append(1), plain(*a))[1])
+    (one_tile,) = (backend for backend in registered() if backend.name == "one_tile")
+    fused = one_tile.fused
+    monkeypatch.setattr(one_tile, "fused", lambda *a: (taken.append(1), fused(*a))[1])
     eye = torch.eye(5, dtype=dtype)
     bias = torch.zeros(5, dtype=dtype)
     finite = z.masked_fill(z == -torch.inf, -1e4)  # 0·(−inf) in a product is nan
@@ -62,7 +63,9 @@ def test_small_is_the_sweep(kind, reduction, dtype, monkeypatch):
     for loss, tensors in ((of_logits, (z,)), (of_features, (finite, eye, bias))):
         short = loss_and_gradients(loss, tensors)
         assert taken.pop()
-        long = loss_and_gradients(lambda *t, loss=loss: loss(*t, check_targets=True), tensors)
+        with monkeypatch.context() as without:
+            without.setattr(one_tile, "supports", lambda problem: "not now")
+            long = loss_and_gradients(loss, tensors)
         assert not taken
         eps = torch.finfo(dtype).eps
         for a, b in zip(short, long, strict=True):
@@ -108,7 +111,7 @@ def test_upstream_scales():
     torch.testing.assert_close(g, expected)
 
 
-def test_second_derivatives_go_by_the_sweep():
+def test_second_derivatives():
     x, w, y = head()
 
     def penalty(loss):
@@ -169,7 +172,7 @@ def test_a_bad_target_is_named(target):
         xent.cross_entropy(z, target)
 
 
-def test_ignored_rows_go_by_the_sweep():
+def test_ignored_rows():
     z = torch.randn(3, 4, requires_grad=True)
     for ignored in (-100, 2):
         y = torch.tensor([1, ignored, 3])
