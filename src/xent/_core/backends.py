@@ -1,6 +1,6 @@
 """The registry of backends, and the choice of one for a problem: the first that serves it.
 
-one_tile → tiles        (a backend that is registered later is tried before them)
+one_tile → tiles → reference        (a backend that is registered later is tried before them)
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import NamedTuple
 from xent._core.backend import Backend, Tiles
 from xent._core.one_tile import OneTile
 from xent._core.problem import Problem
+from xent._core.reference_backend import Reference
 
 
 class BackendInfo(NamedTuple):
@@ -19,7 +20,7 @@ class BackendInfo(NamedTuple):
     serves: str  # the problems that it takes
 
 
-_backends: list[Backend] = [OneTile(), Tiles()]
+_backends: list[Backend] = [OneTile(), Tiles(), Reference()]
 
 
 def register_backend(backend: Backend) -> None:
@@ -50,12 +51,13 @@ def unregister_backend(name: str) -> None:
 def backends() -> tuple[BackendInfo, ...]:
     """Return the backends in the order in which each call tries them, with what each serves.
 
-    The first one that serves a problem computes it; the last one, the tiles, serves every problem.
+    The first one that serves a problem computes it. The tiles serve every problem, so what stands behind them
+    is there for tests.
 
     Example:
         >>> import xent
         >>> [backend.name for backend in xent.backends()]
-        ['one_tile', 'tiles']
+        ['one_tile', 'tiles', 'reference']
     """
     return tuple(BackendInfo(backend.name, backend.serves) for backend in _backends)
 
