@@ -284,6 +284,8 @@ MODULES = {
     nn.SoftTripletLoss: {},
     nn.LinearSoftTripletLoss: {"in_features": D, "num_classes": C},
     nn.PrototypeHead: {"in_features": D, "num_prototypes": C},
+    nn.FocalLoss: {},
+    nn.PolyLoss: {},
 }
 OF_MODULES = {
     "in_features": [*WHOLE, *NONE, -1],
@@ -291,7 +293,9 @@ OF_MODULES = {
     "num_prototypes": [*WHOLE, *NONE, 0, -1],
     "out_features": ["a", 3, STRANGE, (1.5,), (-1,)],
     "iterations": [*WHOLE, *NONE, 0],
-    "epsilon": [*NUMBER, *NONE, 0.0, -1.0],
+    "epsilon": [*NUMBER, *NONE],
+    "gamma": [*NUMBER, *NONE, -1.0, float("inf")],
+    "alpha": ["a", STRANGE, -1.0, float("inf"), torch.ones(2, 2)],
     "bias": [*FLAG, None],
     "device": [],  # torch's own
     "dtype": [],
