@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,35 +18,27 @@ from torch import Tensor
 from xent._arguments import class_parallel
 from xent._arguments.class_subset import Subset, log_q_of
 from xent._arguments.options import Options
-from xent._arguments.targets import check_classes, check_target, is_index, require_index, select
+from xent._arguments.problem import common_of, problem_of, refuse_slices
+from xent._arguments.targets import is_index, require_index
 from xent._arguments.validation import (
     autocasts,
-    check_devices,
     check_floating,
     check_tensors,
-    is_readable,
     loss_dtype,
     lower,
     product_dtype,
     require_tensors,
 )
 from xent._autograd import one_head, transforms
-from xent._core.class_indices import Checked
-from xent._core.collectives import ClassGroup
 from xent._core.directions import unit
 from xent._core.logit_map import LogitMap
-from xent._core.logits import DenseLogits, LinearHead, Logits, compute_dtype
-from xent._core.margin import TargetShift
-from xent._core.ops import BATCHED
+from xent._core.logits import DenseLogits, LinearHead, compute_dtype
 from xent._core.plan import DEFAULT_BUDGET
 from xent._core.problem import Problem
-from xent._core.reduction import Kind, Reduction
+from xent._core.reduction import Reduction
 from xent._core.row_losses import RowLoss
 from xent._core.statistics import statistics_dtype
 from xent._core.target import Target, TopKTarget, at_positions, tensors_of, thawed_target, with_wide_indices
-from xent._core.targets import Targets
-
-LARGEST_SHIFT = 600.0  # exp of it is a float64
 
 T = TypeVar("T")
 
@@ -76,18 +67,6 @@ class Call(NamedTuple):
         """One tensor (N,) from each problem -> the shape of the unreduced loss."""
         rows = columns[0] if len(columns) == 1 else torch.stack(list(columns), dim=1)
         return rows.to(self.dtype if dtype is None else dtype).reshape(self.rows_shape)
-
-
-class _Common(NamedTuple):
-    """The parts of a call that all of its problems share."""
-
-    options: Options
-    reduction: Reduction
-    ranks: ClassGroup | None
-    checked: Checked
-    row_loss: RowLoss | None
-    plain: bool
-    device: torch.device
 
 
 def require_target(target: Target) -> None:
@@ -123,7 +102,7 @@ def resolve_logits(
         classes, rows_shape = input.shape[axis], input.shape[:axis] + input.shape[axis + 1 :]
         n = math.prod(rows_shape)
         u = input.movedim(axis, -1).reshape(n, classes)
-    common = _common(options, input, target, classes, None, rows_shape, input.shape, row_loss, plain=plain)
+    common = common_of(options, input, target, classes, None, rows_shape, input.shape, row_loss, plain=plain)
     flat = target
     if input.dim() != 2:
         if isinstance(target, TopKTarget):
@@ -139,7 +118,9 @@ def resolve_logits(
     each = _each_row(t, rows_shape).reshape(n) if isinstance(t, Tensor) else t
     log_q = None if log_q is None else log_q_of(log_q, classes)
     logits = DenseLogits(u, LogitMap(options.logits.softcap, each, log_q))
-    problem = _problem(common, logits, flat, None if s is None else s.reshape(n), DEFAULT_BUDGET, n, classes)
+    problem = problem_of(
+        common, logits, flat, None if s is None else s.reshape(n), DEFAULT_BUDGET, n, classes
+    )
     return Call((problem,), common.reduction, rows_shape, loss_dtype(input), target)
 
 
@@ -195,7 +176,7 @@ def resolve_head(
     full_shape = torch.Size((*batch, classes, *positions))
     dtype = torch.float32 if autocast else input.dtype
     factor = product_dtype(execution.product_dtype, x)
-    common = _common(options, x, target, classes, features, rows_shape, full_shape, row_loss, plain=plain)
+    common = common_of(options, x, target, classes, features, rows_shape, full_shape, row_loss, plain=plain)
     places, n = math.prod(positions), math.prod(batch)
     x = x if x.dim() == 2 else x.reshape(n, features)
     log_q = None if of_logits.log_q is None else log_q_of(of_logits.log_q, classes)
@@ -206,7 +187,7 @@ def resolve_head(
         flat = target if x is input and isinstance(target, Tensor) else at_positions(target, n, classes, 1)[0]
         of_map = LogitMap(of_logits.softcap, each.reshape(n) if isinstance(each, Tensor) else each, log_q)
         logits = LinearHead(x, weight, bias, of_map, factor)
-        problem = _problem(common, logits, flat, None if s is None else s.reshape(n), budget, n, classes)
+        problem = problem_of(common, logits, flat, None if s is None else s.reshape(n), budget, n, classes)
         return Call((problem,), common.reduction, rows_shape, dtype, target)
     if places > 1:  # so that the gradients of all positions add up before they are rounded
         x = x.to(compute_dtype(x.dtype))
@@ -218,7 +199,7 @@ def resolve_head(
     if isinstance(each, Tensor):
         t_at = each.reshape(n, places).unbind(1)
     problems = [
-        _problem(
+        problem_of(
             common,
             LinearHead(x, w_k, b_k, LogitMap(of_logits.softcap, t_k, log_q), factor),
             y_k,
@@ -290,7 +271,7 @@ def _resolve_subset(
     row_loss: RowLoss | None,
 ) -> Call:
     """Resolve a softmax over a subset of the classes alone."""
-    _refuse_slices(options)
+    refuse_slices(options)
     classes, check = options.logits.classes, options.execution.check_targets
     assert classes is not None
     subset = Subset.of(classes, linear_weight.shape[0], check)
@@ -310,44 +291,6 @@ def _resolve_subset(
     return resolve_head(options, input, w, b, local, row_loss)
 
 
-def _common(
-    options: Options,
-    input: Tensor,
-    target: Target,
-    classes: int,  # that this process holds
-    features: int | None,
-    rows_shape: torch.Size,
-    full_shape: torch.Size,
-    row_loss: RowLoss | None,
-    *,
-    plain: bool,
-) -> _Common:
-    """Check options and target against the logits' shape, and return what all problems share."""
-    weight, s, log_q = options.target.weight, options.target.sample_weight, options.logits.log_q
-    if not plain:
-        check_tensors(weight=weight, sample_weight=s, log_q=log_q)
-    if weight is not None and weight.shape != (classes,):
-        raise ValueError(f"weight must have shape ({classes},), one a class; got {tuple(weight.shape)}")
-    for name, value in (("weight", weight), ("log_q", log_q)):
-        if value is not None and value.requires_grad:
-            raise ValueError(f"{name} takes no gradient: pass {name}.detach()")
-    if s is not None and s.shape != rows_shape:
-        raise ValueError(
-            f"sample_weight must have the shape of the unreduced loss, {tuple(rows_shape)}; "
-            f"got {tuple(s.shape)}"
-        )
-    check_target(options, target, rows_shape, full_shape)
-    if row_loss is not None and target is not None and not is_index(target):
-        raise ValueError("this loss needs a target of class indices: it is a function of that class's p")
-    reduction = _reduction(options, input, target)
-    group = options.execution.group
-    ranks = None if group is None else _ranks(options, input, features, classes, rows_shape, target)
-    checked = check_classes(options, target, classes, ranks, plain=plain)
-    if row_loss is not None:
-        row_loss.check(classes if ranks is None else ranks.classes)
-    return _Common(options, reduction, ranks, checked, row_loss, plain, input.device)
-
-
 def _each_row(temperature: Tensor, rows_shape: torch.Size) -> Tensor:
     """Return a temperature for each row, of the shape of the unreduced loss, float64."""
     if temperature.dim() and temperature.shape != rows_shape:
@@ -356,75 +299,6 @@ def _each_row(temperature: Tensor, rows_shape: torch.Size) -> Tensor:
             f"got {tuple(temperature.shape)}"
         )
     return temperature.to(statistics_dtype(temperature.device)).expand(rows_shape)
-
-
-def _check_temperature(temperature: Tensor, targets: Targets) -> None:
-    """Raise a ValueError that names a row that counts whose temperature is not positive and finite."""
-    good = (temperature > 0) & (temperature < math.inf)
-    selection = targets.selection
-    of_counted = selection.gather(good)
-    if not of_counted.all():
-        at = int(of_counted.logical_not().nonzero()[0])
-        row = at if selection.index is None else int(selection.index[at])
-        raise ValueError(
-            f"temperature must be positive and finite, got {temperature[row].item()} for row {row}"
-        )
-
-
-def _ranks(
-    options: Options,
-    input: Tensor,
-    features: int | None,
-    held: int,
-    rows_shape: torch.Size,
-    target: Target,
-) -> ClassGroup | None:
-    """Return the group of processes that share the classes; None where this process is alone."""
-    _refuse_slices(options)
-    s = options.target.sample_weight
-    if transforms.is_opaque(input):
-        raise NotImplementedError(class_parallel.IN_GRAPH)
-    if transforms.batched(input, s, *tensors_of(target)):
-        raise NotImplementedError(BATCHED)
-    indices = [t for t in tensors_of(target) if not t.is_floating_point()]
-    kind = "class indices" if indices else "probabilities"
-    temperature = options.logits.temperature
-    about: dict[str, Any] = {
-        "rows": tuple(rows_shape),
-        "features a row": features,
-        "dtype": str(input.dtype),
-        "input.requires_grad": input.requires_grad and torch.is_grad_enabled(),
-        "the kind of target": type(target).__name__ if not isinstance(target, Tensor) else kind,
-        "targets, of which this is a checksum": class_parallel.checksum(*indices),
-        "weights, of which this says whether there are any": options.target.weight is not None,
-        "sample_weight, of which this says whether there is one": s is not None,
-        "rows of sample_weight 0, of which this is a checksum": class_parallel.checksum(
-            *() if s is None else (s.detach() == 0,)
-        ),
-        "margin": str(options.logits.margin),
-        "reduction": options.reduction.reduction,
-        "check_targets": options.execution.check_targets,
-        "normalize": options.logits.normalize,
-    }
-    if isinstance(temperature, Tensor):
-        about["temperature"] = f"one a row, of mean {temperature.double().mean().item():.6g}"
-    numbers = {
-        "ignored": options.target.ignored,
-        "label_smoothing": options.target.label_smoothing,
-        "z_loss": options.reduction.z_loss,
-        "softcap": options.logits.softcap,
-        "temperature": None if isinstance(temperature, Tensor) else temperature,
-        "denominator": options.reduction.denominator,
-    }
-    for name, value in numbers.items():  # whose type is no difference
-        about.setdefault(name, None if value is None else f"{float(value):.6g}")
-    return class_parallel.ranks_of(options.execution.group, held, about)
-
-
-def _refuse_slices(options: Options) -> None:
-    for name in ("classes", "log_q"):
-        if options.execution.group is not None and getattr(options.logits, name) is not None:
-            raise ValueError(f"{name} does not go with group: sample among the classes of one process")
 
 
 def _harmless(options: Options, input: Tensor, target: Target) -> Tensor:
@@ -440,128 +314,6 @@ def _harmless(options: Options, input: Tensor, target: Target) -> Tensor:
     if kept.dim() > batch:
         kept = kept.flatten(batch).any(-1)
     return torch.where(kept[..., None], input, 0.0)
-
-
-def _problem(
-    common: _Common,
-    logits: Logits,
-    target: Target,  # (N,), (N, C), (N, k) or none
-    sample_weight: Tensor | None,  # (N,)
-    budget: int,
-    n: int,
-    classes: int,
-) -> Problem:
-    """Return the problem of logits and their targets."""
-    options, ranks, row_loss = common.options, common.ranks, common.row_loss
-    in_graph = by_mask = False
-    of_map = logits.map
-    each = of_map.temperature if isinstance(of_map.temperature, Tensor) else None
-    if not common.plain:
-        leaves, given = logits.leaves, tensors_of(target)
-        others = (sample_weight, options.target.weight, each)
-        in_graph = transforms.is_opaque(*given, *leaves)
-        if in_graph:  # where no operation would notice, and the loss be anything
-            check_devices(*leaves, *given, *others)
-        by_mask = in_graph or transforms.batched(*given, *others, *leaves)
-    targets, row_weight = select(
-        options,
-        target,
-        classes,
-        common.checked,
-        sample_weight,
-        n,
-        common.device,
-        by_mask=by_mask,
-        ranks=ranks,
-    )
-    kept = targets.selection.mask
-    if each is not None:
-        if kept is not None:
-            logits = replace(logits, map=replace(of_map, temperature=each.masked_fill(~kept, 1.0)))  # type: ignore[type-var]
-        elif is_readable(each):
-            _check_temperature(each, targets)
-    if kept is not None and not in_graph:  # in a graph the operator selects for itself
-        logits = logits.select(kept)
-    shift = None
-    if options.logits.margin is not None or of_map.log_q is not None:
-        shift = _shift(options, logits, targets, known=not by_mask)
-    if row_loss is not None and targets.index is not None:
-        row_loss = row_loss.for_rows(targets.index[:, 0] + (0 if ranks is None else ranks.first))
-    return Problem(
-        logits,
-        targets,
-        budget,
-        ranks=ranks,
-        row_weight=row_weight,
-        shift=shift,
-        row_loss=row_loss,
-        in_graph=in_graph,
-        check=options.execution.check_targets,
-        weight_elsewhere=ranks is not None and is_index(target) and options.target.weight is not None,
-    )
-
-
-def _shift(options: Options, logits: Logits, targets: Targets, *, known: bool) -> TargetShift:
-    """Return how the targets' logits are shifted by a margin and log Q."""
-    margin, log_q = options.logits.margin, logits.map.log_q
-    assert margin is None or not isinstance(margin, float)
-    t = logits.map.temperature
-    if margin is not None:
-        least = t.min().item() if isinstance(t, Tensor) and known and t.numel() else t
-        size = abs(margin.cosine) + 2 * (margin.angle > 0)
-        if not isinstance(least, Tensor) and size / least > LARGEST_SHIFT:
-            raise ValueError(
-                f"a margin over temperature of {size / least:.4g} is beyond what exponentials hold, "
-                f"{LARGEST_SHIFT:g}"
-            )
-    assert targets.index is not None
-    y = targets.index[:, 0]
-    whole = targets.held is None  # else these come with the statistics
-    return TargetShift(
-        margin,
-        targets.selection.gather(t) if isinstance(t, Tensor) else t,
-        torch.finfo(logits.dtype).eps,
-        # one outside has a cost of nan already
-        None if log_q is None else log_q[y.clamp(0, targets.n_classes - 1)],
-        targets.index_mass[:, 0] if whole and targets.index_mass is not None else None,
-        targets.other_mass[:, 0] if whole and targets.other_mass is not None else None,
-        check=known and logits.device.type == "cpu",
-        way_out=_to_cosines(options, has_bias=isinstance(logits, LinearHead) and logits.b is not None),
-    )
-
-
-def _to_cosines(options: Options, *, has_bias: bool) -> str:
-    """Say how scores that are not cosines become so."""
-    if options.logits.normalize and has_bias:
-        return "the bias is added to the cosine: pass no linear_bias"
-    bias = ", pass no linear_bias" if has_bias else ""
-    return f"normalise features and classifier{bias}, and give the scale as temperature=1/scale"
-
-
-def _reduction(options: Options, input: Tensor, target: Target) -> Reduction:
-    kind, denominator, z_loss, data_group = (
-        options.reduction.reduction,
-        options.reduction.denominator,
-        options.reduction.z_loss,
-        options.reduction.data_group,
-    )
-    if denominator is None and data_group is None:
-        return Reduction(kind, z_loss)  # type: ignore[arg-type]  # it is one of the kinds
-    if denominator is not None and kind != "mean":
-        raise ValueError(f"denominator replaces the divisor of reduction='mean'; reduction is {kind!r}")
-    if isinstance(denominator, Tensor) and denominator.device != input.device:
-        raise ValueError(f"denominator is on {denominator.device} and input on {input.device}: move one")
-    average = None
-    if data_group is not None:
-        if kind != "mean" or denominator is not None:
-            raise ValueError(
-                "data_group is whose rows the divisor of reduction='mean' counts: "
-                + ("drop denominator" if kind == "mean" else f"reduction is {kind!r}")
-            )
-        average = class_parallel.average_over(data_group)
-    nothing = not isinstance(denominator, Tensor) and denominator == 0
-    readable = nothing and is_readable(input, options.target.sample_weight, *tensors_of(target))
-    return Reduction(cast(Kind, kind), z_loss, denominator, average, readable)
 
 
 def agreed(run: Callable[[], T], options: Options, *tensors: object) -> T:

@@ -1,17 +1,11 @@
 """The losses as modules: options at construction, tensors at the call."""
 
-from xent.nn._modules import (
-    BCELoss,
-    BCEWithLogitsLoss,
-    CrossEntropyLoss,
-    KLDivLoss,
-    LinearCrossEntropyLoss,
-    LinearSoftTripletLoss,
-    MarginLoss,
-    SoftTripletLoss,
-)
+from xent.nn._binary import BCELoss, BCEWithLogitsLoss, KLDivLoss
+from xent.nn._cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
+from xent.nn._margin import MarginLoss
 from xent.nn._prototypes import PrototypeHead
 from xent.nn._row_losses import FocalLoss, PolyLoss
+from xent.nn._triplets import LinearSoftTripletLoss, SoftTripletLoss
 
 __all__ = [
     "BCELoss",
