@@ -125,11 +125,6 @@ def gradients_of(
     return spread(found, tuple(wants), len(wants))
 
 
-def is_one(upstream: Tensor) -> bool:
-    """Return whether scaling is known to change nothing, where reading the number costs nothing."""
-    return upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream.item() == 1.0
-
-
 def split(given: Sequence[Any], *lengths: int) -> tuple[Any, ...]:
     """Split `given` into groups of these lengths, and the rest."""
     groups, start = [], 0
