@@ -111,7 +111,7 @@ def loss(
         terms = problem.terms
         form, tensors = problem.flatten()
         if _forms_early(problem, tensors, reduction, plain=plain):
-            step = _Step(terms, reduction, reduction.scale(problems), dtype)
+            step = _Step(terms, reduction, reduction.scale(problems, read=problem.logits.device.type == "cpu"), dtype)
             value: Tensor = Loss.apply(problem, step, OneHead(form), problem.row_weight, *tensors)
             return value
     if reduction.kind == "none":

@@ -146,16 +146,18 @@ class plain:
     """The sweep's own arithmetic: no graph, and no autocast of products whose types are already chosen."""
 
     def __init__(self, device: torch.device) -> None:
-        self.no_grad = torch.no_grad()
+        self.no_grad = torch.no_grad() if torch.is_grad_enabled() else None
         kind = device.type
         self.autocast = torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else None
 
     def __enter__(self) -> None:
-        self.no_grad.__enter__()
+        if self.no_grad is not None:
+            self.no_grad.__enter__()
         if self.autocast is not None:
             self.autocast.__enter__()
 
     def __exit__(self, *error: Any) -> None:
         if self.autocast is not None:
             self.autocast.__exit__(*error)
-        self.no_grad.__exit__(*error)
+        if self.no_grad is not None:
+            self.no_grad.__exit__(*error)

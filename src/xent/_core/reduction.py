@@ -53,11 +53,13 @@ class Reduction:
     def total(self, values: Tensor, scale: Scale) -> Tensor:
         """Return the loss: 0 where the weights leave nothing to count, whatever the rows would have cost."""
         total = values.sum() * scale
-        return total.masked_fill(scale == 0, 0.0) if isinstance(scale, Tensor) else total
+        if isinstance(scale, Tensor):
+            return total.masked_fill(scale == 0, 0.0)
+        return total if scale != 0 else torch.zeros_like(total)
 
-    def scale(self, problems: Sequence[Problem]) -> Scale:
+    def scale(self, problems: Sequence[Problem], *, read: bool = False) -> Scale:
         """Return one over the divisor of all problems together: a number, or a float64 scalar where data
-        decides."""
+        decides, unless they may be ``read``, which costs less than the operations that it saves."""
         if self.kind != "mean":
             return 1.0
         if self.denominator is not None:
@@ -70,10 +72,13 @@ class Reduction:
                 count += problem.targets.selection.count
             else:
                 return 1.0 / max(1, count)
-        one = _one(problems)
-        divisor = sum((_divisor(problem, one) for problem in problems), start=one * 0)
+        first, *others = map(_divisor, problems) if problems else (_one(problems) * 0,)
+        divisor = sum(others, start=first)
         if self.average is not None:
             divisor = self.average(divisor)
+        if read:
+            number = divisor.item()
+            return 1.0 / number if number else 0.0
         nothing = divisor == 0
         return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
@@ -131,8 +136,8 @@ def _count(problem: Problem) -> int | Tensor:
     return problem.targets.count if weight is None else (weight != 0).sum()
 
 
-def _divisor(problem: Problem, one: Tensor) -> Tensor:
+def _divisor(problem: Problem) -> Tensor:
     s, w = problem.row_weight, problem.targets.mean_weight
     if w is None:
-        return one * problem.targets.count if s is None else s.sum()
+        return _one((problem,)) * problem.targets.count if s is None else s.sum()
     return w.sum() if s is None else (s * w).sum()
