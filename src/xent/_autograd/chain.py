@@ -275,41 +275,41 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, problem: Any, step: Step, form: Form, row_weight: Tensor | None, *tensors: Tensor | None
+        ctx: Any, problem: Any, step: Step, form: Form, others: Tensors, *leaves: Tensor | None
     ) -> Tensor:
-        with plain(form.device(tensors)):
-            loss, ctx.found, ctx.gradients = step.fused(problem, ctx.needs_input_grad[4 : 4 + form.n_leaves])
+        # `others`, a problem's further tensors and the rows' weights, take no gradient: torch need not look
+        with plain(form.device(leaves)):
+            loss, ctx.found, ctx.gradients = step.fused(problem, ctx.needs_input_grad[4:])
         ctx.step, ctx.form = step, form
-        ctx.save_for_backward(row_weight, *tensors)
+        ctx.save_for_backward(*leaves, *others)
         return loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensors:
         # read even where unused: it is what notices a freed graph, and tensors that have changed
-        _, *tensors = ctx.saved_tensors
+        *tensors, _ = ctx.saved_tensors
         step, form, gradients = ctx.step, ctx.form, ctx.gradients
         ctx.gradients = None
-        wants = ctx.needs_input_grad[4 : 4 + form.n_leaves]
-        rest = (None,) * (len(tensors) - form.n_leaves)
+        wants = ctx.needs_input_grad[4:]
         formed: Tensors = ()
         differentiated = torch.is_grad_enabled()
         if gradients is not None and not (batched(upstream) or transformed(upstream)):
+            if not differentiated:
+                return *(None,) * 4, *gradients.finish(_factor(upstream))
             with torch.no_grad():
                 formed = gradients.finish(_factor(upstream))
-            if not differentiated:
-                return *(None,) * 4, *formed, *rest
         if differentiated and not step.is_linear:  # whose derivatives go through the rows
             recipe = _Recipe(form, known=ctx.found)
 
             def again(*tensors: Tensor | None) -> Tensor:
                 return step.loss(_arranged(form, _Rows.apply(recipe, *tensors))[0])
 
-            return *(None,) * 4, *gradients_of(again, tensors, wants, upstream), *rest
+            return *(None,) * 4, *gradients_of(again, tensors, wants, upstream)
         # under create_graph what has been formed is the answer, and this its derivative's way
         known = tuple(g for g in formed if g is not None) if formed else None
         of_rows = step.upstream(ctx.found, upstream)
         out = _Gradient.apply(_Recipe(form, tuple(wants), known), *of_rows, *step.saved(ctx.found), *tensors)
-        return *(None,) * 4, *spread(out, wants, form.n_leaves), *rest
+        return *(None,) * 4, *spread(out, wants, form.n_leaves)
 
 
 def _factor(upstream: Tensor) -> Tensor | None:

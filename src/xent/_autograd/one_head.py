@@ -16,7 +16,7 @@ from torch import Tensor
 from xent._autograd import chain, custom_ops
 from xent._autograd.chain import Loss, needs_gradient
 from xent._autograd.forms import OneHead, Tensors
-from xent._autograd.transforms import transformed
+from xent._autograd.transforms import split, transformed
 from xent._core.backend import Gradients
 from xent._core.backends import backend_for
 from xent._core.coefficients import Coefficients
@@ -112,7 +112,8 @@ def loss(
         form, tensors = problem.flatten()
         if _forms_early(problem, tensors, reduction, plain=plain):
             step = _Step(terms, reduction, reduction.scale(problems, read=problem.logits.device.type == "cpu"), dtype)
-            value: Tensor = Loss.apply(problem, step, OneHead(form), problem.row_weight, *tensors)
+            leaves, others = split(tensors, form.n_leaves)
+            value: Tensor = Loss.apply(problem, step, OneHead(form), (*others, problem.row_weight), *leaves)
             return value
     if reduction.kind == "none":
         (problem,) = problems

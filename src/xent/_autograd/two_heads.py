@@ -10,6 +10,7 @@ from torch import Tensor
 from xent._autograd import chain, custom_ops
 from xent._autograd.chain import Loss
 from xent._autograd.forms import Tensors, TwoHeads, both, pair_saved
+from xent._autograd.transforms import split
 from xent._core.backend import Gradients
 from xent._core.reduction import Scale
 from xent._core.statistics import statistics_dtype
@@ -72,5 +73,6 @@ def loss(pair: Pair, weight: Tensor | None, scale: Scale, dtype: torch.dtype) ->
     """Return Σ weight·KL·scale (), its gradient formed in the forward sweep."""
     form, tensors = pair.flatten()
     step = _Step(pair.selection.count, pair.student.device, weight, scale, dtype)
-    value: Tensor = Loss.apply(pair, step, TwoHeads(form), None, *tensors)
+    leaves, others = split(tensors, TwoHeads.n_leaves)
+    value: Tensor = Loss.apply(pair, step, TwoHeads(form), (*others, None), *leaves)
     return value

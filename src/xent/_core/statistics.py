@@ -38,7 +38,7 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 
 def product_with_zero(a: Tensor, shift: Tensor) -> Tensor:
     """Return a·shift with 0·(−inf) = 0: a class without target mass costs nothing, however far it is."""
-    return torch.where(a == 0, 0.0, a * shift)
+    return (a * shift).masked_fill_(a == 0, 0.0)
 
 
 class RequestedOutputs(NamedTuple):
@@ -303,9 +303,9 @@ def summarise_row(
     m = z.amax(1, keepdim=True)
     base = finite_base(m)
     z = ops.difference(z, base, out)
-    distance = (own_z - base)[:, 0]
+    distance = (own_z - base).squeeze(1)
     if mass is None:
-        d, a = distance, torch.ones((), dtype=dtype, device=z.device).expand(distance.shape)
+        d, a = distance, torch.ones_like(distance)
     else:
         mass = mass[:, 0]
         d, a = product_with_zero(mass, distance), mass if rest is None else mass + rest[:, 0]

@@ -144,7 +144,7 @@ def index_targets(
     if held is not None:
         index = index - held.start
     if w is not None:
-        mean_weight = w[index] if checked and held is None else _at(w, index)
+        mean_weight = w.index_select(0, index) if checked and held is None else _at(w, index)
         index_mass = mean_weight[:, None]
     if smoothing or held is not None:
         uniform = smoothing / (classes if held is None else held.total)
