@@ -860,3 +860,78 @@ def test_a_sparse_target_is_checked():
             xent.kl_divergence(target=target, input=z)
     with pytest.raises(ValueError, match="holds probabilities"):
         xent.kl_divergence(target=over, input=z, target_is_logits=True)
+
+
+@pytest.mark.parametrize("rows", [5, 3000], ids=["at once", "by chunks"])
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_temperature_for_each_row_is_that_of_its_own_row(rows, logits):
+    z, y = (torch.randn(rows, 60, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    target = y if logits else y.detach().softmax(1)
+    each = torch.rand(rows, dtype=torch.float64) + 0.5
+    kl = xent.kl_divergence(target=target, input=z, target_is_logits=logits, temperature=each)
+    log_t = (target / each[:, None]).log_softmax(1) if logits else target.log()
+    expected = (log_t.exp() * (log_t - (z / each[:, None]).log_softmax(1))).sum(1)
+    torch.testing.assert_close(kl, expected)
+    leaves = (z, y) if logits else (z,)
+    ours, plain = (torch.autograd.grad(v.square().sum(), leaves, create_graph=True) for v in (kl, expected))
+    torch.testing.assert_close(ours, plain)
+    twice = [torch.autograd.grad(sum(g.square().sum() for g in first), leaves) for first in (ours, plain)]
+    torch.testing.assert_close(*twice, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_two_heads_take_a_temperature_for_each_row(reduction):
+    x, w, v = (torch.randn(s, 3, dtype=torch.float64, requires_grad=True) for s in (6, 5, 5))
+    s = torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5, 1.0], dtype=torch.float64)
+    each = torch.rand(6, dtype=torch.float64) + 0.5
+    given = torch.where(s == 0, -1.0, each)  # a row that is left out may have any
+    kl = xent.linear_kl_divergence(
+        student=(x, w), teacher=(x, v), temperature=given, reduction=reduction, sample_weight=s
+    )
+    logits = {"target": x @ v.T, "input": x @ w.T, "target_is_logits": True}
+    rows = s * xent.kl_divergence(**logits, temperature=each)
+    expected = {"mean": rows.sum() / s.sum(), "sum": rows.sum(), "none": rows}[reduction]
+    torch.testing.assert_close(kl, expected)
+    first = [torch.autograd.grad(value.sum(), (x, w, v), create_graph=True) for value in (kl, expected)]
+    torch.testing.assert_close(*first)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(sum(g.square().sum() for g in some), (x, w, v)) for some in first)
+    )
+
+
+def test_row_temperatures_of_a_divergence_in_every_mode():
+    x, w, v = (torch.randn(s, 3, dtype=torch.float64) for s in (6, 5, 5))
+    each = torch.rand(6, dtype=torch.float64) + 0.5
+
+    def heads(x, each=each):
+        return xent.linear_kl_divergence(student=(x, w), teacher=(x, v), temperature=each)
+
+    def given(x, each=each):
+        z, t = x @ w.T, x @ v.T
+        return xent.kl_divergence(target=t, input=z, target_is_logits=True, temperature=each).mean()
+
+    for way in (torch.func.grad, torch.func.hessian, torch.func.jacfwd):
+        torch.testing.assert_close(way(heads)(x), way(given)(x))
+    both = torch.stack([each, each.flip(0)])
+    for loss in (heads, given):
+        batch = torch.func.vmap(lambda t, loss=loss: loss(x, t))(both)
+        torch.testing.assert_close(batch, torch.stack([loss(x, t) for t in both]))
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(heads, backend="aot_eager", fullgraph=True)(x), heads(x))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "error", "message"),
+    [
+        (torch.tensor([1.0, -1.0, 1.0]), ValueError, "got -1.0 for row 1"),
+        (torch.ones(4), ValueError, r"\(3,\); got \(4,\)"),
+        (torch.ones(3, dtype=torch.int64), TypeError, "must be floating"),
+        (torch.ones(3, requires_grad=True), ValueError, "takes no gradient"),
+    ],
+)
+def test_row_temperatures_of_a_divergence_that_fit_nothing(temperature, error, message):
+    z = torch.randn(3, 4)
+    with pytest.raises(error, match=message):
+        xent.kl_divergence(target=z, input=z, target_is_logits=True, temperature=temperature)
+    with pytest.raises(error, match=message):
+        xent.linear_kl_divergence(student=(z, z), teacher=(z, z), temperature=temperature)

@@ -115,7 +115,7 @@ def resolve_logits(
         elif target is not None:
             flat = target.reshape(n)
     s, t, log_q = options.target.sample_weight, options.logits.temperature, options.logits.log_q
-    each = _each_row(t, rows_shape).reshape(n) if isinstance(t, Tensor) else t
+    each = row_temperatures(t, rows_shape).reshape(n) if isinstance(t, Tensor) else t
     log_q = None if log_q is None else log_q_of(log_q, classes)
     logits = DenseLogits(u, LogitMap(options.logits.softcap, each, log_q))
     problem = problem_of(
@@ -182,7 +182,7 @@ def resolve_head(
     log_q = None if of_logits.log_q is None else log_q_of(of_logits.log_q, classes)
     budget = DEFAULT_BUDGET if execution.memory_budget is None else execution.memory_budget
     s, t = options.target.sample_weight, of_logits.temperature
-    each: float | Tensor = _each_row(t, rows_shape) if isinstance(t, Tensor) else t
+    each: float | Tensor = row_temperatures(t, rows_shape) if isinstance(t, Tensor) else t
     if not positions:
         flat = target if x is input and isinstance(target, Tensor) else at_positions(target, n, classes, 1)[0]
         of_map = LogitMap(of_logits.softcap, each.reshape(n) if isinstance(each, Tensor) else each, log_q)
@@ -291,7 +291,7 @@ def _resolve_subset(
     return resolve_head(options, input, w, b, local, row_loss)
 
 
-def _each_row(temperature: Tensor, rows_shape: torch.Size) -> Tensor:
+def row_temperatures(temperature: Tensor, rows_shape: torch.Size) -> Tensor:
     """Return a temperature for each row, of the shape of the unreduced loss, float64."""
     if temperature.dim() and temperature.shape != rows_shape:
         raise ValueError(

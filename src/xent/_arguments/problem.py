@@ -25,6 +25,7 @@ from xent._core.ops import BATCHED
 from xent._core.problem import Problem
 from xent._core.reduction import Kind, Reduction
 from xent._core.row_losses import RowLoss
+from xent._core.selection import Selection
 from xent._core.target import Target, tensors_of
 from xent._core.targets import Targets
 
@@ -81,10 +82,9 @@ def common_of(
     return Common(options, reduction, ranks, checked, row_loss, plain, input.device)
 
 
-def _check_temperature(temperature: Tensor, targets: Targets) -> None:
+def check_temperatures(temperature: Tensor, selection: Selection) -> None:
     """Raise a ValueError that names a row that counts whose temperature is not positive and finite."""
     good = (temperature > 0) & (temperature < math.inf)
-    selection = targets.selection
     of_counted = selection.gather(good)
     if not of_counted.all():
         at = int(of_counted.logical_not().nonzero()[0])
@@ -187,7 +187,7 @@ def problem_of(
         if kept is not None:
             logits = replace(logits, map=replace(of_map, temperature=each.masked_fill(~kept, 1.0)))  # type: ignore[type-var]
         elif is_readable(each):
-            _check_temperature(each, targets)
+            check_temperatures(each, targets.selection)
     if kept is not None and not in_graph:  # in a graph the operator selects for itself
         logits = logits.select(kept)
     shift = None

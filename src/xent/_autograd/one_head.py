@@ -111,7 +111,9 @@ def loss(
         terms = problem.terms
         form, tensors = problem.flatten()
         if _forms_early(problem, tensors, reduction, plain=plain):
-            step = _Step(terms, reduction, reduction.scale(problems, read=problem.logits.device.type == "cpu"), dtype)
+            step = _Step(
+                terms, reduction, reduction.scale(problems, read=problem.logits.device.type == "cpu"), dtype
+            )
             leaves, others = split(tensors, form.n_leaves)
             value: Tensor = Loss.apply(problem, step, OneHead(form), (*others, problem.row_weight), *leaves)
             return value

@@ -15,13 +15,15 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, resolve_head, resolve_logits
+from xent._arguments.call import Call, resolve_head, resolve_logits, row_temperatures
 from xent._arguments.options import Options
+from xent._arguments.problem import check_temperatures
 from xent._arguments.targets import select
 from xent._arguments.validation import (
     check_devices,
     check_floating,
     check_tensors,
+    is_readable,
     loss_dtype,
     require_tensors,
 )
@@ -30,6 +32,7 @@ from xent._autograd.chain import needs_gradient
 from xent._core.class_indices import UNCHECKED
 from xent._core.logits import LinearHead, compute_dtype
 from xent._core.reduction import Kind, Scale
+from xent._core.selection import Selection
 from xent._core.statistics import statistics_dtype
 from xent._core.target import TopKTarget, thawed_target
 from xent._core.tiles.two_heads import NEAR, PIECE, Pair, phi
@@ -43,7 +46,7 @@ def kl_divergence(
     target: Tensor | TopKTarget,
     input: Tensor,
     target_is_logits: bool = False,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     bits: bool = False,
 ) -> Tensor:
     r"""Return KL(t ‖ softmax(z/temperature)) of each row, ``Σ t·(log t − log p)``, in nats.
@@ -60,14 +63,16 @@ def kl_divergence(
             target mass, and +inf with it.
         target_is_logits: t is softmax(target/temperature): to be preferred where the teacher learns too, and
             where teacher and student are nearly equal.
-        temperature: divides the logits. No gradient.
+        temperature: divides the logits: a number, or one for each row, a tensor of the shape of the result.
+            No gradient.
         bits: divide by log 2.
 
     Returns:
         (), (N,) or (N, d1, ...), of the type of ``input`` (float32 under autocast).
 
     Raises:
-        ValueError: shapes that differ; a temperature that is not positive and finite; on a CPU a probability
+        ValueError: shapes that differ; a temperature that is not positive and finite (of a tensor: on a CPU,
+            naming the row); on a CPU a probability
             that is negative, infinite or nan, naming the place (elsewhere it costs nan).
         TypeError: types that are not floating.
 
@@ -80,7 +85,8 @@ def kl_divergence(
     require_tensors(input=input)
     if not isinstance(target, TopKTarget):
         require_tensors(target=target)
-    temperature, bits = valid("temperature", temperature), valid("bits", bits)
+    each = Options.of(temperature=temperature).logits.temperature
+    bits = valid("bits", bits)
     target_is_logits = valid("target_is_logits", target_is_logits)
     input, target = transforms.thawed(input), thawed_target(target)
     if isinstance(target, TopKTarget):
@@ -90,12 +96,18 @@ def kl_divergence(
     if not target_is_logits:
         _check_probabilities(target)
     z, t = (v.movedim(axis, -1) for v in (input, target))
-    settings = _Settings(target_is_logits, temperature, dtype)
+    settings = _Settings(target_is_logits, dtype)
+    if isinstance(each, Tensor):
+        each = row_temperatures(transforms.thawed(each), z.shape[:-1])[..., None]
+        if is_readable(each, z):
+            check_temperatures(each.reshape(-1), Selection(each.numel()))
+        each = each.to(dtype)
     if input.numel() <= _at_a_time(z) or transforms.is_opaque(z, t) or transforms.transformed(z, t):
-        kl = _rows(t, z, settings)
+        kl = _rows(t, z, each, settings)
     else:
         flat = (v.reshape(-1, v.shape[-1]) for v in (t, z))
-        kl = _ByChunks.apply(settings, *flat).reshape(z.shape[:-1])
+        each = each.reshape(-1, 1) if isinstance(each, Tensor) else each
+        kl = _ByChunks.apply(settings, each, *flat).reshape(z.shape[:-1])
     return (kl / math.log(2) if bits else kl).to(loss_dtype(input))
 
 
@@ -103,7 +115,7 @@ def linear_kl_divergence(
     *,
     student: Head,
     teacher: Head,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
     memory_budget: int | None = None,
@@ -119,8 +131,9 @@ def linear_kl_divergence(
     Args:
         student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,).
         teacher: the same over the same rows and classes; its features may be of another width.
-        temperature: divides both heads' logits. Distillation often multiplies the loss by its square, so that
-            gradients keep their size; that is left to the caller.
+        temperature: divides both heads' logits: a number, or one for each row, a tensor (...). No gradient.
+            Distillation often multiplies the loss by its square, so that gradients keep their size; that is
+            left to the caller.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ ``sample_weight``, or by the
             number of rows, and is 0 over no rows.
         sample_weight: (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
@@ -145,7 +158,12 @@ def linear_kl_divergence(
     """
     check_tensors(sample_weight=sample_weight)
     sample_weight = transforms.thawed(sample_weight)
-    options = Options.of(reduction=reduction, temperature=temperature, memory_budget=memory_budget)
+    each = temperature
+    if isinstance(each, Tensor) and sample_weight is not None and each.shape == sample_weight.shape:
+        # a row that is left out may have any; one whose weight is learnt counts
+        left_out = (sample_weight == 0) & (not sample_weight.requires_grad)
+        each = torch.where(left_out, 1.0, each) if each.dim() else each
+    options = Options.of(reduction=reduction, temperature=each, memory_budget=memory_budget)
     distillation = _resolve(
         _head("student", student, options), _head("teacher", teacher, options), sample_weight
     )
@@ -290,17 +308,19 @@ def _check_probabilities(t: Tensor) -> None:
 
 class _Settings(NamedTuple):
     logits: bool  # whether the target is
-    temperature: float
     dtype: torch.dtype  # of the computation
 
 
-def _rows(target: Tensor, z: Tensor, settings: _Settings) -> Tensor:
+Temperature: TypeAlias = float | Tensor  # a number, or (..., 1) in the type of the computation
+
+
+def _rows(target: Tensor, z: Tensor, temperature: Temperature, settings: _Settings) -> Tensor:
     """Return KL of each row, (..., C) and (..., C) -> (...), of torch's own operations."""
     given, z = target.to(settings.dtype), z.to(settings.dtype)
-    log_p = _log_softmax(z, settings.temperature)
+    log_p = _log_softmax(z, temperature)
     p, mass = log_p.exp(), None
     if settings.logits:
-        log_t = _log_softmax(given, settings.temperature)
+        log_t = _log_softmax(given, temperature)
         t = log_t.exp()
     else:
         t, mass = given, given.sum(-1, keepdim=True, dtype=statistics_dtype(given.device))
@@ -309,7 +329,7 @@ def _rows(target: Tensor, z: Tensor, settings: _Settings) -> Tensor:
     absent = t == 0
     delta = torch.where(absent, 0.0, log_p - log_t)
     if settings.logits:
-        delta = delta + _lost(delta, z, given, settings.temperature, log_t).masked_fill(absent, 0.0)
+        delta = delta + _lost(delta, z, given, temperature, log_t).masked_fill(absent, 0.0)
     near = (delta.abs() < NEAR) & ~absent
     terms = torch.where(near, t * phi(delta.clamp(-NEAR, NEAR)), p - t - t * delta)
     if mass is None:
@@ -323,41 +343,48 @@ class _ByChunks(torch.autograd.Function):
     """`_rows` of many rows, some at a time and once more for their gradient: what it makes stays small."""
 
     @staticmethod
-    def forward(ctx: Any, settings: _Settings, target: Tensor, z: Tensor) -> Tensor:
+    def forward(ctx: Any, settings: _Settings, temperature: Temperature, target: Tensor, z: Tensor) -> Tensor:
         ctx.settings = settings
-        ctx.save_for_backward(target, z)
-        return torch.cat([_rows(t, some, settings) for t, some in _chunks(target, z)])
+        ctx.temperature = None if isinstance(temperature, Tensor) else temperature
+        ctx.save_for_backward(target, z, temperature if isinstance(temperature, Tensor) else None)
+        chunks = _chunks(target, z, temperature)
+        return torch.cat([_rows(t, some, each, settings) for t, some, each in chunks])
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        given = ctx.saved_tensors
-        wants = ctx.needs_input_grad[1:]
+        target, logits, each = ctx.saved_tensors
+        given, temperature = (target, logits), ctx.temperature if each is None else each
+        wants = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or transforms.batched(upstream) or transforms.transformed(upstream):
 
             def again(target: Tensor, z: Tensor) -> Tensor:
-                return _rows(target, z, ctx.settings)
+                return _rows(target, z, temperature, ctx.settings)
 
-            return None, *transforms.gradients_of(again, given, wants, upstream)
+            return None, None, *transforms.gradients_of(again, given, wants, upstream)
         answers = [torch.empty_like(t) if want else None for t, want in zip(given, wants, strict=True)]
         start = 0
-        for chunk in _chunks(*given):
+        for *chunk, of_chunk in _chunks(target, logits, temperature):
             rows = slice(start, start + len(chunk[0]))
             start = rows.stop
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_(want) for t, want in zip(chunk, wants, strict=True)]
-                kl = _rows(leaves[0], leaves[1], ctx.settings)
+                kl = _rows(leaves[0], leaves[1], of_chunk, ctx.settings)
             kl.backward(upstream[rows])
             for answer, leaf in zip(answers, leaves, strict=True):
                 if answer is not None and leaf.grad is not None:
                     answer[rows] = leaf.grad
-        return None, *answers
+        return None, None, *answers
 
 
-def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Split tensors (N, C) into some rows at a time."""
-    n, classes = tensors[0].shape
-    size = max(1, _at_a_time(tensors[0]) // classes)
-    return zip(*(t.split(size) for t in tensors), strict=True) if n else iter([tensors])
+def _chunks(
+    target: Tensor, z: Tensor, temperature: Temperature
+) -> Iterator[tuple[Tensor, Tensor, Temperature]]:
+    """Split tensors (N, C), and the temperatures (N, 1) where each row has one, into some rows at a time."""
+    n, classes = z.shape
+    size = max(1, _at_a_time(z) // classes)
+    for start in range(0, max(n, 1), size):
+        rows = slice(start, start + size)
+        yield target[rows], z[rows], temperature[rows] if isinstance(temperature, Tensor) else temperature
 
 
 def _at_a_time(z: Tensor) -> int:
@@ -365,7 +392,7 @@ def _at_a_time(z: Tensor) -> int:
     return PIECE if z.device.type == "cpu" else 256 * PIECE
 
 
-def _log_softmax(z: Tensor, temperature: float) -> Tensor:
+def _log_softmax(z: Tensor, temperature: Temperature) -> Tensor:
     """Return (z − m)/T − log1p(r), (..., C); r leaves the maximum's own term out, for confident rows."""
     m, top = z.max(-1, keepdim=True)
     shifted = (z - m) / temperature
@@ -373,7 +400,7 @@ def _log_softmax(z: Tensor, temperature: float) -> Tensor:
     return shifted - torch.log1p(r).to(z.dtype)
 
 
-def _lost(direct: Tensor, z: Tensor, teacher: Tensor, temperature: float, log_t: Tensor) -> Tensor:
+def _lost(direct: Tensor, z: Tensor, teacher: Tensor, temperature: Temperature, log_t: Tensor) -> Tensor:
     """Return what rounding took from δ = log p − log t: a constant, 0 where nothing better is known.
 
     With k the teacher's first class and w = (z_c − z_k) − (y_c − y_k), y the teacher's logits, which loses
