@@ -7,6 +7,7 @@ row itself, with the reason.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 import xent
-from xent._core import reference
+from xent._core import backends, reference
 
 SHIFT_Z_LOSS = "z-loss penalises lse² itself, which a shift moves"
 SHIFT_SOFTCAP = "tanh is not translation-equivariant"
@@ -55,21 +56,33 @@ LAWS = {
 class Place(NamedTuple):
     """The backend that computes a law, and the device."""
 
-    backend: str  # "chosen": the one that the call chooses
+    backend: str  # what it does not serve is left to the tiles
     device: str
 
     def __str__(self) -> str:
         return f"{self.backend}-{self.device}"
 
 
-PLACES = [Place("chosen", "cpu"), *([Place("chosen", "cuda")] if torch.cuda.is_available() else [])]
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+PLACES = [Place(b.name, device) for device in DEVICES for b in xent.backends()]
+
+
+@contextlib.contextmanager
+def only(name: str) -> Iterator[None]:
+    """Let one backend compute inside the block, and the tiles what it does not serve."""
+    before = list(backends._backends)
+    chosen = (b for b in before if b.name in (name, "tiles"))
+    backends._backends[:] = sorted(chosen, key=lambda b: b.name != name)
+    try:
+        yield
+    finally:
+        backends._backends[:] = before
 
 
 @contextlib.contextmanager
 def at(place: Place) -> Iterator[None]:
-    """Make every tensor at a place, inside the block."""
-    assert place.backend == "chosen"
-    with torch.device(place.device):
+    """Make every tensor at a place, and compute there, inside the block."""
+    with torch.device(place.device), only(place.backend):
         yield
 
 
@@ -215,6 +228,7 @@ SURROGATE |= {
     "convex": "its value is no function that its derivatives belong to",
     "leaving_out": "the plain product before it carries nan features into the weight's gradient",
 }
+CONVEX_ROW_LOSS = "a function of p that is not convex in the logits, though cross-entropy is"
 CONVEX_ENTROPY = "entropy is neither convex nor concave in the logits"
 
 # the losses that have not all of cross-entropy's options
@@ -231,6 +245,24 @@ OTHERS = [
         loss="surrogate",
         target="top_k",
         exempt=SURROGATE,
+    ),
+    Row("focal", loss="focal", ignored=True, exempt={"convex": CONVEX_ROW_LOSS}),
+    Row(
+        "focal-everything",
+        loss="focal",
+        options={"gamma": 0.7, "alpha": 0.25, "softcap": 4.0, "temperature": 0.7},
+        sample_weight=True,
+        ignored=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_ROW_LOSS},
+    ),
+    Row("poly", loss="poly", ignored=True, exempt={"convex": CONVEX_ROW_LOSS}),
+    Row(
+        "poly-everything",
+        loss="poly",
+        options={"epsilon": -0.5, "softcap": 4.0, "temperature": 0.7},
+        sample_weight=True,
+        ignored=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_ROW_LOSS},
     ),
     Row("entropy", loss="entropy", ignored=True, exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY}),
     Row(
@@ -378,6 +410,26 @@ def of_rows(field: str, sign: float = 1.0) -> Loss:
     return Loss(dense, linear, plain)
 
 
+def of_cross_entropy(
+    dense: Callable[..., Tensor], linear: Callable[..., Tensor], formula: Callable[..., Tensor]
+) -> Loss:
+    """A loss that is a function of each row's cross-entropy, and of numbers of its own."""
+    own = set(inspect.signature(formula).parameters) - {"loss"}
+
+    def plain(z: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any) -> Tensor:
+        numbers = {name: options.pop(name) for name in own & options.keys()}
+        weight = (target != -100) * options.pop("sample_weight", torch.ones(len(z))).double()
+        loss = reference.cross_entropy(z, target, reduction="none", **options)
+        values = weight * formula(loss, **numbers)
+        if reduction == "none":
+            return values
+        return values.sum() if reduction == "sum" else values.sum() / weight.sum()
+
+    return Loss(
+        dense, lambda x, w, b, target, **options: linear(x, w, target, linear_bias=b, **options), plain
+    )
+
+
 def plain_cross_entropy(z: Tensor, target: Target, **options: Any) -> Tensor:
     return reference.cross_entropy(z, spelt_out(target, z.shape[1]), **options)
 
@@ -417,6 +469,16 @@ LOSSES = {
         xent.cross_entropy,
         lambda x, w, b, target, **options: xent.linear_cross_entropy(x, w, target, linear_bias=b, **options),
         plain_cross_entropy,
+    ),
+    "focal": of_cross_entropy(
+        xent.focal_loss,
+        xent.linear_focal_loss,
+        lambda loss, gamma=2.0, alpha=1.0: alpha * (1 - torch.exp(-loss)) ** gamma * loss,
+    ),
+    "poly": of_cross_entropy(
+        xent.poly_loss,
+        xent.linear_poly_loss,
+        lambda loss, epsilon=1.0: loss + epsilon * (1 - torch.exp(-loss)),
     ),
     "surrogate": Loss(xent.surrogate_cross_entropy, None, plain_surrogate),
     "kl": Loss(

@@ -1,28 +1,13 @@
 """Backends: the choice of one, and a new one, as CONTRIBUTING.md registers it."""
 
-import contextlib
-
 import pytest
 import torch
 from torch.testing import assert_close
 
 import xent
 from contributing import example
-from table import ROWS, problem
+from table import ROWS, only, problem
 from xent._core import backends
-
-
-@contextlib.contextmanager
-def only(name):
-    """Let one backend compute, and the tiles what it does not serve."""
-    before = list(backends._backends)
-    backends._backends[:] = sorted(
-        (b for b in before if b.name in (name, "tiles")), key=lambda b: b.name != name
-    )
-    try:
-        yield
-    finally:
-        backends._backends[:] = before
 
 
 @pytest.fixture
