@@ -258,8 +258,8 @@ def test_a_third_derivative_raises():
 def test_compiled_in_one_graph(row, scores):
     """torch.compile(fullgraph=True): the eager loss and gradients.
 
-    The reduction is ordinary operations behind one operator, so that one of rows and one of a number, and from
-    logits one in all, are enough.
+    The reduction is ordinary operations behind one operator, so that one of rows and one of a number are
+    enough, and from logits one in all.
     """
     for reduction in ("none", "mean") if scores == "linear" else ("mean",):
         torch._dynamo.reset()

@@ -110,11 +110,11 @@ def loss(
         problem = problems[0].for_loss()
         terms = problem.terms
         form, tensors = problem.flatten()
+        leaves, others = split(tensors, form.n_leaves)
         if _forms_early(problem, tensors, reduction, plain=plain):
             step = _Step(
                 terms, reduction, reduction.scale(problems, read=problem.logits.device.type == "cpu"), dtype
             )
-            leaves, others = split(tensors, form.n_leaves)
             value: Tensor = Loss.apply(problem, step, OneHead(form), (*others, problem.row_weight), *leaves)
             return value
     if reduction.kind == "none":
