@@ -74,7 +74,7 @@ def _decoded(
     return OneHead(
         core.Form(
             product_dtype,
-            kind == HEAD,
+            core.LEAVES_OF_HEAD if kind == HEAD else core.LEAVES_OF_LOGITS,
             None if softcap == NO_SOFTCAP else softcap,
             temperature,
             smoothing,

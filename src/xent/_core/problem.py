@@ -30,6 +30,9 @@ from xent._core.targets import ClassSlice, Targets
 
 Tensors = tuple[Tensor | None, ...]
 
+LEAVES_OF_HEAD = 4  # probabilities, features, weight, bias
+LEAVES_OF_LOGITS = 2  # probabilities, logits
+
 
 class RowTerms(NamedTuple):
     """The parts of the step from the rows' outputs to a loss, beside the reduction."""
@@ -163,7 +166,7 @@ class Problem:
         each = temperature if isinstance(temperature, Tensor) else None
         form = Form(
             logits.product_dtype if isinstance(logits, LinearHead) else None,
-            isinstance(logits, LinearHead),
+            LEAVES_OF_HEAD if isinstance(logits, LinearHead) else LEAVES_OF_LOGITS,
             of_map.softcap,
             1.0 if isinstance(temperature, Tensor) else temperature,
             t.smoothing,
@@ -185,7 +188,7 @@ class Form:
     """Everything of a problem that is no tensor."""
 
     product_dtype: torch.dtype | None
-    is_head: bool
+    n_leaves: int  # which says what the logits are
     softcap: float | None
     temperature: float  # 1 where each row has its own
     smoothing: float
@@ -196,8 +199,8 @@ class Form:
     ranks: ClassGroup | None
 
     @property
-    def n_leaves(self) -> int:
-        return 4 if self.is_head else 2
+    def is_head(self) -> bool:
+        return self.n_leaves == LEAVES_OF_HEAD
 
     def bind(self, tensors: Tensors, *others: Tensor | None) -> Problem:
         """Return the problem made of the tensors; `others` are further ones that `vmap` may have batched."""
