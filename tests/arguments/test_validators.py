@@ -286,6 +286,8 @@ MODULES = {
     nn.PrototypeHead: {"in_features": D, "num_prototypes": C},
     nn.FocalLoss: {},
     nn.PolyLoss: {},
+    nn.LinearFocalLoss: {"in_features": D, "num_classes": C},
+    nn.LinearPolyLoss: {"in_features": D, "num_classes": C},
 }
 OF_MODULES = {
     "in_features": [*WHOLE, *NONE, -1],

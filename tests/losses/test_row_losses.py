@@ -220,3 +220,31 @@ def test_modules():
     torch.testing.assert_close(head(z, y, temperature=t), F.cross_entropy(head.linear(z) / t[:, None], y))
     assert "gamma=1.0" in repr(focal)
     assert "epsilon=0.5" in repr(poly)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_modules_with_a_classifier(bias):
+    x, y, t = torch.randn(4, 3), torch.tensor([0, 1, 4, 0]), torch.rand(4) + 0.5
+    alpha = torch.rand(5) + 0.5
+    focal = xent.nn.LinearFocalLoss(3, 5, 1.0, alpha, bias=bias, reduction="none", memory_budget=4096)
+    expected = xent.focal_loss(focal.linear(x), y, gamma=1.0, alpha=alpha, reduction="none", temperature=t)
+    torch.testing.assert_close(focal(x, y, temperature=t), expected)
+    poly = xent.nn.LinearPolyLoss(3, 5, 0.5, bias=bias)
+    s = torch.rand(4)
+    loss, expected = (
+        poly(x, y, sample_weight=s),
+        xent.poly_loss(poly.linear(x), y, epsilon=0.5, sample_weight=s),
+    )
+    torch.testing.assert_close(loss, expected)
+    parameters = list(poly.parameters())
+    assert len(parameters) == 1 + bias
+    torch.testing.assert_close(*(torch.autograd.grad(value, parameters) for value in (loss, expected)))
+    assert "memory_budget" not in repr(poly)
+    assert "reduction='none'" in repr(focal)
+
+
+def test_a_classifier_that_computes_more_is_refused():
+    head = xent.nn.LinearFocalLoss(3, 5)
+    head.linear = torch.nn.Sequential(head.linear)
+    with pytest.raises(TypeError, match="linear"):
+        head(torch.randn(2, 3), torch.tensor([0, 1]))

@@ -4,7 +4,7 @@ from xent.nn._binary import BCELoss, BCEWithLogitsLoss, KLDivLoss
 from xent.nn._cross_entropy import CrossEntropyLoss, LinearCrossEntropyLoss
 from xent.nn._margin import MarginLoss
 from xent.nn._prototypes import PrototypeHead
-from xent.nn._row_losses import FocalLoss, PolyLoss
+from xent.nn._row_losses import FocalLoss, LinearFocalLoss, LinearPolyLoss, PolyLoss
 from xent.nn._triplets import LinearSoftTripletLoss, SoftTripletLoss
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "FocalLoss",
     "KLDivLoss",
     "LinearCrossEntropyLoss",
+    "LinearFocalLoss",
+    "LinearPolyLoss",
     "LinearSoftTripletLoss",
     "MarginLoss",
     "PolyLoss",

@@ -1,35 +1,48 @@
-"""Focal and poly loss as modules: options at construction, tensors at call."""
+"""Focal and poly loss as modules, of logits or with a classifier: options when made, tensors at the call."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from xent._arguments.linear_layer import weight_and_bias
 from xent._core.validators import FINITE, OneOf, valid
-from xent.losses._focal import focal_loss, focal_of
-from xent.losses._poly import poly_loss
+from xent.losses._focal import focal_loss, focal_of, linear_focal_loss
+from xent.losses._poly import linear_poly_loss, poly_loss
+from xent.nn._options import changed, keep
+
+REDUCTIONS = OneOf(("none", "sum", "mean"))
+DEFAULTS: dict[str, Any] = {
+    "ignore_index": -100,
+    "reduction": "mean",
+    "temperature": 1.0,
+    "check_targets": None,
+}
 
 
 class _RowLoss(nn.Module):
-    """The options that a row loss of logits shares with the others."""
+    """A loss of logits that is a function of each row's cross-entropy, with the options that all share."""
+
+    own: tuple[str, ...]  # the names of the options that are this loss's alone
 
     def __init__(
         self, ignore_index: int | None, reduction: str, temperature: float, check_targets: bool | None
     ) -> None:
         super().__init__()
         self.ignore_index = valid("ignore_index", ignore_index)
-        self.reduction = OneOf(("none", "sum", "mean"))("reduction", reduction)
+        self.reduction = REDUCTIONS("reduction", reduction)
         self.temperature = valid("temperature", temperature)
         self.check_targets = valid("check_targets", check_targets)
 
-    def _options(self, temperature: Tensor | None) -> dict[str, Any]:
-        return {
-            "ignore_index": self.ignore_index,
-            "reduction": self.reduction,
-            "temperature": self.temperature if temperature is None else temperature,
-            "check_targets": self.check_targets,
-        }
+    def extra_repr(self) -> str:
+        shown = (f"{name}={getattr(self, name)!r}" for name in self.own if name != "alpha")
+        return ", ".join(filter(None, (*shown, changed(self, **DEFAULTS))))
+
+    def _options(self, temperature: Tensor | None, **tensors: Any) -> dict[str, Any]:
+        options = {name: getattr(self, name) for name in (*self.own, *DEFAULTS)}
+        return options | tensors | ({} if temperature is None else {"temperature": temperature})
 
 
 class FocalLoss(_RowLoss):
@@ -46,6 +59,7 @@ class FocalLoss(_RowLoss):
         0.081732
     """
 
+    own = ("gamma", "alpha")
     alpha: Tensor | float | None
 
     def __init__(
@@ -66,9 +80,6 @@ class FocalLoss(_RowLoss):
         else:
             self.alpha = validated.alpha
 
-    def extra_repr(self) -> str:
-        return f"gamma={self.gamma}, reduction={self.reduction!r}"
-
     def forward(
         self,
         input: Tensor,
@@ -79,15 +90,8 @@ class FocalLoss(_RowLoss):
         denominator: float | Tensor | None = None,
     ) -> Tensor:
         """Return the loss; tensors as in :func:`xent.focal_loss`, ``temperature`` one for each row."""
-        return focal_loss(
-            input,
-            target,
-            gamma=self.gamma,
-            alpha=self.alpha,
-            sample_weight=sample_weight,
-            denominator=denominator,
-            **self._options(temperature),
-        )
+        tensors = {"sample_weight": sample_weight, "denominator": denominator}
+        return focal_loss(input, target, **self._options(temperature, **tensors))
 
 
 class PolyLoss(_RowLoss):
@@ -103,6 +107,8 @@ class PolyLoss(_RowLoss):
         0.910826
     """
 
+    own = ("epsilon",)
+
     def __init__(
         self,
         epsilon: float = 1.0,
@@ -117,9 +123,6 @@ class PolyLoss(_RowLoss):
         assert number is not None
         self.epsilon = float(number)
 
-    def extra_repr(self) -> str:
-        return f"epsilon={self.epsilon}, reduction={self.reduction!r}"
-
     def forward(
         self,
         input: Tensor,
@@ -130,11 +133,153 @@ class PolyLoss(_RowLoss):
         denominator: float | Tensor | None = None,
     ) -> Tensor:
         """Return the loss; tensors as in :func:`xent.poly_loss`, ``temperature`` one for each row."""
-        return poly_loss(
-            input,
-            target,
-            epsilon=self.epsilon,
-            sample_weight=sample_weight,
-            denominator=denominator,
-            **self._options(temperature),
+        tensors = {"sample_weight": sample_weight, "denominator": denominator}
+        return poly_loss(input, target, **self._options(temperature, **tensors))
+
+
+def _classifier(
+    in_features: int,
+    num_classes: int,
+    bias: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Linear:
+    return nn.Linear(
+        valid("in_features", in_features),
+        valid("num_classes", num_classes),
+        bias=valid("bias", bias),
+        device=device,
+        dtype=dtype,
+    )
+
+
+class LinearFocalLoss(FocalLoss):
+    """A linear classifier and its focal loss in one module: the logits never exist.
+
+    The layer ``linear`` is read and not called, as in :class:`LinearCrossEntropyLoss`.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        bias: whether the classifier has one.
+        gamma, alpha, ignore_index, reduction, temperature, check_targets: as in :class:`FocalLoss`.
+        product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> head = xent.nn.LinearFocalLoss(16, 100, gamma=1.5)
+        >>> head(torch.randn(8, 16), torch.randint(100, (8,))).backward()
+        >>> head.linear.weight.grad.shape
+        torch.Size([100, 16])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        gamma: float = 2.0,
+        alpha: float | Tensor | None = None,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        check_targets: bool | None = None,
+        product_dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(
+            gamma,
+            alpha,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            temperature=temperature,
+            check_targets=check_targets,
         )
+        self.linear = _classifier(in_features, num_classes, bias, device, dtype)
+        keep(self, product_dtype=product_dtype, memory_budget=memory_budget)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        temperature: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+        group: Any = None,
+        data_group: Any = None,
+    ) -> Tensor:
+        """Return the loss; input (..., D), tensors as in :func:`xent.linear_focal_loss`."""
+        weight, bias = weight_and_bias(self.linear, "linear")
+        tensors: dict[str, Any] = {"sample_weight": sample_weight, "denominator": denominator}
+        tensors |= {"linear_bias": bias, "group": group, "data_group": data_group}
+        tensors |= {"product_dtype": self.product_dtype, "memory_budget": self.memory_budget}
+        return linear_focal_loss(input, weight, target, **self._options(temperature, **tensors))
+
+
+class LinearPolyLoss(PolyLoss):
+    """A linear classifier and its poly loss in one module: the logits never exist.
+
+    The layer ``linear`` is read and not called, as in :class:`LinearCrossEntropyLoss`.
+
+    Args:
+        in_features: D.
+        num_classes: C.
+        bias: whether the classifier has one.
+        epsilon, ignore_index, reduction, temperature, check_targets: as in :class:`PolyLoss`.
+        product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
+
+    Example:
+        >>> import torch, xent
+        >>> head = xent.nn.LinearPolyLoss(16, 100)
+        >>> head(torch.randn(8, 16), torch.randint(100, (8,))).backward()
+        >>> head.linear.weight.grad.shape
+        torch.Size([100, 16])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        epsilon: float = 1.0,
+        *,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        ignore_index: int | None = -100,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        check_targets: bool | None = None,
+        product_dtype: torch.dtype | None = None,
+        memory_budget: int | None = None,
+    ) -> None:
+        super().__init__(
+            epsilon,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            temperature=temperature,
+            check_targets=check_targets,
+        )
+        self.linear = _classifier(in_features, num_classes, bias, device, dtype)
+        keep(self, product_dtype=product_dtype, memory_budget=memory_budget)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        temperature: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+        group: Any = None,
+        data_group: Any = None,
+    ) -> Tensor:
+        """Return the loss; input (..., D), tensors as in :func:`xent.linear_poly_loss`."""
+        weight, bias = weight_and_bias(self.linear, "linear")
+        tensors: dict[str, Any] = {"sample_weight": sample_weight, "denominator": denominator}
+        tensors |= {"linear_bias": bias, "group": group, "data_group": data_group}
+        tensors |= {"product_dtype": self.product_dtype, "memory_budget": self.memory_budget}
+        return linear_poly_loss(input, weight, target, **self._options(temperature, **tensors))
