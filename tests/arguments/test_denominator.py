@@ -69,7 +69,10 @@ def in_a_graph(denominators, y=Y):
 
 @pytest.mark.parametrize("way", [under_vmap, in_a_graph])
 def test_where_nothing_can_be_asked(way):
-    """Where data cannot be read: inf of 0, nan of what is negative or nan, 0 of 0 where no row counts."""
+    """Where data cannot be read, a denominator that is not positive shows in the loss.
+
+    A denominator of 0 gives inf, or 0 where no row counts; a negative one or nan gives nan.
+    """
     found = way(torch.tensor([2.0, 0.0, -1.0, torch.nan]))
     torch.testing.assert_close(found[0], xent.linear_cross_entropy(X, W, Y, denominator=2.0))
     assert found[1].isposinf()

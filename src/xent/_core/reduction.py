@@ -58,8 +58,11 @@ class Reduction:
         return total if scale != 0 else torch.zeros_like(total)
 
     def scale(self, problems: Sequence[Problem], *, read: bool = False) -> Scale:
-        """Return one over the divisor of all problems together: a number, or a float64 scalar where data
-        decides, unless they may be ``read``, which costs less than the operations that it saves."""
+        """Return one over the divisor of all problems together.
+
+        It is a number where the divisor is known, or where ``read`` says that data may be read. Elsewhere it
+        is a float64 scalar.
+        """
         if self.kind != "mean":
             return 1.0
         if self.denominator is not None:
@@ -76,7 +79,7 @@ class Reduction:
         divisor = sum(others, start=first)
         if self.average is not None:
             divisor = self.average(divisor)
-        if read:
+        if read:  # on a CPU this is cheaper than the operations below
             number = divisor.item()
             return 1.0 / number if number else 0.0
         nothing = divisor == 0
