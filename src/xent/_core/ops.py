@@ -59,11 +59,19 @@ class TileOps(Protocol):
 
     def exp(self, z: Tensor) -> Tensor: ...
 
+    def softmax(self, z: Tensor, out: Tensor | None) -> Tensor:
+        """Return the softmax of rows without overwriting z, in the memory of `out` where that is given."""
+        ...
+
     def tanh(self, z: Tensor) -> Tensor: ...
 
     def scatter(self, z: Tensor, index: Tensor, value: Tensor | float) -> Tensor: ...
 
     def possible(self, mask: Tensor) -> bool: ...
+
+    def all_at_least(self, t: Tensor, bound: float) -> bool:
+        """Return whether every entry is known to be no lower than a bound."""
+        ...
 
     def total(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0
@@ -136,6 +144,9 @@ class InPlaceOps:
     def exp(self, z: Tensor) -> Tensor:
         return z.exp_()
 
+    def softmax(self, z: Tensor, out: Tensor | None) -> Tensor:
+        return torch.softmax(z, 1) if out is None else torch.softmax(z, 1, out=out)
+
     def tanh(self, z: Tensor) -> Tensor:
         return z.tanh_()
 
@@ -144,6 +155,9 @@ class InPlaceOps:
 
     def possible(self, mask: Tensor) -> bool:
         return bool(mask.any())
+
+    def all_at_least(self, t: Tensor, bound: float) -> bool:
+        return t.numel() == 0 or t.amin().item() >= bound
 
     def total(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0
@@ -273,6 +287,9 @@ class FunctionalOps:
     def exp(self, z: Tensor) -> Tensor:
         return z.exp()
 
+    def softmax(self, z: Tensor, out: Tensor | None) -> Tensor:
+        return torch.softmax(z, 1)
+
     def tanh(self, z: Tensor) -> Tensor:
         return z.tanh()
 
@@ -281,6 +298,9 @@ class FunctionalOps:
 
     def possible(self, mask: Tensor) -> bool:
         return True
+
+    def all_at_least(self, t: Tensor, bound: float) -> bool:
+        return False
 
     def total(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, dim: int = 0

@@ -62,8 +62,8 @@ LOSS_ONLY = RequestedOutputs()
 class Statistics:
     """Row statistics over some set of classes; every field has shape (R,)."""
 
-    m: Tensor  # (R,) largest logit
-    r: Tensor  # (R,) Σ exp(z − m) over the classes, one maximum left out; −1 over no classes
+    m: Tensor  # (R,) the largest logit; of all classes it may be the target's (`summarise_beside`)
+    r: Tensor  # (R,) Σ exp(z − m) over the classes, one of m left out; −1 over no classes
     d: Tensor  # (R,) Σ t (z − m)
     a: Tensor  # (R,) Σ t
     e: Tensor | None = None  # (R,) Σ (z − m) exp(z − m), never positive
@@ -315,6 +315,35 @@ def summarise_row(
     z = own.put(ops, ops.exp(z), 0.0)
     r = z.sum(1).to(dtype) + torch.expm1(distance)
     return z, own_z, Statistics(m=m[:, 0].to(dtype), r=r, d=d, a=a)
+
+
+LEAST = 1e-12  # of p_y: further down, the others' exponentials beside it would be too large to be squared
+
+
+def summarise_beside(
+    ops: TileOps,
+    z: Tensor,  # (R, C), left as it is
+    own: TargetColumns,  # (R, 1), none of which lies elsewhere
+    mass: Tensor | None,  # (R, 1) t_y, all there is of the target; None means 1
+    out: Tensor | None,  # (R, C) memory for the first result
+) -> tuple[Tensor, Tensor, Statistics] | None:
+    """Summarise a tile that holds every class by its softmax, for which torch has one operation.
+
+    Return p with zero at the target's class; its logit (R, 1); the row's statistics, measured from it:
+
+        m = z_y        r = Σ_{j≠y} p_j / p_y        d = t_y·(z_y − m) = 0
+
+    None of rows one of which has p_y below `LEAST`, or no softmax.
+    """
+    p = ops.softmax(z, out)
+    p_y = own.take(p, 0.0)[:, 0].to(dtype := statistics_dtype(z.device))
+    if not ops.all_at_least(p_y, LEAST):
+        return None
+    own_z = own.take(z, 0.0).to(dtype)
+    p = own.put(ops, p, 0.0)
+    r = p.sum(1).to(dtype) / p_y
+    a = torch.ones_like(r) if mass is None else mass[:, 0]
+    return p, own_z, Statistics(m=own_z[:, 0], r=r, d=torch.zeros_like(r), a=a)
 
 
 def masked_dot(ops: TileOps, t: Tensor | float, z: Tensor) -> Tensor:

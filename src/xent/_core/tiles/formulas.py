@@ -31,6 +31,7 @@ from xent._core.statistics import (
     Statistics,
     TargetColumns,
     summarise,
+    summarise_beside,
     summarise_row,
 )
 from xent._core.targets import Targets
@@ -43,7 +44,7 @@ class Tile(NamedTuple):
     z: Tensor  # (R, T) exp(z − base)
     slope: Tensor | None  # (R, T)
     gain: float | Tensor  # dz/du ÷ slope, a number or (R,)
-    base: Tensor  # (R,) what was subtracted before exp
+    base: Tensor | None  # (R,) what was subtracted before exp; None means lse: z holds p
     own: TargetColumns | None
     own_z: Tensor | None  # (R, K) logits of the target's classes, where this tile holds them
 
@@ -67,19 +68,20 @@ def row_tile(problem: Problem, chunk: slice, loaded: Loaded, buffers: TileBuffer
     z, slope = logits.tile(ops, loaded, classes, buffers, borrow=True)
     own = target_columns(targets, chunk, classes)
     assert own is not None
-    z, own_z, found = summarise_row(
-        ops,
-        z,
-        own,
-        targets.tile(chunk, classes, z.dtype),
-        None if targets.index_mass is None else cut(targets.index_mass, chunk),
-        None if targets.other_mass is None or targets.held is not None else cut(targets.other_mass, chunk),
-        buffers.z,
-        absent_logit(targets, chunk),
-    )
+    mass = None if targets.index_mass is None else cut(targets.index_mass, chunk)
+    t = targets.tile(chunk, classes, z.dtype)
+    base = summary = None
+    if z is loaded.x and t is None and own.inside is None and targets.held is None:
+        summary = summarise_beside(ops, z, own, mass, buffers.z)
+    if summary is None:
+        other = targets.other_mass if targets.held is None else None
+        rest = None if other is None else cut(other, chunk)
+        summary = summarise_row(ops, z, own, t, mass, rest, buffers.z, absent_logit(targets, chunk))
+        base = summary[2].m
+    z, own_z, found = summary
     if problem.requested.mass:
         found = replace(found, mass=found.a)
-    return found, Tile(classes, z, slope, loaded.map.gain, found.m, own, own_z)
+    return found, Tile(classes, z, slope, loaded.map.gain, base, own, own_z)
 
 
 def absent_logit(targets: Targets, chunk: slice) -> float | Tensor:
@@ -113,9 +115,11 @@ def differentiate_logits(
     targets, ops = problem.targets, problem.ops
     asked = asked.scaled(tile.gain)
     alpha, gamma, eta = asked.alpha(found.a), asked.loss, asked.entropy
-    share, bent = alpha / (1 + found.r), None
+    share, bent = alpha if tile.base is None else alpha / (1 + found.r), None
     # what lies between the row's maximum and the one that was subtracted from this tile
-    behind = None if tile.base is found.m else torch.where(tile.base == found.m, 0.0, tile.base - found.m)
+    behind = None
+    if tile.base is not None and tile.base is not found.m:
+        behind = torch.where(tile.base == found.m, 0.0, tile.base - found.m)
     if eta is not None:
         mean = mean_shift(found)
         share = (alpha + eta * (mean if behind is None else mean - behind)) / (1 + found.r)
