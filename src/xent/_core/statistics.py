@@ -336,12 +336,13 @@ def summarise_beside(
     None of rows one of which has p_y below `LEAST`, or no softmax.
     """
     p = ops.softmax(z, out)
-    p_y = own.take(p, 0.0)[:, 0].to(dtype := statistics_dtype(z.device))
+    p_y = own.take(p, 0.0)[:, 0]
     if not ops.all_at_least(p_y, LEAST):
         return None
+    dtype = statistics_dtype(z.device)
     own_z = own.take(z, 0.0).to(dtype)
     p = own.put(ops, p, 0.0)
-    r = p.sum(1).to(dtype) / p_y
+    r = (p.sum(1) / p_y).to(dtype)
     a = torch.ones_like(r) if mass is None else mass[:, 0]
     return p, own_z, Statistics(m=own_z[:, 0], r=r, d=torch.zeros_like(r), a=a)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from xent._autograd import transforms
 
-PIECE = 1 << 17  # elements: a few tensors of them stay in a cache; smaller losses are no faster in pieces
+PIECE = 1 << 18  # elements: a few tensors of them stay in a cache; smaller losses are no faster in pieces
 BUFFERS = 6
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
