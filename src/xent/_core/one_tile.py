@@ -50,7 +50,7 @@ class OneTile(Backend):
     def gradient(
         self, problem: Problem, found: Statistics, coefficients: Coefficients, wants: Wants
     ) -> Gradients:
-        loaded, _, tiles = _visit(problem, slopes=problem.logits.map.curved)
+        loaded, found, tiles = _visit(problem, slopes=problem.logits.map.curved)
         return _pull_back(problem, loaded, tiles, found, coefficients, wants)
 
     def fused(

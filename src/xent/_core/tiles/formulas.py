@@ -44,7 +44,7 @@ class Tile(NamedTuple):
     z: Tensor  # (R, T) exp(z − base)
     slope: Tensor | None  # (R, T)
     gain: float | Tensor  # dz/du ÷ slope, a number or (R,)
-    base: Tensor | None  # (R,) what was subtracted before exp; None means lse: z holds p
+    base: Tensor | None  # (R,) what was subtracted before exp; None means lse, and found.m is z_y
     own: TargetColumns | None
     own_z: Tensor | None  # (R, K) logits of the target's classes, where this tile holds them
 
@@ -141,7 +141,8 @@ def differentiate_logits(
         g = ops.subtract_scaled(g, t, gamma.to(dtype)[:, None])
     if tile.own is not None:
         assert tile.own_z is not None
-        log_p = found.log_prob(tile.own_z)
+        # without a base, found is measured from the target's logit
+        log_p = -found.log_partition[:, None] if tile.base is None else found.log_prob(tile.own_z)
         at_own = gamma[:, None] * target_residual(targets, chunk, found.a, log_p)
         if asked.logsumexp is not None:
             at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
