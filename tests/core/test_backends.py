@@ -67,12 +67,23 @@ def test_every_backend_gives_the_same_loss_and_gradient(counting):
         assert_close(found[name], found["tiles"])
 
 
-def test_an_option_is_one_field():
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_an_option_is_one_field_and_the_place_that_uses_it(reduction):
     names = {}
     exec(example("An option"), names)
-    assert names["WithFloor"](z_loss_floor=2).z_loss_floor == 2
-    with pytest.raises(TypeError, match="must be"):
-        names["WithFloor"](z_loss_floor="x")
+    flooded = names["flooded_cross_entropy"]
+    z, y = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.randint(4, (9,))
+    loss = torch.nn.functional.cross_entropy(z, y, reduction=reduction)
+    level = loss.detach().median().item() + 0.1  # some rows lie below it
+    expected = (loss - level).abs() + level
+    found = flooded(z, y, flood=level, reduction=reduction)
+    assert_close(found, expected)
+    assert_close(*(torch.autograd.grad(v.sum(), z, retain_graph=True)[0] for v in (found, expected)))
+    assert_close(flooded(z, y, reduction=reduction), loss)
+    with pytest.raises(ValueError, match="flood must be at least 0 and finite, got -1"):
+        flooded(z, y, flood=-1.0)
+    with pytest.raises(TypeError, match="flood must be"):
+        flooded(z, y, flood="deep")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -9,7 +9,7 @@ Only what differs from its default is validated. `Options.of` sorts options by n
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from xent._arguments.validation import check_tensors, is_readable
 from xent._autograd import transforms
 from xent._core.margin import Margin
+from xent._core.record import record
 from xent._core.validators import as_number, valid
 
 
@@ -72,7 +73,7 @@ class _Group:
             object.__setattr__(self, name, validate(name, value))
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class TargetOptions(_Group):
     """The options of a row's target and of its weight."""
 
@@ -93,7 +94,7 @@ class TargetOptions(_Group):
         return -100 if self.ignore_index is None else self.ignore_index
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class LogitOptions(_Group):
     """The options of the logits that enter the softmax."""
 
@@ -115,7 +116,7 @@ class LogitOptions(_Group):
     )
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class ReductionOptions(_Group):
     """The options of the step from rows to a loss."""
 
@@ -131,7 +132,7 @@ class ReductionOptions(_Group):
     )
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Execution(_Group):
     """The options of how a loss is computed."""
 

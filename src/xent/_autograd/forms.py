@@ -9,7 +9,6 @@ backend computes with one head is chosen for every problem.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -19,6 +18,7 @@ from xent._core import problem as core
 from xent._core.backend import Gradients
 from xent._core.backends import backend_for
 from xent._core.coefficients import Coefficients
+from xent._core.record import record
 from xent._core.statistics import Statistics
 from xent._core.tiles import two_heads, two_heads_second_order
 from xent._core.tiles.two_heads import Found, PairForm
@@ -87,7 +87,7 @@ class Form(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@record
 class OneHead:
     """The form of a problem of one head, or of given logits, as the chain uses it."""
 
@@ -167,7 +167,7 @@ def _coefficients(upstream: Tensors) -> Coefficients:
     return Coefficients(loss, *others)
 
 
-@dataclass(frozen=True)
+@record
 class TwoHeads:
     """The form of a pair of heads, as the chain uses it."""
 

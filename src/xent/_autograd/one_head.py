@@ -7,7 +7,7 @@ forward sweep where that is right and pays.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from xent._core.backends import backend_for
 from xent._core.coefficients import Coefficients
 from xent._core.logits import LinearHead
 from xent._core.problem import Problem, RowTerms
+from xent._core.record import record
 from xent._core.reduction import Reduction, Scale
 from xent._core.statistics import Statistics
 
@@ -57,7 +58,7 @@ def rows(problem: Problem) -> RowOutputs:
     return RowOutputs(loss, logsumexp, entropy, log_prob, argmax, mass, of_target if requested.mass else None)
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _Step:
     """The step from a problem's rows to its loss, which holds none of the problem's large tensors."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -12,6 +10,7 @@ from xent._autograd.chain import Loss
 from xent._autograd.forms import Tensors, TwoHeads, both, pair_saved
 from xent._autograd.transforms import split
 from xent._core.backend import Gradients
+from xent._core.record import record
 from xent._core.reduction import Scale
 from xent._core.statistics import statistics_dtype
 from xent._core.tiles import two_heads
@@ -35,7 +34,7 @@ def total(kl: Tensor, weight: Tensor | None, scale: Scale) -> Tensor:
     return value.masked_fill(scale == 0, 0.0) if isinstance(scale, Tensor) else value
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class _Step:
     """The step from the rows' KL to their weighted sum."""
 

@@ -9,13 +9,13 @@ is a tile, and absent where there is no softcap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from xent._core.ops import TileOps, cut, take
+from xent._core.record import record
 
 Rows: TypeAlias = slice | Tensor  # consecutive rows, or (R,) int64
 
@@ -31,7 +31,7 @@ class TileBuffers(NamedTuple):
 NO_BUFFERS = TileBuffers(None, None, wants_slope=False)
 
 
-@dataclass(frozen=True)
+@record
 class LogitMap:
     """u → z of N rows over C classes."""
 

@@ -10,7 +10,7 @@ of a chunk over some classes, and a gradient accumulator pulls a tile of G = ∂
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from xent._core.collectives import ClassGroup
 from xent._core.logit_map import IDENTITY, LogitMap, Rows, TileBuffers
 from xent._core.ops import TileOps, cut, take
+from xent._core.record import record
 
 Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
 Tangents: TypeAlias = tuple[Tensor | None, ...]  # one for each of Logits.leaves, of its shape
@@ -127,7 +128,7 @@ class GradientAccumulator(Protocol):
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]: ...
 
 
-@dataclass(frozen=True)
+@record
 class DenseLogits:
     """Logits that are given: u = input."""
 
@@ -236,7 +237,7 @@ class _DenseLogitsAccumulator:
         return (self.du.finish(scale, self.dtype),)
 
 
-@dataclass(frozen=True)
+@record
 class LinearHead:
     """Logits of a linear classifier on features: u = x Wᵀ + b."""
 

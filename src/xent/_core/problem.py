@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from xent._core.margin import TargetShift
 from xent._core.matmul import fast_products
 from xent._core.ops import BATCHED, TileOps, any_batched, tile_ops
 from xent._core.plan import DEFAULT_BUDGET, Footprint, Plan
+from xent._core.record import record
 from xent._core.row_losses import RowLoss
 from xent._core.selection import Selection
 from xent._core.statistics import LOSS_ONLY, RequestedOutputs, Statistics
@@ -54,7 +55,7 @@ class RowTerms(NamedTuple):
         )
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Problem:
     """The logits of N rows, their targets, and how they become a loss."""
 
@@ -183,7 +184,7 @@ class Problem:
         return form, (t.probabilities, *logits.leaves, *rest)
 
 
-@dataclass(frozen=True)
+@record
 class Form:
     """Everything of a problem that is no tensor."""
 

@@ -14,7 +14,6 @@ denominator replaces it. The mean over no rows is 0.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 import torch
@@ -22,13 +21,14 @@ from torch import Tensor
 
 from xent._core.coefficients import Coefficients
 from xent._core.problem import Problem, RowTerms
+from xent._core.record import record
 from xent._core.statistics import Statistics, statistics_dtype
 
 Kind = Literal["none", "sum", "mean"]
 Scale: TypeAlias = float | Tensor
 
 
-@dataclass(frozen=True)
+@record
 class Reduction:
     kind: Kind = "mean"
     z_loss: float = 0.0

@@ -9,12 +9,12 @@ computed, with harmless contents in those that do not count, and a mask takes th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
+from xent._core.record import record
 
-@dataclass(frozen=True)
+
+@record
 class Selection:
     """The rows that count, of N; M of them are computed."""
 

@@ -17,14 +17,15 @@ tiles and the target's own tile, and `ranks` as many as there are processes, by 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from xent._core.ops import TileOps
+from xent._core.record import record
 
 NEG_INF = -math.inf
 FEW = 64  # classes of a tile whose ⟨t, z⟩ is worth a wider type
@@ -58,13 +59,13 @@ class RequestedOutputs(NamedTuple):
 LOSS_ONLY = RequestedOutputs()
 
 
-@dataclass(frozen=True)
+@record
 class Statistics:
     """Row statistics over some set of classes; every field has shape (R,)."""
 
     m: Tensor  # (R,) the largest logit; of all classes it may be the target's (`summarise_beside`)
     r: Tensor  # (R,) Σ exp(z − m) over the classes, one of m left out; −1 over no classes
-    d: Tensor  # (R,) Σ t (z − m)
+    d: Tensor | None  # (R,) Σ t (z − m); None means 0, of rows that are known to have a softmax
     a: Tensor  # (R,) Σ t
     e: Tensor | None = None  # (R,) Σ (z − m) exp(z − m), never positive
     k: Tensor | None = None  # (R,) int64, the lowest class of the largest logit
@@ -103,7 +104,7 @@ class Statistics:
         return PartialSums(
             attained.to(m.dtype),
             torch.where(attained, self.r, near * whole),
-            self.d + product_with_zero(self.a, shift),
+            product_with_zero(self.a, shift) if self.d is None else self.d + product_with_zero(self.a, shift),
             self.a,
             e,
             self.own,
@@ -129,8 +130,8 @@ class Statistics:
     @property
     def loss(self) -> Tensor:
         """a·lse − ⟨t, z⟩, (R,); nan where there is no softmax: every class is masked, or one lies at +inf."""
-        loss: Tensor = torch.special.xlog1py(self.a, self.r) - self.d  # 0 where a = 0, as in ⟨t, z⟩
-        return loss + (self.m - self.m)
+        loss: Tensor = torch.special.xlog1py(self.a, self.r)  # 0 where a = 0, as in ⟨t, z⟩
+        return loss if self.d is None else loss - self.d + (self.m - self.m)
 
     @property
     def target_log_prob(self) -> Tensor:
@@ -142,23 +143,25 @@ class Statistics:
         """Return log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""
         return (z - self.m[:, None]) - self.log_partition[:, None]
 
+    @property
+    def columns(self) -> tuple[Any, ...]:
+        """The fields, each (R,) or None."""
+        return tuple(getattr(self, field.name) for field in fields(self))
+
     def rows(self, rows: slice) -> Statistics:
         if rows.start == 0 and rows.stop == self.m.shape[0]:
             return self
-        return self._mapped(lambda t: t[rows])
+        return Statistics(*[None if t is None else t[rows] for t in self.columns])  # type: ignore[arg-type]
 
     @staticmethod
     def concatenate(parts: Sequence[Statistics]) -> Statistics:
         """Statistics of consecutive row chunks, one below the other."""
         if len(parts) == 1:
             return parts[0]
-        first, *_ = parts
-        names = [field.name for field in fields(first) if getattr(first, field.name) is not None]
-        return Statistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
-
-    def _mapped(self, f: Callable[[Tensor], Tensor]) -> Statistics:
-        names = [field.name for field in fields(self) if getattr(self, field.name) is not None]
-        return Statistics(**{name: f(getattr(self, name)) for name in names})
+        if any(part.d is None for part in parts) and not all(part.d is None for part in parts):
+            parts = [replace(part, d=torch.zeros_like(part.r)) if part.d is None else part for part in parts]
+        columns = zip(*(part.columns for part in parts), strict=True)
+        return Statistics(*[None if column[0] is None else torch.cat(column) for column in columns])  # type: ignore[arg-type]
 
 
 class PartialSums(NamedTuple):
@@ -331,7 +334,7 @@ def summarise_beside(
 
     Return p with zero at the target's class; its logit (R, 1); the row's statistics, measured from it:
 
-        m = z_y        r = Σ_{j≠y} p_j / p_y        d = t_y·(z_y − m) = 0
+        m = z_y        r = Σ_{j≠y} p_j / p_y        d = t_y·(z_y − m) = 0 (None)
 
     None of rows one of which has p_y below `LEAST`, or no softmax.
     """
@@ -344,7 +347,7 @@ def summarise_beside(
     p = own.put(ops, p, 0.0)
     r = (p.sum(1) / p_y).to(dtype)
     a = torch.ones_like(r) if mass is None else mass[:, 0]
-    return p, own_z, Statistics(m=own_z[:, 0], r=r, d=torch.zeros_like(r), a=a)
+    return p, own_z, Statistics(m=own_z[:, 0], r=r, d=None, a=a)
 
 
 def masked_dot(ops: TileOps, t: Tensor | float, z: Tensor) -> Tensor:
@@ -369,7 +372,7 @@ def dot(t: Tensor, z: Tensor) -> Tensor:
     return torch.cat([(some_t * some_z.to(dtype)).sum(1) for some_t, some_z in parts])
 
 
-@dataclass(frozen=True)
+@record
 class TargetColumns:
     """The columns of the target's classes within one class tile; by selection, never by multiplication."""
 

@@ -15,13 +15,14 @@ target class that lies elsewhere is here a class without mass at −inf, which a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xent._core.ops import cut
+from xent._core.record import record
 from xent._core.selection import Selection
 from xent._core.statistics import statistics_dtype
 
@@ -33,7 +34,7 @@ class ClassSlice(NamedTuple):
     total: int  # C
 
 
-@dataclass(frozen=True)
+@record
 class Targets:
     """Targets of N rows over C classes, M of which count."""
 

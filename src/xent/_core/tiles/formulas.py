@@ -143,7 +143,10 @@ def differentiate_logits(
         assert tile.own_z is not None
         # without a base, found is measured from the target's logit
         log_p = -found.log_partition[:, None] if tile.base is None else found.log_prob(tile.own_z)
-        at_own = gamma[:, None] * target_residual(targets, chunk, found.a, log_p)
+        if targets.other_mass is None:  # t_y = a
+            at_own = (found.a * gamma)[:, None] * torch.expm1(log_p)
+        else:
+            at_own = gamma[:, None] * target_residual(targets, chunk, found.a, log_p)
         if asked.logsumexp is not None:
             at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
         if asked.log_prob is not None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -27,6 +27,7 @@ from xent._core.logits import GradientAccumulator, LinearHead, Loaded
 from xent._core.ops import TileOps, any_batched, tile_ops
 from xent._core.plan import Footprint, Plan
 from xent._core.problem import Problem
+from xent._core.record import record
 from xent._core.selection import Selection
 from xent._core.statistics import PairwiseMerge, Statistics, finite_base, statistics_dtype, summarise
 from xent._core.targets import no_targets
@@ -50,7 +51,7 @@ def phi(delta: Tensor) -> Tensor:
     return delta * delta * total
 
 
-@dataclass(frozen=True, eq=False)
+@record
 class Pair:
     """A student and a teacher over the same rows and classes; both have the same temperature."""
 
@@ -151,7 +152,7 @@ class Pair:
         )
 
 
-@dataclass(frozen=True)
+@record
 class PairForm:
     """Everything of a pair that is no tensor."""
 
