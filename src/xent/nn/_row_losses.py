@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class _RowLoss(nn.Module):
     """A loss of logits that is a function of each row's cross-entropy, with the options that all share."""
 
     own: tuple[str, ...]  # the names of the options that are this loss's alone
+    _of_logits: Callable[..., Tensor]
 
     def __init__(
         self, ignore_index: int | None, reduction: str, temperature: float, check_targets: bool | None
@@ -39,6 +41,19 @@ class _RowLoss(nn.Module):
     def extra_repr(self) -> str:
         shown = (f"{name}={getattr(self, name)!r}" for name in self.own if name != "alpha")
         return ", ".join(filter(None, (*shown, changed(self, **DEFAULTS))))
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        *,
+        sample_weight: Tensor | None = None,
+        temperature: Tensor | None = None,
+        denominator: float | Tensor | None = None,
+    ) -> Tensor:
+        """Return the loss; tensors as in the function, ``temperature`` one for each row."""
+        tensors = {"sample_weight": sample_weight, "denominator": denominator}
+        return self._of_logits(input, target, **self._options(temperature, **tensors))
 
     def _options(self, temperature: Tensor | None, **tensors: Any) -> dict[str, Any]:
         options = {name: getattr(self, name) for name in (*self.own, *DEFAULTS)}
@@ -60,6 +75,7 @@ class FocalLoss(_RowLoss):
     """
 
     own = ("gamma", "alpha")
+    _of_logits = staticmethod(focal_loss)
     alpha: Tensor | float | None
 
     def __init__(
@@ -80,19 +96,6 @@ class FocalLoss(_RowLoss):
         else:
             self.alpha = validated.alpha
 
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-        temperature: Tensor | None = None,
-        denominator: float | Tensor | None = None,
-    ) -> Tensor:
-        """Return the loss; tensors as in :func:`xent.focal_loss`, ``temperature`` one for each row."""
-        tensors = {"sample_weight": sample_weight, "denominator": denominator}
-        return focal_loss(input, target, **self._options(temperature, **tensors))
-
 
 class PolyLoss(_RowLoss):
     """:func:`xent.poly_loss` as a module.
@@ -108,6 +111,7 @@ class PolyLoss(_RowLoss):
     """
 
     own = ("epsilon",)
+    _of_logits = staticmethod(poly_loss)
 
     def __init__(
         self,
@@ -123,6 +127,31 @@ class PolyLoss(_RowLoss):
         assert number is not None
         self.epsilon = float(number)
 
+
+class _Classifier(_RowLoss):
+    """A linear classifier before a row loss, read and not called."""
+
+    _of_head: Callable[..., Tensor]  # the loss from features and a classifier
+
+    def _classify(
+        self,
+        in_features: int,
+        num_classes: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        product_dtype: torch.dtype | None,
+        memory_budget: int | None,
+    ) -> None:
+        self.linear = nn.Linear(
+            valid("in_features", in_features),
+            valid("num_classes", num_classes),
+            bias=valid("bias", bias),
+            device=device,
+            dtype=dtype,
+        )
+        keep(self, product_dtype=product_dtype, memory_budget=memory_budget)
+
     def forward(
         self,
         input: Tensor,
@@ -131,29 +160,18 @@ class PolyLoss(_RowLoss):
         sample_weight: Tensor | None = None,
         temperature: Tensor | None = None,
         denominator: float | Tensor | None = None,
+        group: Any = None,
+        data_group: Any = None,
     ) -> Tensor:
-        """Return the loss; tensors as in :func:`xent.poly_loss`, ``temperature`` one for each row."""
-        tensors = {"sample_weight": sample_weight, "denominator": denominator}
-        return poly_loss(input, target, **self._options(temperature, **tensors))
+        """Return the loss; input (..., D), tensors as in the function, ``temperature`` one for each row."""
+        weight, bias = weight_and_bias(self.linear, "linear")
+        tensors: dict[str, Any] = {"sample_weight": sample_weight, "denominator": denominator}
+        tensors |= {"linear_bias": bias, "group": group, "data_group": data_group}
+        tensors |= {"product_dtype": self.product_dtype, "memory_budget": self.memory_budget}
+        return self._of_head(input, weight, target, **self._options(temperature, **tensors))
 
 
-def _classifier(
-    in_features: int,
-    num_classes: int,
-    bias: bool,
-    device: torch.device | str | None,
-    dtype: torch.dtype | None,
-) -> nn.Linear:
-    return nn.Linear(
-        valid("in_features", in_features),
-        valid("num_classes", num_classes),
-        bias=valid("bias", bias),
-        device=device,
-        dtype=dtype,
-    )
-
-
-class LinearFocalLoss(FocalLoss):
+class LinearFocalLoss(_Classifier, FocalLoss):
     """A linear classifier and its focal loss in one module: the logits never exist.
 
     The layer ``linear`` is read and not called, as in :class:`LinearCrossEntropyLoss`.
@@ -172,6 +190,8 @@ class LinearFocalLoss(FocalLoss):
         >>> head.linear.weight.grad.shape
         torch.Size([100, 16])
     """
+
+    _of_head = staticmethod(linear_focal_loss)
 
     def __init__(
         self,
@@ -198,29 +218,10 @@ class LinearFocalLoss(FocalLoss):
             temperature=temperature,
             check_targets=check_targets,
         )
-        self.linear = _classifier(in_features, num_classes, bias, device, dtype)
-        keep(self, product_dtype=product_dtype, memory_budget=memory_budget)
-
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-        temperature: Tensor | None = None,
-        denominator: float | Tensor | None = None,
-        group: Any = None,
-        data_group: Any = None,
-    ) -> Tensor:
-        """Return the loss; input (..., D), tensors as in :func:`xent.linear_focal_loss`."""
-        weight, bias = weight_and_bias(self.linear, "linear")
-        tensors: dict[str, Any] = {"sample_weight": sample_weight, "denominator": denominator}
-        tensors |= {"linear_bias": bias, "group": group, "data_group": data_group}
-        tensors |= {"product_dtype": self.product_dtype, "memory_budget": self.memory_budget}
-        return linear_focal_loss(input, weight, target, **self._options(temperature, **tensors))
+        self._classify(in_features, num_classes, bias, device, dtype, product_dtype, memory_budget)
 
 
-class LinearPolyLoss(PolyLoss):
+class LinearPolyLoss(_Classifier, PolyLoss):
     """A linear classifier and its poly loss in one module: the logits never exist.
 
     The layer ``linear`` is read and not called, as in :class:`LinearCrossEntropyLoss`.
@@ -239,6 +240,8 @@ class LinearPolyLoss(PolyLoss):
         >>> head.linear.weight.grad.shape
         torch.Size([100, 16])
     """
+
+    _of_head = staticmethod(linear_poly_loss)
 
     def __init__(
         self,
@@ -263,23 +266,4 @@ class LinearPolyLoss(PolyLoss):
             temperature=temperature,
             check_targets=check_targets,
         )
-        self.linear = _classifier(in_features, num_classes, bias, device, dtype)
-        keep(self, product_dtype=product_dtype, memory_budget=memory_budget)
-
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        *,
-        sample_weight: Tensor | None = None,
-        temperature: Tensor | None = None,
-        denominator: float | Tensor | None = None,
-        group: Any = None,
-        data_group: Any = None,
-    ) -> Tensor:
-        """Return the loss; input (..., D), tensors as in :func:`xent.linear_poly_loss`."""
-        weight, bias = weight_and_bias(self.linear, "linear")
-        tensors: dict[str, Any] = {"sample_weight": sample_weight, "denominator": denominator}
-        tensors |= {"linear_bias": bias, "group": group, "data_group": data_group}
-        tensors |= {"product_dtype": self.product_dtype, "memory_budget": self.memory_budget}
-        return linear_poly_loss(input, weight, target, **self._options(temperature, **tensors))
+        self._classify(in_features, num_classes, bias, device, dtype, product_dtype, memory_budget)
