@@ -84,7 +84,7 @@ def test_docstring_examples_run(name):
 def test_snippets_of_a_page_run(page, tmp_path, monkeypatch):
     """Every python block of a page, in order, in one namespace."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict = {}
+    namespace: dict = {"__name__": "page"}  # see contributing.run_example
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
         exec(compile(block, str(page), "exec"), namespace)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 from click.testing import CliRunner
 
-from contributing import example
+from contributing import run_example
 from xent.cli import _registry, register_command
 from xent.cli.commands import cli
 
@@ -17,7 +17,7 @@ from xent.cli.commands import cli
 def classes_command(monkeypatch):
     """Register the worked example, for one test."""
     monkeypatch.setattr(_registry, "_COMMANDS", dict(_registry._COMMANDS))
-    exec(example("A command"), {})
+    run_example("A command")
 
 
 def test_the_worked_example_runs(tmp_path, monkeypatch):

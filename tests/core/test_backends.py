@@ -5,15 +5,14 @@ import torch
 from torch.testing import assert_close
 
 import xent
-from contributing import example
+from contributing import run_example
 from table import ROWS, only, problem
 from xent._core import backends
 
 
 @pytest.fixture
 def counting():
-    names = {}
-    exec(example("A backend"), names)
+    names = run_example("A backend")
     yield names["counting"]
     backends.unregister_backend("counting")
 
@@ -69,8 +68,7 @@ def test_every_backend_gives_the_same_loss_and_gradient(counting):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_an_option_is_one_field_and_the_place_that_uses_it(reduction):
-    names = {}
-    exec(example("An option"), names)
+    names = run_example("An option")
     flooded = names["flooded_cross_entropy"]
     z, y = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.randint(4, (9,))
     loss = torch.nn.functional.cross_entropy(z, y, reduction=reduction)
@@ -88,8 +86,7 @@ def test_an_option_is_one_field_and_the_place_that_uses_it(reduction):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_row_loss_is_one_function(reduction):
-    names = {}
-    exec(example("A row loss"), names)
+    names = run_example("A row loss")
     x, w = (torch.randn(n, 4, dtype=torch.float64, requires_grad=True) for n in (9, 6))
     y = torch.randint(6, (9,))
     rows = torch.nn.functional.cross_entropy(x @ w.t(), y, reduction="none")

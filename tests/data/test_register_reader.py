@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from contributing import example
+from contributing import run_example
 from xent._processes.group import Share
 from xent.cli.commands import cli
 from xent.data import Wanted, _registry, read_table, register_reader
@@ -20,7 +20,7 @@ from xent.errors import BadInput
 def json_lines(monkeypatch):
     """Register the worked example, for one test."""
     monkeypatch.setattr(_registry, "_FORMATS", dict(_registry._FORMATS))
-    exec(example("A file format"), {})
+    run_example("A file format")
 
 
 def flowers(path, rows=30):

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from sklearn.datasets import load_iris
 from sklearn.exceptions import ConvergenceWarning
 
-from contributing import example
+from contributing import run_example
 from xent import SoftmaxRegression
 from xent.cli.commands import cli
 from xent.errors import BadInput
@@ -40,7 +40,7 @@ def newton_in_one_piece(objective, theta, max_iter, after_iteration):
 
 
 def test_the_worked_example_finds_the_minimum():
-    exec(example("A solver"), {})
+    run_example("A solver")
     X, y = load_iris(return_X_y=True)
     model = SoftmaxRegression(solver="gradient-descent", max_iter=5000).fit(X, y)
     assert model.converged_
@@ -50,7 +50,7 @@ def test_the_worked_example_finds_the_minimum():
 
 
 def test_the_worked_example_on_the_command_line(tmp_path, monkeypatch):
-    exec(example("A solver"), {})
+    run_example("A solver")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "f.csv").write_text("u,v,kind\n" + "1,2,a\n2,1,b\n2,2,a\n" * 10)
     arguments = ["fit", "f.csv", "--label", "kind", "--json", "--solver"]
