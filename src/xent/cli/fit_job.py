@@ -140,6 +140,8 @@ def fit(
         import pyarrow  # noqa: F401  (needed to write; a missing one is to be known before the work)
         import safetensors  # noqa: F401
         import sklearn  # noqa: F401
+
+        from xent.linear_model.descent import threads
     assert table.codes is not None
     assert table.classes is not None
     codes, n_classes = table.codes, len(table.classes)
@@ -159,7 +161,8 @@ def fit(
         for rows in (own, held)
     )
     counts = len(training), len(validation)
-    done = _solve(rows_own, rows_held, counts, n_classes, solver, settings, on_iteration, ranks)
+    with threads(*rows_own.source.shape, n_classes):
+        done = _solve(rows_own, rows_held, counts, n_classes, solver, settings, on_iteration, ranks)
     model = Model(
         weight=done.coef,
         bias=done.intercept,
@@ -204,7 +207,7 @@ def _solve(
     """Minimise over the rows of all ranks; return, on all of them, where rank 0 came to."""
     with needs("probe"):
         from xent.linear_model.advice import advice, command_words
-        from xent.linear_model.descent import Descent, threads
+        from xent.linear_model.descent import Descent
     leader, (n_training, n_validation) = Leader(ranks), counts
     C = 1 / settings.l2 if settings.l2 else np.inf
     objective = Objective(training, n_classes, C, fit_intercept=True, leader=leader)
@@ -244,8 +247,7 @@ def _solve(
             interrupted,
         )
 
-    with threads(*training.source.shape, n_classes):
-        return leader.run(solve)
+    return leader.run(solve)
 
 
 def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list[Path]:

@@ -175,7 +175,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 weight = per_class[target] if weight is None else weight * per_class[target]
 
         # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
-        with torch.inference_mode(False), torch.enable_grad():
+        of_threads = threads(*source.shape, len(classes))
+        with torch.inference_mode(False), torch.enable_grad(), of_threads:
             self._fit(parameters, LabelledRows(source, target, weight), classes, callback)
         return self
 
@@ -213,7 +214,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         callback: Callable[[Progress], None] | None,
     ) -> None:
         objective = Objective(rows, len(classes), parameters.C, parameters.fit_intercept)
-        n_rows, n_features = rows.source.shape
+        _, n_features = rows.source.shape
         start = np.zeros((objective.n_vectors, n_features + 1))
         if parameters.warm_start and hasattr(self, "coef_"):
             shape = (objective.n_vectors, n_features)
@@ -236,8 +237,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
         descent = Descent(objective, solver_named(parameters.solver), parameters.tol, parameters.max_iter)
         try:
-            with threads(n_rows, n_features, len(classes)):
-                descent.run(start, watch)
+            descent.run(start, watch)
         finally:  # also on Ctrl-C: what has been reached is kept
             self.coef_, self.intercept_ = descent.coef, descent.intercept
             self.n_iter_ = max(0, len(descent.curve) - 1)
