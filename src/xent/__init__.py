@@ -7,7 +7,7 @@ from xent import curvature, metrics, nn, sinkhorn, triplets
 from xent._arguments.class_subset import sample_classes
 from xent._calibration import fit_temperature
 from xent._core.backend import Backend
-from xent._core.backends import backends, register_backend
+from xent._core.backends import backends, register_backend, unregister_backend
 from xent._core.margin import Margin
 from xent._core.target import TopKTarget
 from xent._row_statistics import (
@@ -62,6 +62,7 @@ __all__ = [
     "surrogate_cross_entropy",
     "top_k",
     "triplets",
+    "unregister_backend",
 ]
 
 

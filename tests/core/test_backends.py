@@ -14,7 +14,7 @@ from xent._core import backends
 def counting():
     names = run_example("A backend")
     yield names["counting"]
-    backends.unregister_backend("counting")
+    xent.unregister_backend("counting")
 
 
 def test_the_backends_are_listed():
@@ -50,7 +50,25 @@ def test_what_is_no_backend_is_refused():
     with pytest.raises(TypeError, match="must be a Backend"):
         xent.register_backend(object())
     with pytest.raises(ValueError, match="one_tile"):
-        backends.unregister_backend("tiles")
+        xent.unregister_backend("tiles")
+
+    class Nameless(type(backends.registered()[1])):
+        name = None
+
+    class Usurper(Nameless):
+        name = "tiles"
+
+    with pytest.raises(TypeError, match="Nameless needs a string name"):
+        xent.register_backend(Nameless())
+    with pytest.raises(ValueError, match="the name 'tiles' is taken"):
+        xent.register_backend(Usurper())
+
+
+def test_a_backend_says_what_this_machine_lacks(counting):
+    counting.missing = lambda: "no such device"
+    assert xent.backends()[0] == ("counting", counting.serves, "no such device")
+    xent.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]))
+    assert counting.statistics == counting.gradients == 0
 
 
 def test_every_backend_gives_the_same_loss_and_gradient(counting):

@@ -1,6 +1,7 @@
 """Focal loss, poly loss and a temperature for each row, from logits and from features, in every mode."""
 
 import math
+from functools import partial
 
 import mpmath
 import pytest
@@ -9,6 +10,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn import functional as F
 
 import xent
+from xent._arguments.options import Options
+from xent._core.row_losses import RowLoss, one_minus_exp
+from xent.losses._loss import loss_of_logits
 
 N, D, C = 7, 3, 5
 F64 = torch.float64
@@ -248,3 +252,92 @@ def test_a_classifier_that_computes_more_is_refused():
     head.linear = torch.nn.Sequential(head.linear)
     with pytest.raises(TypeError, match="linear"):
         head(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-9, 0.5, 0.7, 3.0, 30.0, 35.0, 40.0, 55.0, 100.0, 600.0])
+def test_derivatives_of_one_minus_exp_keep_their_digits(gap):
+    """The derivative of expm1 in torch is its result plus 1, which at −40 has no digit left."""
+    x = torch.tensor(gap, dtype=torch.float64, requires_grad=True)
+    value = one_minus_exp(x)
+    (first,) = torch.autograd.grad(value, x, create_graph=True)
+    (second,) = torch.autograd.grad(first, x)
+    exact = mpmath.exp(-mpmath.mpf(gap))
+    assert float(value.detach()) == pytest.approx(float(-mpmath.expm1(-mpmath.mpf(gap))), rel=4e-16, abs=0)
+    assert float(first.detach()) == pytest.approx(float(exact), rel=4e-16, abs=0)
+    assert float(second) == pytest.approx(-float(exact), rel=4e-16, abs=0)
+
+
+@pytest.mark.parametrize("gap", [30.0, 35.0, 40.0, 60.0])
+def test_second_derivatives_of_hard_rows(gap):
+    z = torch.tensor([[0.0, -gap, -90.0]], dtype=torch.float64, requires_grad=True)
+    v = torch.tensor([[0.3, -1.0, 0.5]], dtype=torch.float64)
+    for loss in (
+        xent.focal_loss,
+        partial(xent.poly_loss, epsilon=0.5),
+    ):  # of epsilon 1 it is 0 to first order in p
+        (g,) = torch.autograd.grad(loss(z, torch.tensor([1])), z, create_graph=True)
+        (found,) = torch.autograd.grad(g, z, v)
+        with mpmath.workdps(120):
+            expected = _second(loss is xent.focal_loss, [0.0, -gap, -90.0], v[0].tolist())
+        torch.testing.assert_close(
+            found[0, 1], torch.tensor(float(expected), dtype=torch.float64), rtol=1e-13, atol=0
+        )
+
+
+def _second(focal, z, v):
+    """Return (H v) at the target's class, 1, by differences in 120 digits."""
+
+    def cost(a):
+        total = mpmath.fsum(mpmath.exp(x) for x in a)
+        p = mpmath.exp(a[1]) / total
+        return -((1 - p) ** 2) * mpmath.log(p) if focal else -mpmath.log(p) + (1 - p) / 2
+
+    def slope(t):
+        h = mpmath.mpf(10) ** -20
+        at = [mpmath.mpf(x) + t * mpmath.mpf(y) for x, y in zip(z, v, strict=True)]
+        return (cost([at[0], at[1] + h, at[2]]) - cost([at[0], at[1] - h, at[2]])) / (2 * h)
+
+    t = mpmath.mpf(10) ** -20
+    return (slope(t) - slope(-t)) / (2 * t)
+
+
+@pytest.mark.parametrize("alpha", [0.0, torch.tensor([0.0, 1.0, 1.0])], ids=["number", "tensor"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_a_masked_target_of_weight_0_costs_nothing(alpha, gamma):
+    z = torch.tensor([[-math.inf, 0.0, 1.0], [0.0, 1.0, 2.0]], requires_grad=True)
+    rows = xent.focal_loss(z, torch.tensor([0, 1]), alpha=alpha, gamma=gamma, reduction="none")
+    assert rows[0] == 0
+    assert rows.isfinite().all()
+    assert torch.autograd.grad(rows.sum(), z)[0][0].eq(0).all()
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan])
+def test_alpha_of_a_class_is_validated_as_a_number_is(value):
+    alpha = torch.tensor([1.0, value, 1.0])
+    with pytest.raises(ValueError, match=r"alpha must be finite and not negative, got .* for class 1"):
+        xent.focal_loss(torch.zeros(2, 3), torch.tensor([0, 2]), alpha=alpha)
+
+
+def test_a_constant_row_loss_has_no_slope():
+    class Constant(RowLoss):
+        def __call__(self, loss):
+            return torch.ones_like(loss)
+
+    z = torch.randn(3, 4, requires_grad=True)
+    loss = loss_of_logits(Options(), z, torch.tensor([0, 1, 2]), Constant())
+    assert loss == 1
+    assert torch.autograd.grad(loss, z)[0].eq(0).all()
+    with pytest.raises(TypeError, match="a row loss must be a RowLoss, got function"):
+        loss_of_logits(Options(), z, torch.tensor([0, 1, 2]), lambda loss: loss)
+
+
+def test_the_repr_of_a_focal_loss():
+    assert repr(xent.nn.FocalLoss(alpha=0.3)) == "FocalLoss(gamma=2.0, alpha=0.3)"
+    assert repr(xent.nn.FocalLoss()) == "FocalLoss(gamma=2.0)"
+
+
+@pytest.mark.parametrize("weights", ["weight", "sample_weight"])
+def test_the_mean_of_infinite_weights_is_no_number(weights):
+    given = torch.ones(4).index_fill(0, torch.tensor([0]), math.inf)
+    loss = xent.cross_entropy(torch.randn(4, 4), torch.arange(4), **{weights: given})
+    assert loss.isnan()

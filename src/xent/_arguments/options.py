@@ -165,6 +165,8 @@ class Options(NamedTuple):
         """Return the options with others in place of some."""
         changed: dict[str, dict[str, Any]] = {}
         for name, value in given.items():
+            if name not in GROUP_OF:
+                raise TypeError(f"there is no option {name!r}; the options are {', '.join(sorted(GROUP_OF))}")
             changed.setdefault(GROUP_OF[name], {})[name] = value
         return self._replace(
             **{group: replace(getattr(self, group), **new) for group, new in changed.items()}

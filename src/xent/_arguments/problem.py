@@ -78,6 +78,8 @@ def common_of(
     ranks = None if group is None else _ranks(options, input, features, classes, rows_shape, target)
     checked = check_classes(options, target, classes, ranks, plain=plain)
     if row_loss is not None:
+        if not isinstance(row_loss, RowLoss):
+            raise TypeError(f"a row loss must be a RowLoss, got {type(row_loss).__name__}")
         row_loss.check(classes if ranks is None else ranks.classes)
     return Common(options, reduction, ranks, checked, row_loss, plain, input.device)
 

@@ -62,6 +62,10 @@ class Backend(ABC):
     name: str
     serves: str  # one line for people
 
+    def missing(self) -> str | None:
+        """Return None, or what this machine lacks for the backend to serve any problem."""
+        return None
+
     def supports(self, problem: Problem) -> str | None:
         """Return None, or why this backend does not serve the problem."""
         return None

@@ -18,6 +18,7 @@ class BackendInfo(NamedTuple):
 
     name: str
     serves: str  # the problems that it takes
+    missing: str | None  # what this machine lacks for it to serve any; None: nothing
 
 
 _backends: list[Backend] = [OneTile(), Tiles(), Reference()]
@@ -29,15 +30,28 @@ def register_backend(backend: Backend) -> None:
     The interface, :class:`Backend`, may change until version 1.0.
 
     Raises:
-        TypeError: what is no :class:`Backend`.
+        TypeError: what is no :class:`Backend`, or has no ``name`` and ``serves``.
+        ValueError: the name is that of the tiles, which serve what no other does.
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"backend must be a Backend, got {type(backend).__name__}")
+    for attribute in ("name", "serves"):
+        if not isinstance(getattr(backend, attribute, None), str):
+            raise TypeError(f"{type(backend).__name__} needs a string {attribute}")
+    if backend.name == Tiles.name:
+        raise ValueError(f"the name {Tiles.name!r} is taken by the backend that serves what no other does")
     _backends[:] = [backend, *(other for other in _backends if other.name != backend.name)]
 
 
 def unregister_backend(name: str) -> None:
     """Take a registered backend out again.
+
+    Example:
+        >>> import xent
+        >>> xent.unregister_backend("tiles")
+        Traceback (most recent call last):
+            ...
+        ValueError: name must be one of ['one_tile', 'tiles', 'reference'], and not 'tiles'; got 'tiles'
 
     Raises:
         ValueError: there is none of this name, or it is the tiles, which serve what no other does.
@@ -49,7 +63,7 @@ def unregister_backend(name: str) -> None:
 
 
 def backends() -> tuple[BackendInfo, ...]:
-    """Return the backends in the order in which each call tries them, with what each serves.
+    """Return the backends in the order in which each call tries them, with what each serves, or why not.
 
     The first one that serves a problem computes it. The tiles serve every problem, so what stands behind them
     is there for tests.
@@ -59,7 +73,7 @@ def backends() -> tuple[BackendInfo, ...]:
         >>> [backend.name for backend in xent.backends()]
         ['one_tile', 'tiles', 'reference']
     """
-    return tuple(BackendInfo(backend.name, backend.serves) for backend in _backends)
+    return tuple(BackendInfo(backend.name, backend.serves, backend.missing()) for backend in _backends)
 
 
 def registered() -> tuple[Backend, ...]:
@@ -70,6 +84,6 @@ def registered() -> tuple[Backend, ...]:
 def backend_for(problem: Problem) -> Backend:
     """Return the first backend that serves the problem."""
     for backend in _backends:
-        if backend.supports(problem) is None:
+        if backend.supports(problem) is None and backend.missing() is None:
             return backend
     raise AssertionError("the tiles serve every problem")

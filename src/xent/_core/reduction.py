@@ -13,6 +13,7 @@ denominator replaces it. The mean over no rows is 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
@@ -81,9 +82,15 @@ class Reduction:
             divisor = self.average(divisor)
         if read:  # on a CPU this is cheaper than the operations below
             number = divisor.item()
-            return 1.0 / number if number else 0.0
-        nothing = divisor == 0
-        return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+            if not number:
+                return 0.0
+            return (
+                1.0 / number if math.isfinite(number) else math.nan
+            )  # a share of infinite weights is no number
+        nothing, endless = divisor == 0, divisor.isinf()
+        return (
+            (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0).masked_fill(endless, math.nan)
+        )
 
     def _over(self, denominator: float | Tensor, problems: Sequence[Problem]) -> Scale:
         """Return 1/denominator; of a denominator of 0, 0 if no row counts."""
@@ -118,6 +125,8 @@ class Reduction:
             log_prob = None if log_prob is None else log_prob.detach().requires_grad_()
             inputs = [loss, logsumexp] if log_prob is None else [loss, logsumexp, log_prob]
             total = self.values(terms, loss, logsumexp, log_prob).sum()
+            if not total.requires_grad:  # a row loss that is constant
+                return Coefficients(torch.zeros_like(found.m))
             of_loss, of_lse, *of_own = torch.autograd.grad(total, inputs, allow_unused=True)
         of_loss = torch.zeros_like(found.m) if of_loss is None else of_loss
         return Coefficients(of_loss, of_lse, None, *of_own).scaled(scale)

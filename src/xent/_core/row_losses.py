@@ -23,12 +23,28 @@ from xent._core.statistics import statistics_dtype
 SMALL = 1e-8  # ℓ below which (1 − p)^γ·ℓ = ℓ^(γ + 1)·(1 − γℓ/2) to float64 rounding
 
 
+HALF = 0.7  # ℓ below which p > ½
+
+
+def one_minus_exp(x: Tensor) -> Tensor:
+    """Return 1 − e^−x of x ≥ 0, which keeps its digits and those of its derivatives, e^−x, at both ends.
+
+    torch's derivative of expm1 is its result plus 1, of which nothing is left where e^−x is small.
+    """
+    near = x < HALF
+    small, large = torch.where(near, x, 0.0), torch.where(near, HALF, x)
+    return torch.where(near, -torch.expm1(-small), 1 - torch.exp(-large))
+
+
 class RowLoss(ABC):
     """The cost of each row, from its cross-entropy."""
 
     @abstractmethod
     def __call__(self, loss: Tensor) -> Tensor:
-        """Return the cost (M,) of rows of cross-entropy ℓ (M,), by differentiable operations."""
+        """Return the cost (M,) of rows of cross-entropy ℓ (M,), by differentiable operations.
+
+        Its slopes must be finite at every finite ℓ ≥ 0, at 0 too.
+        """
 
     def check(self, n_classes: int) -> None:
         """Raise a ValueError where the loss is not one over so many classes."""
@@ -52,15 +68,19 @@ class Focal(RowLoss):
 
     def __call__(self, loss: Tensor) -> Tensor:
         if self.gamma == 0.0:
-            return self.alpha * loss
+            return self._weighed(loss)
         # powers of 0 have no finite slopes, and 1 − p has none of its digits left in x² beside a tiny ℓ
         none, near, far = loss == 0, loss < SMALL, loss.isinf()
         small = torch.where(near & ~none, loss, 1.0)
         large = torch.where(near | far, 1.0, loss)
         of_small = small.pow(self.gamma + 1) * (1 - self.gamma / 2 * small)
-        of_large = (-torch.expm1(-large)).pow(self.gamma) * large
+        of_large = one_minus_exp(large).pow(self.gamma) * large
         value = torch.where(far, loss, torch.where(near, of_small, of_large))
-        return self.alpha * value.masked_fill(none, 0.0)
+        return self._weighed(value.masked_fill(none, 0.0))
+
+    def _weighed(self, value: Tensor) -> Tensor:
+        """Return α·value with 0·∞ = 0: a class of weight 0 costs nothing, be it masked."""
+        return (self.alpha * value).masked_fill(value.isinf() & (self.alpha == 0), 0.0)
 
     def check(self, n_classes: int) -> None:
         if isinstance(self.alpha, Tensor) and self.alpha.shape != (n_classes,):
@@ -85,4 +105,4 @@ class Poly(RowLoss):
     epsilon: float
 
     def __call__(self, loss: Tensor) -> Tensor:
-        return loss - self.epsilon * torch.expm1(-loss)
+        return loss + self.epsilon * one_minus_exp(loss)

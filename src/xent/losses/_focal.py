@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from xent._arguments.options import Execution, LogitOptions, Options, ReductionOptions, TargetOptions
-from xent._arguments.validation import check_tensors
+from xent._arguments.validation import check_tensors, is_readable
 from xent._core.row_losses import Focal
 from xent._core.validators import Number
 from xent.losses._loss import loss_of_head, loss_of_logits, refuse_smoothing
@@ -142,6 +142,13 @@ def focal_of(gamma: Any, alpha: Any) -> Focal:
             )
         if alpha.requires_grad:
             raise ValueError("alpha takes no gradient: pass alpha.detach()")
+        if is_readable(alpha):
+            good = (alpha >= 0) & alpha.isfinite()
+            if not good.all():
+                at = int(good.logical_not().nonzero()[0])
+                raise ValueError(
+                    f"alpha must be finite and not negative, got {alpha[at].item()} for class {at}"
+                )
         return Focal(float(exponent), alpha)
     factor = Number("finite and not negative", 0.0, ends="low")("alpha", alpha)
     assert factor is not None

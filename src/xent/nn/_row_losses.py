@@ -39,7 +39,10 @@ class _RowLoss(nn.Module):
         self.check_targets = valid("check_targets", check_targets)
 
     def extra_repr(self) -> str:
-        shown = (f"{name}={getattr(self, name)!r}" for name in self.own if name != "alpha")
+        own = {name: getattr(self, name) for name in self.own}
+        shown = (
+            f"{n}={v!r}" for n, v in own.items() if not (isinstance(v, Tensor) or (n, v) == ("alpha", 1.0))
+        )
         return ", ".join(filter(None, (*shown, changed(self, **DEFAULTS))))
 
     def forward(

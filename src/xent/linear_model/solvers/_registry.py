@@ -49,6 +49,7 @@ def register_solver(solver: Solver) -> None:
     """Make a solver known by its name.
 
     Raises:
+        TypeError: what is no :class:`Solver`.
         ValueError: the name is another solver's.
 
     Example:
@@ -57,6 +58,8 @@ def register_solver(solver: Solver) -> None:
             ...
         ValueError: there is a solver called 'lbfgs' already; choose another name
     """
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be a Solver, got {type(solver).__name__}")
     if solver.name in _SOLVERS:
         raise ValueError(f"there is a solver called {solver.name!r} already; choose another name")
     _SOLVERS[solver.name] = solver
