@@ -65,7 +65,7 @@ def row_statistics(
     check_targets: bool | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> RowStatistics:
-    r"""Loss, log-probability, logsumexp, entropy and argmax of each row, from one sweep over logits.
+    r"""Return loss, log-probability, logsumexp, entropy and argmax of each row, from one sweep over logits.
 
     Every field but ``argmax`` and ``correct`` is differentiable, any of them twice; they are computed in
     float64 and returned as float32 (float64 for float64 logits).

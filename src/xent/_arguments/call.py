@@ -64,7 +64,7 @@ class Call(NamedTuple):
         )
 
     def stack(self, columns: Sequence[Tensor], dtype: torch.dtype | None = None) -> Tensor:
-        """One tensor (N,) from each problem -> the shape of the unreduced loss."""
+        """Return one tensor (N,) from each problem as one of the shape of the unreduced loss."""
         rows = columns[0] if len(columns) == 1 else torch.stack(list(columns), dim=1)
         return rows.to(self.dtype if dtype is None else dtype).reshape(self.rows_shape)
 
@@ -302,7 +302,7 @@ def row_temperatures(temperature: Tensor, rows_shape: torch.Size) -> Tensor:
 
 
 def _harmless(options: Options, input: Tensor, target: Target) -> Tensor:
-    """Features (..., D) with zeros in the rows that are left out: scaling would spread what they hold."""
+    """Return features (..., D) with zeros in the rows left out: scaling would spread what they hold."""
     batch, s, kept = input.dim() - 1, options.target.sample_weight, None
     if is_index(target):
         assert isinstance(target, Tensor)

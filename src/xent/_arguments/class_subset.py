@@ -59,7 +59,7 @@ class Subset:
         return _SparseRows.apply(weight, self.classes) if sparse else weight.index_select(0, self.classes)
 
     def local(self, target: Tensor, ignored: int, check: bool | None) -> Tensor:
-        """Global classes (...) as places in the subset, −100 where they are to be ignored.
+        """Return global classes (...) as places in the subset, −100 where they are to be ignored.
 
         One that is not there is an error that names it, or, where nothing can ask, a place outside.
         """

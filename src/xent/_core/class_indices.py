@@ -38,7 +38,7 @@ def widened(indices: Tensor) -> Tensor:
 
 
 def check_top_k(indices: Tensor, classes: int, check: bool | None) -> Checked:
-    """Classes, and different ones in each row (N, ..., k): an error names the first that is not.
+    """Raise an error that names the first index (N, ..., k) that is no class, or twice in a row.
 
     As `check_index` does, on a CPU or with ``check=True``; elsewhere an asynchronous assertion fails.
     """

@@ -84,7 +84,7 @@ class ClassGroup:
         return sent
 
     def blocks(self, rows: int, bytes_per_row: int) -> Iterator[slice]:
-        """Rows whose feature gradient is sent at a time: the same on every rank, whatever it holds."""
+        """Yield the rows whose feature gradient is sent at a time: the same on every rank."""
         parts = max(1, min(MOST_BLOCKS, rows * bytes_per_row // BLOCK))
         size = max(1, -(-rows // parts))
         for start in range(0, rows, size):

@@ -26,7 +26,7 @@ Tangents: TypeAlias = tuple[Tensor | None, ...]  # one for each of Logits.leaves
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half types are computed and accumulated in float32."""
+    """Return the type in which one is computed and accumulated: float32 for half types."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
@@ -111,7 +111,7 @@ class Logits(Protocol):
 
 
 class GradientAccumulator(Protocol):
-    """Accumulates tiles of ∂L/∂u; `finish` gives one gradient for each of `Logits.leaves`."""
+    """An accumulator of tiles of ∂L/∂u; `finish` gives one gradient for each of `Logits.leaves`."""
 
     def add(self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor) -> None: ...
 
@@ -355,7 +355,7 @@ class LinearHead:
 
 
 class _LinearHeadAccumulator:
-    """Accumulates in the type of the computation; a gradient is rounded to its own type once, at the end."""
+    """The accumulators, in the type of the computation; a gradient is rounded to its own type once, at the end."""
 
     def __init__(self, logits: LinearHead, ops: TileOps, wants: tuple[bool, ...]) -> None:
         self.logits = logits

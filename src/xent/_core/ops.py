@@ -103,7 +103,7 @@ class Accumulator(Protocol):
 
 
 class InPlaceOps:
-    """On buffers, or on new tensors where there are none; what the data hold may decide."""
+    """The steps on buffers, or on new tensors where there are none; what the data hold may decide."""
 
     buffered = True
 
@@ -166,7 +166,7 @@ class InPlaceOps:
 
 
 class _InPlaceAccumulator:
-    """Parts are written where they come first and added to afterwards, so that nothing is filled with zeros.
+    """A tensor whose parts are written where they come first and added to afterwards, so that nothing is filled with zeros.
 
     A sweep visits all rows and classes in slices that do not change, or picks rows by index.
     """
@@ -206,7 +206,7 @@ class _InPlaceAccumulator:
             self.value.index_add_(0, at, part)
 
     def send(self, at: slice | Tensor, add_up: Callable[[Tensor], Sent]) -> None:
-        """Parts to which nothing more is added here become the sum of all processes', in the background."""
+        """Sum parts, to which nothing more is added here, over all processes in the background."""
         if not self.begun:
             self._fill()  # a process without a class has added nothing
         part = take(self.value, at)
@@ -232,7 +232,7 @@ class _InPlaceAccumulator:
         return stop is None
 
     def _fill(self) -> None:
-        """Zeros wherever nothing has been written."""
+        """Write zeros wherever nothing has been written."""
         if self.begun is None:
             return
         start = 0
@@ -250,7 +250,7 @@ IN_PLACE = InPlaceOps()
 
 
 class FunctionalOps:
-    """For tensors that `vmap` has batched: new tensors, and the general case wherever there is a choice."""
+    """The steps for tensors that `vmap` has batched: new tensors, and the general case wherever there is a choice."""
 
     buffered = False
 

@@ -65,7 +65,7 @@ class Plan:
 
     @staticmethod
     def of_all_rows(budget: int, rows: int, classes: int, footprint: Footprint) -> Plan:
-        """One chunk of all rows, for sweeps that cannot accumulate; as many classes as the budget holds."""
+        """Return one chunk of all rows, for sweeps that cannot accumulate, of as many classes as fit."""
         fits = budget // max(1, rows * (footprint.kept + footprint.scratch) + footprint.per_class)
         return Plan(max(rows, 1), _even(classes, max(1, min(fits, CLASS_TILE))), resident=False)
 

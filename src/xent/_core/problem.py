@@ -124,15 +124,18 @@ class Problem:
             raise NotImplementedError(BATCHED)
 
     def blocks(self) -> Iterator[slice]:
-        """Rows whose part of a gradient is finished before that of others is begun."""
+        """Return the rows whose part of a gradient is finished before that of others is begun."""
         rows, logits = self.targets.count, self.logits
         if self.ranks is None:
             return iter((slice(0, rows),))
         return self.ranks.blocks(rows, logits.depth * logits.dtype.itemsize)
 
     def plan(self, *, resident: bool, buffers: int = 1, temporaries: int = 0, least_rows: int = 1) -> Plan:
-        """Tiles within the budget; `buffers` tile-sized tensors are held at once and `temporaries` come and
-        go, `least_rows` divides the fewest rows for which it pays to keep a chunk's tiles."""
+        """Return tiles within the budget.
+
+        `buffers` tile-sized tensors are held at once and `temporaries` come and go; `least_rows` divides the
+        fewest rows for which it pays to keep a chunk's tiles.
+        """
         logits, targets = self.logits, self.targets
         size = logits.dtype.itemsize
         footprint = Footprint(
@@ -150,7 +153,7 @@ class Problem:
         return Plan.within(self.budget, targets.count, targets.n_classes, footprint, resident=resident)
 
     def _of_dense_targets(self, size: int) -> int:
-        """Bytes an element: a converted tile of t, its product with z, the booleans of a selection."""
+        """Return bytes an element: a converted tile of t, its product with z, the booleans of a selection."""
         if not self.targets.dense:
             return 0
         return (3 if self.targets.probabilities is not None else 2) * size + 1

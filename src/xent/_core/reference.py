@@ -41,7 +41,7 @@ def target_rows(
 
 
 def transform(z: Tensor, *, softcap: float | None = None, temperature: float = 1.0) -> Tensor:
-    """Inner logits to the logits that enter the softmax."""
+    """Return the logits that enter the softmax, from inner logits."""
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     return z / temperature

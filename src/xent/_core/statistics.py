@@ -1,6 +1,6 @@
 """Running row statistics: all that a sweep keeps of the classes it has seen.
 
-    m = max z        r = Σ exp(z − m) − 1        d = Σ t (z − m)        a = Σ t
+    m = max z, or z_y        r = Σ exp(z − m) − 1        d = Σ t (z − m)        a = Σ t
 
     lse(z) = m + log1p(r)        ℓ = a·lse(z) − ⟨t, z⟩ = a·log1p(r) − d        log p_c = (z_c − m) − log1p(r)
 
@@ -8,8 +8,9 @@ and where they are asked for
 
     e = Σ (z − m) exp(z − m)        k = argmax z        H(p) = log1p(r) − e/(1 + r)
 
-Everything is relative to the row's own maximum, so a common offset cancels before it can round, and r
-leaves one maximum's own term out, so a confident row keeps its digits where 1 + r would lose them.
+Everything is relative to a logit m of the row, so a common offset of the logits that come here cancels before
+it can round, and r leaves that logit's own term out, so a confident row keeps its digits where 1 + r would
+lose them. m is the largest logit; of given logits of one class a row it is the target's (`summarise_beside`).
 Sets of classes are joined by moving each to the largest maximum and adding: `merge` joins two of them, class
 tiles and the target's own tile, and `ranks` as many as there are processes, by the same `shares`.
 """
@@ -33,7 +34,7 @@ CACHED = 1 << 16  # elements of it at a time
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
-    """Statistics are O(N): float64 wherever the device has it."""
+    """Return the type of statistics, which are O(N): float64 wherever the device has it."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -65,7 +66,7 @@ class Statistics:
 
     m: Tensor  # (R,) the largest logit; of all classes it may be the target's (`summarise_beside`)
     r: Tensor  # (R,) Σ exp(z − m) over the classes, one of m left out; −1 over no classes
-    d: Tensor | None  # (R,) Σ t (z − m); None means 0, of rows that are known to have a softmax
+    d: Tensor | None  # (R,) Σ t (z − m); None means 0, and that every row has a softmax
     a: Tensor  # (R,) Σ t
     e: Tensor | None = None  # (R,) Σ (z − m) exp(z − m), never positive
     k: Tensor | None = None  # (R,) int64, the lowest class of the largest logit
@@ -155,7 +156,7 @@ class Statistics:
 
     @staticmethod
     def concatenate(parts: Sequence[Statistics]) -> Statistics:
-        """Statistics of consecutive row chunks, one below the other."""
+        """Return the statistics of consecutive row chunks, one below the other."""
         if len(parts) == 1:
             return parts[0]
         if any(part.d is None for part in parts) and not all(part.d is None for part in parts):
@@ -320,7 +321,9 @@ def summarise_row(
     return z, own_z, Statistics(m=m[:, 0].to(dtype), r=r, d=d, a=a)
 
 
-LEAST = 1e-12  # of p_y: further down, the others' exponentials beside it would be too large to be squared
+LEAST = (
+    1e-12  # of p_y: the others' exponentials exp(z − z_y) are then at most 1e12, far from overflow in any sum
+)
 
 
 def summarise_beside(
@@ -330,13 +333,13 @@ def summarise_beside(
     mass: Tensor | None,  # (R, 1) t_y, all there is of the target; None means 1
     out: Tensor | None,  # (R, C) memory for the first result
 ) -> tuple[Tensor, Tensor, Statistics] | None:
-    """Summarise a tile that holds every class by its softmax, for which torch has one operation.
+    """Summarise a tile of every class by its softmax, one operation of torch, beside the target's class.
 
     Return p with zero at the target's class; its logit (R, 1); the row's statistics, measured from it:
 
         m = z_y        r = Σ_{j≠y} p_j / p_y        d = t_y·(z_y − m) = 0 (None)
 
-    None of rows one of which has p_y below `LEAST`, or no softmax.
+    Return None where any of the rows has p_y below `LEAST`, or no softmax.
     """
     p = ops.softmax(z, out)
     p_y = own.take(p, 0.0)[:, 0]
@@ -395,12 +398,12 @@ class TargetColumns:
         return cls(inside, torch.where(inside, local, local.gather(1, anchor)), anchor)
 
     def take(self, z: Tensor, default: float | Tensor) -> Tensor:
-        """Entries of z (R, T) at the columns, `default` where they lie elsewhere: (R, K)."""
+        """Return entries of z (R, T) at the columns, `default` where they lie elsewhere: (R, K)."""
         entries = z.gather(1, self.local)
         return entries if self.inside is None else torch.where(self.inside, entries, default)
 
     def here(self, values: Tensor) -> Tensor:
-        """Values (R, K) of the columns, zero where they lie elsewhere."""
+        """Return values (R, K) of the columns, zero where they lie elsewhere."""
         return values if self.inside is None else torch.where(self.inside, values, 0.0)
 
     def put(self, ops: TileOps, z: Tensor, value: float | Tensor) -> Tensor:

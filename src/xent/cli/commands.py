@@ -81,4 +81,4 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="xent")
 def cli() -> None:
-    """Softmax classifiers from files: fit one, and predict with it. And the mathematics, verified."""
+    """Fit softmax classifiers to files, predict with them, and verify the mathematics."""

@@ -42,7 +42,7 @@ def cross_entropy(
     group: ProcessGroup | DeviceMesh | None = None,
     data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Softmax cross-entropy of logits, ``a·lse(z) − ⟨t, z⟩`` a row, in nats.
+    r"""Return the softmax cross-entropy of logits, ``a·lse(z) − ⟨t, z⟩`` a row, in nats.
 
     A drop-in for :func:`torch.nn.functional.cross_entropy`, computed relative to each row's maximum, so that
     large logits, confident rows and masked (−inf) classes keep their digits.
@@ -126,7 +126,7 @@ def linear_cross_entropy(
     group: ProcessGroup | DeviceMesh | None = None,
     data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Softmax cross-entropy of a linear head, straight from features: the logits never exist.
+    r"""Return the softmax cross-entropy of a linear head, straight from features: the logits never exist.
 
     ``cross_entropy(input @ linear_weight.T + linear_bias, target)``, visited in tiles of rows × classes. For
     ``"mean"`` and ``"sum"`` the gradient is formed in the forward sweep (three matrix products in all where

@@ -236,7 +236,7 @@ def _resolve(
 
 
 def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
-    """One over the divisor; 0 where there is nothing to divide."""
+    """Return one over the divisor; 0 where there is nothing to divide."""
     if kind != "mean":
         return 1.0
     if weight is None:
@@ -292,7 +292,7 @@ def _check(target: Tensor, input: Tensor) -> int:
 
 
 def _check_probabilities(t: Tensor) -> None:
-    """Negative, infinite and nan ones are named where asking costs nothing and is possible."""
+    """Name negative, infinite and nan ones where asking costs nothing and is possible."""
     if t.device.type != "cpu" or not t.numel() or transforms.is_opaque(t) or transforms.batched(t):
         return
     low, high = t.detach().aminmax()
@@ -388,7 +388,7 @@ def _chunks(
 
 
 def _at_a_time(z: Tensor) -> int:
-    """Elements that are worth a step of their own: what a cache holds, or what keeps a device busy."""
+    """Return how many elements are worth a step: what a cache holds, or what keeps a device busy."""
     return PIECE if z.device.type == "cpu" else 256 * PIECE
 
 

@@ -81,7 +81,7 @@ class MarginLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Directions spread evenly: their lengths do not matter."""
+        """Draw directions that spread evenly: their lengths do not matter."""
         nn.init.normal_(self.class_weight, std=self.class_weight.shape[1] ** -0.5)
 
     def extra_repr(self) -> str:

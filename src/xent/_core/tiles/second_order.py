@@ -159,7 +159,7 @@ def _chunk_tangent(
     tangents: Tangents,
     dq: Tensor | None,
 ) -> tuple[RowTangent, list[_Pushed]]:
-    """Row tangents of a chunk; its tiles, where the plan keeps them."""
+    """Return the row tangents of a chunk; its tiles, where the plan keeps them."""
     logits, targets = problem.logits, problem.targets
     picked = targets.pick(chunk)
     loaded = logits.load(picked)

@@ -38,7 +38,7 @@ class Largest:
 
 
 def _candidates(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Logits among which the k largest of z (R, T) are, and their columns; (R, K) each."""
+    """Return logits among which the k largest of z (R, T) are, and their columns; (R, K) each."""
     rows, width = z.shape
     blocks = width // BLOCK
     if 8 * k >= blocks:  # the candidates would be no few
@@ -53,7 +53,7 @@ def _candidates(z: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def top_k(problem: Problem, k: int) -> tuple[Tensor, Tensor]:
-    """Probabilities (N, k) float64, largest first, and their classes (N, k) int64; targets play no part."""
+    """Return probabilities (N, k) float64, largest first, and their classes (N, k) int64, of any targets."""
     logits, targets, ops = problem.logits, problem.targets, problem.ops
     plan = problem.plan(resident=False, temporaries=1)
     workspace = Workspace(problem, plan, slopes=False)

@@ -105,7 +105,7 @@ class Pair:
         return min(PIECE, fits) if self.student.device.type == "cpu" else fits
 
     def plan(self, *, resident: bool, buffers: int = 2, least_rows: int = 1) -> Plan:
-        """Tiles within the budget; `buffers` of their size are held at once."""
+        """Return tiles within the budget; `buffers` of their size are held at once."""
         size = self.student.dtype.itemsize
         gathered = self.selection.index is not None
         footprint = Footprint(
@@ -228,7 +228,7 @@ def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False) -> Found:
 def fused(
     pair: Pair, coefficients: Callable[[slice], Tensor], wants: tuple[Wants, Wants]
 ) -> tuple[Found, PairGradients]:
-    """Values and gradients in one sweep; `coefficients` gives γ = ∂L/∂KL (R,) of a chunk of rows."""
+    """Return values and gradients of one sweep; `coefficients` gives γ = ∂L/∂KL (R,) of a chunk of rows."""
     plan = pair.plan(resident=True)
     # the teacher's gradient starts from the row's value; with the student's alone the value comes by the way
     frozen = not any(wants[1])
@@ -258,7 +258,7 @@ def gradient(
     gamma: Tensor,  # (M,) ∂L/∂KL
     wants: tuple[Wants, Wants],
 ) -> tuple[Found, PairGradients]:
-    """Gradients from saved statistics, classes outermost; of the values, which the student's do without."""
+    """Return gradients from saved statistics, classes outermost; the student's need no values."""
     plan = pair.plan(resident=False)
     workspace = pair.workspace(plan)
     accumulators = pair.accumulators(wants)
@@ -279,7 +279,7 @@ def gradient(
 def _chunk_statistics(
     pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Both
 ) -> tuple[Found, list[tuple[slice, Tile]]]:
-    """Statistics of a chunk of rows over all classes; log p and log t of the tiles that the plan keeps."""
+    """Return statistics of a chunk of rows over all classes; and log p, log t of the tiles kept."""
     ops, kept = pair.ops, []
     unions: tuple[PairwiseMerge[Statistics], ...] = (PairwiseMerge(), PairwiseMerge())
     for classes in plan.class_tiles(pair.n_classes):
