@@ -43,7 +43,7 @@ class RankLost(ConnectionError):
 
 
 class Terminated(SystemExit):
-    """SIGTERM came, which torchrun sends to the other ranks when one has ended."""
+    """The arrival of SIGTERM, which torchrun sends to the other ranks when one has ended."""
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)

@@ -355,7 +355,7 @@ class LinearHead:
 
 
 class _LinearHeadAccumulator:
-    """The accumulators, in the type of the computation; a gradient is rounded to its own type once, at the end."""
+    """Accumulators in the type of the computation; a gradient is rounded to its own type once, at the end."""
 
     def __init__(self, logits: LinearHead, ops: TileOps, wants: tuple[bool, ...]) -> None:
         self.logits = logits
