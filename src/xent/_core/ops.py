@@ -166,7 +166,7 @@ class InPlaceOps:
 
 
 class _InPlaceAccumulator:
-    """A tensor whose parts are written where they come first and added to later: nothing is filled with zeros.
+    """A tensor whose parts are written where they come first and added to later: no zeros are filled in.
 
     A sweep visits all rows and classes in slices that do not change, or picks rows by index.
     """
@@ -250,7 +250,7 @@ IN_PLACE = InPlaceOps()
 
 
 class FunctionalOps:
-    """The steps for tensors that `vmap` has batched: new ones, and the general case where there is a choice."""
+    """The steps for tensors that `vmap` has batched: new ones, and the general case at a choice."""
 
     buffered = False
 
