@@ -58,7 +58,7 @@ def calls() -> dict[str, Callable[[], Call]]:
     def divergence() -> Call:
         x, t = torch.randn(1024, 256, requires_grad=True), torch.randn(1024, 256)
         w, v = torch.randn(8192, 256, requires_grad=True), torch.randn(8192, 256)
-        return lambda: backward(xent.linear_kl_divergence(x, w / 16, t, v / 16))
+        return lambda: backward(xent.linear_kl_divergence(student=(x, w / 16), teacher=(t, v / 16)))
 
     def second() -> Call:
         z, y = torch.randn(512, 1000, requires_grad=True), torch.randint(1000, (512,))
