@@ -203,6 +203,7 @@ ELSEWHERE = {
     xent.Backend,
     xent.backends,
     xent.register_backend,
+    xent.unregister_backend,
 }
 
 
