@@ -84,13 +84,10 @@ class Reduction:
             number = divisor.item()
             if not number:
                 return 0.0
-            return (
-                1.0 / number if math.isfinite(number) else math.nan
-            )  # a share of infinite weights is no number
-        nothing, endless = divisor == 0, divisor.isinf()
-        return (
-            (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0).masked_fill(endless, math.nan)
-        )
+            return 1.0 / number if math.isfinite(number) else math.nan  # a share of infinity is no number
+        nothing = divisor == 0
+        share = (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+        return share.masked_fill(divisor.isinf(), math.nan)
 
     def _over(self, denominator: float | Tensor, problems: Sequence[Problem]) -> Scale:
         """Return 1/denominator; of a denominator of 0, 0 if no row counts."""

@@ -23,7 +23,7 @@ from xent._core.statistics import statistics_dtype
 SMALL = 1e-8  # ℓ below which (1 − p)^γ·ℓ = ℓ^(γ + 1)·(1 − γℓ/2) to float64 rounding
 
 
-HALF = 0.7  # ℓ below which p > ½
+HALF = 0.7  # about where e^−x is ½
 
 
 def one_minus_exp(x: Tensor) -> Tensor:

@@ -321,9 +321,7 @@ def summarise_row(
     return z, own_z, Statistics(m=m[:, 0].to(dtype), r=r, d=d, a=a)
 
 
-LEAST = (
-    1e-12  # of p_y: the others' exponentials exp(z − z_y) are then at most 1e12, far from overflow in any sum
-)
+LEAST = 1e-12  # of p_y: exp(z − z_y) of the others is then at most 1e12, far from overflow in any sum
 
 
 def summarise_beside(

@@ -143,10 +143,7 @@ def differentiate_logits(
         assert tile.own_z is not None
         # without a base, found is measured from the target's logit
         log_p = -found.log_partition[:, None] if tile.base is None else found.log_prob(tile.own_z)
-        if targets.other_mass is None:  # t_y = a
-            at_own = (found.a * gamma)[:, None] * torch.expm1(log_p)
-        else:
-            at_own = gamma[:, None] * target_residual(targets, chunk, found.a, log_p)
+        at_own = target_residual(targets, chunk, found.a, log_p, gamma)
         if asked.logsumexp is not None:
             at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
         if asked.log_prob is not None:
@@ -159,17 +156,23 @@ def differentiate_logits(
     return g
 
 
-def target_residual(targets: Targets, chunk: slice, a: Tensor, log_p: Tensor) -> Tensor:
-    """Return a·p_y − t_y at the own classes of a chunk, (R, K), from a (R,) and log p_y (R, K).
+def target_residual(
+    targets: Targets, chunk: slice, a: Tensor, log_p: Tensor, gamma: Tensor | None = None
+) -> Tensor:
+    """Return γ·(a·p_y − t_y) at the own classes of a chunk, (R, K), from a (R,) and log p_y (R, K).
 
+    γ is (R,); None means 1.
     Where p_y is near 1 the difference is a·expm1(log p_y) + (a − t_y), elsewhere what it says.
     """
-    near = a[:, None] * torch.expm1(log_p)
+    of_all = (a if gamma is None else a * gamma)[:, None]
+    near = of_all * torch.expm1(log_p)
     if targets.other_mass is None:  # t_y = a
         return near
-    mass = 1.0 if targets.index_mass is None else cut(targets.index_mass, chunk)
-    far = a[:, None] * torch.exp(log_p) - mass
-    return torch.where(log_p < LOG_HALF, far, near + cut(targets.other_mass, chunk))
+    mass = torch.ones_like(log_p) if targets.index_mass is None else cut(targets.index_mass, chunk)
+    other = cut(targets.other_mass, chunk)
+    if gamma is not None:
+        mass, other = mass * gamma[:, None], other * gamma[:, None]
+    return torch.where(log_p < LOG_HALF, of_all * torch.exp(log_p) - mass, near + other)
 
 
 def mean_shift(found: Statistics) -> Tensor:
