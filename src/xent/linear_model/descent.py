@@ -28,7 +28,8 @@ def threads(n_rows: int, n_features: int, n_classes: int) -> contextlib.Abstract
     """Use one thread for a small problem, else torch's alone, within the block.
 
     NumPy's and SciPy's BLAS have threads of their own, which spin for some time after each product and keep
-    the cores from torch's: a fit of (20000, 256) to 100 classes takes 3 to 4 times as long beside them.
+    the cores from torch's: a fit of (20000, 256) to 100 classes takes three times as long beside them
+    (`benchmarks/threads.py`).
     """
     small = n_rows * n_features * n_classes < SMALL
     limits: contextlib.AbstractContextManager[object] = threadpool_limits(
