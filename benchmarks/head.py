@@ -127,10 +127,11 @@ def forms(
     every["torch, eager"] = form(unfused)
     if n * c <= 1 << 27 or device != "cpu":  # beyond it Inductor's logits and their gradient are gigabytes
         every["torch, compiled"] = form(torch.compile(unfused))
-    every["torch fused, default"] = form(chunked(None))
-    for rows in (256, 512, 1024):
-        if rows <= n:
-            every[f"torch fused, {rows} rows"] = form(chunked(rows))
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):  # since torch 2.13
+        every["torch fused, default"] = form(chunked(None))
+        for rows in (256, 512, 1024):
+            if rows <= n:
+                every[f"torch fused, {rows} rows"] = form(chunked(rows))
     if jax is not None:
         every["jax, jit"] = (lambda: jax("both"), lambda: jax("forward"))
     return every

@@ -51,7 +51,7 @@ def test_gradient_equals_finite_differences(row, reduction, scores):
                 leaf.copy_(here + step * h * direction)
                 slope += share / h * (loss() * upstream).sum()
             leaf.copy_(here)
-        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-7, atol=1e-8)
 
 
 @rows("convex")
