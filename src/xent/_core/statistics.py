@@ -323,32 +323,52 @@ def summarise_row(
 
 LEAST = 1e-12  # of p_y: exp(z − z_y) of the others is then at most 1e12, far from overflow in any sum
 
+NARROW, MANY = 16, 1 << 12
+"""torch.softmax takes rows of fewer classes one by one: 170 ns each, which many of them are to be spared."""
+
+
+def softmax_pays(z: Tensor) -> bool:
+    """Return whether the softmax of rows (R, C) is one fast operation."""
+    return z.shape[1] >= NARROW or z.numel() <= MANY
+
 
 def summarise_beside(
     ops: TileOps,
-    z: Tensor,  # (R, C), left as it is
+    z: Tensor,  # (R, C)
     own: TargetColumns,  # (R, 1), none of which lies elsewhere
     mass: Tensor | None,  # (R, 1) t_y, all there is of the target; None means 1
-    out: Tensor | None,  # (R, C) memory for the first result
-) -> tuple[Tensor, Tensor, Statistics] | None:
+    out: Tensor | None,  # (R, C) memory for the softmax, which may be z's
+) -> tuple[Tensor, Tensor, Statistics]:
     """Summarise a tile of every class by its softmax, one operation of torch, beside the target's class.
 
     Return p with zero at the target's class; its logit (R, 1); the row's statistics, measured from it:
 
-        m = z_y        r = Σ_{j≠y} p_j / p_y        d = t_y·(z_y − m) = 0 (None)
+        m = z_y        r = Σ_{j≠y} p_j / p_y        d = t_y·(z_y − m) = 0
 
-    Return None where any of the rows has p_y below `LEAST`, or no softmax.
+    d is None where this is so of every row. Rows whose p_y is below `LEAST` are measured from their maximum:
+
+        m = max z      r = 1 / max p − 1            d = t_y·(z_y − m)
+
+    Nothing cancels in these: what they are added to is 27 nats or more.
     """
-    p = ops.softmax(z, out)
-    p_y = own.take(p, 0.0)[:, 0]
-    if not ops.all_at_least(p_y, LEAST):
-        return None
     dtype = statistics_dtype(z.device)
     own_z = own.take(z, 0.0).to(dtype)
+    top = z.amax(1) if z is out else None  # before it is overwritten
+    p = ops.softmax(z, out)
+    p_y = own.take(p, 0.0)[:, 0]
+    near = p_y >= LEAST
+    all_near = ops.all_at_least(p_y, LEAST)
+    p_top = None if all_near else p.amax(1)
     p = own.put(ops, p, 0.0)
-    r = (p.sum(1) / p_y).to(dtype)
+    m, r, d = own_z[:, 0], (p.sum(1) / p_y).to(dtype), None
+    if p_top is not None:
+        highest = z.amax(1) if top is None else top
+        m = torch.where(near, m, highest.to(dtype))
+        r = torch.where(near, r, 1 / p_top.to(dtype) - 1)
+        distance = torch.where(near, 0.0, own_z[:, 0] - m)
+        d = distance if mass is None else product_with_zero(mass[:, 0], distance)
     a = torch.ones_like(r) if mass is None else mass[:, 0]
-    return p, own_z, Statistics(m=own_z[:, 0], r=r, d=None, a=a)
+    return p, own_z, Statistics(m=m, r=r, d=d, a=a)
 
 
 def masked_dot(ops: TileOps, t: Tensor | float, z: Tensor) -> Tensor:

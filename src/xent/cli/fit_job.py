@@ -34,6 +34,7 @@ from xent.report.evaluation import COLUMNS, Evaluation, check_names, evaluate, w
 
 if TYPE_CHECKING:
     from xent.linear_model.descent import Progress
+    from xent.linear_model.workers import Workers
 
 VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png")
 """Files that not every fit writes."""
@@ -141,7 +142,7 @@ def fit(
         import safetensors  # noqa: F401
         import sklearn  # noqa: F401
 
-        from xent.linear_model.descent import threads
+        from xent.linear_model.workers import workers
     assert table.codes is not None
     assert table.classes is not None
     codes, n_classes = table.codes, len(table.classes)
@@ -161,8 +162,9 @@ def fit(
         for rows in (own, held)
     )
     counts = len(training), len(validation)
-    with threads(*rows_own.source.shape, n_classes):
-        done = _solve(rows_own, rows_held, counts, n_classes, solver, settings, on_iteration, ranks)
+    shape = (*rows_own.source.shape, n_classes)
+    with workers(*shape, class_parallel=ranks.slices > 1) as threads:
+        done = _solve(rows_own, rows_held, counts, n_classes, solver, settings, on_iteration, ranks, threads)
     model = Model(
         weight=done.coef,
         bias=done.intercept,
@@ -203,6 +205,7 @@ def _solve(
     settings: Settings,
     on_iteration: Callable[[Progress], None] | None,
     ranks: Ranks,
+    threads: Workers,
 ) -> _Outcome:
     """Minimise over the rows of all ranks; return, on all of them, where rank 0 came to."""
     with needs("probe"):
@@ -210,7 +213,7 @@ def _solve(
         from xent.linear_model.descent import Descent
     leader, (n_training, n_validation) = Leader(ranks), counts
     C = 1 / settings.l2 if settings.l2 else np.inf
-    objective = Objective(training, n_classes, C, fit_intercept=True, leader=leader)
+    objective = Objective(training, n_classes, C, fit_intercept=True, leader=leader, workers=threads)
     # not to be interrupted, so that both curves have a point
     validation_loss = leader.register(lambda m: objective.loss(m, validation), interruptible=False)
     descent = Descent(objective, solver, settings.tol, settings.max_iter)

@@ -11,31 +11,9 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from xent.linear_model.objective import Objective
 from xent.linear_model.solvers import Solver
-
-SMALL = 1 << 25
-"""Multiplications in one product of an evaluation, N·D·C, below which one thread computes everything.
-
-Some 10 ms of work. Below it, threads that wait for each other cost more than they save: on a machine whose
-two cores are also wanted by others the digits (to tol 1e-8) take 0.3 s on one thread and 13 s on two.
-"""
-
-
-def threads(n_rows: int, n_features: int, n_classes: int) -> contextlib.AbstractContextManager[object]:
-    """Use one thread for a small problem, else torch's alone, within the block.
-
-    NumPy's and SciPy's BLAS have threads of their own, which spin for some time after each product and keep
-    the cores from torch's: a fit of (20000, 256) to 100 classes takes three times as long beside them
-    (`benchmarks/threads.py`).
-    """
-    small = n_rows * n_features * n_classes < SMALL
-    limits: contextlib.AbstractContextManager[object] = threadpool_limits(
-        1, user_api=None if small else "blas"
-    )
-    return limits
 
 
 @dataclasses.dataclass(frozen=True)

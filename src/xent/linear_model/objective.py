@@ -20,7 +20,8 @@ from torch import Tensor
 from xent._processes.group import Share
 from xent._processes.leader import Leader
 from xent.linear_model.hessian import HessianSums, SummedHessian
-from xent.linear_model.row_source import BLOCK, LabelledRows, slices, standardised
+from xent.linear_model.row_source import BLOCK, Chunk, LabelledRows, slices, standardised
+from xent.linear_model.workers import Workers
 from xent.losses._cross_entropy import linear_cross_entropy
 
 
@@ -35,14 +36,22 @@ class Objective:
         C: inverse strength of the penalty.
         fit_intercept: whether there is a b.
         leader: sums over the rows of several ranks; None is one process.
+        workers: the threads that share the rows of a process; None is the calling thread.
 
     Raises:
         ValueError: the weights of all rows sum to 0.
     """
 
     def __init__(
-        self, rows: LabelledRows, n_classes: int, C: float, fit_intercept: bool, leader: Leader | None = None
+        self,
+        rows: LabelledRows,
+        n_classes: int,
+        C: float,
+        fit_intercept: bool,
+        leader: Leader | None = None,
+        workers: Workers | None = None,
     ) -> None:
+        self.workers = Workers() if workers is None else workers
         leader = Leader() if leader is None else leader
         self.ranks = leader.ranks
         self.rows, self.dtype, self.fit_intercept = rows, rows.source.dtype, fit_intercept
@@ -138,19 +147,31 @@ class Objective:
     def _loss_and_gradient(self, model: np.ndarray) -> np.ndarray:
         """Return the sum of these rows' losses, then its gradient in (W | b), for (W | b); all flat."""
         total = np.zeros(1 + model.size)
-        head = self._head(model).requires_grad_()
-        for x, target, weight in self.rows.chunks():
-            loss = self._sum(head, x, target, weight)
+
+        def part(rows: Chunk) -> tuple[float, np.ndarray]:
+            head = self._head(model).requires_grad_()
+            loss = self._sum(head, *rows)
             (gradient,) = torch.autograd.grad(loss, [head])
-            total[0] += self._counted(loss)
-            total[1:] += gradient.numpy().ravel()
+            return self._counted(loss), gradient.numpy().ravel()
+
+        for loss, gradient in self.workers.map(part, self._chunks(self.rows)):
+            total[0] += loss
+            total[1:] += gradient
         return total
 
     def loss(self, model: np.ndarray, rows: LabelledRows) -> np.ndarray:
         """Return the sum of other rows' losses, (1,), for (W | b), flat."""
-        with torch.no_grad():
-            head = self._head(model)
-            return np.array([sum(self._counted(self._sum(head, *chunk)) for chunk in rows.chunks())])
+
+        def part(rows: Chunk) -> float:
+            with torch.no_grad():
+                return self._counted(self._sum(self._head(model), *rows))
+
+        return np.array([sum(self.workers.map(part, self._chunks(rows)))])
+
+    def _chunks(self, rows: LabelledRows) -> Iterator[Chunk]:
+        """Yield the rows in the parts that workers take."""
+        n_rows, n_features = rows.source.shape
+        return rows.chunks(self.workers.shares(n_rows, n_rows * n_features * self.n_vectors))
 
     def _counted(self, loss: Tensor) -> float:
         """Return the loss on one of the ranks that hold the same rows and 0 on the others."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -135,9 +135,14 @@ class LabelledRows:
     target: np.ndarray  # (N,) class numbers or (N, C) masses
     weight: np.ndarray | None = None  # (N,)
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yield the rows as tensors, a chunk at a time."""
-        return iter(self._kept) if self.source.in_memory else self._read()
+    def chunks(self, shares: Sequence[slice] | None = None) -> Iterator[Chunk]:
+        """Yield the rows as tensors, a chunk at a time; of rows in memory each chunk is one of ``shares``."""
+        if not self.source.in_memory:
+            yield from self._read()
+            return
+        ((x, target, weight),) = self._kept
+        for rows in shares or [slice(0, len(x))]:
+            yield x[rows], target[rows], None if weight is None else weight[rows]
 
     @functools.cached_property
     def _kept(self) -> list[Chunk]:

@@ -34,11 +34,12 @@ from sklearn.utils.validation import assert_all_finite, check_is_fitted, validat
 
 from xent._core.validators import OneOf, valid
 from xent.linear_model.advice import advice, estimator_words
-from xent.linear_model.descent import Descent, Progress, threads
+from xent.linear_model.descent import Descent, Progress
 from xent.linear_model.inputs import cast_to, read_features, read_labels, read_sample_weight
 from xent.linear_model.objective import Objective
 from xent.linear_model.row_source import LabelledRows, RowSource, is_mapped, row_source
 from xent.linear_model.solvers import all_solvers, solver_named
+from xent.linear_model.workers import Workers, workers
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):
@@ -175,9 +176,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 weight = per_class[target] if weight is None else weight * per_class[target]
 
         # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
-        of_threads = threads(*source.shape, len(classes))
-        with torch.inference_mode(False), torch.enable_grad(), of_threads:
-            self._fit(parameters, LabelledRows(source, target, weight), classes, callback)
+        at_work = workers(*source.shape, len(classes))
+        with torch.inference_mode(False), torch.enable_grad(), at_work as threads:
+            self._fit(parameters, LabelledRows(source, target, weight), classes, callback, threads)
         return self
 
     def _parameters(self) -> SimpleNamespace:
@@ -212,8 +213,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         rows: LabelledRows,
         classes: np.ndarray,  # (C,)
         callback: Callable[[Progress], None] | None,
+        threads: Workers,
     ) -> None:
-        objective = Objective(rows, len(classes), parameters.C, parameters.fit_intercept)
+        objective = Objective(rows, len(classes), parameters.C, parameters.fit_intercept, workers=threads)
         _, n_features = rows.source.shape
         start = np.zeros((objective.n_vectors, n_features + 1))
         if parameters.warm_start and hasattr(self, "coef_"):

@@ -30,6 +30,7 @@ from xent._core.statistics import (
     RequestedOutputs,
     Statistics,
     TargetColumns,
+    softmax_pays,
     summarise,
     summarise_beside,
     summarise_row,
@@ -44,7 +45,7 @@ class Tile(NamedTuple):
     z: Tensor  # (R, T) exp(z − base)
     slope: Tensor | None  # (R, T)
     gain: float | Tensor  # dz/du ÷ slope, a number or (R,)
-    base: Tensor | None  # (R,) what was subtracted before exp; None means lse, and found.m is z_y
+    base: Tensor | None  # (R,) what was subtracted before exp; None means lse
     own: TargetColumns | None
     own_z: Tensor | None  # (R, K) logits of the target's classes, where this tile holds them
 
@@ -70,15 +71,15 @@ def row_tile(problem: Problem, chunk: slice, loaded: Loaded, buffers: TileBuffer
     assert own is not None
     mass = None if targets.index_mass is None else cut(targets.index_mass, chunk)
     t = targets.tile(chunk, classes, z.dtype)
-    base = summary = None
-    if z is loaded.x and t is None and own.inside is None and targets.held is None:
-        summary = summarise_beside(ops, z, own, mass, buffers.z)
-    if summary is None:
+    base = None
+    if t is None and own.inside is None and targets.held is None and softmax_pays(z):
+        out = buffers.z if z is loaded.x else z
+        z, own_z, found = summarise_beside(ops, z, own, mass, out)
+    else:
         other = targets.other_mass if targets.held is None else None
         rest = None if other is None else cut(other, chunk)
-        summary = summarise_row(ops, z, own, t, mass, rest, buffers.z, absent_logit(targets, chunk))
-        base = summary[2].m
-    z, own_z, found = summary
+        z, own_z, found = summarise_row(ops, z, own, t, mass, rest, buffers.z, absent_logit(targets, chunk))
+        base = found.m
     if problem.requested.mass:
         found = replace(found, mass=found.a)
     return found, Tile(classes, z, slope, loaded.map.gain, base, own, own_z)
@@ -141,8 +142,7 @@ def differentiate_logits(
         g = ops.subtract_scaled(g, t, gamma.to(dtype)[:, None])
     if tile.own is not None:
         assert tile.own_z is not None
-        # without a base, found is measured from the target's logit
-        log_p = -found.log_partition[:, None] if tile.base is None else found.log_prob(tile.own_z)
+        log_p = found.log_prob(tile.own_z)
         at_own = target_residual(targets, chunk, found.a, log_p, gamma)
         if asked.logsumexp is not None:
             at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
