@@ -17,9 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xent._core.matmul import fast_products
 from xent._processes.group import Share
 from xent._processes.leader import Leader
 from xent.linear_model.hessian import HessianSums, SummedHessian
+from xent.linear_model.row_pass import RowPass
 from xent.linear_model.row_source import BLOCK, Chunk, LabelledRows, slices, standardised
 from xent.linear_model.workers import Workers
 from xent.losses._cross_entropy import linear_cross_entropy
@@ -149,9 +151,7 @@ class Objective:
         total = np.zeros(1 + model.size)
 
         def part(rows: Chunk) -> tuple[float, np.ndarray]:
-            head = self._head(model).requires_grad_()
-            loss = self._sum(head, *rows)
-            (gradient,) = torch.autograd.grad(loss, [head])
+            loss, gradient = self._part(model, *rows)
             return self._counted(loss), gradient.numpy().ravel()
 
         for loss, gradient in self.workers.map(part, self._chunks(self.rows)):
@@ -163,8 +163,7 @@ class Objective:
         """Return the sum of other rows' losses, (1,), for (W | b), flat."""
 
         def part(rows: Chunk) -> float:
-            with torch.no_grad():
-                return self._counted(self._sum(self._head(model), *rows))
+            return self._counted(self._part(model, *rows, with_gradient=False)[0])
 
         return np.array([sum(self.workers.map(part, self._chunks(rows)))])
 
@@ -177,12 +176,35 @@ class Objective:
         """Return the loss on one of the ranks that hold the same rows and 0 on the others."""
         return loss.item() if self.ranks.counts else 0.0
 
-    def _head(self, model: np.ndarray) -> Tensor:  # (K, D + 1)
-        return torch.from_numpy(model.reshape(self.n_vectors, -1).astype(self.dtype))
+    def _part(
+        self, model: np.ndarray, x: Tensor, target: Tensor, weight: Tensor | None, with_gradient: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Return the sum of the losses of some rows, and its gradient in (W | b), (K, D + 1)."""
+        head = torch.from_numpy(model.reshape(self.n_vectors, -1).astype(self.dtype))
+        if target.ndim == 1 and self.ranks.group is None:
+            return self._pass(head, x, target, weight, with_gradient)
+        with torch.set_grad_enabled(with_gradient):
+            loss = self._fused(head.requires_grad_(with_gradient), x, target, weight)
+            return loss, torch.autograd.grad(loss, [head])[0] if with_gradient else head
 
-    def _sum(self, head: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        if self.binary:  # logits (0, s)
-            head = torch.cat([torch.zeros_like(head), head])
+    def _pass(
+        self, head: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, with_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        logits = self._of_all_classes(head)
+        rows = RowPass(logits[:, :-1].contiguous(), logits[:, -1] if self.fit_intercept else None)
+        with fast_products(x.device, logits.dtype, len(x) * self.n_features * len(logits)):
+            if not with_gradient:
+                return rows.loss(x, target, weight), head
+            loss, to_W, to_b = rows.loss_and_gradient(x, target, weight)
+        to_b = to_b if self.fit_intercept else torch.zeros_like(to_b)
+        return loss, torch.cat([to_W, to_b[:, None]], dim=1)[-self.n_vectors :]
+
+    def _of_all_classes(self, head: Tensor) -> Tensor:
+        """Return (W | b) of C classes: two of them have the logits (0, s)."""
+        return torch.cat([torch.zeros_like(head), head]) if self.binary else head
+
+    def _fused(self, head: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        head = self._of_all_classes(head)
         head = head[Share(self.ranks.slice, self.ranks.slices).of(len(head))]
         return linear_cross_entropy(
             x,
