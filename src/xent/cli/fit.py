@@ -22,7 +22,8 @@ from xent.cli.options import Finite, SolverName, column_names, keep_inputs
 from xent.cli.options import timeout as timeout_option
 from xent.cli.output import complain
 from xent.errors import MissingExtra
-from xent.linear_model.solvers import all_solvers
+from xent.linear_model.descent import STOPPING
+from xent.linear_model.solvers import AUTO, all_solvers
 
 if TYPE_CHECKING:
     from xent.cli.fit_job import Fitted
@@ -50,9 +51,10 @@ if TYPE_CHECKING:
 @click.option(
     "--solver",
     type=SolverName(),
-    default="lbfgs",
+    default=AUTO,
     show_default=True,
-    help=" ".join(solver.summary for solver in all_solvers() if solver.summary),
+    help="auto chooses by the shape and --tol. "
+    + " ".join(solver.summary for solver in all_solvers() if solver.summary),
 )
 @click.option("--max-iter", type=click.IntRange(1), default=1000, show_default=True, help="Most iterations.")
 @click.option(
@@ -60,7 +62,14 @@ if TYPE_CHECKING:
     type=Finite(0),
     default=1e-4,
     show_default=True,
-    help="Stop when no component of the mean loss's gradient exceeds it.",
+    help="Stop when the objective is this close to its minimum, relative to itself; see --stopping.",
+)
+@click.option(
+    "--stopping",
+    type=click.Choice(STOPPING),
+    default=STOPPING[0],
+    show_default=True,
+    help="What --tol bounds; gradient: the largest component of the mean loss's, as in scikit-learn.",
 )
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the split.")
 @click.option(
@@ -130,7 +139,7 @@ def fit(
             table = sources.digits(ranks)
         else:
             table = sources.read_labelled(data, str(label), features, exclude, ranks)
-        with _bar(chosen.tol, chosen.max_iter, quiet) as advance:
+        with _bar(chosen.tol, chosen.stopping, chosen.max_iter, quiet) as advance:
             fitted = job.fit(table, chosen, advance, ranks)
         if fitted.interrupted and ranks.is_main:
             complain(f"interrupted: saving the best model so far, of iteration {fitted.iterations}")
@@ -175,8 +184,8 @@ def _report(
     """Print how the fit ended, as a table or as JSON."""
     if not fitted.converged and not fitted.interrupted and not quiet:
         complain(
-            f"not converged in {fitted.iterations} iterations: gradient {fitted.gradient_norm:.1e} is above "
-            f"--tol {tol:g}: {fitted.advice}"
+            f"not converged in {fitted.iterations} iterations: {_reached(fitted)} is above --tol {tol:g}: "
+            f"{fitted.advice}"
         )
     if as_json:
         files = [str(path) for path in paths]
@@ -186,8 +195,8 @@ def _report(
 
 
 @contextlib.contextmanager
-def _bar(tol: float, max_iter: int, quiet: bool) -> Iterator[Callable[[Now], None] | None]:
-    """Show a bar on stderr that fills as the gradient falls, on a log scale, from its start to ``tol``."""
+def _bar(tol: float, stopping: str, max_iter: int, quiet: bool) -> Iterator[Callable[[Now], None] | None]:
+    """Show a bar on stderr that fills as what is left falls, on a log scale, from its start to ``tol``."""
     console = Console(stderr=True)
     if quiet or not console.is_terminal:
         yield None
@@ -200,21 +209,22 @@ def _bar(tol: float, max_iter: int, quiet: bool) -> Iterator[Callable[[Now], Non
         console=console,
         transient=True,
     )
-    first = math.inf
+    what = "gradient" if stopping == "gradient" else "above the minimum"
+    first = math.inf  # of what falls to tol
     with bar:
         task = bar.add_task("first iteration", total=1.0)
 
         def advance(now: Now) -> None:
             nonlocal first
-            first = now.gradient_norm if first == math.inf else first
+            first = now.remaining if first == math.inf else first
             span = math.log(max(first, 1e-300) / max(tol, 1e-16))
-            fallen = math.log(max(first, 1e-300) / max(now.gradient_norm, 1e-300)) / span if span > 0 else 1.0
+            fallen = math.log(max(first, 1e-300) / max(now.remaining, 1e-300)) / span if span > 0 else 1.0
             done = max(fallen, now.iteration / max_iter, bar.tasks[0].completed)
             bar.update(
                 task,
                 completed=min(done, 1.0),
                 description=f"iteration {now.iteration}  objective {now.objective:.4f}  "
-                f"gradient {now.gradient_norm:.1e} → {tol:.0e}",
+                f"{what} {now.remaining:.1e} → {tol:.0e}",
             )
 
         yield advance
@@ -250,7 +260,7 @@ def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], o
     how = "converged" if fitted.converged else "interrupted" if fitted.interrupted else "not converged"
     console.print(
         f"{how} after {fitted.iterations} iterations in {fitted.seconds:.2f} s, "
-        f"gradient {fitted.gradient_norm:.1e} (tol {fitted.model.settings['tol']:g})"
+        f"{_reached(fitted)} (tol {fitted.model.settings['tol']:g})"
     )
     names = [printable(class_text(value)[:60]) for value in fitted.model.classes]
     confused = fitted.judged.most_confused(3)
@@ -259,6 +269,13 @@ def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], o
         back = f", {names[b]} taken for {names[a]} {_times(ba)}" if ba else ""
         console.print(Text(f"  {names[a]} taken for {names[b]} {_times(ab)}{back} (of {rows} rows)"))
     console.print(Text(f"\nin {printable(str(out))}/: " + ", ".join(path.name for path in paths)))
+
+
+def _reached(fitted: Fitted) -> str:
+    """Return the number that ``--tol`` bounds, with its name."""
+    if fitted.model.settings["stopping"] == "gradient":
+        return f"gradient {fitted.gradient_norm:.1e}"
+    return f"at most {fitted.gap.relative:.1e} above the minimum by its {fitted.gap.by}"
 
 
 def _times(count: int) -> str:

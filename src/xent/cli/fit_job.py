@@ -29,11 +29,11 @@ from xent.errors import BadInput, needs
 from xent.linear_model.objective import Objective
 from xent.linear_model.row_source import LabelledRows, row_source, standardise
 from xent.linear_model.scaling import check_range, standardisation
-from xent.linear_model.solvers import Solver, solver_named
+from xent.linear_model.solvers import AUTO, choose, solver_named
 from xent.report.evaluation import COLUMNS, Evaluation, check_names, evaluate, write_predictions
 
 if TYPE_CHECKING:
-    from xent.linear_model.descent import Progress
+    from xent.linear_model.descent import Descent, Progress
     from xent.linear_model.workers import Workers
 
 VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png")
@@ -51,9 +51,34 @@ class Settings:
     l2: float = 1.0  # 1/C of the estimator
     tol: float = 1e-4
     max_iter: int = 1000
-    solver: str = "lbfgs"  # the name of a registered one
+    solver: str = "auto"  # or the name of a registered one
+    stopping: str = "objective"  # what tol bounds; or "gradient"
     seed: int = 0  # of the split
     standardize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """The certificate of a fit: its objective is at most so far above the minimum."""
+
+    nats: float
+    relative: float  # to the objective, or to 10⁻³·log C where that is larger
+    by: str  # "duality gap" or "Newton decrement"
+
+    @classmethod
+    def of(cls, descent: Descent) -> Gap:
+        """Return that of the point that a descent has reached."""
+        certificate = descent.certificate
+        return cls(certificate.bound, certificate.bound / descent.yardstick, certificate.kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What was chosen for a fit, and why."""
+
+    name: str  # of the solver
+    why: str
+    threads: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +94,8 @@ class Fitted:
     iterations: int
     seconds: float
     gradient_norm: float
+    gap: Gap
+    how: How
     converged: bool
     advice: str  # why it has not converged, and what helps; empty where it has
     interrupted: bool
@@ -91,6 +118,8 @@ class Fitted:
             "iterations": self.iterations,
             "seconds": self.seconds,
             "gradient_norm": self.gradient_norm,
+            "optimality": dataclasses.asdict(self.gap),
+            "solver": dataclasses.asdict(self.how),
             "converged": self.converged,
             "interrupted": self.interrupted,
             "most_confused": [
@@ -111,9 +140,11 @@ class _Outcome:
     validation_curve: list[float]
     seconds: float
     gradient_norm: float
+    gap: Gap
     converged: bool
     advice: str
     interrupted: bool
+    how: How
 
 
 def fit(
@@ -151,7 +182,8 @@ def fit(
         raise BadInput(
             f"--class-parallel {ranks.slices} is more than the {n_classes} classes; use fewer slices"
         )
-    solver = solver_named(settings.solver, ranks.slices)
+    if settings.solver != AUTO:
+        solver_named(settings.solver, ranks.slices)  # an error before the work
     training, validation = split(table, settings.validation, settings.seed, ranks)
     check_names(table.classes, COLUMNS, table.source)
     check_range(table, ranks)
@@ -164,7 +196,7 @@ def fit(
     counts = len(training), len(validation)
     shape = (*rows_own.source.shape, n_classes)
     with workers(*shape, class_parallel=ranks.slices > 1) as threads:
-        done = _solve(rows_own, rows_held, counts, n_classes, solver, settings, on_iteration, ranks, threads)
+        done = _solve(rows_own, rows_held, counts, n_classes, settings, on_iteration, ranks, threads)
     model = Model(
         weight=done.coef,
         bias=done.intercept,
@@ -189,6 +221,8 @@ def fit(
         iterations=len(done.training_curve),
         seconds=done.seconds,
         gradient_norm=done.gradient_norm,
+        gap=done.gap,
+        how=done.how,
         converged=done.converged,
         advice=done.advice,
         interrupted=done.interrupted,
@@ -201,7 +235,6 @@ def _solve(
     validation: LabelledRows,
     counts: tuple[int, int],  # training and validation rows of all ranks
     n_classes: int,
-    solver: Solver,
     settings: Settings,
     on_iteration: Callable[[Progress], None] | None,
     ranks: Ranks,
@@ -216,7 +249,8 @@ def _solve(
     objective = Objective(training, n_classes, C, fit_intercept=True, leader=leader, workers=threads)
     # not to be interrupted, so that both curves have a point
     validation_loss = leader.register(lambda m: objective.loss(m, validation), interruptible=False)
-    descent = Descent(objective, solver, settings.tol, settings.max_iter)
+    solver, why = choose(objective, settings.solver, settings.tol, settings.stopping)
+    descent = Descent(objective, solver, settings.tol, settings.max_iter, settings.stopping)
     training_curve: list[float] = []
     validation_curve: list[float] = []
 
@@ -245,9 +279,11 @@ def _solve(
             validation_curve,
             time.perf_counter() - started,
             descent.gradient_norm,
+            Gap.of(descent),
             descent.converged,
             "" if descent.converged else advice(descent, words),
             interrupted,
+            How(solver.name, why, str(threads)),
         )
 
     return leader.run(solve)

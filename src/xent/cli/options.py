@@ -11,7 +11,7 @@ import click
 
 from xent._processes.group import DEFAULT_TIMEOUT
 from xent.errors import BadInput
-from xent.linear_model.solvers import all_solvers
+from xent.linear_model.solvers import solver_names
 
 
 class Finite(click.FloatRange):
@@ -26,12 +26,12 @@ class Finite(click.FloatRange):
 
 
 class SolverName(click.ParamType):  # type: ignore[type-arg]
-    """The name of one of the solvers that are registered when it is looked at."""
+    """The name of one of the solvers that are registered when it is looked at, or "auto"."""
 
     name = "solver"
 
     def _choice(self) -> click.Choice[str]:
-        return click.Choice([solver.name for solver in all_solvers()])
+        return click.Choice(solver_names())
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the name; raise a usage error, which lists the solvers, for another."""

@@ -59,10 +59,11 @@ class Objective:
         self.rows, self.dtype, self.fit_intercept = rows, rows.source.dtype, fit_intercept
         n_rows, self.n_features = rows.source.shape
         self.binary = n_classes == 2
-        self.n_vectors = 1 if self.binary else n_classes  # K
+        self.n_classes, self.n_vectors = n_classes, 1 if self.binary else n_classes  # C, K
         mass = np.ones(n_rows) if rows.weight is None else rows.weight.astype(np.float64)
         if rows.target.ndim == 2:
             mass = mass * rows.target.sum(axis=1, dtype=np.float64)
+        self.mass = mass
         self.total = float(self.ranks.sum(mass.sum()))
         if not self.total > 0:
             raise ValueError(
@@ -76,7 +77,7 @@ class Objective:
         self._theta: np.ndarray | None = None
         self._value = 0.0
         self._gradient = np.empty(0)
-        self.gradient_norm = np.inf  # in (W, b), at the last θ
+        self.gradient_norm = self.duality_gap = np.inf  # at the last θ; see `__call__`
 
     def _standardisation(self, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return μ and σ, (D,) each.
@@ -124,7 +125,15 @@ class Objective:
         return W, theta[:, -1] - W @ self.mean
 
     def __call__(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
-        """Return the value, and the gradient (P,), at θ (P,), P = K·(D + 1)."""
+        """Return the value, and the gradient (P,), at θ (P,), P = K·(D + 1).
+
+        Set ``gradient_norm``, the largest component of the gradient in (W, b), and ``duality_gap``. With the
+        dual variables t − p(W, b) the gap is the bound of strong convexity,
+
+            F − F* ≤ ‖∂F/∂W‖² / 2λ        where ∂F/∂b = 0
+
+        An intercept is not penalised. Its gradient is taken to reach over 1 + max|b| at most.
+        """
         if self._theta is not None and np.array_equal(theta, self._theta):
             return self._value, self._gradient
         W, b = self._unscale(theta)
@@ -132,6 +141,10 @@ class Objective:
         loss, gradient = float(sums[0]), sums[1:].reshape(self.n_vectors, -1)
         to_W, to_b = gradient[:, :-1] + self.penalty * W, gradient[:, -1]
         self.gradient_norm = float(max(np.abs(to_W).max(), np.abs(to_b).max()))
+        self.duality_gap = np.inf
+        if self.penalty:
+            reach = float(np.abs(to_b).sum()) * (1 + float(np.abs(b).max()))
+            self.duality_gap = float(np.vdot(to_W, to_W)) / (2 * self.penalty) + reach
         to_V = (to_W - np.outer(to_b, self.mean)) / self.scale
         self._value = loss + 0.5 * self.penalty * float(np.vdot(W, W))
         self._gradient = np.concatenate([to_V, to_b[:, None]], axis=1).ravel()
@@ -171,6 +184,19 @@ class Objective:
         """Yield the rows in the parts that workers take."""
         n_rows, n_features = rows.source.shape
         return rows.chunks(self.workers.shares(n_rows, n_rows * n_features * self.n_vectors))
+
+    def runs_away(self, coef: np.ndarray, intercept: np.ndarray) -> bool:
+        """Return whether W (K, D) and b (K,) put every row on its class's side, and nothing bounds them."""
+        if self.penalty or self.rows.target.ndim == 2 or self.ranks.size > 1:
+            return False
+        right = (np.asarray(z).argmax(1) == y.numpy() for z, y in self._logits(coef, intercept))
+        return all(part.all() for part in right)
+
+    def _logits(self, coef: np.ndarray, intercept: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+        head = self._of_all_classes(torch.from_numpy(np.concatenate([coef, intercept[:, None]], axis=1)))
+        for x, target, weight in self.rows.chunks():
+            counts = slice(None) if weight is None else weight > 0
+            yield torch.addmm(head[:, -1], x[counts], head[:, :-1].t()), target[counts]
 
     def _counted(self, loss: Tensor) -> float:
         """Return the loss on one of the ranks that hold the same rows and 0 on the others."""

@@ -3,7 +3,7 @@
     min over W, b of   C · Σ_n s_n ℓ(W x_n + b, t_n)  +  ½ ‖W‖²           ℓ = a·lse(z) − ⟨t, z⟩
 
 The objective is scikit-learn's, and so is its scale inside the solver: divided by C·Σ_n s_n a_n it is a mean
-loss in nats plus λ/2 ‖W‖², λ = 1/(C·Σ s a), and ``tol`` bounds the largest component of *its* gradient. The
+loss in nats plus λ/2 ‖W‖², λ = 1/(C·Σ s a), and ``tol`` bounds how far *it* is above its minimum. The
 intercept b is not penalised.
 
 The solver minimises it over (V, c) instead of (W, b), where W = V/σ and b = c − W μ: the same objective
@@ -38,7 +38,7 @@ from xent.linear_model.descent import Descent, Progress
 from xent.linear_model.inputs import cast_to, read_features, read_labels, read_sample_weight
 from xent.linear_model.objective import Objective
 from xent.linear_model.row_source import LabelledRows, RowSource, is_mapped, row_source
-from xent.linear_model.solvers import all_solvers, solver_named
+from xent.linear_model.solvers import choose, solver_names
 from xent.linear_model.workers import Workers, workers
 
 
@@ -50,18 +50,25 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     C : float in (0, inf], default 1.0
         Inverse strength of the penalty in ``C·Σ s_n ℓ_n + ½‖coef_‖²``; ``inf`` is no penalty.
     tol : float, default 1e-4
-        Stop when no component of the scaled objective's gradient exceeds it, as ``LogisticRegression`` does.
+        Stop when the objective F is this close to its minimum F*: F − F* ≤ tol·max(F, 1e-3·log C). See
+        ``stopping``.
     max_iter : int, default 1000
         Most iterations of the solver. scikit-learn's 100 is often too few at its own tolerance; a fit that
         converges earlier costs nothing extra, one that does not warns.
     fit_intercept : bool, default True
     class_weight : dict, "balanced" or None
         Multiplies the loss class by class; ``"balanced"`` is (total mass) / (classes · mass of the class).
-    solver : "lbfgs" or "newton-cg", default "lbfgs"
-        L-BFGS reaches the default ``tol`` soonest. Newton's method with conjugate gradients takes tens of
-        iterations to a gradient of 1e-10 in float64, where L-BFGS no longer resolves a decrease; each costs
-        as much as some products with X, and keeps a standardised copy of an X in memory. Others may be added
-        with ``xent.linear_model.register_solver``.
+    solver : "auto", "lbfgs" or "newton-cg", default "auto"
+        "auto" is "lbfgs", but for a ``tol`` finer than L-BFGS resolves. L-BFGS starts from an approximate
+        inverse of the Hessian and reaches the default ``tol`` soonest. Newton's method with conjugate
+        gradients takes tens of iterations to a gradient of 1e-10 in float64, where L-BFGS no longer resolves
+        a decrease; each costs as much as some products with X, and keeps a standardised copy of an X in
+        memory. Others may be added with ``xent.linear_model.register_solver``.
+    stopping : "objective" or "gradient", default "objective"
+        "objective" compares ``tol`` with a bound on the distance from the minimum: the duality gap
+        ‖∂F/∂W‖²/2λ, or ten times half the Newton decrement as the solver estimates it, whichever is smaller.
+        "gradient" is the rule of ``LogisticRegression``: no component of the scaled objective's gradient
+        exceeds ``tol``. That component shrinks with the number of classes, and the fit gets worse.
     warm_start : bool, default False
         Start from the coefficients of the last ``fit``.
     random_state : None
@@ -77,7 +84,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     n_iter_ : int
     loss_curve_ : (n_iter_ + 1,) the scaled objective in nats, at the start and after each iteration.
     gradient_norm_ : float, the largest component of its gradient at the end.
-    converged_ : bool, whether ``gradient_norm_`` is at most ``tol``.
+    objective_gap_ : float, the bound on the scaled objective's distance from its minimum, in nats.
+    converged_ : bool, whether what ``stopping`` names is at most ``tol``.
+    solver_ : str, the solver that "auto" has chosen, or the one given.
     n_features_in_, feature_names_in_ : as scikit-learn has them.
 
     Examples
@@ -101,7 +110,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     n_iter_: int
     loss_curve_: np.ndarray
     gradient_norm_: float
+    objective_gap_: float
     converged_: bool
+    solver_: str
 
     def __init__(
         self,
@@ -111,7 +122,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         max_iter: int = 1000,
         fit_intercept: bool = True,
         class_weight: dict[Any, float] | str | None = None,
-        solver: str = "lbfgs",
+        solver: str = "auto",
+        stopping: str = "objective",
         warm_start: bool = False,
         random_state: Any = None,
         verbose: int = 0,
@@ -122,6 +134,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         self.fit_intercept = fit_intercept
         self.class_weight = class_weight
         self.solver = solver
+        self.stopping = stopping
         self.warm_start = warm_start
         self.random_state = random_state
         self.verbose = verbose
@@ -187,7 +200,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         for name, value in given.items():
             if isinstance(value, torch.Tensor):
                 raise TypeError(f"{name} must be a plain value, got a tensor of shape {tuple(value.shape)}")
-        solvers = OneOf(tuple(solver.name for solver in all_solvers()))
+        solvers = OneOf(solver_names())
         return SimpleNamespace(
             **{
                 name: solvers(name, value) if name == "solver" else valid(name, value)
@@ -232,12 +245,16 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             if parameters.verbose > 0:
                 print(
                     f"iteration {now.iteration}: objective {now.objective:.9g}, "
-                    f"gradient {now.gradient_norm:.3g}"
+                    f"gradient {now.gradient_norm:.3g}, at most {now.above:.3g} above the minimum"
                 )
             if callback is not None:
                 callback(now)
 
-        descent = Descent(objective, solver_named(parameters.solver), parameters.tol, parameters.max_iter)
+        tol, stopping = parameters.tol, parameters.stopping
+        solver, why = choose(objective, parameters.solver, tol, stopping)
+        if parameters.verbose > 0:
+            print(f"solver {solver.name}: {why}\n{threads}")
+        descent = Descent(objective, solver, tol, parameters.max_iter, stopping)
         try:
             descent.run(start, watch)
         finally:  # also on Ctrl-C: what has been reached is kept
@@ -246,14 +263,21 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             self.loss_curve_ = np.array(descent.curve)
             self.gradient_norm_ = descent.gradient_norm
             self.converged_ = descent.converged
+            self.objective_gap_ = descent.certificate.bound
+            self.solver_ = solver.name
         if not self.converged_ and not descent.stopped_by_callback:
-            why = advice(descent, estimator_words())
-            warnings.warn(
-                f"SoftmaxRegression stopped after {self.n_iter_} iterations, gradient "
-                f"{self.gradient_norm_:.3g} above tol {parameters.tol:.3g}: {why}",
-                ConvergenceWarning,
-                stacklevel=3,
+            self._warn(
+                f"stopped after {self.n_iter_} iterations, {descent.reached} above tol {tol:.3g}: "
+                f"{advice(descent, estimator_words())}"
             )
+        elif objective.runs_away(self.coef_, self.intercept_):
+            self._warn(
+                "fits rows that a hyperplane separates, without a penalty: the loss has no minimum, and the "
+                "weights grow for as long as the solver goes on; give a finite C"
+            )
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"{type(self).__name__} {message}", ConvergenceWarning, stacklevel=4)
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Return logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""

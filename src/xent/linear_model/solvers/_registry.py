@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 
@@ -13,7 +13,16 @@ from xent.errors import BadInput
 if TYPE_CHECKING:
     from xent.linear_model.objective import Objective
 
-Minimize: TypeAlias = Callable[["Objective", np.ndarray, int, Callable[[np.ndarray], None]], bool]
+
+class AfterIteration(Protocol):
+    """Called with the point that an iteration has reached; raises ``StopIteration`` to end the fit."""
+
+    def __call__(self, theta: np.ndarray, decrement: float | None = None, /) -> None:
+        """Take theta (P,) and an estimate of F(theta) − F*, as half the Newton decrement ½ gᵀH⁻¹g is one."""
+        ...
+
+
+Minimize: TypeAlias = Callable[["Objective", np.ndarray, int, AfterIteration], bool]
 """``minimize(objective, theta, max_iter, after_iteration) -> stalled``; see :class:`Solver`."""
 
 
@@ -27,8 +36,9 @@ class Solver:
             the value and the gradient at theta (P,), both float64; ``objective.hessian(theta)`` is the
             Hessian there, an operator as in ``xent.curvature``. ``after_iteration(theta)`` is to be called
             after each of at most ``max_iter`` iterations; the ``StopIteration`` that it raises ends the fit,
-            and may be let through. Returns True where the arithmetic resolves no further decrease, False
-            otherwise.
+            and may be let through. Its second argument, where a solver has one, is an estimate of how far
+            the value is above its minimum; without it the duality gap alone ends a fit. Returns True
+            where the arithmetic resolves no further decrease, False otherwise.
         class_parallel: whether it works where processes share the classes, which have no Hessian.
         precise: whether it goes on where values of the objective no longer differ; a fit that stalls with
             another solver is then advised to try this one.

@@ -1,43 +1,101 @@
-"""L-BFGS, as SciPy has it, on the objective of ``SoftmaxRegression``."""
+"""L-BFGS on the objective of ``SoftmaxRegression``, from an approximate inverse of its Hessian.
+
+    s = −B g        B: γ·M, corrected by the last pairs (Δθ, Δg)        γ = ΔθᵀΔg / ΔgᵀMΔg
+
+(Nocedal, "Updating quasi-Newton matrices with limited storage", 1980.) M is a preconditioner: features that
+go together, and classes in doubt about different rows, need no pairs to be learnt. Near the minimum ½ gᵀB g
+is an estimate of what is left to gain.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
-from xent.errors import needs
-from xent.linear_model.solvers._registry import Solver
+from xent.linear_model.preconditioner import ClassBlocks, Preconditioner, Whitening
+from xent.linear_model.solvers._line_search import line_search
+from xent.linear_model.solvers._registry import AfterIteration, Solver
 
 if TYPE_CHECKING:
     from xent.linear_model.objective import Objective
 
+PAIRS = 10
+"""Pairs that are kept. 20 need as many iterations on every problem of `benchmarks/fit.py`."""
 
-def lbfgs(
-    objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: Callable[[np.ndarray], None]
-) -> bool:
-    """Minimise from theta; return True where the arithmetic resolves no further decrease."""
-    with needs("probe"):
-        from scipy.optimize import minimize
-    result = minimize(
-        objective,
-        theta,
-        jac=True,
-        method="L-BFGS-B",
-        callback=lambda intermediate_result: after_iteration(intermediate_result.x),
-        # gtol 0: the gradient that tol is about is the one in (W, b), tested after each iteration; ftol is
-        # scikit-learn's, for float32 too: the sum over rows resolves more than one number does,
-        # and a float32 epsilon here ended fits a few percent above the minimum
-        options={
-            "maxiter": max_iter,
-            "maxfun": 50 * max_iter,
-            "maxls": 50,
-            "gtol": 0.0,
-            "ftol": 64 * np.finfo(np.float64).eps,
-        },
-    )
-    return bool(result.status != 1)  # 1: a limit of iterations or evaluations is reached
+FIRST_BLOCKS, LATER = 8, 3
+"""Iterations before class blocks are formed, and how many times as many before they are formed again."""
+
+
+def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: AfterIteration) -> bool:
+    """Minimise from theta (K·(D + 1),); return True where the arithmetic resolves no further decrease."""
+    value, gradient = objective(theta)
+    if not np.isfinite(value):
+        return True
+    whitening = Whitening.of(objective) if Whitening.pays(objective) else None
+    inverse = InverseHessian((objective.n_vectors, objective.n_features + 1), whitening)
+    blocks_at = FIRST_BLOCKS if whitening is not None and ClassBlocks.fit_in_memory(objective) else max_iter
+    step = -inverse(gradient)
+    for iteration in range(1, max_iter + 1):
+        found = line_search(objective, theta, step, value, gradient)
+        if found is None and inverse.pairs:  # which may lead astray where the objective is not quadratic
+            inverse.pairs.clear()
+            found = line_search(objective, theta, -inverse(gradient), value, gradient)
+        if found is None:
+            return True
+        before, slope = theta, gradient
+        theta, _ = found
+        value, gradient = objective(theta)
+        inverse.learn(theta - before, gradient - slope)
+        if iteration == blocks_at:
+            assert whitening is not None
+            inverse.base = ClassBlocks.of(objective, whitening.second_moment, theta)
+            blocks_at *= LATER
+        step = -inverse(gradient)
+        after_iteration(theta, -0.5 * float(gradient @ step))
+    return False
+
+
+class InverseHessian:
+    """B, as the product with a vector (P,), P = K·(D + 1).
+
+    Args:
+        shape: (K, D + 1) of theta.
+        base: M, a function of (K, D + 1) of float32; None is the identity.
+    """
+
+    def __init__(self, shape: tuple[int, int], base: Preconditioner | None) -> None:
+        self.shape, self.base = shape, base
+        self.pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=PAIRS)  # Δθ, Δg, ΔθᵀΔg
+
+    def learn(self, moved: np.ndarray, bent: np.ndarray) -> None:
+        """Add Δθ and Δg, where the gradient resolves the curvature between the two points."""
+        curvature = float(moved @ bent)
+        if curvature > 1e-12 * float(np.linalg.norm(moved) * np.linalg.norm(bent)):
+            self.pairs.append((moved, bent, curvature))
+
+    def __call__(self, gradient: np.ndarray) -> np.ndarray:
+        """Return B·gradient, by the two loops over the pairs."""
+        left, shares = gradient.copy(), []
+        for moved, bent, curvature in reversed(self.pairs):
+            shares.append(float(moved @ left) / curvature)
+            left -= shares[-1] * bent
+        made = self._of_base(left)
+        if self.pairs:
+            _, bent, curvature = self.pairs[-1]
+            made *= curvature / float(bent @ self._of_base(bent))
+        for (moved, bent, curvature), share in zip(self.pairs, reversed(shares), strict=True):
+            made += (share - float(bent @ made) / curvature) * moved
+        return made
+
+    def _of_base(self, vector: np.ndarray) -> np.ndarray:
+        if self.base is None:
+            return vector.copy()
+        size = float(np.abs(vector).max()) or 1.0  # a small gradient leaves the range of float32
+        scaled = torch.from_numpy((vector / size).reshape(self.shape)).float()
+        return self.base(scaled).double().mul_(size).numpy().ravel()
 
 
 LBFGS = Solver("lbfgs", lbfgs)

@@ -4,10 +4,9 @@
 
 in the solver's variables θ = (V | c), on standardised features. The forcing term η makes early
 steps cheap and late ones exact, so that the gradient falls superlinearly. Near the minimum two objectives no
-longer differ by a resolved number, and the line search goes by slopes alone (Hager and Zhang's approximate
-Wolfe condition, "A new conjugate gradient method with guaranteed descent", 2005): this is how a gradient of
-1e-10 is reached, where the decrease is 1e-20. Where rows are so sure that H hardly sees them, far from the
-minimum, a step that does not lead down is taken again with H + μ, μ as large as it must be.
+longer differ by a resolved number, and the line search goes by slopes alone (`_line_search`). Where rows are
+so sure that H hardly sees them, far from the minimum, a step that does not lead down is taken again with
+H + μ, μ as large as it must be.
 
 Of several classes nothing but the penalty fixes what is added to all; steps leave it alone where there is
 none. Two classes are one vector: the first class is pinned, and its block is the whole Hessian. Otherwise
@@ -25,7 +24,8 @@ import torch
 from xent.curvature import _cg
 from xent.curvature._kronecker import HeadKronecker
 from xent.curvature._newton import NewtonSystem, Preconditioner
-from xent.linear_model.solvers._registry import Solver
+from xent.linear_model.solvers._line_search import line_search
+from xent.linear_model.solvers._registry import AfterIteration, Solver
 
 if TYPE_CHECKING:
     from xent.linear_model.objective import Objective
@@ -33,12 +33,10 @@ if TYPE_CHECKING:
 FACTOR = 1 << 12  # rows of a Kronecker factor up to which these precondition
 MOST_PRODUCTS = 1000  # with the Hessian, in one iteration
 LEAST_DAMPING, MOST_DAMPING = 1e-8, 1e4  # of features of deviation 1, whose Hessian is at most ½·D
-SHORTER = 20  # times, before damping is to help
-SUFFICIENT = 1e-4  # of the decrease that the slope promises
 
 
 def newton_cg(
-    objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: Callable[[np.ndarray], None]
+    objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: AfterIteration
 ) -> bool:
     """Minimise from theta (K·(D + 1),); return True where the arithmetic resolves no further decrease."""
     value, gradient = objective(theta)
@@ -51,7 +49,7 @@ def newton_cg(
         while True:
             step = _step(objective, theta, gradient, float(forcing), damping)
             resolved = -float(gradient @ step) > 64 * np.finfo(objective.dtype).eps * abs(value)
-            found, length = _line_search(objective, theta, step, value, gradient)
+            found = line_search(objective, theta, step, value, gradient)
             if found is not None or (not resolved and step.any()) or damping > MOST_DAMPING:
                 break
             damping = max(LEAST_DAMPING, 100 * damping)
@@ -62,13 +60,14 @@ def newton_cg(
             slow = slow + 1 if objective.gradient_norm > norm / 2 else 0
             if objective.gradient_norm >= norm or slow == 3:
                 return True
+        theta, length = found
+        decrement = -0.5 * float(gradient @ step)
         if length < 0.01:
             damping = max(LEAST_DAMPING, 10 * damping)
         elif length == 1.0:
             damping = damping / 10 if damping > LEAST_DAMPING else 0.0
-        theta = found
         value, gradient = objective(theta)
-        after_iteration(theta)
+        after_iteration(theta, decrement)  # of the point before: the next is no farther from the minimum
     return False
 
 
@@ -100,29 +99,6 @@ def _preconditioner(classes: int, columns: int) -> Preconditioner:
     if classes == 1:
         return "class-blocks"  # the Hessian itself
     return "kronecker" if max(classes, columns) <= FACTOR else "diagonal"
-
-
-def _line_search(
-    objective: Objective, theta: np.ndarray, step: np.ndarray, value: float, gradient: np.ndarray
-) -> tuple[np.ndarray | None, float]:
-    """Return θ + α·s and α, 1 or as much smaller as it takes; None where nothing lies lower."""
-    slope = float(gradient @ step)
-    if not slope < 0:
-        return None, 0.0
-    rounding = 8 * np.finfo(objective.dtype).eps * abs(value)
-    length = 1.0
-    for _ in range(SHORTER):
-        there = theta + length * step
-        now, ahead = objective(there)
-        now_slope = float(ahead @ step)
-        lower = now <= value + SUFFICIENT * length * slope
-        flat = now <= value + rounding and now_slope <= (1 - 2 * SUFFICIENT) * -slope
-        if lower or flat:
-            return there, length
-        # where the slope, if it is linear in between, vanishes
-        bent = slope / (slope - now_slope) if now_slope > slope else 0.5
-        length *= min(0.5, max(0.1, bent))
-    return None, 0.0
 
 
 NEWTON_CG = Solver(

@@ -1,0 +1,181 @@
+"""Approximate inverses of the Hessian, with which L-BFGS begins: from the features alone, then from the rows.
+
+At W = 0 every row has p = 1/C, and the Hessian of the mean loss is exactly
+
+    H = (I − 11ᵀ/C)/C ⊗ A + λ/σ²            A = Σ_n m_n x̃_n x̃_nᵀ / Σ_n m_n,   x̃ = ((x − μ)/σ, 1)
+
+(`Whitening`). Away from it a class sees the rows that are in doubt about it, and other classes other rows:
+
+    H_cc = Σ_n m_n p_nc (1 − p_nc) x̃_n x̃_nᵀ / Σ_n m_n + λ/σ²
+
+(`ClassBlocks`: the largest terms of each sum as they are, the rest as their weight times A). Both are formed
+from a sample of the rows, in float32: an approximate inverse costs iterations, not digits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xent.linear_model.row_source import BLOCK, slices, standardise
+
+if TYPE_CHECKING:
+    from xent.linear_model.objective import Objective
+
+SAMPLE = 1 << 24
+"""Numbers of a sample's features, and of its probabilities, at most: 64 MiB of float32 each."""
+
+BLOCKS = 1 << 26
+"""Numbers of the inverses of all class blocks, at most: 256 MiB of float32."""
+
+WIDEST = 1 << 12
+"""Features up to which a (D, D) inverse is formed."""
+
+ROWS = 16
+"""Rows of which the second moment is formed, in multiples of D."""
+
+TERMS = 2
+"""Terms of a class block that are formed as they are, in multiples of D."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Rows that stand for all, evenly spaced: standardised features and a column of ones, and masses."""
+
+    x: Tensor  # (n, D + 1) float32
+    mass: Tensor  # (n,), of mean 1 over all rows of the source
+
+
+Preconditioner: TypeAlias = Callable[[Tensor], Tensor]
+"""A symmetric positive map of (K, D + 1), in float32."""
+
+
+class Whitening:
+    """The inverse of the Hessian at W = 0."""
+
+    def __init__(self, objective: Objective, sample: Sample) -> None:
+        self.binary = objective.binary
+        h = 1 / 4 if self.binary else 1 / objective.n_vectors
+        self.ridge = ridge(objective)
+        self.second_moment = ((sample.x * sample.mass[:, None]).t() @ sample.x).div_(len(sample.x))  # A
+        self.inverse = inverted(h * self.second_moment, self.ridge)
+
+    @staticmethod
+    def pays(objective: Objective) -> bool:
+        """Return whether it is worth its cost: not where features are more than half as many as the rows.
+
+        The penalty alone fixes most of W then. Rows of several processes have no common sample.
+        """
+        n_rows, n_features = objective.rows.source.shape
+        return n_features <= WIDEST and n_rows >= 2 * n_features and objective.ranks.size == 1
+
+    @classmethod
+    def of(cls, objective: Objective) -> Whitening:
+        """Return it from some rows."""
+        return cls(objective, sample_of(objective, ROWS * (objective.n_features + 1)))
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Return the inverse times (K, D + 1)."""
+        if self.binary:
+            return gradient @ self.inverse
+        common = gradient.mean(0)  # which moves no probability: the penalty alone resists
+        resisting = torch.where(self.ridge > 0, self.ridge, torch.inf)
+        return (gradient - common) @ self.inverse + common / resisting
+
+
+class ClassBlocks:
+    """The inverses of the diagonal blocks of the Hessian at θ, one a class."""
+
+    @staticmethod
+    def fit_in_memory(objective: Objective) -> bool:
+        """Return whether they are few and small enough to be formed."""
+        return objective.n_vectors * (objective.n_features + 1) ** 2 <= BLOCKS
+
+    @classmethod
+    def of(cls, objective: Objective, second_moment: Tensor, theta: np.ndarray) -> ClassBlocks:
+        """Return those at theta (K·(D + 1),); the second moment is A."""
+        most = SAMPLE // max(objective.n_features + 1, objective.n_vectors)
+        return cls(objective, sample_of(objective, most), second_moment, theta)
+
+    def __init__(
+        self, objective: Objective, sample: Sample, second_moment: Tensor, theta: np.ndarray
+    ) -> None:
+        self.workers = objective.workers
+        at = torch.from_numpy(theta.reshape(objective.n_vectors, -1)).float()
+        curvature = torch.empty(len(at), len(sample.x))  # (K, n) m·p(1 − p)
+        ridges, terms = ridge(objective), min(TERMS * sample.x.shape[1], len(sample.x))
+
+        def of_rows(rows: slice) -> None:
+            p = at @ sample.x[rows].t()
+            p = p.sigmoid_() if objective.binary else torch.softmax(p, 0, out=p)
+            torch.mul(p, 1 - p, out=curvature[:, rows]).mul_(sample.mass[rows])
+
+        def of_class(weight: Tensor, out: Tensor) -> None:  # (n,), (D + 1, D + 1)
+            largest, rows = weight.topk(terms, sorted=False)
+            x = sample.x[rows]
+            block = (x * largest[:, None]).t() @ x
+            block += second_moment * (weight.sum() - largest.sum()).clamp(min=0)
+            out.copy_(inverted(block / len(sample.x), ridges))
+
+        def of_classes(classes: slice) -> Tensor:
+            inverses = torch.empty(classes.stop - classes.start, *second_moment.shape)
+            for weight, out in zip(curvature[classes], inverses, strict=True):
+                of_class(weight, out)
+            return inverses
+
+        for _ in self.workers.map(of_rows, slices(sample.x.shape, BLOCK)):
+            pass
+        self.groups = self.workers.shares(len(at), 0)
+        self.inverses = list(self.workers.map(of_classes, self.groups))
+
+    def __call__(self, gradient: Tensor) -> Tensor:
+        """Return the inverse times (K, D + 1)."""
+
+        def of_classes(group: tuple[slice, Tensor]) -> Tensor:
+            classes, inverses = group  # symmetric, and faster with the vector on the left
+            return torch.bmm(gradient[classes].unsqueeze(1), inverses).squeeze(1)
+
+        return torch.cat(list(self.workers.map(of_classes, zip(self.groups, self.inverses, strict=True))))
+
+
+def ridge(objective: Objective) -> Tensor:
+    """Return λ/σ² of the weights and 0 of the intercept, (D + 1,)."""
+    of_weights = torch.from_numpy(objective.penalty / objective.scale**2)
+    return torch.cat([of_weights, of_weights.new_zeros(1)]).float()
+
+
+def inverted(block: Tensor, ridges: Tensor) -> Tensor:
+    """Return the inverse of a positive semidefinite block + diag(ridges), with as much more as it takes."""
+    block = block.clone()
+    diagonal = block.diagonal()
+    least = 1e-6 * float(diagonal.mean()) + torch.finfo(block.dtype).tiny
+    diagonal += ridges
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(block)
+        if not failed:
+            return torch.cholesky_inverse(factor)
+        diagonal += least
+        least *= 10
+
+
+def sample_of(objective: Objective, most: int) -> Sample:
+    """Return at most as many rows of this process."""
+    source = objective.rows.source
+    n_rows, n_features = source.shape
+    chosen = np.linspace(0, n_rows - 1, min(n_rows, most)).round().astype(np.int64)
+    x = np.ones((len(chosen), n_features + 1), np.float32)
+    done = 0
+    for rows, features in source.chunks():
+        stop = int(np.searchsorted(chosen, rows.stop))
+        for part in slices((stop - done, n_features), BLOCK):
+            here = slice(done + part.start, done + part.stop)
+            picked = features[chosen[here] - rows.start]
+            x[here, :-1] = standardise(picked, objective.mean, objective.scale)
+        done = stop
+    mass = objective.mass[chosen] * (n_rows / objective.total)
+    return Sample(torch.from_numpy(x), torch.from_numpy(mass).float())
