@@ -56,7 +56,7 @@ def test_either_solver_finds_the_same(tmp_path):
     losses = []
     for solver in ("lbfgs", "newton-cg"):
         done = run(
-            "fit", "f.csv", "--label", "kind", "--exclude", "id", "--solver", solver, "--tol", 1e-7, "--json"
+            "fit", "f.csv", "--label", "kind", "--exclude", "id", "--solver", solver, "--tol", 1e-11, "--json"
         )
         said = json.loads(done.stdout)
         assert said["settings"]["solver"] == solver
@@ -178,8 +178,11 @@ def test_not_converged_is_said(tmp_path):
 @pytest.mark.parametrize(
     ("options", "ways"),
     [
-        ([], "--solver newton-cg, a larger --l2 or a larger --tol"),
-        (["--no-standardize"], "--solver newton-cg, --standardize, a larger --l2 or a larger --tol"),
+        (["--solver", "lbfgs"], "--solver newton-cg, a larger --l2 or a larger --tol"),
+        (
+            ["--solver", "lbfgs", "--no-standardize"],
+            "--solver newton-cg, --standardize, a larger --l2 or a larger --tol",
+        ),
         (["--solver", "newton-cg"], "a larger --l2 or a larger --tol"),
         (
             ["--solver", "newton-cg", "--no-standardize"],

@@ -20,7 +20,7 @@ from xent.linear_model.softmax_regression import Progress, SoftmaxRegression
 LOADERS = {"digits": load_digits, "iris": load_iris, "wine": load_wine, "breast_cancer": load_breast_cancer}
 # many fits below ask for more than the arithmetic resolves, to come as close as it can
 pytestmark = pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-TIGHT = {"tol": 1e-10, "max_iter": 20_000}
+TIGHT = {"tol": 1e-10, "max_iter": 20_000, "stopping": "gradient"}
 
 
 def load(name: str, standardised: bool = True):
@@ -74,7 +74,7 @@ def test_strength_of_the_penalty(C):
 
 def test_without_intercept():
     X, y = load("wine")
-    ours = SoftmaxRegression(fit_intercept=False, tol=1e-8).fit(X, y)
+    ours = SoftmaxRegression(fit_intercept=False, tol=1e-8, stopping="gradient").fit(X, y)
     peer = LogisticRegression(fit_intercept=False, tol=1e-10, max_iter=2000).fit(X, y)
     np.testing.assert_allclose(ours.coef_, peer.coef_, atol=1e-5)
     assert (ours.intercept_ == 0).all()
@@ -82,7 +82,7 @@ def test_without_intercept():
 
 def test_tol_bounds_the_gradient_as_in_scikit_learn():
     X, y = load("iris", standardised=False)
-    model = SoftmaxRegression(tol=1e-3).fit(X, y)
+    model = SoftmaxRegression(tol=1e-3, stopping="gradient").fit(X, y)
     p = model.predict_proba(X)
     p[np.arange(len(y)), y] -= 1
     to_W = p.T @ X / len(X) + model.coef_ / len(X)
@@ -97,8 +97,10 @@ def test_tol_bounds_the_gradient_as_in_scikit_learn():
 def test_weights_equal_repetition():
     X, y = load("iris")
     times = np.random.default_rng(0).integers(0, 4, len(X))
-    weighted = SoftmaxRegression(tol=1e-9).fit(X, y, sample_weight=times)
-    repeated = SoftmaxRegression(tol=1e-9).fit(np.repeat(X, times, axis=0), np.repeat(y, times))
+    weighted = SoftmaxRegression(tol=1e-9, stopping="gradient").fit(X, y, sample_weight=times)
+    repeated = SoftmaxRegression(tol=1e-9, stopping="gradient").fit(
+        np.repeat(X, times, axis=0), np.repeat(y, times)
+    )
     np.testing.assert_allclose(weighted.coef_, repeated.coef_, atol=1e-6)
     np.testing.assert_allclose(weighted.loss_curve_[-1], repeated.loss_curve_[-1], rtol=1e-12)
 
@@ -107,7 +109,7 @@ def test_weights_equal_repetition():
 def test_class_weight_as_in_scikit_learn(class_weight):
     X, y = load("iris")
     X, y = X[20:], y[20:]  # uneven classes
-    ours = SoftmaxRegression(class_weight=class_weight, tol=1e-9).fit(X, y)
+    ours = SoftmaxRegression(class_weight=class_weight, tol=1e-9, stopping="gradient").fit(X, y)
     peer = LogisticRegression(class_weight=class_weight, tol=1e-10, max_iter=2000).fit(X, y)
     np.testing.assert_allclose(ours.coef_, peer.coef_, atol=1e-5)
 
@@ -117,8 +119,10 @@ def test_one_hot_labels_equal_hard_labels(class_weight):
     X, y = load("iris")
     X, y = X[20:], y[20:]
     weight = np.random.default_rng(0).uniform(0.5, 2, len(X))
-    hard = SoftmaxRegression(class_weight=class_weight, tol=1e-9).fit(X, y, weight)
-    soft = SoftmaxRegression(class_weight=class_weight, tol=1e-9).fit(X, np.eye(3)[y], weight)
+    hard = SoftmaxRegression(class_weight=class_weight, tol=1e-9, stopping="gradient").fit(X, y, weight)
+    soft = SoftmaxRegression(class_weight=class_weight, tol=1e-9, stopping="gradient").fit(
+        X, np.eye(3)[y], weight
+    )
     np.testing.assert_allclose(soft.coef_, hard.coef_, atol=1e-7)
     assert soft.score(X, np.eye(3)[y], weight) == pytest.approx(hard.score(X, y, weight))
 
@@ -128,21 +132,23 @@ def test_a_soft_label_is_its_classes_weighted():
     T = (
         np.random.default_rng(0).dirichlet(np.ones(3), len(X)) * np.linspace(0, 2, len(X))[:, None]
     )  # any mass
-    soft = SoftmaxRegression(tol=1e-9).fit(X, T)
-    rows = SoftmaxRegression(tol=1e-9).fit(np.tile(X, (3, 1)), np.repeat(np.arange(3), len(X)), T.T.ravel())
+    soft = SoftmaxRegression(tol=1e-9, stopping="gradient").fit(X, T)
+    rows = SoftmaxRegression(tol=1e-9, stopping="gradient").fit(
+        np.tile(X, (3, 1)), np.repeat(np.arange(3), len(X)), T.T.ravel()
+    )
     np.testing.assert_allclose(soft.coef_, rows.coef_, atol=1e-6)
     assert soft.loss_curve_[-1] == pytest.approx(rows.loss_curve_[-1], rel=1e-12)
 
 
 def test_two_classes_are_one_vector():
     X, y = load("breast_cancer")
-    ours = SoftmaxRegression(tol=1e-8).fit(X, y)
+    ours = SoftmaxRegression(tol=1e-8, stopping="gradient").fit(X, y)
     peer = LogisticRegression(tol=1e-10, max_iter=2000).fit(X, y)
     assert ours.coef_.shape == (1, X.shape[1])
     assert ours.intercept_.shape == (1,)
     assert ours.decision_function(X).shape == (len(X),)
     np.testing.assert_allclose(ours.coef_, peer.coef_, atol=1e-4)
-    soft = SoftmaxRegression(tol=1e-8).fit(X, np.eye(2)[y])
+    soft = SoftmaxRegression(tol=1e-8, stopping="gradient").fit(X, np.eye(2)[y])
     np.testing.assert_allclose(soft.coef_, ours.coef_, atol=1e-6)
 
 
@@ -153,8 +159,8 @@ def test_two_classes_are_one_vector():
 )
 def test_labels_of_any_type(rename):
     X, y = load("iris")
-    plain = SoftmaxRegression(tol=1e-8).fit(X, y)
-    renamed = SoftmaxRegression(tol=1e-8).fit(X, rename[y])
+    plain = SoftmaxRegression(tol=1e-8, stopping="gradient").fit(X, y)
+    renamed = SoftmaxRegression(tol=1e-8, stopping="gradient").fit(X, rename[y])
     np.testing.assert_array_equal(renamed.classes_, np.unique(rename))
     np.testing.assert_array_equal(renamed.predict(X), rename[plain.predict(X)])
 
@@ -194,7 +200,7 @@ def test_warm_start_goes_on_where_it_was():
     whole = SoftmaxRegression(warm_start=True).fit(X, y)
     end = whole.loss_curve_[-1]
     whole.fit(X, y)
-    assert whole.n_iter_ <= 1
+    assert whole.n_iter_ <= 3  # until the solver knows the curvature again
     assert whole.loss_curve_[0] == pytest.approx(end, rel=1e-12)
     with pytest.raises(ValueError, match="warm_start=False"):
         whole.fit(X[:, :5], y)
@@ -216,13 +222,13 @@ ENDS = {  # options, type of the features, why it ends and what helps
         "max_iter is reached; raise max_iter or tol",
     ),
     "stalled": (
-        {"tol": 1e-14},
+        {"tol": 0, "solver": "lbfgs"},
         float,
         'the arithmetic resolves no further decrease; try solver="newton-cg", standardised features, '
         "a smaller C or a larger tol",
     ),
     "stalled in float32": (
-        {"tol": 1e-14},
+        {"tol": 0, "solver": "lbfgs"},
         np.float32,
         'the arithmetic resolves no further decrease; try solver="newton-cg", standardised features, '
         "a smaller C or a larger tol, or pass float64 features",
@@ -265,21 +271,20 @@ def test_features_that_leave_the_range_are_the_reason(solver):
 def test_what_is_advised_helps():
     """Each way out, taken alone, ends a fit that had stalled."""
     X, y = load("wine", standardised=False)
-    stalled = {"C": 1e3, "tol": 1e-5, "max_iter": 10**4}
+    stalled = {"C": 1e3, "tol": 1e-9, "max_iter": 10**4, "stopping": "gradient", "solver": "lbfgs"}
     assert not SoftmaxRegression(**stalled).fit(X.astype(np.float32), y).converged_
     assert SoftmaxRegression(**stalled).fit(X, y).converged_
     assert SoftmaxRegression(**{**stalled, "tol": 0.1}).fit(X.astype(np.float32), y).converged_
-    hard = {"tol": 1e-10, "max_iter": 10**4}
-    assert not SoftmaxRegression(**hard).fit(X, y).converged_
-    assert SoftmaxRegression(**hard, solver="newton-cg").fit(X, y).converged_
 
 
 def test_converged_means_that_the_gradient_is_within_tol():
     X, y = load("digits", standardised=False)
     with pytest.warns(ConvergenceWarning, match="resolves no further decrease.*or pass float64 features"):
-        single = SoftmaxRegression(C=100, tol=1e-10, max_iter=5000).fit(X.astype(np.float32), y)
+        single = SoftmaxRegression(C=100, tol=1e-10, stopping="gradient", max_iter=5000).fit(
+            X.astype(np.float32), y
+        )
     assert not single.converged_
-    double = SoftmaxRegression(C=100, tol=1e-6, max_iter=5000).fit(X, y)
+    double = SoftmaxRegression(C=100, tol=1e-6, stopping="gradient", max_iter=5000).fit(X, y)
     assert double.converged_
     assert objective(single, X, y, 100) == pytest.approx(objective(double, X, y, 100), rel=1e-3)
 
@@ -324,7 +329,10 @@ def test_interrupting_keeps_the_last_iteration():
 def test_verbose_prints_the_iterations(capsys):
     X, y = load("iris")
     SoftmaxRegression(verbose=1).fit(X, y)
-    assert capsys.readouterr().out.startswith("iteration 1: objective ")
+    solver, threads, first, *_ = capsys.readouterr().out.splitlines()
+    assert solver.startswith("solver lbfgs: first-order passes, features decorrelated")
+    assert threads == "1 worker thread: the problem is small"
+    assert first.startswith("iteration 1: objective ")
 
 
 # Newton's method
@@ -341,17 +349,13 @@ def gradient_of(model, X, y, C=1.0):
 @pytest.mark.parametrize("C", [1.0, 1e4])
 @pytest.mark.parametrize("standardised", [True, False], ids=["standardised", "raw"])
 @pytest.mark.parametrize("name", ["digits", "wine"])
-def test_newton_goes_on_where_lbfgs_stalls(name, standardised, C):
+def test_newton_goes_on_where_values_no_longer_differ(name, standardised, C):
     X, y = load(name, standardised)
-    model = SoftmaxRegression(C, solver="newton-cg", tol=1e-10, max_iter=40).fit(X, y)
+    model = SoftmaxRegression(C, solver="newton-cg", tol=1e-10, stopping="gradient", max_iter=40).fit(X, y)
     assert model.converged_
     assert model.gradient_norm_ <= 1e-10
     assert gradient_of(model, X, y, C) <= 2e-10
     assert (np.diff(model.loss_curve_) < 1e-14).all()
-    if C == 1.0:
-        stalled = SoftmaxRegression(C, **TIGHT).fit(X, y)
-        assert stalled.gradient_norm_ > 1e-9
-        assert model.loss_curve_[-1] <= stalled.loss_curve_[-1]
 
 
 @pytest.mark.parametrize("standardised", [True, False], ids=["standardised", "raw"])
@@ -363,7 +367,7 @@ def test_newton_equals_the_best_of_logistic_regression(name, standardised):
         for solver in ("newton-cholesky", "newton-cg")
     ]
     best = min(peers, key=lambda peer: objective(peer, X, y))
-    ours = SoftmaxRegression(solver="newton-cg", tol=1e-9).fit(X, y)
+    ours = SoftmaxRegression(solver="newton-cg", tol=1e-9, stopping="gradient").fit(X, y)
     assert ours.converged_
     assert objective(ours, X, y) <= objective(best, X, y) * (1 + 1e-13)
     np.testing.assert_allclose(ours.predict_proba(X), best.predict_proba(X), atol=1e-5)
@@ -379,7 +383,7 @@ def test_newton_finds_what_lbfgs_finds(kind, fit_intercept):
         y = rng.dirichlet(np.ones(classes), len(X)) * np.linspace(0, 2, len(X))[:, None]
     weight = rng.integers(0, 3, len(X)) if kind == "weighted" else None
     options = {"fit_intercept": fit_intercept, "class_weight": "balanced" if kind == "balanced" else None}
-    ours = SoftmaxRegression(solver="newton-cg", tol=1e-11, **options).fit(X, y, weight)
+    ours = SoftmaxRegression(solver="newton-cg", tol=1e-11, stopping="gradient", **options).fit(X, y, weight)
     peer = SoftmaxRegression(**TIGHT, **options).fit(X, y, weight)
     assert ours.converged_
     assert ours.coef_.shape == peer.coef_.shape
@@ -391,7 +395,7 @@ def test_newton_finds_what_lbfgs_finds(kind, fit_intercept):
 @pytest.mark.parametrize("C", [1.0, np.inf])
 def test_newton_fixes_the_gauge(C):
     X, y = load("iris")
-    model = SoftmaxRegression(C, solver="newton-cg", tol=1e-9).fit(X, y)
+    model = SoftmaxRegression(C, solver="newton-cg", tol=1e-9, stopping="gradient").fit(X, y)
     assert model.converged_
     assert abs(model.intercept_.sum()) < 1e-9
     assert np.abs(model.coef_.sum(axis=0)).max() < (1e-6 if np.isfinite(C) else 1e-11)
@@ -400,7 +404,7 @@ def test_newton_fixes_the_gauge(C):
 def test_newton_of_two_classes_solves_each_system_at_once():
     """The preconditioner is the Hessian: as many products as iterations, and few of either."""
     X, y = load("breast_cancer", standardised=False)
-    model = SoftmaxRegression(solver="newton-cg", tol=1e-10).fit(X, y)
+    model = SoftmaxRegression(solver="newton-cg", tol=1e-10, stopping="gradient").fit(X, y)
     assert model.converged_
     assert model.n_iter_ < 15
 
@@ -408,7 +412,7 @@ def test_newton_of_two_classes_solves_each_system_at_once():
 @pytest.mark.parametrize("name", ["wine", "breast_cancer"])
 def test_newton_comes_back_from_a_start_that_is_sure_and_wrong(name):
     X, y = load(name)
-    model = SoftmaxRegression(solver="newton-cg", tol=1e-9, warm_start=True).fit(X, y)
+    model = SoftmaxRegression(solver="newton-cg", tol=1e-9, stopping="gradient", warm_start=True).fit(X, y)
     right = model.coef_.copy()
     model.coef_ = -100 * right
     model.fit(X, y)
@@ -421,11 +425,13 @@ def test_newton_comes_back_from_a_start_that_is_sure_and_wrong(name):
 def test_newton_says_when_the_arithmetic_ends():
     X, y = load("wine")
     with pytest.warns(ConvergenceWarning, match="resolves no further decrease"):
-        double = SoftmaxRegression(solver="newton-cg", tol=0.0).fit(X, y)
+        double = SoftmaxRegression(solver="newton-cg", tol=0.0, stopping="gradient").fit(X, y)
     assert double.gradient_norm_ < 1e-14
     assert double.n_iter_ < 20
     with pytest.warns(ConvergenceWarning, match="or pass float64 features"):
-        single = SoftmaxRegression(solver="newton-cg", tol=1e-12).fit(X.astype(np.float32), y)
+        single = SoftmaxRegression(solver="newton-cg", tol=1e-12, stopping="gradient").fit(
+            X.astype(np.float32), y
+        )
     assert single.coef_.dtype == np.float32
     assert single.gradient_norm_ < 1e-6
     np.testing.assert_allclose(single.coef_, double.coef_, atol=1e-4)
@@ -446,7 +452,7 @@ def test_newton_is_watched_and_stopped_like_lbfgs(capsys):
         model.fit(X, y, callback=watch)
     assert [now.iteration for now in seen] == [1, 2, 3]
     np.testing.assert_array_equal(model.coef_, seen[-1].coef)
-    assert capsys.readouterr().out.startswith("iteration 1: objective ")
+    assert capsys.readouterr().out.startswith("solver newton-cg: asked for\n")
     with pytest.warns(ConvergenceWarning, match="max_iter is reached"):
         assert SoftmaxRegression(solver="newton-cg", max_iter=2).fit(X, y).n_iter_ == 2
 

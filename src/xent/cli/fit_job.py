@@ -74,7 +74,7 @@ class Gap:
 
 @dataclasses.dataclass(frozen=True)
 class How:
-    """What was chosen for a fit, and why."""
+    """The choices made for a fit, and the reason."""
 
     name: str  # of the solver
     why: str

@@ -24,7 +24,7 @@ SAFETY = 10.0
 estimate, 2 to 5 mostly, while it is above 1e-5 of the objective (`tests/linear_model/test_descent.py`)."""
 
 FLOOR = 1e-3
-"""Of the loss log C of knowing nothing: objectives below it count as this large."""
+"""Share of log C, the loss of knowing nothing; an objective below it counts as this large."""
 
 STOPPING = ("objective", "gradient")
 

@@ -22,9 +22,17 @@ from xent._processes.group import Share
 from xent._processes.leader import Leader
 from xent.linear_model.hessian import HessianSums, SummedHessian
 from xent.linear_model.row_pass import RowPass
-from xent.linear_model.row_source import BLOCK, Chunk, LabelledRows, slices, standardised
+from xent.linear_model.row_source import BLOCK, Chunk, LabelledRows, slices, standardise, standardised
 from xent.linear_model.workers import Workers
 from xent.losses._cross_entropy import linear_cross_entropy
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Rows that stand for all, evenly spaced: standardised features and a column of ones, and masses."""
+
+    x: Tensor  # (n, D + 1) float32
+    mass: Tensor  # (n,), of mean 1 over all rows of all ranks
 
 
 class Objective:
@@ -60,18 +68,16 @@ class Objective:
         n_rows, self.n_features = rows.source.shape
         self.binary = n_classes == 2
         self.n_classes, self.n_vectors = n_classes, 1 if self.binary else n_classes  # C, K
-        mass = np.ones(n_rows) if rows.weight is None else rows.weight.astype(np.float64)
-        if rows.target.ndim == 2:
-            mass = mass * rows.target.sum(axis=1, dtype=np.float64)
-        self.mass = mass
-        self.total = float(self.ranks.sum(mass.sum()))
+        self.total = float(self.ranks.sum(sum(self.mass(part).sum() for part in slices((n_rows, 1), BLOCK))))
         if not self.total > 0:
             raise ValueError(
                 "nothing is left to fit: sample_weight times class_weight times label mass sums to 0"
             )
         self.penalty = 1.0 / (C * self.total)  # λ
-        self.mean, self.scale = self._standardisation(mass)
+        self.mean, self.scale = self._standardisation()
+        self.n_rows = int(self.ranks.sum(n_rows if self.ranks.counts else 0))
         self._sums = leader.register(self._loss_and_gradient)
+        self._moments = leader.register(self._own_moments)
         shape = (self.n_vectors, self.n_features + 1)
         self._hessian = HessianSums(self._standardised, shape, self.binary, fit_intercept, self.total, leader)
         self._theta: np.ndarray | None = None
@@ -79,7 +85,7 @@ class Objective:
         self._gradient = np.empty(0)
         self.gradient_norm = self.duality_gap = np.inf  # at the last θ; see `__call__`
 
-    def _standardisation(self, mass: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _standardisation(self) -> tuple[np.ndarray, np.ndarray]:
         """Return μ and σ, (D,) each.
 
         The Hessian's diagonal at W = 0 is h·E[(x_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
@@ -89,21 +95,53 @@ class Objective:
         h = (n_classes - 1) / n_classes**2
         mean, squares = np.zeros(self.n_features), np.zeros(self.n_features)
         if self.fit_intercept:
-            for part, x in self._blocks(mass):
+            for part, x in self._blocks():
                 mean += part @ x
             mean = self.ranks.sum(mean) / self.total
         with np.errstate(over="ignore"):  # a scale that is not finite is replaced below
-            for part, x in self._blocks(mass):
+            for part, x in self._blocks():
                 squares += part @ np.square(x - mean)
             scale = np.sqrt(self.ranks.sum(squares) / self.total + self.penalty / h)
         return mean, np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
 
-    def _blocks(self, mass: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    def mass(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return s·a of some rows, (n,): their weights times the sums of their targets."""
+        target, weight = self.rows.target[rows], self.rows.weight
+        mass = np.ones(len(target)) if weight is None else weight[rows].astype(np.float64)
+        return mass if target.ndim == 1 else mass * target.sum(axis=1, dtype=np.float64)
+
+    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield the masses (n,) and the features (n, D) of some rows at a time."""
         for rows, x in self.rows.source.chunks():
-            own = mass[rows]
             for block in slices(x.shape, BLOCK):
-                yield own[block], x[block]
+                yield self.mass(slice(rows.start + block.start, rows.start + block.stop)), x[block]
+
+    def second_moment(self, most: int) -> Tensor:
+        """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1) float32, of about as many rows of all ranks."""
+        side = self.n_features + 1
+        return torch.from_numpy(self._moments(np.array([most]))).float().reshape(side, side)
+
+    def _own_moments(self, most: np.ndarray) -> np.ndarray:
+        own, every = len(self.rows.target), max(1, self.n_rows)
+        sample = self.sample(max(1, int(most[0]) * own // every)) if self.ranks.counts else self.sample(0)
+        moments = (sample.x * sample.mass[:, None]).t() @ sample.x
+        return (moments * (own / every / max(1, len(sample.x)))).double().numpy().ravel()
+
+    def sample(self, most: int) -> Sample:
+        """Return at most as many rows of this process."""
+        source = self.rows.source
+        n_rows, n_features = source.shape
+        chosen = np.linspace(0, n_rows - 1, min(n_rows, most)).round().astype(np.int64)
+        x = np.ones((len(chosen), n_features + 1), np.float32)
+        done = 0
+        for rows, features in source.chunks():
+            stop = int(np.searchsorted(chosen, rows.stop))
+            for part in slices((stop - done, n_features), BLOCK):
+                here = slice(done + part.start, done + part.stop)
+                x[here, :-1] = standardise(features[chosen[here] - rows.start], self.mean, self.scale)
+            done = stop
+        mass = self.mass(chosen) * (self.n_rows / self.total)
+        return Sample(torch.from_numpy(x), torch.from_numpy(mass).float())
 
     def _standardised(self) -> LabelledRows:
         """Return the rows as the solver sees them, (x − μ)/σ."""

@@ -14,7 +14,6 @@ from a sample of the rows, in float32: an approximate inverse costs iterations, 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent.linear_model.row_source import BLOCK, slices, standardise
+from xent.linear_model.row_source import BLOCK, slices
 
 if TYPE_CHECKING:
     from xent.linear_model.objective import Objective
@@ -43,14 +42,6 @@ TERMS = 2
 """Terms of a class block that are formed as they are, in multiples of D."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Rows that stand for all, evenly spaced: standardised features and a column of ones, and masses."""
-
-    x: Tensor  # (n, D + 1) float32
-    mass: Tensor  # (n,), of mean 1 over all rows of the source
-
-
 Preconditioner: TypeAlias = Callable[[Tensor], Tensor]
 """A symmetric positive map of (K, D + 1), in float32."""
 
@@ -58,26 +49,20 @@ Preconditioner: TypeAlias = Callable[[Tensor], Tensor]
 class Whitening:
     """The inverse of the Hessian at W = 0."""
 
-    def __init__(self, objective: Objective, sample: Sample) -> None:
+    def __init__(self, objective: Objective) -> None:
         self.binary = objective.binary
         h = 1 / 4 if self.binary else 1 / objective.n_vectors
         self.ridge = ridge(objective)
-        self.second_moment = ((sample.x * sample.mass[:, None]).t() @ sample.x).div_(len(sample.x))  # A
+        self.second_moment = objective.second_moment(ROWS * (objective.n_features + 1))
         self.inverse = inverted(h * self.second_moment, self.ridge)
 
     @staticmethod
     def pays(objective: Objective) -> bool:
         """Return whether it is worth its cost: not where features are more than half as many as the rows.
 
-        The penalty alone fixes most of W then. Rows of several processes have no common sample.
+        The penalty alone fixes most of W then.
         """
-        n_rows, n_features = objective.rows.source.shape
-        return n_features <= WIDEST and n_rows >= 2 * n_features and objective.ranks.size == 1
-
-    @classmethod
-    def of(cls, objective: Objective) -> Whitening:
-        """Return it from some rows."""
-        return cls(objective, sample_of(objective, ROWS * (objective.n_features + 1)))
+        return objective.n_features <= WIDEST and objective.n_rows >= 2 * objective.n_features
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Return the inverse times (K, D + 1)."""
@@ -92,20 +77,14 @@ class ClassBlocks:
     """The inverses of the diagonal blocks of the Hessian at θ, one a class."""
 
     @staticmethod
-    def fit_in_memory(objective: Objective) -> bool:
-        """Return whether they are few and small enough to be formed."""
-        return objective.n_vectors * (objective.n_features + 1) ** 2 <= BLOCKS
+    def pay(objective: Objective) -> bool:
+        """Return whether they are few and small enough to be formed, of rows that one process holds."""
+        numbers = objective.n_vectors * (objective.n_features + 1) ** 2
+        return Whitening.pays(objective) and numbers <= BLOCKS and objective.ranks.size == 1
 
-    @classmethod
-    def of(cls, objective: Objective, second_moment: Tensor, theta: np.ndarray) -> ClassBlocks:
-        """Return those at theta (K·(D + 1),); the second moment is A."""
-        most = SAMPLE // max(objective.n_features + 1, objective.n_vectors)
-        return cls(objective, sample_of(objective, most), second_moment, theta)
-
-    def __init__(
-        self, objective: Objective, sample: Sample, second_moment: Tensor, theta: np.ndarray
-    ) -> None:
+    def __init__(self, objective: Objective, second_moment: Tensor, theta: np.ndarray) -> None:
         self.workers = objective.workers
+        sample = objective.sample(SAMPLE // max(objective.n_features + 1, objective.n_vectors))
         at = torch.from_numpy(theta.reshape(objective.n_vectors, -1)).float()
         curvature = torch.empty(len(at), len(sample.x))  # (K, n) m·p(1 − p)
         ridges, terms = ridge(objective), min(TERMS * sample.x.shape[1], len(sample.x))
@@ -161,21 +140,3 @@ def inverted(block: Tensor, ridges: Tensor) -> Tensor:
             return torch.cholesky_inverse(factor)
         diagonal += least
         least *= 10
-
-
-def sample_of(objective: Objective, most: int) -> Sample:
-    """Return at most as many rows of this process."""
-    source = objective.rows.source
-    n_rows, n_features = source.shape
-    chosen = np.linspace(0, n_rows - 1, min(n_rows, most)).round().astype(np.int64)
-    x = np.ones((len(chosen), n_features + 1), np.float32)
-    done = 0
-    for rows, features in source.chunks():
-        stop = int(np.searchsorted(chosen, rows.stop))
-        for part in slices((stop - done, n_features), BLOCK):
-            here = slice(done + part.start, done + part.stop)
-            picked = features[chosen[here] - rows.start]
-            x[here, :-1] = standardise(picked, objective.mean, objective.scale)
-        done = stop
-    mass = objective.mass[chosen] * (n_rows / objective.total)
-    return Sample(torch.from_numpy(x), torch.from_numpy(mass).float())

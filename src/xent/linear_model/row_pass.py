@@ -26,7 +26,7 @@ FEW = 16
 """Classes below which a tile is laid out classes × rows."""
 
 LEAST = 1e-12
-"""Of p_y. Below it a loss, of 27 nats or more, is measured from the largest logit: nothing cancels."""
+"""Lowest p_y of the formula. Below it a loss, 27 nats or more, is measured from the largest logit."""
 
 
 class RowPass:

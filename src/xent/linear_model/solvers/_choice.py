@@ -33,6 +33,6 @@ def choose(objective: Objective, name: str, tol: float, stopping: str) -> tuple[
 def _preconditioner(objective: Objective) -> str:
     if not Whitening.pays(objective):
         return "scaled feature by feature"
-    if not ClassBlocks.fit_in_memory(objective):
+    if not ClassBlocks.pay(objective):
         return "features decorrelated"
     return "features decorrelated, then the Hessian's block of each class"

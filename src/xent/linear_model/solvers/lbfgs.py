@@ -29,21 +29,26 @@ FIRST_BLOCKS, LATER = 8, 3
 """Iterations before class blocks are formed, and how many times as many before they are formed again."""
 
 
+UNRESOLVED = 10
+"""Iterations without a smaller gradient, where the values of the objective no longer tell a decrease."""
+
+
 def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteration: AfterIteration) -> bool:
     """Minimise from theta (K·(D + 1),); return True where the arithmetic resolves no further decrease."""
     value, gradient = objective(theta)
     if not np.isfinite(value):
         return True
-    whitening = Whitening.of(objective) if Whitening.pays(objective) else None
+    whitening = Whitening(objective) if Whitening.pays(objective) else None
     inverse = InverseHessian((objective.n_vectors, objective.n_features + 1), whitening)
-    blocks_at = FIRST_BLOCKS if whitening is not None and ClassBlocks.fit_in_memory(objective) else max_iter
+    blocks_at = FIRST_BLOCKS if ClassBlocks.pay(objective) else 0
+    best, since = objective.gradient_norm, 0
     step = -inverse(gradient)
     for iteration in range(1, max_iter + 1):
         found = line_search(objective, theta, step, value, gradient)
         if found is None and inverse.pairs:  # which may lead astray where the objective is not quadratic
             inverse.pairs.clear()
             found = line_search(objective, theta, -inverse(gradient), value, gradient)
-        if found is None:
+        if found is None or since > UNRESOLVED:
             return True
         before, slope = theta, gradient
         theta, _ = found
@@ -51,10 +56,14 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
         inverse.learn(theta - before, gradient - slope)
         if iteration == blocks_at:
             assert whitening is not None
-            inverse.base = ClassBlocks.of(objective, whitening.second_moment, theta)
+            inverse.base = ClassBlocks(objective, whitening.second_moment, theta)
             blocks_at *= LATER
         step = -inverse(gradient)
-        after_iteration(theta, -0.5 * float(gradient @ step))
+        decrement = -0.5 * float(gradient @ step)
+        resolved = decrement > 64 * np.finfo(objective.dtype).eps * abs(value)
+        since = 0 if resolved or objective.gradient_norm < 0.9 * best else since + 1
+        best = min(best, objective.gradient_norm)
+        after_iteration(theta, decrement)
     return False
 
 
