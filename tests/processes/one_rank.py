@@ -22,7 +22,18 @@ from click.testing import CliRunner
 
 from xent.cli import commands, fit, fit_job
 from xent.linear_model.objective import Objective
+from xent.linear_model.solvers import Solver, register_solver
 from xent.report import evaluation
+
+
+def endless(objective, theta, max_iter, after_iteration):
+    """Go down a little, again and again: a solver that ends only when it is stopped."""
+    while True:
+        theta = theta - 0.1 * objective(theta)[1]
+        after_iteration(theta)
+
+
+register_solver(Solver("endless", endless))
 
 
 def run(job: dict) -> dict:

@@ -63,9 +63,9 @@ def same_predictions(many: Path, one: Path, rtol: float) -> None:
 GRADIENT = ("--stopping", "gradient")
 
 FITS = {  # name: arguments, the tolerance of the objective
-    "lbfgs": (["a.parquet", "--label", "kind", "--tol", 1e-9, *GRADIENT], 1e-9),
-    "newton": (["a.csv", "--label", "kind", "--solver", "newton-cg", "--tol", 1e-9, *GRADIENT], 1e-9),
-    "float32": (["X.npy", "--label", "y.npy", "--l2", 3, "--tol", 1e-8], 1e-5),
+    "lbfgs": (["a.parquet", "--label", "kind", "--tol", 1e-10, *GRADIENT], 1e-9),
+    "newton": (["a.csv", "--label", "kind", "--solver", "newton-cg", "--tol", 1e-10, *GRADIENT], 1e-9),
+    "float32": (["X.npy", "--label", "y.npy", "--l2", 3, "--tol", 1e-10], 1e-5),
     "fewer rows than ranks": (
         ["few.npz", "--label", "y", "--validation", 0, "--tol", 1e-10, *GRADIENT],
         1e-9,
@@ -75,11 +75,11 @@ FITS = {  # name: arguments, the tolerance of the objective
         1e-9,
     ),
     "classes spread": (
-        ["a.parquet", "--label", "kind", "--class-parallel", 3, "--tol", 1e-9, *GRADIENT],
+        ["a.parquet", "--label", "kind", "--class-parallel", 3, "--tol", 1e-10, *GRADIENT],
         1e-9,
     ),
     "raw": (
-        ["a.parquet", "--label", "kind", "--no-standardize", "--seed", 5, "--tol", 1e-9, *GRADIENT],
+        ["a.parquet", "--label", "kind", "--no-standardize", "--seed", 5, "--tol", 1e-10, *GRADIENT],
         1e-9,
     ),
 }
@@ -109,7 +109,7 @@ def three_ranks(folder: Path) -> Runs:
     spread = ["--class-parallel", 3, "--out", "bad"]
     runs.add("few classes", "fit", "few.npz", "--label", "y", "--validation", 0, *spread)
     runs.add("newton spread", "fit", "a.csv", "--label", "kind", "--solver", "newton-cg", *spread)
-    endless = ["fit", "a.parquet", "--label", "kind", "--l2", 1e-9, "--tol", 0, "--max-iter", 10**6]
+    endless = ["fit", "a.parquet", "--label", "kind", "--solver", "endless", "--tol", 0]
     other = [str(a) for a in ["fit", "a.parquet", "--label", "kind", "--l2", 2]]
     runs.add("fails", "fit", "a.parquet", "--label", "kind", "--out", "bad", fail=[1, 5])
     runs.add("mixed", *endless, "--out", "bad", other=[1, other])
@@ -222,9 +222,9 @@ def two_ranks(folder: Path) -> Runs:
     files(folder)
     runs = Runs(2, folder)
     runs.add("spread", *TWO, "--class-parallel", 2, "--out", "two")
-    fit = ["fit", "small.parquet", "--label", "kind", "--tol", 0, "--max-iter", 10**6]
-    runs.add("ctrl-c", *fit, "--l2", 1e-9, "--out", "m", touch="iterates")
-    runs.add("terminated", *fit, "--l2", 1e-9, "--out", "t", touch="iterates too")
+    fit = ["fit", "small.parquet", "--label", "kind", "--solver", "endless", "--tol", 0]
+    runs.add("ctrl-c", *fit, "--out", "m", touch="iterates")
+    runs.add("terminated", *fit, "--out", "t", touch="iterates too")
     model = "m/model.safetensors"
     runs.add("large", "predict", model, "large.parquet", "-o", "p.csv")
     runs.add(
@@ -299,7 +299,7 @@ def a_rank_that_dies_while_predictions_are_written_leaves_no_file(runs: Runs) ->
 def test_a_rank_that_does_not_answer_is_given_up(tmp_path):
     files(tmp_path)
     runs = Runs(2, tmp_path)
-    endless = ["--l2", 1e-9, "--tol", 0, "--max-iter", 10**6, "--out", "m"]
+    endless = ["--solver", "endless", "--tol", 0, "--out", "m"]
     runs.add("hangs", "fit", "a.parquet", "--label", "kind", *endless, "--timeout", 2, touch="iterates")
     with runs:
         runs.start()
@@ -405,7 +405,17 @@ def test_any_number_of_ranks_any_format_either_solver(tmp_path, monkeypatch, ran
         for solver, slices in spread:
             if slices == 1 or (solver == "lbfgs" and slices <= classes):
                 out = f"{source} {solver} {slices}"
-                fits[out] = [source, "--label", label, "--solver", solver, "--tol", 1e-7, "--json"]
+                fits[out] = [
+                    source,
+                    "--label",
+                    label,
+                    "--solver",
+                    solver,
+                    "--tol",
+                    1e-10,
+                    *GRADIENT,
+                    "--json",
+                ]
                 fits[out] += ["--validation", 0] * (source == "few.npz") + ["--class-parallel", slices]
                 runs.add(out, "fit", *fits[out], "--out", out)
     with runs:

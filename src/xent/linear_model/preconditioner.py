@@ -50,8 +50,7 @@ class Whitening:
     """The inverse of the Hessian at W = 0."""
 
     def __init__(self, objective: Objective) -> None:
-        self.binary = objective.binary
-        h = 1 / 4 if self.binary else 1 / objective.n_vectors
+        h = 1 / 4 if objective.binary else 1 / objective.n_vectors
         self.ridge = ridge(objective)
         self.second_moment = objective.second_moment(ROWS * (objective.n_features + 1))
         self.inverse = inverted(h * self.second_moment, self.ridge)
@@ -66,11 +65,7 @@ class Whitening:
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Return the inverse times (K, D + 1)."""
-        if self.binary:
-            return gradient @ self.inverse
-        common = gradient.mean(0)  # which moves no probability: the penalty alone resists
-        resisting = torch.where(self.ridge > 0, self.ridge, torch.inf)
-        return (gradient - common) @ self.inverse + common / resisting
+        return apart(gradient, lambda g: g @ self.inverse, self.ridge)
 
 
 class ClassBlocks:
@@ -84,10 +79,11 @@ class ClassBlocks:
 
     def __init__(self, objective: Objective, second_moment: Tensor, theta: np.ndarray) -> None:
         self.workers = objective.workers
+        self.ridge = ridge(objective)
         sample = objective.sample(SAMPLE // max(objective.n_features + 1, objective.n_vectors))
         at = torch.from_numpy(theta.reshape(objective.n_vectors, -1)).float()
         curvature = torch.empty(len(at), len(sample.x))  # (K, n) m·p(1 − p)
-        ridges, terms = ridge(objective), min(TERMS * sample.x.shape[1], len(sample.x))
+        terms = min(TERMS * sample.x.shape[1], len(sample.x))
 
         def of_rows(rows: slice) -> None:
             p = at @ sample.x[rows].t()
@@ -99,7 +95,7 @@ class ClassBlocks:
             x = sample.x[rows]
             block = (x * largest[:, None]).t() @ x
             block += second_moment * (weight.sum() - largest.sum()).clamp(min=0)
-            out.copy_(inverted(block / len(sample.x), ridges))
+            out.copy_(inverted(block / len(sample.x), self.ridge))
 
         def of_classes(classes: slice) -> Tensor:
             inverses = torch.empty(classes.stop - classes.start, *second_moment.shape)
@@ -115,11 +111,27 @@ class ClassBlocks:
     def __call__(self, gradient: Tensor) -> Tensor:
         """Return the inverse times (K, D + 1)."""
 
-        def of_classes(group: tuple[slice, Tensor]) -> Tensor:
-            classes, inverses = group  # symmetric, and faster with the vector on the left
-            return torch.bmm(gradient[classes].unsqueeze(1), inverses).squeeze(1)
+        def of_classes(group: tuple[Tensor, Tensor]) -> Tensor:
+            gradient, inverses = group  # symmetric, and faster with the vector on the left
+            return torch.bmm(gradient.unsqueeze(1), inverses).squeeze(1)
 
-        return torch.cat(list(self.workers.map(of_classes, zip(self.groups, self.inverses, strict=True))))
+        def of_all(gradient: Tensor) -> Tensor:
+            groups = [(gradient[k], inverses) for k, inverses in zip(self.groups, self.inverses, strict=True)]
+            return torch.cat(list(self.workers.map(of_classes, groups)))
+
+        return apart(gradient, of_all, self.ridge)
+
+
+def apart(gradient: Tensor, inverse: Preconditioner, ridges: Tensor) -> Tensor:
+    """Return the inverse times (K, D + 1), of what all K classes have in common by the ridges alone.
+
+    Adding the same to all classes moves no probability. One vector, of two classes, has no such direction.
+    """
+    if len(gradient) == 1:
+        return inverse(gradient)
+    common = gradient.mean(0)
+    made = inverse(gradient - common)
+    return made - made.mean(0) + common / torch.where(ridges > 0, ridges, torch.inf)
 
 
 def ridge(objective: Objective) -> Tensor:
