@@ -53,7 +53,7 @@ class Whitening:
         h = 1 / 4 if objective.binary else 1 / objective.n_vectors
         self.ridge = ridge(objective)
         self.second_moment = objective.second_moment(ROWS * (objective.n_features + 1))
-        self.inverse = inverted(h * self.second_moment, self.ridge)
+        self.inverse = invert_(h * self.second_moment, self.ridge)
 
     @staticmethod
     def pays(objective: Objective) -> bool:
@@ -83,24 +83,22 @@ class ClassBlocks:
         sample = objective.sample(SAMPLE // max(objective.n_features + 1, objective.n_vectors))
         at = torch.from_numpy(theta.reshape(objective.n_vectors, -1)).float()
         curvature = torch.empty(len(at), len(sample.x))  # (K, n) m·p(1 − p)
-        terms = min(TERMS * sample.x.shape[1], len(sample.x))
+        terms = min(int(TERMS * sample.x.shape[1]), len(sample.x))
 
         def of_rows(rows: slice) -> None:
             p = at @ sample.x[rows].t()
             p = p.sigmoid_() if objective.binary else torch.softmax(p, 0, out=p)
             torch.mul(p, 1 - p, out=curvature[:, rows]).mul_(sample.mass[rows])
 
-        def of_class(weight: Tensor, out: Tensor) -> None:  # (n,), (D + 1, D + 1)
-            largest, rows = weight.topk(terms, sorted=False)
-            x = sample.x[rows]
-            block = (x * largest[:, None]).t() @ x
-            block += second_moment * (weight.sum() - largest.sum()).clamp(min=0)
-            out.copy_(inverted(block / len(sample.x), self.ridge))
-
         def of_classes(classes: slice) -> Tensor:
             inverses = torch.empty(classes.stop - classes.start, *second_moment.shape)
-            for weight, out in zip(curvature[classes], inverses, strict=True):
-                of_class(weight, out)
+            x = torch.empty(terms, len(second_moment))
+            for weight, block in zip(curvature[classes], inverses, strict=True):
+                largest, rows = weight.topk(terms, sorted=False)
+                torch.index_select(sample.x, 0, rows, out=x).mul_(largest.sqrt_()[:, None])
+                rest = (weight.sum() - largest.square_().sum()).clamp(min=0)
+                torch.mul(second_moment, rest, out=block).addmm_(x.t(), x).div_(len(sample.x))
+                invert_(block, self.ridge)
             return inverses
 
         for _ in self.workers.map(of_rows, slices(sample.x.shape, BLOCK)):
@@ -140,15 +138,14 @@ def ridge(objective: Objective) -> Tensor:
     return torch.cat([of_weights, of_weights.new_zeros(1)]).float()
 
 
-def inverted(block: Tensor, ridges: Tensor) -> Tensor:
-    """Return the inverse of a positive semidefinite block + diag(ridges), with as much more as it takes."""
-    block = block.clone()
+def invert_(block: Tensor, ridges: Tensor) -> Tensor:
+    """Invert a positive semidefinite block + diag(ridges), with as much more as it takes, in its place."""
     diagonal = block.diagonal()
     least = 1e-6 * float(diagonal.mean()) + torch.finfo(block.dtype).tiny
     diagonal += ridges
     while True:
         factor, failed = torch.linalg.cholesky_ex(block)
         if not failed:
-            return torch.cholesky_inverse(factor)
+            return torch.cholesky_inverse(factor, out=block)
         diagonal += least
         least *= 10
