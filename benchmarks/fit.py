@@ -5,9 +5,10 @@
 C = 1, float32 features, an intercept. Every round runs every way once, in turn. Ways that tell where they
 are (xent by its callback, torch between steps) are timed in one run. scikit-learn's do not: they are run with
 more and more iterations, and the shortest run that ends within the target counts; each with one and with all
-BLAS threads, of which the faster counts. F* is the least objective that any run has reached, xent's to tol 1e-9
+BLAS threads, of which the faster counts. F* is the least objective that any run has reached, xent's of 1e-9
 among them. The limit is that of the products alone: passes × the time of the two products of a pass.
 
+With --device the features are a tensor there, for xent and torch; xent on the CPU stands beside them.
 With --busy another process keeps one core busy. Objectives are computed in float64, apart from all of them.
 """
 
@@ -23,6 +24,7 @@ import time
 import tokenize
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +125,8 @@ def objective(X: np.ndarray, y: np.ndarray, W: np.ndarray, b: np.ndarray) -> flo
     return (total + 0.5 * float(np.vdot(W, W))) / len(X)
 
 
-def of_xent(X: np.ndarray, y: np.ndarray, limit: float, tol: float = 1e-7) -> Run:
+def of_xent(X: np.ndarray, y: np.ndarray, limit: float, tol: float = 1e-7, device: str = "cpu") -> Run:
+    features = X if device == "cpu" else torch.from_numpy(X).to(device)
     trace: Trace = []
     passes = 0
     evaluate = Objective._loss_and_gradient
@@ -141,16 +144,17 @@ def of_xent(X: np.ndarray, y: np.ndarray, limit: float, tol: float = 1e-7) -> Ru
     Objective._loss_and_gradient = counted  # type: ignore[method-assign]
     try:
         start = time.perf_counter()
-        xent.SoftmaxRegression(tol=tol, solver="lbfgs").fit(X, y, callback=look)
+        xent.SoftmaxRegression(tol=tol, solver="lbfgs").fit(features, y, callback=look)
     finally:
         Objective._loss_and_gradient = evaluate  # type: ignore[method-assign]
     return Run(trace, passes)
 
 
-def of_torch(X: np.ndarray, y: np.ndarray, limit: float) -> Run:
+def of_torch(X: np.ndarray, y: np.ndarray, limit: float, device: str = "cpu") -> Run:
     """torch.optim.LBFGS on linear and cross_entropy, as its documentation writes it."""
-    x, t, classes = torch.from_numpy(X), torch.from_numpy(y), int(y.max()) + 1
-    W, b = torch.zeros(classes, X.shape[1], requires_grad=True), torch.zeros(classes, requires_grad=True)
+    x, t, classes = torch.from_numpy(X).to(device), torch.from_numpy(y).to(device), int(y.max()) + 1
+    W = torch.zeros(classes, X.shape[1], requires_grad=True, device=device)
+    b = torch.zeros(classes, requires_grad=True, device=device)
     solver = torch.optim.LBFGS(
         [W, b], history_size=10, max_iter=1, line_search_fn="strong_wolfe", tolerance_change=0
     )
@@ -190,10 +194,12 @@ def of_scikit_learn(solver: str, steps: list[int]) -> Callable[[np.ndarray, np.n
     return run
 
 
-def ways(X: np.ndarray, y: np.ndarray) -> dict[str, tuple[Callable[..., Run], int]]:
+def ways(X: np.ndarray, y: np.ndarray, device: str) -> dict[str, tuple[Callable[..., Run], int]]:
     """Return what is timed, by name, with its number of threads."""
     every = torch.get_num_threads()
-    found: dict[str, tuple[Callable[..., Run], int]] = {"xent": (of_xent, every)}
+    found: dict[str, tuple[Callable[..., Run], int]] = {"xent": (partial(of_xent, device=device), every)}
+    if device != "cpu":
+        return found | {"torch": (partial(of_torch, device=device), every), "xent, CPU": (of_xent, every)}
     for threads in sorted({1, every}):
         of = f", {threads} thread{'s' * (threads > 1)}"
         found["lbfgs" + of] = (of_scikit_learn("lbfgs", [10, 20, 30, 45, 65, 100, 150, 250, 500]), threads)
@@ -229,7 +235,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
     runs: dict[str, list[Run]] = {}
     best = of_xent(X, y, options.limit, tol=1e-9).trace[-1][1]
     for _ in range(options.rounds):
-        for way, (function, threads) in ways(X, y).items():
+        for way, (function, threads) in ways(X, y, options.device).items():
             if way in runs and not np.isfinite(first_within(runs[way][0].trace, best, TARGETS[0])):
                 continue  # once is enough to see that it does not arrive
             with threadpool_limits(threads):
@@ -248,6 +254,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
     for way, times in seconds.items():
         ratios = [f"{theirs / own:.1f}" for theirs, own in zip(times, ours, strict=True)]
         print(f"  {way:28}{times[0]:10.3f}{times[1]:10.3f}   {'  '.join(ratios)}", flush=True)
+    if options.device != "cpu":
+        return row
     peers = [times for way, times in seconds.items() if way.split(",")[0] not in ("xent", "torch")]
     row["ratio"] = [min(t[i] for t in peers) / ours[i] for i in range(len(TARGETS))]
     print(f"  scikit-learn's fastest ÷ xent: {row['ratio'][0]:.1f}, {row['ratio'][1]:.1f}")  # type: ignore[index]
@@ -261,12 +269,14 @@ def main() -> None:
     parser.add_argument("--problem", action="append", choices=PROBLEMS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=1200, help="seconds after which a way is cut")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda")
     parser.add_argument("--busy", action="store_true", help="keep one core busy meanwhile")
     parser.add_argument("--save", metavar="FILE", help="append the rows, one JSON object a line")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if options.busy else None
     about = {
+        "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
         "busy": options.busy,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),

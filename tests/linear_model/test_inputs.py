@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -233,7 +234,10 @@ def test_tensors_of_any_type_are_taken_everywhere(dtype):
     for name in ("decision_function", "predict_proba", "predict_log_proba", "predict"):
         found = getattr(model, name)(x)
         assert isinstance(found, np.ndarray)
-        np.testing.assert_array_equal(found, getattr(plain, name)(as_numbers(x)))
+        if name == "predict":
+            np.testing.assert_array_equal(found, plain.predict(as_numbers(x)))
+        else:  # of bfloat16 torch forms the logits, of others NumPy
+            np.testing.assert_allclose(found, getattr(plain, name)(as_numbers(x)), rtol=1e-5, atol=1e-6)
     assert model.predict_proba(x).dtype == wide
     assert model.score(x, y, weight) == plain.score(as_numbers(x), as_numbers(y), as_numbers(weight))
     soft = SoftmaxRegression().fit(x, masses)
@@ -271,12 +275,53 @@ def test_views_and_other_layouts():
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_tensors_on_a_gpu():
+@pytest.mark.parametrize("solver", ["lbfgs", "newton-cg"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_on_a_gpu(solver, dtype):
     x, y, weight, masses = (torch.tensor(v).cuda() for v in (X, Y, np.linspace(0.5, 2, 150), T))
-    model = SoftmaxRegression(class_weight={0: torch.tensor(2.0).cuda()}).fit(x, y, weight)
-    plain = SoftmaxRegression(class_weight={0: 2.0}).fit(X, Y, weight.cpu().numpy())
-    np.testing.assert_array_equal(model.coef_, plain.coef_)
-    assert model.score(x, masses, weight) == plain.score(X, T, weight.cpu().numpy())
+    x = x.to(dtype)
+    on_host = x.double().cpu().numpy()
+    options = {"solver": solver, "tol": 1e-7 if dtype != torch.float64 else 1e-12}
+    model = SoftmaxRegression(class_weight={0: torch.tensor(2.0).cuda()}, **options).fit(x, y, weight)
+    plain = SoftmaxRegression(class_weight={0: 2.0}, **options).fit(on_host, Y, weight.cpu().numpy())
+    np.testing.assert_allclose(model.coef_, plain.coef_, atol=1e-5 if dtype == torch.float64 else 2e-2)
+    np.testing.assert_allclose(model.predict_proba(x), plain.predict_proba(on_host), atol=2e-3)
+    assert model.score(x, masses, weight) == plain.score(on_host, T, weight.cpu().numpy())
+    for labels in (y[y < 2], masses[y < 2]):
+        some = x[y < 2]
+        two = SoftmaxRegression(**options).fit(some, labels)
+        same = SoftmaxRegression(**options).fit(some.double().cpu().numpy(), labels.cpu().numpy())
+        np.testing.assert_allclose(
+            two.predict_proba(some), same.predict_proba(some.double().cpu()), atol=2e-3
+        )
+    x[3, 1] = torch.nan
+    with pytest.raises(ValueError, match="X is nan at row 3, column 1; features are finite"):
+        model.fit(x, y)
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_tensors_that_stay_what_they_are_are_checked(bad):
+    x = torch.tensor(X).bfloat16()
+    x[7, 2] = bad
+    for call in (SoftmaxRegression().fit, SoftmaxRegression().fit(X, Y).score):
+        with pytest.raises(ValueError, match=f"X is {bad} at row 7, column 2; features are finite"):
+            call(x, Y)
+    with pytest.raises(ValueError, match="X has 3 features, but SoftmaxRegression is expecting 4"):
+        SoftmaxRegression().fit(X, Y).predict(x[:, :3])
+
+
+def test_half_features_are_not_copied():
+    """float16 of any kind is computed with as float32 that was rounded to it; nothing of X's size is made."""
+    rng = np.random.default_rng(0)
+    y = rng.integers(3, size=40_000)
+    half = (rng.normal(size=(40_000, 64)) + np.eye(64)[y]).astype(np.float16)
+    model = SoftmaxRegression(max_iter=5, tol=1.0).fit(half, y)
+    right = SoftmaxRegression(max_iter=5, tol=1.0).fit(half.astype(np.float32), y)
+    np.testing.assert_allclose(model.coef_, right.coef_, atol=1e-5)
+    tracemalloc.start()
+    SoftmaxRegression(max_iter=2, tol=1.0).fit(half, y)
+    assert tracemalloc.get_traced_memory()[1] < half.nbytes
+    tracemalloc.stop()
 
 
 # --- numbers beyond the type -----------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def test_chunks_of_any_type_and_layout(tmp_path, small_chunks, layout, of_file):
         (standardised(source, mean, scale), (of_file(X) - mean) / scale),
     ):
         assert rows.shape == expected.shape
-        chunks = [x for _, x in rows.chunks()]
+        chunks = [np.asarray(x) for _, x in rows.chunks()]
         assert len(chunks) > 10
         assert all(x.dtype == rows.dtype == wide and x.flags.c_contiguous for x in chunks)
         np.testing.assert_allclose(np.concatenate(chunks), expected.astype(wide), rtol=1e-6)

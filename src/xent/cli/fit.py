@@ -19,6 +19,7 @@ from xent._processes.start import join
 from xent._util.atomic_write import check_writable
 from xent._util.text import class_text, json_text, printable
 from xent.cli.options import Finite, SolverName, column_names, keep_inputs
+from xent.cli.options import device as device_option
 from xent.cli.options import timeout as timeout_option
 from xent.cli.output import complain
 from xent.errors import MissingExtra
@@ -92,7 +93,9 @@ if TYPE_CHECKING:
     help="Under torchrun: K ranks share the classes, and read the same rows; "
     f"--solver {', '.join(solver.name for solver in all_solvers() if solver.class_parallel)} only.",
 )
+@device_option
 @timeout_option
+@click.option("--verbose", "-v", is_flag=True, help="Say which solver and threads were chosen, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def fit(
@@ -103,7 +106,9 @@ def fit(
     exclude: tuple[str, ...],
     out: Path,
     slices: int,
+    device: str,
     timeout: float,
+    verbose: bool,
     as_json: bool,
     quiet: bool,
     **settings: Any,
@@ -140,7 +145,7 @@ def fit(
         else:
             table = sources.read_labelled(data, str(label), features, exclude, ranks)
         with _bar(chosen.tol, chosen.stopping, chosen.max_iter, quiet) as advance:
-            fitted = job.fit(table, chosen, advance, ranks)
+            fitted = job.fit(table, chosen, advance, ranks, device)
         if fitted.interrupted and ranks.is_main:
             complain(f"interrupted: saving the best model so far, of iteration {fitted.iterations}")
         paths = job.write(fitted, table, out, ranks)
@@ -153,6 +158,8 @@ def fit(
                         paths.append(sources.write_parquet(sources.digits(), rows, held_out))
         drawn = not ranks.is_main or _draw(fitted, out, paths, quiet)
     if ranks.is_main:
+        if verbose and not quiet:
+            click.echo(f"solver {fitted.how.name}: {fitted.how.why}\n{fitted.how.threads}", err=True)
         _report(fitted, chosen.tol, table.source, paths, out, as_json, quiet)
     if fitted.interrupted:
         sys.exit(130)

@@ -152,8 +152,11 @@ def fit(
     settings: Settings,
     on_iteration: Callable[[Progress], None] | None = None,
     ranks: Ranks = ALONE,
+    device: str = "cpu",
 ) -> Fitted:
     """Fit a softmax regression to a table with labels, of several ranks each with its share of the rows.
+
+    The rows are computed with on ``device``.
 
     ``on_iteration`` sees every iteration, on rank 0. Ctrl-C during the iterations ends them: the result is
     then the model of the last one, with ``interrupted`` set; before the first, ``KeyboardInterrupt`` goes on.
@@ -172,6 +175,7 @@ def fit(
         import pyarrow  # noqa: F401  (needed to write; a missing one is to be known before the work)
         import safetensors  # noqa: F401
         import sklearn  # noqa: F401
+        import torch
 
         from xent.linear_model.workers import workers
     assert table.codes is not None
@@ -182,6 +186,8 @@ def fit(
         raise BadInput(
             f"--class-parallel {ranks.slices} is more than the {n_classes} classes; use fewer slices"
         )
+    if ranks.slices > 1 and device != "cpu":
+        raise BadInput(f"--class-parallel does not go with --device {device}; fit on the CPU, or without it")
     if settings.solver != AUTO:
         solver_named(settings.solver, ranks.slices)  # an error before the work
     training, validation = split(table, settings.validation, settings.seed, ranks)
@@ -190,12 +196,17 @@ def fit(
     own, held = table.own(training), table.own(validation)
     mean, scale = standardisation(table.features[own], settings.standardize, ranks)
     rows_own, rows_held = (
-        LabelledRows(row_source(standardise(table.features[rows], mean, scale)), codes[rows])
+        LabelledRows(
+            row_source(standardise(table.features[rows], mean, scale)),
+            codes[rows],
+            None,
+            torch.device(device),
+        )
         for rows in (own, held)
     )
     counts = len(training), len(validation)
     shape = (*rows_own.source.shape, n_classes)
-    with workers(*shape, class_parallel=ranks.slices > 1) as threads:
+    with workers(*shape, device=device, class_parallel=ranks.slices > 1) as threads:
         done = _solve(rows_own, rows_held, counts, n_classes, settings, on_iteration, ranks, threads)
     model = Model(
         weight=done.coef,

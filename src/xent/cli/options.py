@@ -57,6 +57,27 @@ def keep_inputs(output: Path, *inputs: Path) -> None:
             raise BadInput(f"{output}: is read by this command and would be overwritten; name another output")
 
 
+def _device(_: click.Context, __: click.Parameter, value: str) -> str:
+    """Return the name of a device that computes; raise a usage error for another."""
+    import torch
+
+    try:
+        if torch.device(value).type == "meta":
+            raise click.BadParameter("meta tensors hold no numbers to compute with")
+        torch.ones(1, device=value).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
+        raise click.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
+    return value
+
+
+device = click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    callback=_device,
+    help="Where to compute: cpu, cuda, cuda:1.",
+)
+
 timeout = click.option(
     "--timeout",
     type=Finite(0, 10**7, min_open=True),

@@ -10,29 +10,11 @@ from rich.console import Console
 
 from xent._util.atomic_write import check_writable
 from xent._util.text import json_text, printable
-
-
-def _device(_: click.Context, __: click.Parameter, value: str) -> str:
-    """Return the name of a device that computes; raise a usage error for another."""
-    import torch
-
-    try:
-        if torch.device(value).type == "meta":
-            raise click.BadParameter("meta tensors hold no numbers to check")
-        torch.ones(1, device=value).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises any of these
-        raise click.BadParameter(f"{value!r}: {str(error).splitlines()[0]}") from error
-    return value
+from xent.cli.options import device
 
 
 @click.command()
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    callback=_device,
-    help="Where to compute: cpu, cuda, cuda:1.",
-)
+@device
 @click.option(
     "--dtype",
     "dtypes",

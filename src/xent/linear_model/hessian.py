@@ -61,7 +61,7 @@ class HessianSums:
         self.move(theta)
         if self._operator is None:
             no_rows = self.tensor(np.empty((0, self._shape[1] - 1)))
-            no_target = torch.empty(0, dtype=torch.int64, device="cpu")
+            no_target = torch.empty(0, dtype=torch.int64, device=no_rows.device)
             self._operator = SummedHessian(no_rows, target=no_target, **self._head)
         self._moves += 1
         return self._operator.bound(self, self._moves, **self._head)
@@ -73,7 +73,7 @@ class HessianSums:
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """Return an array as a tensor in the features' type."""
-        return torch.from_numpy(array.astype(self._labelled.source.dtype))
+        return torch.from_numpy(array.astype(self._labelled.source.dtype)).to(self._labelled.device)
 
     @property
     def _labelled(self) -> LabelledRows:
@@ -107,7 +107,7 @@ class HessianSums:
 
         def sums(k: HeadKronecker) -> tuple[Tensor, ...]:
             curved = k.G * k.total
-            total = torch.tensor(k.total, dtype=torch.float64, device="cpu")
+            total = torch.tensor(k.total, dtype=torch.float64, device=curved.device)
             return (k.A * curved.trace()).double(), curved.double(), total
 
         return self._sum(sums(k) for k in self._made(HeadKronecker, weighting="curvature"))
@@ -117,7 +117,7 @@ class HessianSums:
         """Return Σ parts, flat; several in float64."""
         total: np.ndarray | None = None
         for part in parts:
-            flat = _flat(part).numpy()
+            flat = _flat(part).cpu().numpy()
             total = flat if total is None else np.add(total, flat, dtype=np.float64)
         assert total is not None  # there is always a chunk
         return total
@@ -162,7 +162,7 @@ class SummedHessian(HeadHessian):
     def _products(self, stacks: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         found = []
         for side in zip(*stacks, strict=True):
-            product = self._sums.product(_flat(side).double().numpy())
+            product = self._sums.product(_flat(side).double().cpu().numpy())
             found.append(self._cut(self._all.tensor(product)))
         return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 

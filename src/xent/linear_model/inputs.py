@@ -10,6 +10,7 @@ from numbers import Number, Real
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.sparse import issparse
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import column_or_1d
@@ -19,12 +20,34 @@ from xent.metrics._arrays import as_array
 from xent.metrics._comparison import read_weight
 from xent.metrics._labels import missing
 
+BLOCK = 1 << 16
+"""Rows that are checked at a time."""
+
 
 def read_features(X: Any) -> Any:
-    """Return features as what scikit-learn validates: tensors and half types as arrays, the rest as it is."""
+    """Return features as what scikit-learn validates: tensors as arrays, the rest as it is."""
+    if isinstance(X, Tensor) and X.layout == torch.strided and X.dtype == torch.float16:
+        return X.numpy(force=True)
     if isinstance(X, Tensor) or (isinstance(X, list | tuple) and any(isinstance(x, Tensor) for x in X)):
-        X = as_array(X, "X")
-    return X.astype(np.float32) if isinstance(X, np.ndarray) and X.dtype == np.float16 else X
+        return as_array(X, "X")
+    return X
+
+
+def stays_tensor(X: Any) -> bool:
+    """Return whether NumPy cannot read it in place: a floating tensor (N, D) on a device, or of bfloat16."""
+    if not isinstance(X, Tensor) or X.layout != torch.strided or X.ndim != 2 or 0 in X.shape:
+        return False
+    return X.is_floating_point() and (X.device.type != "cpu" or X.dtype == torch.bfloat16)
+
+
+def check_finite(X: Tensor) -> None:  # (N, D)
+    """Raise ``ValueError`` for the first entry that is nan or infinite."""
+    for start in range(0, len(X), BLOCK):
+        bad = ~X[start : start + BLOCK].isfinite()
+        if bad.any():
+            row, column = bad.nonzero()[0].tolist()
+            value = X[start + row, column].item()
+            raise ValueError(f"X is {value} at row {start + row}, column {column}; features are finite")
 
 
 def read_labels(y: Any, rows: int) -> np.ndarray:

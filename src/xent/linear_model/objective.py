@@ -22,7 +22,15 @@ from xent._processes.group import Share
 from xent._processes.leader import Leader
 from xent.linear_model.hessian import HessianSums, SummedHessian
 from xent.linear_model.row_pass import RowPass
-from xent.linear_model.row_source import BLOCK, Chunk, LabelledRows, slices, standardise, standardised
+from xent.linear_model.row_source import (
+    BLOCK,
+    Chunk,
+    LabelledRows,
+    as_tensor,
+    slices,
+    standardise_tensor,
+    standardised,
+)
 from xent.linear_model.workers import Workers
 from xent.losses._cross_entropy import linear_cross_entropy
 
@@ -65,6 +73,7 @@ class Objective:
         leader = Leader() if leader is None else leader
         self.ranks = leader.ranks
         self.rows, self.dtype, self.fit_intercept = rows, rows.source.dtype, fit_intercept
+        self.device = rows.device
         n_rows, self.n_features = rows.source.shape
         self.binary = n_classes == 2
         self.n_classes, self.n_vectors = n_classes, 1 if self.binary else n_classes  # C, K
@@ -95,12 +104,13 @@ class Objective:
         h = (n_classes - 1) / n_classes**2
         mean, squares = np.zeros(self.n_features), np.zeros(self.n_features)
         if self.fit_intercept:
-            for part, x in self._blocks():
-                mean += part @ x
+            for mass, x in self._blocks():
+                mean += (mass @ x).cpu().numpy()
             mean = self.ranks.sum(mean) / self.total
+        center = torch.from_numpy(mean).to(self.device)
         with np.errstate(over="ignore"):  # a scale that is not finite is replaced below
-            for part, x in self._blocks():
-                squares += part @ np.square(x - mean)
+            for mass, x in self._blocks():
+                squares += (mass @ x.sub_(center).square_()).cpu().numpy()
             scale = np.sqrt(self.ranks.sum(squares) / self.total + self.penalty / h)
         return mean, np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
 
@@ -110,38 +120,41 @@ class Objective:
         mass = np.ones(len(target)) if weight is None else weight[rows].astype(np.float64)
         return mass if target.ndim == 1 else mass * target.sum(axis=1, dtype=np.float64)
 
-    def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield the masses (n,) and the features (n, D) of some rows at a time."""
+    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the masses (n,) and the features (n, D) of some rows at a time, copies in float64."""
         for rows, x in self.rows.source.chunks():
             for block in slices(x.shape, BLOCK):
-                yield self.mass(slice(rows.start + block.start, rows.start + block.stop)), x[block]
+                mass = self.mass(slice(rows.start + block.start, rows.start + block.stop))
+                part = as_tensor(x[block]).to(self.device, torch.float64, copy=True)
+                yield torch.from_numpy(mass).to(self.device), part
 
     def second_moment(self, most: int) -> Tensor:
         """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1) float32, of about as many rows of all ranks."""
         side = self.n_features + 1
-        return torch.from_numpy(self._moments(np.array([most]))).float().reshape(side, side)
+        return torch.from_numpy(self._moments(np.array([most]))).float().reshape(side, side).to(self.device)
 
     def _own_moments(self, most: np.ndarray) -> np.ndarray:
         own, every = len(self.rows.target), max(1, self.n_rows)
         sample = self.sample(max(1, int(most[0]) * own // every)) if self.ranks.counts else self.sample(0)
         moments = (sample.x * sample.mass[:, None]).t() @ sample.x
-        return (moments * (own / every / max(1, len(sample.x)))).double().numpy().ravel()
+        return (moments * (own / every / max(1, len(sample.x)))).double().cpu().numpy().ravel()
 
     def sample(self, most: int) -> Sample:
         """Return at most as many rows of this process."""
         source = self.rows.source
         n_rows, n_features = source.shape
         chosen = np.linspace(0, n_rows - 1, min(n_rows, most)).round().astype(np.int64)
-        x = np.ones((len(chosen), n_features + 1), np.float32)
+        x = torch.ones(len(chosen), n_features + 1, dtype=torch.float32, device=self.device)
         done = 0
         for rows, features in source.chunks():
             stop = int(np.searchsorted(chosen, rows.stop))
             for part in slices((stop - done, n_features), BLOCK):
                 here = slice(done + part.start, done + part.stop)
-                x[here, :-1] = standardise(features[chosen[here] - rows.start], self.mean, self.scale)
+                picked = as_tensor(features[chosen[here] - rows.start]).to(self.device)
+                x[here, :-1] = standardise_tensor(picked, self.mean, self.scale)
             done = stop
         mass = self.mass(chosen) * (self.n_rows / self.total)
-        return Sample(torch.from_numpy(x), torch.from_numpy(mass).float())
+        return Sample(x, torch.from_numpy(mass).float().to(self.device))
 
     def _standardised(self) -> LabelledRows:
         """Return the rows as the solver sees them, (x − μ)/σ."""
@@ -203,7 +216,7 @@ class Objective:
 
         def part(rows: Chunk) -> tuple[float, np.ndarray]:
             loss, gradient = self._part(model, *rows)
-            return self._counted(loss), gradient.numpy().ravel()
+            return self._counted(loss), gradient.cpu().numpy().ravel()
 
         for loss, gradient in self.workers.map(part, self._chunks(self.rows)):
             total[0] += loss
@@ -227,14 +240,14 @@ class Objective:
         """Return whether W (K, D) and b (K,) put every row on its class's side, and nothing bounds them."""
         if self.penalty or self.rows.target.ndim == 2 or self.ranks.size > 1:
             return False
-        right = (np.asarray(z).argmax(1) == y.numpy() for z, y in self._logits(coef, intercept))
-        return all(part.all() for part in right)
+        return all(bool((z.argmax(1) == y).all()) for z, y in self._logits(coef, intercept))
 
     def _logits(self, coef: np.ndarray, intercept: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        head = self._of_all_classes(torch.from_numpy(np.concatenate([coef, intercept[:, None]], axis=1)))
+        head = torch.from_numpy(np.concatenate([coef, intercept[:, None]], axis=1)).to(self.device)
+        head = self._of_all_classes(head)
         for x, target, weight in self.rows.chunks():
             counts = slice(None) if weight is None else weight > 0
-            yield torch.addmm(head[:, -1], x[counts], head[:, :-1].t()), target[counts]
+            yield torch.addmm(head[:, -1], x[counts].to(head.dtype), head[:, :-1].t()), target[counts]
 
     def _counted(self, loss: Tensor) -> float:
         """Return the loss on one of the ranks that hold the same rows and 0 on the others."""
@@ -244,7 +257,7 @@ class Objective:
         self, model: np.ndarray, x: Tensor, target: Tensor, weight: Tensor | None, with_gradient: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses of some rows, and its gradient in (W | b), (K, D + 1)."""
-        head = torch.from_numpy(model.reshape(self.n_vectors, -1).astype(self.dtype))
+        head = torch.from_numpy(model.reshape(self.n_vectors, -1).astype(self.dtype)).to(self.device)
         if target.ndim == 1 and self.ranks.group is None:
             return self._pass(head, x, target, weight, with_gradient)
         with torch.set_grad_enabled(with_gradient):
@@ -271,7 +284,7 @@ class Objective:
         head = self._of_all_classes(head)
         head = head[Share(self.ranks.slice, self.ranks.slices).of(len(head))]
         return linear_cross_entropy(
-            x,
+            x.to(head.dtype),
             head[:, :-1].contiguous(),
             target,
             linear_bias=head[:, -1] if self.fit_intercept else None,

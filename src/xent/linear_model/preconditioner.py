@@ -81,8 +81,8 @@ class ClassBlocks:
         self.workers = objective.workers
         self.ridge = ridge(objective)
         sample = objective.sample(SAMPLE // max(objective.n_features + 1, objective.n_vectors))
-        at = torch.from_numpy(theta.reshape(objective.n_vectors, -1)).float()
-        curvature = torch.empty(len(at), len(sample.x))  # (K, n) m·p(1 − p)
+        at = torch.from_numpy(theta.reshape(objective.n_vectors, -1)).float().to(objective.device)
+        curvature = at.new_empty(len(at), len(sample.x))  # (K, n) m·p(1 − p)
         terms = min(int(TERMS * sample.x.shape[1]), len(sample.x))
 
         def of_rows(rows: slice) -> None:
@@ -91,8 +91,8 @@ class ClassBlocks:
             torch.mul(p, 1 - p, out=curvature[:, rows]).mul_(sample.mass[rows])
 
         def of_classes(classes: slice) -> Tensor:
-            inverses = torch.empty(classes.stop - classes.start, *second_moment.shape)
-            x = torch.empty(terms, len(second_moment))
+            inverses = at.new_empty(classes.stop - classes.start, *second_moment.shape)
+            x = at.new_empty(terms, len(second_moment))
             for weight, block in zip(curvature[classes], inverses, strict=True):
                 largest, rows = weight.topk(terms, sorted=False)
                 torch.index_select(sample.x, 0, rows, out=x).mul_(largest.sqrt_()[:, None])
@@ -135,11 +135,11 @@ def apart(gradient: Tensor, inverse: Preconditioner, ridges: Tensor) -> Tensor:
 def ridge(objective: Objective) -> Tensor:
     """Return λ/σ² of the weights and 0 of the intercept, (D + 1,)."""
     of_weights = torch.from_numpy(objective.penalty / objective.scale**2)
-    return torch.cat([of_weights, of_weights.new_zeros(1)]).float()
+    return torch.cat([of_weights, of_weights.new_zeros(1)]).float().to(objective.device)
 
 
 def invert_(block: Tensor, ridges: Tensor) -> Tensor:
-    """Invert a positive semidefinite block + diag(ridges), with as much more as it takes, in its place."""
+    """Return the inverse of a positive semidefinite block + diag(ridges + what it takes), in its memory."""
     diagonal = block.diagonal()
     least = 1e-6 * float(diagonal.mean()) + torch.finfo(block.dtype).tiny
     diagonal += ridges

@@ -1,6 +1,7 @@
 """The rows of a fit, handed out a chunk at a time: features (N, D) with their targets and weights.
 
-An array in memory is one chunk. Of an array mapped from a file a chunk is read at a time, and whatever is
+An array or a tensor in memory is one chunk, and stays in its type: half types are converted a tile at a time,
+where they are computed with. Of an array mapped from a file a chunk is read at a time, and whatever is
 made of it (another type, standardised features) is of the size of the chunk: the whole is never copied.
 """
 
@@ -16,11 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+HOST = torch.device("cpu")
+
 CHUNK = 1 << 22
 """Numbers in a chunk of a mapped array."""
 
 BLOCK = 1 << 20
 """Numbers of which float64 intermediates are formed at a time."""
+
+Array: TypeAlias = np.ndarray | Tensor
 
 Chunk: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
 """Features (n, D), targets (n,) or (n, C), weights (n,) or None."""
@@ -30,24 +35,29 @@ class RowSource(Protocol):
     """Features (N, D) that can be gone through again and again."""
 
     shape: tuple[int, int]
-    dtype: np.dtype  # float32 or float64, of every chunk
+    dtype: np.dtype  # float32 or float64, in which every chunk is computed with
     in_memory: bool  # then the only chunk is the whole
 
-    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """Yield which rows they are, and their features, C-contiguous."""
+    def chunks(self) -> Iterator[tuple[slice, Array]]:
+        """Yield which rows they are, and their features, C-contiguous, of ``dtype`` or a half type."""
         ...
 
 
 class ArrayRows:
-    """An array in memory, (N, D) of float32 or float64."""
+    """An array or a tensor in memory, (N, D) of a floating type."""
 
     in_memory = True
 
-    def __init__(self, features: np.ndarray) -> None:
-        self.features = np.ascontiguousarray(features)
-        self.shape, self.dtype = self.features.shape, self.features.dtype
+    def __init__(self, features: Array) -> None:
+        self.features: Array
+        if isinstance(features, Tensor):
+            self.features = features.contiguous()
+        else:
+            self.features = np.ascontiguousarray(features)
+        rows, columns = self.features.shape
+        self.shape, self.dtype = (rows, columns), computed_dtype(features.dtype)
 
-    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+    def chunks(self) -> Iterator[tuple[slice, Array]]:
         """Yield the whole array, also where it has no rows."""
         yield slice(0, len(self.features)), self.features
 
@@ -76,15 +86,15 @@ class StandardisedRows:
         self.source, self.mean, self.scale = source, mean, scale
         self.shape, self.dtype = source.shape, source.dtype
 
-    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+    def chunks(self) -> Iterator[tuple[slice, Array]]:
         """Yield the source's chunks, standardised."""
         for rows, x in self.source.chunks():
-            yield rows, standardise(x, self.mean, self.scale)
+            yield rows, standardise_tensor(as_tensor(x), self.mean, self.scale)
 
 
-def row_source(features: np.ndarray) -> RowSource:
+def row_source(features: Array) -> RowSource:
     """Return the rows of an array: mapped, where it is one that ``is_mapped``, else in memory."""
-    if is_mapped(features):
+    if isinstance(features, np.ndarray) and is_mapped(features):
         return MappedRows(features, computed_dtype(features.dtype))
     return ArrayRows(features)
 
@@ -99,8 +109,10 @@ def is_mapped(features: object) -> bool:
     )
 
 
-def computed_dtype(dtype: np.dtype) -> np.dtype:
-    """Return the type in which features are computed with: float32 for float32 and float16, else float64."""
+def computed_dtype(dtype: np.dtype | torch.dtype) -> np.dtype:
+    """Return the type in which features are computed with: float32 for it and half types, else float64."""
+    if isinstance(dtype, torch.dtype):
+        return np.dtype(np.float32 if dtype.itemsize <= 4 else np.float64)
     return np.dtype(np.float32 if dtype in (np.float32, np.float16) else np.float64)
 
 
@@ -109,14 +121,20 @@ def standardised(source: RowSource, mean: np.ndarray, scale: np.ndarray) -> RowS
     if not source.in_memory:
         return StandardisedRows(source, mean, scale)
     ((_, features),) = source.chunks()
-    return ArrayRows(standardise(features, mean, scale))
+    return ArrayRows(standardise_tensor(as_tensor(features), mean, scale))
 
 
 def standardise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return (x − mean)/scale in the type of x; intermediates are of some rows at a time."""
-    made = np.empty_like(x, subok=False)
+    """Return (x − mean)/scale in the type that x is computed with, formed some rows at a time."""
+    return standardise_tensor(as_tensor(x), mean, scale).numpy()
+
+
+def standardise_tensor(x: Tensor, mean: np.ndarray, scale: np.ndarray) -> Tensor:
+    """Return (x − mean)/scale in the type that x is computed with, formed some rows at a time, in float64."""
+    made = x.new_empty(x.shape, dtype=getattr(torch, computed_dtype(x.dtype).name))
+    center, unit = (torch.from_numpy(v.astype(np.float64)).to(x.device) for v in (mean, scale))
     for rows in slices(x.shape, BLOCK):
-        made[rows] = (x[rows] - mean) / scale
+        made[rows] = (x[rows] - center) / unit
     return made
 
 
@@ -134,6 +152,7 @@ class LabelledRows:
     source: RowSource
     target: np.ndarray  # (N,) class numbers or (N, C) masses
     weight: np.ndarray | None = None  # (N,)
+    device: torch.device = HOST  # where they are computed with
 
     def chunks(self, shares: Sequence[slice] | None = None) -> Iterator[Chunk]:
         """Yield the rows as tensors, a chunk at a time; of rows in memory each chunk is one of ``shares``."""
@@ -150,12 +169,14 @@ class LabelledRows:
 
     def _read(self) -> Iterator[Chunk]:
         for rows, x in self.source.chunks():
-            weight = None if self.weight is None else as_tensor(self.weight[rows])
-            yield as_tensor(x), as_tensor(self.target[rows]), weight
+            weight = None if self.weight is None else as_tensor(self.weight[rows]).to(self.device)
+            yield as_tensor(x).to(self.device), as_tensor(self.target[rows]).to(self.device), weight
 
 
-def as_tensor(array: np.ndarray) -> Tensor:
+def as_tensor(array: Array) -> Tensor:
     """Return a tensor on the array's memory, which is only read."""
+    if isinstance(array, Tensor):
+        return array
     array = np.ascontiguousarray(array)
     if array.flags.writeable:
         return torch.from_numpy(array)

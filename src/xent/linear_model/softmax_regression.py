@@ -35,11 +35,22 @@ from sklearn.utils.validation import assert_all_finite, check_is_fitted, validat
 from xent._core.validators import OneOf, valid
 from xent.linear_model.advice import advice, estimator_words
 from xent.linear_model.descent import Descent, Progress
-from xent.linear_model.inputs import cast_to, read_features, read_labels, read_sample_weight
+from xent.linear_model.inputs import (
+    BLOCK,
+    cast_to,
+    check_finite,
+    read_features,
+    read_labels,
+    read_sample_weight,
+    stays_tensor,
+)
 from xent.linear_model.objective import Objective
-from xent.linear_model.row_source import LabelledRows, RowSource, is_mapped, row_source
+from xent.linear_model.row_source import HOST, LabelledRows, RowSource, is_mapped, row_source
 from xent.linear_model.solvers import choose, solver_names
 from xent.linear_model.workers import Workers, workers
+
+FLOATING = [np.float64, np.float32, np.float16]
+"""Types of features that are left as they are; others become the first."""
 
 
 class SoftmaxRegression(ClassifierMixin, BaseEstimator):
@@ -146,9 +157,9 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : (N, D) dense, tensors too; computed in float32 when it is float32 or a half type, in float64
-            otherwise. ``np.load(path, mmap_mode="r")`` may be larger than memory: it is read a chunk at a
-            time.
+        X : (N, D) dense. Tensors are computed with on their device. float32 and half types, which stay what
+            they are in memory, are computed with in float32, others in float64. An array that
+            ``np.load(path, mmap_mode="r")`` maps may be larger than memory: it is read a chunk at a time.
         y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n.
             Rows need not sum to one: a row of mass a counts a times, a row of zeros not at all. Columns of
             whole numbers or bools must be one-hot, as they may be labels beside something else.
@@ -189,9 +200,10 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
                 weight = per_class[target] if weight is None else weight * per_class[target]
 
         # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
-        at_work = workers(*source.shape, len(classes))
+        device = X.device if stays_tensor(X) else HOST
+        at_work = workers(*source.shape, len(classes), device=device.type)
         with torch.inference_mode(False), torch.enable_grad(), at_work as threads:
-            self._fit(parameters, LabelledRows(source, target, weight), classes, callback, threads)
+            self._fit(parameters, LabelledRows(source, target, weight, device), classes, callback, threads)
         return self
 
     def _parameters(self) -> SimpleNamespace:
@@ -210,10 +222,12 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
 
     def _row_source(self, X: Any) -> RowSource:
         """Return the features as rows; of a mapped file nothing is copied."""
+        if stays_tensor(X):
+            validate_data(self, X, skip_check_array=True)
+            check_finite(X)
+            return row_source(X.detach())
         if not is_mapped(X):
-            return row_source(
-                validate_data(self, read_features(X), dtype=[np.float64, np.float32], order="C")
-            )
+            return row_source(validate_data(self, read_features(X), dtype=FLOATING, order="C"))
         validate_data(self, X, skip_check_array=True)
         source = row_source(X)
         for _, x in source.chunks():
@@ -282,9 +296,21 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
     def decision_function(self, X: Any) -> np.ndarray:
         """Return logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""
         check_is_fitted(self)
-        X = validate_data(self, read_features(X), dtype=[np.float64, np.float32], reset=False)
-        logits: np.ndarray = X @ self.coef_.T + self.intercept_
+        if stays_tensor(X):
+            validate_data(self, X, skip_check_array=True, reset=False)
+            check_finite(X)
+            logits = self._logits_of(X.detach())
+        else:
+            X = validate_data(self, read_features(X), dtype=FLOATING, reset=False)
+            X = X.astype(np.float32) if X.dtype == np.float16 else X
+            logits = X @ self.coef_.T + self.intercept_
         return logits[:, 0] if logits.shape[1] == 1 else logits
+
+    def _logits_of(self, X: torch.Tensor) -> np.ndarray:
+        """Return the logits of features on a device, (N, K), computed there."""
+        W, b = (torch.from_numpy(v).to(X.device) for v in (self.coef_, self.intercept_))
+        parts = [torch.addmm(b, x.to(W.dtype), W.t()).cpu() for x in X.split(BLOCK)]
+        return torch.cat(parts).numpy()
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Return probabilities (N, C), columns in the order of ``classes_``."""

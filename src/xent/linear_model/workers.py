@@ -100,7 +100,7 @@ class Workers:
 
 @contextlib.contextmanager
 def workers(
-    n_rows: int, n_features: int, n_classes: int, *, class_parallel: bool = False
+    n_rows: int, n_features: int, n_classes: int, *, device: str = "cpu", class_parallel: bool = False
 ) -> Iterator[Workers]:
     """Choose the threads of a fit by its shape, and have them within the block.
 
@@ -110,6 +110,8 @@ def workers(
     threads, controller = torch.get_num_threads(), ThreadpoolController()
     if n_rows * n_features * n_classes < SMALL:
         chosen, limited = Workers(1, "the problem is small"), None
+    elif device != "cpu":
+        chosen, limited = Workers(1, f"the rows are computed with on {device}"), "blas"
     elif threads == 1:
         chosen, limited = Workers(1, "torch has one thread"), None
     elif class_parallel:

@@ -39,7 +39,8 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
     if not np.isfinite(value):
         return True
     whitening = Whitening(objective) if Whitening.pays(objective) else None
-    inverse = InverseHessian((objective.n_vectors, objective.n_features + 1), whitening)
+    shape = objective.n_vectors, objective.n_features + 1
+    inverse = InverseHessian(shape, whitening, objective.device)
     blocks_at = FIRST_BLOCKS if ClassBlocks.pay(objective) else 0
     best, since = objective.gradient_norm, 0
     step = -inverse(gradient)
@@ -73,10 +74,11 @@ class InverseHessian:
     Args:
         shape: (K, D + 1) of theta.
         base: M, a function of (K, D + 1) of float32; None is the identity.
+        device: where M is.
     """
 
-    def __init__(self, shape: tuple[int, int], base: Preconditioner | None) -> None:
-        self.shape, self.base = shape, base
+    def __init__(self, shape: tuple[int, int], base: Preconditioner | None, device: torch.device) -> None:
+        self.shape, self.base, self.device = shape, base, device
         self.pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=PAIRS)  # Δθ, Δg, ΔθᵀΔg
 
     def learn(self, moved: np.ndarray, bent: np.ndarray) -> None:
@@ -103,8 +105,8 @@ class InverseHessian:
         if self.base is None:
             return vector.copy()
         size = float(np.abs(vector).max()) or 1.0  # a small gradient leaves the range of float32
-        scaled = torch.from_numpy((vector / size).reshape(self.shape)).float()
-        return self.base(scaled).double().mul_(size).numpy().ravel()
+        scaled = torch.from_numpy((vector / size).reshape(self.shape)).float().to(self.device)
+        return self.base(scaled).cpu().double().mul_(size).numpy().ravel()
 
 
 LBFGS = Solver("lbfgs", lbfgs)

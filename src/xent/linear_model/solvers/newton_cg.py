@@ -77,7 +77,7 @@ def _step(
     """Return Newton's step at theta, of its shape."""
     hessian = objective.hessian(theta)
     dtype, columns = hessian.dtype, objective.n_features + objective.fit_intercept  # the intercept last
-    slope = torch.from_numpy(gradient.reshape(objective.n_vectors, -1)).to(dtype)
+    slope = torch.from_numpy(gradient.reshape(objective.n_vectors, -1)).to(objective.device, dtype)
     ridge = torch.zeros(columns, dtype=dtype, device=slope.device)
     ridge[: objective.n_features] = torch.from_numpy(objective.penalty / objective.scale**2)
     ridge += damping
@@ -90,7 +90,7 @@ def _step(
         preconditioner = _preconditioner(objective.n_vectors, columns)
         found = _cg.solve(*system.for_cg(right, preconditioner, forcing, MOST_PRODUCTS))
     step = np.zeros((objective.n_vectors, objective.n_features + 1))
-    step[:, :columns] = (found.solution * size).numpy()
+    step[:, :columns] = (found.solution * size).cpu().numpy()
     return step.ravel()
 
 
