@@ -49,7 +49,7 @@ def test_merge_is_associative(x, y, z):
 
 @given(tile)
 def test_merge_has_an_identity(x):
-    nothing = Statistics.identity(1, torch.device("cpu"))
+    nothing = Statistics.identity(1, torch.get_default_device())
     agree(of(x).merge(nothing), of(x), x)
     agree(nothing.merge(of(x)), of(x), x)
 

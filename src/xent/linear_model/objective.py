@@ -28,7 +28,6 @@ from xent.linear_model.row_source import (
     LabelledRows,
     as_tensor,
     slices,
-    standardise_tensor,
     standardised,
 )
 from xent.linear_model.workers import Workers
@@ -145,13 +144,14 @@ class Objective:
         n_rows, n_features = source.shape
         chosen = np.linspace(0, n_rows - 1, min(n_rows, most)).round().astype(np.int64)
         x = torch.ones(len(chosen), n_features + 1, dtype=torch.float32, device=self.device)
+        center, unit = (torch.from_numpy(v).float().to(self.device) for v in (self.mean, self.scale))
         done = 0
         for rows, features in source.chunks():
             stop = int(np.searchsorted(chosen, rows.stop))
             for part in slices((stop - done, n_features), BLOCK):
                 here = slice(done + part.start, done + part.stop)
                 picked = as_tensor(features[chosen[here] - rows.start]).to(self.device)
-                x[here, :-1] = standardise_tensor(picked, self.mean, self.scale)
+                torch.sub(picked, center, out=x[here, :-1]).div_(unit)
             done = stop
         mass = self.mass(chosen) * (self.n_rows / self.total)
         return Sample(x, torch.from_numpy(mass).float().to(self.device))

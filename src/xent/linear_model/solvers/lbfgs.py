@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from xent.linear_model.preconditioner import ClassBlocks, Preconditioner, Whitening
 from xent.linear_model.solvers._line_search import line_search
@@ -69,7 +70,7 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
 
 
 class InverseHessian:
-    """B, as the product with a vector (P,), P = K·(D + 1).
+    """B, as the product with a vector (P,), P = K·(D + 1); pairs are kept where the rows are computed with.
 
     Args:
         shape: (K, D + 1) of theta.
@@ -79,34 +80,36 @@ class InverseHessian:
 
     def __init__(self, shape: tuple[int, int], base: Preconditioner | None, device: torch.device) -> None:
         self.shape, self.base, self.device = shape, base, device
-        self.pairs: deque[tuple[np.ndarray, np.ndarray, float]] = deque(maxlen=PAIRS)  # Δθ, Δg, ΔθᵀΔg
+        self.pairs: deque[tuple[Tensor, Tensor, float]] = deque(maxlen=PAIRS)  # Δθ, Δg, ΔθᵀΔg
 
     def learn(self, moved: np.ndarray, bent: np.ndarray) -> None:
         """Add Δθ and Δg, where the gradient resolves the curvature between the two points."""
         curvature = float(moved @ bent)
         if curvature > 1e-12 * float(np.linalg.norm(moved) * np.linalg.norm(bent)):
-            self.pairs.append((moved, bent, curvature))
+            self.pairs.append((self._tensor(moved), self._tensor(bent), curvature))
 
     def __call__(self, gradient: np.ndarray) -> np.ndarray:
         """Return B·gradient, by the two loops over the pairs."""
-        left, shares = gradient.copy(), []
+        left, shares = self._tensor(gradient).clone(), []
         for moved, bent, curvature in reversed(self.pairs):
             shares.append(float(moved @ left) / curvature)
-            left -= shares[-1] * bent
+            left.sub_(bent, alpha=shares[-1])
         made = self._of_base(left)
         if self.pairs:
             _, bent, curvature = self.pairs[-1]
             made *= curvature / float(bent @ self._of_base(bent))
         for (moved, bent, curvature), share in zip(self.pairs, reversed(shares), strict=True):
-            made += (share - float(bent @ made) / curvature) * moved
-        return made
+            made.add_(moved, alpha=share - float(bent @ made) / curvature)
+        return made.cpu().numpy()
 
-    def _of_base(self, vector: np.ndarray) -> np.ndarray:
+    def _tensor(self, vector: np.ndarray) -> Tensor:
+        return torch.from_numpy(vector).to(self.device)
+
+    def _of_base(self, vector: Tensor) -> Tensor:
         if self.base is None:
-            return vector.copy()
-        size = float(np.abs(vector).max()) or 1.0  # a small gradient leaves the range of float32
-        scaled = torch.from_numpy((vector / size).reshape(self.shape)).float().to(self.device)
-        return self.base(scaled).cpu().double().mul_(size).numpy().ravel()
+            return vector.clone()
+        size = float(vector.abs().max()) or 1.0  # a small gradient leaves the range of float32
+        return self.base((vector / size).view(self.shape).float()).double().mul_(size).view(-1)
 
 
 LBFGS = Solver("lbfgs", lbfgs)
