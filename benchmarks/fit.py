@@ -3,10 +3,10 @@
     python benchmarks/fit.py [--problem NAME ...] [--rounds 3] [--limit 60] [--busy] [--save FILE]
 
 C = 1, float32 features (digits: float64), an intercept. Every round runs every way in turn. Those that tell
-where they are (xent by its callback, torch between steps) are timed in one run. scikit-learn's do not: they are run with
-more and more iterations, and the shortest run that ends within the target counts; each with one and with all
-BLAS threads, of which the faster counts. F* is the least objective that any run has reached, xent's of 1e-9
-among them. The limit is that of the products alone: passes × the time of the two products of a pass.
+where they are (xent by its callback, torch between steps) are timed in one run. scikit-learn's do not: they
+are run with more and more iterations, and the shortest run that ends within the target counts; each with one
+and with all BLAS threads, of which the faster counts. F* is the least objective that any run has reached,
+xent's at a tol of 1e-9 among them. The limit is that of the products alone: passes × the time of their two.
 
 With --device the features are a tensor there, for xent and torch; xent on the CPU stands beside them.
 With --busy another process keeps one core busy. Objectives are computed in float64, apart from all of them.
@@ -154,8 +154,8 @@ def of_xent(X: np.ndarray, y: np.ndarray, limit: float, tol: float = 1e-7, devic
 def of_torch(X: np.ndarray, y: np.ndarray, limit: float, device: str = "cpu") -> Run:
     """torch.optim.LBFGS on linear and cross_entropy, as its documentation writes it."""
     x, t, classes = torch.from_numpy(X).to(device), torch.from_numpy(y).to(device), int(y.max()) + 1
-    W = torch.zeros(classes, X.shape[1], requires_grad=True, device=device)
-    b = torch.zeros(classes, requires_grad=True, device=device)
+    W = torch.zeros(classes, X.shape[1], requires_grad=True, device=device, dtype=x.dtype)
+    b = torch.zeros(classes, requires_grad=True, device=device, dtype=x.dtype)
     solver = torch.optim.LBFGS(
         [W, b], history_size=10, max_iter=1, line_search_fn="strong_wolfe", tolerance_change=0
     )
@@ -219,8 +219,8 @@ def first_within(trace: Trace, best: float, target: float) -> float:
 
 def products(X: np.ndarray, classes: int) -> float:
     """Return the seconds of the two products of a pass on all threads."""
-    x, w = torch.from_numpy(X), torch.randn(classes, X.shape[1])
-    z, to_w = torch.empty(len(X), classes), torch.empty_like(w)
+    x, w = torch.from_numpy(X), torch.randn(classes, X.shape[1], dtype=torch.from_numpy(X).dtype)
+    z, to_w = x.new_empty(len(X), classes), torch.empty_like(w)
     with fast_products(x.device, x.dtype, x.numel() * classes):
         times = []
         for _ in range(5):

@@ -26,7 +26,7 @@ from xent.losses._poly import linear_poly_loss, poly_loss
 from xent.losses._surrogate import surrogate_cross_entropy
 
 if TYPE_CHECKING:
-    from xent.linear_model import SoftmaxRegression
+    from xent.linear_model import SoftmaxRegression, SoftmaxRegressionCV
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Margin",
     "RowStatistics",
     "SoftmaxRegression",
+    "SoftmaxRegressionCV",
     "TopKTarget",
     "__version__",
     "backends",
@@ -67,8 +68,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "SoftmaxRegression":  # needs an extra, which importing xent must not
-        return _import_module("xent.linear_model").SoftmaxRegression
+    if name in ("SoftmaxRegression", "SoftmaxRegressionCV"):  # need an extra, which importing xent must not
+        return getattr(_import_module("xent.linear_model"), name)
     raise AttributeError(f"module 'xent' has no attribute {name!r}")
 
 

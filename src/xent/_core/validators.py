@@ -316,6 +316,7 @@ OPTIONS: dict[str, Validator] = {
     "tol": Number("a number that is not negative", 0.0, ends="both"),
     "max_iter": Whole("a whole number that is not negative", 0),
     "fit_intercept": Flag(),
+    "refit": Flag(),
     "stopping": OneOf(("objective", "gradient")),
     "class_weight": ByClass("balanced", NONNEGATIVE),
     "warm_start": Flag(),

@@ -1,4 +1,4 @@
-"""A linear classifier: ``SoftmaxRegression``, and the solvers that it may use.
+"""Linear classifiers: ``SoftmaxRegression``, its choice of C, and the solvers that it may use.
 
 Importing this package imports none of its dependencies. ``SoftmaxRegression`` does, and says which extra is
 missing.
@@ -13,8 +13,16 @@ from xent.linear_model.solvers import Solver, register_solver
 
 if TYPE_CHECKING:
     from xent.linear_model.softmax_regression import SoftmaxRegression
+    from xent.linear_model.softmax_regression_cv import SoftmaxRegressionCV
 
-__all__ = ["BadInput", "MissingExtra", "SoftmaxRegression", "Solver", "register_solver"]
+__all__ = [
+    "BadInput",
+    "MissingExtra",
+    "SoftmaxRegression",
+    "SoftmaxRegressionCV",
+    "Solver",
+    "register_solver",
+]
 
 
 def __getattr__(name: str) -> object:
@@ -22,6 +30,10 @@ def __getattr__(name: str) -> object:
         with needs("probe"):
             from xent.linear_model.softmax_regression import SoftmaxRegression
         return SoftmaxRegression
+    if name == "SoftmaxRegressionCV":
+        with needs("probe"):
+            from xent.linear_model.softmax_regression_cv import SoftmaxRegressionCV
+        return SoftmaxRegressionCV
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

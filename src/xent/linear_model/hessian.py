@@ -56,6 +56,11 @@ class HessianSums:
         self.block = leader.register(lambda c: self._sum(h.block(int(c[0])) for h in self._each()))
         self.factors = leader.register(self._factors)
 
+    def forget(self) -> None:
+        """Drop the rows as they were standardised, for the scale has changed, and what was made of them."""
+        self._rows = self._kept = self._operator = None
+        self._moves += 1
+
     def at(self, theta: np.ndarray) -> SummedHessian:
         """Return the Hessian at theta, in the solver's variables; it answers until the next is asked for."""
         self.move(theta)

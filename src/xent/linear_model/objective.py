@@ -81,37 +81,41 @@ class Objective:
             raise ValueError(
                 "nothing is left to fit: sample_weight times class_weight times label mass sums to 0"
             )
-        self.penalty = 1.0 / (C * self.total)  # λ
-        self.mean, self.scale = self._standardisation()
+        self.mean, self._variance = self._moments_of_features()
         self.n_rows = int(self.ranks.sum(n_rows if self.ranks.counts else 0))
         self._sums = leader.register(self._loss_and_gradient)
         self._moments = leader.register(self._own_moments)
         shape = (self.n_vectors, self.n_features + 1)
         self._hessian = HessianSums(self._standardised, shape, self.binary, fit_intercept, self.total, leader)
-        self._theta: np.ndarray | None = None
-        self._value = 0.0
-        self._gradient = np.empty(0)
-        self.gradient_norm = self.duality_gap = np.inf  # at the last θ; see `__call__`
+        self._value, self._gradient = 0.0, np.empty(0)
+        self.penalise(C)
 
-    def _standardisation(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return μ and σ, (D,) each.
+    def penalise(self, C: float) -> None:
+        """Set the inverse strength of the penalty, and with it λ and σ: another objective, of the same rows.
 
         The Hessian's diagonal at W = 0 is h·E[(x_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
         h σ_j² with σ_j² = E[(x_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
         """
-        n_classes = 2 if self.binary else self.n_vectors
-        h = (n_classes - 1) / n_classes**2
+        self.penalty = 1.0 / (C * self.total)  # λ
+        h = (self.n_classes - 1) / self.n_classes**2
+        scale = np.sqrt(self._variance + self.penalty / h)
+        self.scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+        self._hessian.forget()
+        self._theta: np.ndarray | None = None
+        self.gradient_norm = self.duality_gap = np.inf  # at the last θ; see `__call__`
+
+    def _moments_of_features(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return μ, which is 0 without an intercept, and E[(x − μ)²], (D,) each."""
         mean, squares = np.zeros(self.n_features), np.zeros(self.n_features)
         if self.fit_intercept:
             for mass, x in self._blocks():
                 mean += (mass @ x).cpu().numpy()
             mean = self.ranks.sum(mean) / self.total
         center = torch.from_numpy(mean).to(self.device)
-        with np.errstate(over="ignore"):  # a scale that is not finite is replaced below
+        with np.errstate(over="ignore"):  # a scale that is not finite is replaced
             for mass, x in self._blocks():
                 squares += (mass @ x.sub_(center).square_()).cpu().numpy()
-            scale = np.sqrt(self.ranks.sum(squares) / self.total + self.penalty / h)
-        return mean, np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+            return mean, self.ranks.sum(squares) / self.total
 
     def mass(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return s·a of some rows, (n,): their weights times the sums of their targets."""

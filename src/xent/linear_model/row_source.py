@@ -154,6 +154,16 @@ class LabelledRows:
     weight: np.ndarray | None = None  # (N,)
     device: torch.device = HOST  # where they are computed with
 
+    def take(self, rows: np.ndarray) -> LabelledRows:
+        """Return some of the rows, in memory: (n,) positions, ascending."""
+        weight = None if self.weight is None else self.weight[rows]
+        parts = [
+            as_tensor(x[rows[(rows >= here.start) & (rows < here.stop)] - here.start])
+            for here, x in self.source.chunks()
+        ]
+        source = ArrayRows(parts[0] if len(parts) == 1 else torch.cat(parts))
+        return LabelledRows(source, self.target[rows], weight, self.device)
+
     def chunks(self, shares: Sequence[slice] | None = None) -> Iterator[Chunk]:
         """Yield the rows as tensors, a chunk at a time; of rows in memory each chunk is one of ``shares``."""
         if not self.source.in_memory:

@@ -176,8 +176,19 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         parameters = self._parameters()
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
+        rows, classes = self._labelled_rows(parameters.class_weight, X, y, sample_weight)
+        # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
+        at_work = workers(*rows.source.shape, len(classes), device=rows.device.type)
+        with torch.inference_mode(False), torch.enable_grad(), at_work as threads:
+            self._fit(parameters, rows, classes, callback, threads)
+        return self
+
+    def _labelled_rows(
+        self, class_weight: dict[Any, float] | str | None, X: Any, y: Any, sample_weight: Any
+    ) -> tuple[LabelledRows, np.ndarray]:
+        """Return the rows with their targets and weights, all of them checked, and the classes, (C,)."""
         if y is None:
-            raise ValueError("SoftmaxRegression requires y to be passed, but the target y is None")
+            raise ValueError(f"{type(self).__name__} requires y to be passed, but the target y is None")
         source = self._row_source(X)
         n_rows, dtype = source.shape[0], source.dtype
         y = read_labels(y, n_rows)
@@ -187,24 +198,18 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         else:
             classes, target = np.unique(y, return_inverse=True)
             if len(classes) < 2:
-                raise ValueError(
-                    f"SoftmaxRegression needs at least 2 classes; the labels hold one class: {classes[0]!r}"
-                )
+                only = f"the labels hold one class: {classes[0]!r}"
+                raise ValueError(f"{type(self).__name__} needs at least 2 classes; {only}")
         weight = read_sample_weight(sample_weight, n_rows, dtype)  # (N,) or None
-        if parameters.class_weight is not None:
-            given = _class_weights(parameters.class_weight, classes, target, weight)
+        if class_weight is not None:
+            given = _class_weights(class_weight, classes, target, weight)
             per_class = cast_to(given, dtype, "class_weight", "class")  # (C,)
             if soft:
                 target = target * per_class
             else:
                 weight = per_class[target] if weight is None else weight * per_class[target]
-
-        # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
         device = X.device if stays_tensor(X) else HOST
-        at_work = workers(*source.shape, len(classes), device=device.type)
-        with torch.inference_mode(False), torch.enable_grad(), at_work as threads:
-            self._fit(parameters, LabelledRows(source, target, weight, device), classes, callback, threads)
-        return self
+        return LabelledRows(source, target, weight, device), classes
 
     def _parameters(self) -> SimpleNamespace:
         """Return the parameters as plain Python objects; the error names one that does not fit."""
