@@ -88,6 +88,7 @@ class Objective:
         shape = (self.n_vectors, self.n_features + 1)
         self._hessian = HessianSums(self._standardised, shape, self.binary, fit_intercept, self.total, leader)
         self._value, self._gradient = 0.0, np.empty(0)
+        self._second: tuple[np.ndarray, np.ndarray] | None = None
         self.penalise(C)
 
     def penalise(self, C: float) -> None:
@@ -132,9 +133,16 @@ class Objective:
                 yield torch.from_numpy(mass).to(self.device), part
 
     def second_moment(self, most: int) -> Tensor:
-        """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1) float32, of about as many rows of all ranks."""
+        """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1) float32, of about as many rows of all ranks.
+
+        It is formed once; another σ, of another penalty, scales it.
+        """
         side = self.n_features + 1
-        return torch.from_numpy(self._moments(np.array([most]))).float().reshape(side, side).to(self.device)
+        if self._second is None:
+            self._second = self._moments(np.array([most])).reshape(side, side), self.scale
+        moment, scale = self._second
+        ratio = np.append(scale / self.scale, 1.0)
+        return torch.from_numpy(moment * np.outer(ratio, ratio)).float().to(self.device)
 
     def _own_moments(self, most: np.ndarray) -> np.ndarray:
         own, every = len(self.rows.target), max(1, self.n_rows)

@@ -40,15 +40,29 @@ def regularisation_path(
     callback: Callable[[Progress], None] | None = None,
 ) -> Iterator[Point]:
     """Yield the minimum at each strength, in ascending order of C, from strong to weak."""
-    coef: np.ndarray | None = None
-    intercept: np.ndarray | None = None
+    done: list[Point] = []
     for C in sorted(Cs):
         objective.penalise(C)
-        start = None if coef is None or intercept is None else objective.to_solver(coef, intercept)
         chosen, _ = choose(objective, solver, tol, stopping)
         descent = Descent(objective, chosen, tol, max_iter, stopping)
-        descent.run(start, callback)
-        coef, intercept = descent.coef, descent.intercept
-        yield Point(C, coef, intercept, len(descent.curve) - 1, descent.converged)
+        descent.run(_start(objective, done, C), callback)
+        done = [*done[-1:], Point(C, descent.coef, descent.intercept, len(descent.curve) - 1, descent.converged)]
+        yield done[-1]
         if descent.stopped_by_callback:
             return
+
+
+def _start(objective: Objective, done: list[Point], C: float) -> np.ndarray | None:
+    """Return the point to begin at: the last minimum, or where the last two lead, whichever lies lower.
+
+    The minimum moves smoothly with log C:  W(C) ≈ W₁ + (W₁ − W₀)·log(C/C₁)/log(C₁/C₀).
+    """
+    if not done:
+        return None
+    last = objective.to_solver(done[-1].coef, done[-1].intercept).ravel()
+    if len(done) == 1 or not np.isfinite(C) or done[0].C == done[1].C:
+        return last
+    before = objective.to_solver(done[0].coef, done[0].intercept).ravel()
+    share = np.log(C / done[1].C) / np.log(done[1].C / done[0].C)
+    ahead = last + share * (last - before)
+    return ahead if objective(ahead)[0] < objective(last)[0] else last
