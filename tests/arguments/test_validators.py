@@ -194,6 +194,7 @@ CALLS = {
 # walked by the tests of their own modules
 ELSEWHERE = {
     xent.SoftmaxRegression,
+    xent.SoftmaxRegressionCV,
     sinkhorn.assign,
     # tests/losses/test_row_losses.py, tests/core/test_backends.py
     xent.focal_loss,

@@ -592,3 +592,62 @@ def test_an_output_that_is_a_directory_is_refused_before_the_work(tmp_path):
     found = run("predict", "m.safetensors", "a.csv", "-o", tmp_path / "out.csv", code=2)
     assert found.exit_code == 2
     assert "it is a directory; name a file" in found.stderr
+
+
+# A path of strengths
+
+
+def test_a_path_of_strengths_is_judged_on_the_validation_rows(tmp_path):
+    flowers(tmp_path / "f.csv")
+    options = ("f.csv", "--label", "kind", "--exclude", "id", "--json")
+    said = json.loads(run("fit", *options, "--l2-path", "1e2:1e-2:5", "--out", "m").stdout)
+    path = said["strengths"]
+    np.testing.assert_allclose(path["l2"], [100, 10, 1, 0.1, 0.01])
+    assert path["chosen"] == said["settings"]["l2"] == path["l2"][int(np.argmin(path["validation_loss"]))]
+    for l2, training, loss, accuracy in zip(
+        *(path[k] for k in ("l2", "training_loss", "validation_loss", "validation_accuracy")), strict=True
+    ):
+        alone = json.loads(run("fit", *options, "--l2", l2, "--out", "a").stdout)
+        assert alone["strengths"] is None
+        assert alone["training"]["loss"] == pytest.approx(training, rel=5e-3)
+        assert alone["validation"]["loss"] == pytest.approx(loss, rel=5e-3)
+        assert alone["validation"]["accuracy"] == pytest.approx(accuracy, abs=0.02)
+    assert (tmp_path / "m" / "strength.png").exists()
+    # the model in the file has seen all rows, the predictions of the validation rows are another's
+    on_all = json.loads(
+        run("fit", *options, "--l2", path["chosen"], "--validation", 0, "--out", "all").stdout
+    )
+    assert on_all["settings"]["validation"] == 0
+    ours, right = (model_file.load(tmp_path / name / "model.safetensors") for name in ("m", "all"))
+    np.testing.assert_allclose(ours.weight, right.weight, atol=0.05)
+    text = run("fit", *options[:-1], "--l2", "auto", "--out", "m").stdout
+    assert "is the best of 45 on the validation rows" in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--l2-path", "1:2"], "is no START:STOP:COUNT, such as 1e-5:1e6:45"),
+        (["--l2-path", "a:b:c"], "is no START:STOP:COUNT"),
+        (["--l2-path", "0:1:3"], "must be positive and finite"),
+        (["--l2-path", "1:inf:3"], "must be positive and finite"),
+        (["--l2-path", "1:2:1"], "1 strengths are no path"),
+        (["--l2-path", "1:2:3", "--validation", 0], "judged on validation rows; give --validation a share"),
+        (["--l2", "automatic"], "'automatic' is not a valid strength"),
+        (["--l2", "-1"], "-1.0 is not in the range"),
+        (["--device", "meta"], "meta tensors hold no numbers"),
+        (["--device", "nowhere"], "'nowhere'"),
+    ],
+)
+def test_a_path_or_device_that_is_none_is_one_line(tmp_path, options, message):
+    flowers(tmp_path / "f.csv")
+    done = run("fit", "f.csv", "--label", "kind", *options, code=2)
+    assert message in done.stderr
+    assert not (tmp_path / "xent-model").exists()
+
+
+def test_verbose_says_what_was_chosen_and_why(tmp_path):
+    flowers(tmp_path / "f.csv")
+    done = run("fit", "f.csv", "--label", "kind", "--exclude", "id", "-v")
+    assert "solver lbfgs: first-order passes, features decorrelated" in done.stderr
+    assert "1 worker thread: the problem is small" in done.stderr

@@ -18,7 +18,7 @@ from rich.text import Text
 from xent._processes.start import join
 from xent._util.atomic_write import check_writable
 from xent._util.text import class_text, json_text, printable
-from xent.cli.options import Finite, SolverName, column_names, keep_inputs
+from xent.cli.options import AUTO_PATH, Finite, SolverName, Strength, StrengthPath, column_names, keep_inputs
 from xent.cli.options import device as device_option
 from xent.cli.options import timeout as timeout_option
 from xent.cli.output import complain
@@ -47,7 +47,17 @@ if TYPE_CHECKING:
     help="Share of the rows held out, every class alike; 0 for none.",
 )
 @click.option(
-    "--l2", type=Finite(0), default=1.0, show_default=True, help="Penalty l2/2·‖W‖²; 1/C of scikit-learn."
+    "--l2",
+    type=Strength(0),
+    default=1.0,
+    show_default=True,
+    help="Penalty l2/2·‖W‖²; 1/C of scikit-learn. auto: the best of --l2-path 1e-5:1e6:45.",
+)
+@click.option(
+    "--l2-path",
+    type=StrengthPath(),
+    metavar="START:STOP:COUNT",
+    help="Choose --l2 among these by the loss on the validation rows, then fit all rows at the best.",
 )
 @click.option(
     "--solver",
@@ -132,6 +142,10 @@ def fit(
         raise click.UsageError("--features and --exclude do not go together: the first already chooses")
     if not demo and label is None:
         raise click.UsageError("which column is to be learned? Name it with --label")
+    if settings["l2"] == "auto":
+        settings["l2_path"] = settings["l2_path"] or AUTO_PATH
+    if settings["l2_path"] is not None:
+        settings["l2"] = 1.0  # until the best of the path is known
     chosen = job.Settings(**settings)
     with join(timeout, slices) as ranks:
         quiet = quiet or not ranks.is_main
@@ -154,7 +168,7 @@ def fit(
                 if ranks.is_main:
                     held_out = out / "held-out.parquet"  # what `predict` may be judged by
                     held_out.unlink(missing_ok=True)
-                    if len(rows := fitted.validation_rows):
+                    if len(rows := fitted.validation_rows) and fitted.strengths is None:  # else none is new
                         paths.append(sources.write_parquet(sources.digits(), rows, held_out))
         drawn = not ranks.is_main or _draw(fitted, out, paths, quiet)
     if ranks.is_main:
@@ -269,6 +283,12 @@ def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], o
         f"{how} after {fitted.iterations} iterations in {fitted.seconds:.2f} s, "
         f"{_reached(fitted)} (tol {fitted.model.settings['tol']:g})"
     )
+    if (path := fitted.strengths) is not None:
+        edge = ", an end of the path: a wider one may hold a better" if path.at_an_end else ""
+        console.print(
+            f"l2 {path.l2[path.best]:.3g} is the best of {len(path.l2)} on the validation rows{edge}; "
+            "the model in the file is fitted at it to all rows"
+        )
     names = [printable(class_text(value)[:60]) for value in fitted.model.classes]
     confused = fitted.judged.most_confused(3)
     console.print(f"most confused on {parts[-1][0]} rows{':' if confused else ': none'}")

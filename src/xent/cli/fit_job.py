@@ -20,6 +20,7 @@ from xent._processes.group import ALONE, Ranks
 from xent._processes.leader import Leader
 from xent._util.atomic_write import atomic_write, folder
 from xent._util.text import class_text, json_text, printable
+from xent.cli.strength_job import Strengths, along_the_path, spaced
 from xent.data import model_file
 from xent.data.labels import kind_of
 from xent.data.model_file import Model
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from xent.linear_model.descent import Descent, Progress
     from xent.linear_model.workers import Workers
 
-VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png")
+VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png", "strength.png")
 """Files that not every fit writes."""
 
 MOST_SHOWN = 24
@@ -49,6 +50,7 @@ class Settings:
 
     validation: float = 0.2  # share of the rows, 0 for none
     l2: float = 1.0  # 1/C of the estimator
+    l2_path: tuple[float, float, int] | None = None  # start, stop, count: l2 is chosen among these
     tol: float = 1e-4
     max_iter: int = 1000
     solver: str = "auto"  # or the name of a registered one
@@ -86,6 +88,8 @@ class Fitted:
     """A model, its evaluation and how its fit ended."""
 
     model: Model
+    judge: Model  # the model of the training rows alone: ``model``, unless that was fitted again to all rows
+    strengths: Strengths | None  # the path along which l2 was chosen
     training: Evaluation
     validation: Evaluation | None
     validation_rows: np.ndarray  # (n,) positions in the file, ascending
@@ -122,6 +126,7 @@ class Fitted:
             "solver": dataclasses.asdict(self.how),
             "converged": self.converged,
             "interrupted": self.interrupted,
+            "strengths": None if self.strengths is None else self.strengths.summary(),
             "most_confused": [
                 {"classes": [text[a], text[b]], "a_as_b": ab, "b_as_a": ba, "rows": rows}
                 for a, b, ab, ba, rows in self.judged.most_confused(3)
@@ -182,14 +187,7 @@ def fit(
     assert table.classes is not None
     codes, n_classes = table.codes, len(table.classes)
     ranks.check_equal("command line", settings)
-    if ranks.slices > n_classes:
-        raise BadInput(
-            f"--class-parallel {ranks.slices} is more than the {n_classes} classes; use fewer slices"
-        )
-    if ranks.slices > 1 and device != "cpu":
-        raise BadInput(f"--class-parallel does not go with --device {device}; fit on the CPU, or without it")
-    if settings.solver != AUTO:
-        solver_named(settings.solver, ranks.slices)  # an error before the work
+    _check(settings, n_classes, device, ranks)
     training, validation = split(table, settings.validation, settings.seed, ranks)
     check_names(table.classes, COLUMNS, table.source)
     check_range(table, ranks)
@@ -207,25 +205,31 @@ def fit(
     counts = len(training), len(validation)
     shape = (*rows_own.source.shape, n_classes)
     with workers(*shape, device=device, class_parallel=ranks.slices > 1) as threads:
+        strengths = None
+        if settings.l2_path is not None:
+            l2 = spaced(*settings.l2_path)
+            options = {k: getattr(settings, k) for k in ("solver", "tol", "max_iter", "stopping")}
+            strengths = along_the_path(rows_own, rows_held, n_classes, l2, threads, **options)
+            settings = dataclasses.replace(settings, l2=float(l2[strengths.best]))
         done = _solve(rows_own, rows_held, counts, n_classes, settings, on_iteration, ranks, threads)
-    model = Model(
-        weight=done.coef,
-        bias=done.intercept,
-        mean=mean,
-        scale=scale,
-        classes=table.classes,
-        feature_names=table.feature_names,
-        label_name=table.label_name,
-        settings=dataclasses.asdict(settings),
-        kind=kind_of(table.classes),
-        width=table.width,
-    )
+
+        judge = model = _model(table, settings, done, mean, scale)
+        if strengths is not None and not done.interrupted:  # again, on all rows
+            of_all = standardisation(table.features, settings.standardize, ranks)
+            every = LabelledRows(
+                row_source(standardise(table.features, *of_all)), codes, None, torch.device(device)
+            )
+            none = every.take(np.empty(0, np.int64))
+            again = _solve(every, none, (len(codes), 0), n_classes, settings, None, ranks, threads)
+            model = _model(table, settings, again, *of_all)
     at_start = math.log(n_classes)  # W = 0: every class alike
     frequencies = ranks.sum(np.bincount(codes[own], minlength=n_classes)) / len(training)
     return Fitted(
         model=model,
-        training=evaluate(model, table, codes, own, frequencies, ranks),
-        validation=evaluate(model, table, codes, held, frequencies, ranks) if len(validation) else None,
+        judge=judge,
+        strengths=strengths,
+        training=evaluate(judge, table, codes, own, frequencies, ranks),
+        validation=evaluate(judge, table, codes, held, frequencies, ranks) if len(validation) else None,
         validation_rows=validation,
         training_curve=np.array([at_start, *done.training_curve]),
         validation_curve=np.array([at_start, *done.validation_curve] if len(validation) else []),
@@ -238,6 +242,40 @@ def fit(
         advice=done.advice,
         interrupted=done.interrupted,
         skipped=table.skipped,
+    )
+
+
+def _check(settings: Settings, n_classes: int, device: str, ranks: Ranks) -> None:
+    """Raise ``BadInput`` for settings that do not go together, before the work."""
+    if ranks.slices > n_classes:
+        raise BadInput(
+            f"--class-parallel {ranks.slices} is more than the {n_classes} classes; use fewer slices"
+        )
+    if ranks.slices > 1 and device != "cpu":
+        raise BadInput(f"--class-parallel does not go with --device {device}; fit on the CPU, or without it")
+    if settings.l2_path is not None and not settings.validation:
+        raise BadInput(
+            "a path of strengths is judged on validation rows; give --validation a share of the rows"
+        )
+    if settings.l2_path is not None and ranks.size > 1:
+        raise BadInput("a path of strengths is fitted by one process; run it without torchrun")
+    if settings.solver != AUTO:
+        solver_named(settings.solver, ranks.slices)  # an error before the work
+
+
+def _model(table: Table, settings: Settings, done: _Outcome, mean: np.ndarray, scale: np.ndarray) -> Model:
+    assert table.classes is not None
+    return Model(
+        weight=done.coef,
+        bias=done.intercept,
+        mean=mean,
+        scale=scale,
+        classes=table.classes,
+        feature_names=table.feature_names,
+        label_name=table.label_name,
+        settings=dataclasses.asdict(settings),
+        kind=kind_of(table.classes),
+        width=table.width,
     )
 
 
@@ -321,7 +359,7 @@ def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list
             target = ranks.broadcast(temporary_of[out / VALIDATION] if ranks.is_main else None)
             assert target is not None
             rows = table.own(fitted.validation_rows)
-            write_predictions(fitted.model, table, target, rows, ranks)
+            write_predictions(fitted.judge, table, target, rows, ranks)
         with ranks.raise_together():
             if ranks.is_main:
                 for name in (VALIDATION, *FIGURES):
@@ -339,6 +377,13 @@ def draw(fitted: Fitted, out: Path) -> list[Path]:
     baseline = fitted.judged.baseline
     assert baseline is not None
     paths = [out / name for name in FIGURES]
+    if fitted.strengths is None:
+        paths.pop()
+    else:
+        with atomic_write(paths[2]) as temporary:
+            found = fitted.strengths
+            losses = found.training_loss, found.validation_loss
+            figures.strengths(temporary, found.l2, *losses, found.validation_accuracy, found.best)
     with atomic_write(paths[0]) as temporary:
         figures.loss_curve(temporary, fitted.training_curve, fitted.validation_curve, baseline)
     counts, shown = fitted.judged.confusion(MOST_SHOWN)

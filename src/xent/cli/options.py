@@ -25,6 +25,45 @@ class Finite(click.FloatRange):
         return number
 
 
+class Strength(Finite):
+    """A strength of the penalty, or "auto"."""
+
+    name = "strength"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the number or "auto"; raise a usage error for anything else."""
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+    def get_metavar(self, *about: Any, **also: Any) -> str | None:
+        """Return how the help shows it."""
+        return "FLOAT|auto"
+
+
+class StrengthPath(click.ParamType):  # type: ignore[type-arg]
+    """Strengths evenly spaced in the logarithm, START:STOP:COUNT."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return start, stop and count; raise a usage error for anything else."""
+        if isinstance(value, tuple):
+            return value
+        try:
+            start, stop, count = value.split(":")
+            path = float(start), float(stop), int(count)
+        except ValueError:
+            self.fail(f"{value!r} is no START:STOP:COUNT, such as 1e-5:1e6:45.", param, ctx)
+        if not (math.isfinite(path[0]) and math.isfinite(path[1]) and min(path[:2]) > 0):
+            self.fail(f"the strengths of {value!r} must be positive and finite.", param, ctx)
+        if not 2 <= path[2] <= 10_000:
+            self.fail(f"{path[2]} strengths are no path; give from 2 to 10000.", param, ctx)
+        return path
+
+
+AUTO_PATH = (1e-5, 1e6, 45)
+"""The path of ``--l2 auto``: that of the published evaluations of embeddings, which fit 45 strengths."""
+
+
 class SolverName(click.ParamType):  # type: ignore[type-arg]
     """The name of one of the solvers that are registered when it is looked at, or "auto"."""
 

@@ -57,7 +57,7 @@ class HessianSums:
         self.factors = leader.register(self._factors)
 
     def forget(self) -> None:
-        """Drop the rows as they were standardised, for the scale has changed, and what was made of them."""
+        """Remove the rows as they were standardised, for the scale has changed, and what was made of them."""
         self._rows = self._kept = self._operator = None
         self._moves += 1
 

@@ -46,7 +46,10 @@ def regularisation_path(
         chosen, _ = choose(objective, solver, tol, stopping)
         descent = Descent(objective, chosen, tol, max_iter, stopping)
         descent.run(_start(objective, done, C), callback)
-        done = [*done[-1:], Point(C, descent.coef, descent.intercept, len(descent.curve) - 1, descent.converged)]
+        done = [
+            *done[-1:],
+            Point(C, descent.coef, descent.intercept, len(descent.curve) - 1, descent.converged),
+        ]
         yield done[-1]
         if descent.stopped_by_callback:
             return

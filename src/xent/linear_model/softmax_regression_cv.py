@@ -175,9 +175,9 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 late += [] if point.converged else [point.C]
                 yield point
         if late:
+            at = ", ".join(f"{C:.3g}" for C in late)
             warnings.warn(
-                f"{type(self).__name__} has not converged at C = {', '.join(f'{C:.3g}' for C in late)}; raise "
-                f"max_iter or tol, or leave these out",
+                f"{type(self).__name__} has not converged at C = {at}; raise max_iter or tol, or drop these",
                 ConvergenceWarning,
                 stacklevel=3,
             )

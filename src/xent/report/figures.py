@@ -131,6 +131,47 @@ def loss_curve(
         save(figure, path)
 
 
+def strengths(
+    path: str | os.PathLike[str],
+    l2: np.ndarray,  # (k,)
+    training: np.ndarray,  # (k,) nats
+    validation: np.ndarray,  # (k,) nats
+    accuracy: np.ndarray,  # (k,) of the validation rows
+    chosen: int,  # a position
+) -> None:
+    """Draw loss and accuracy against the strength of the penalty, and mark the strength chosen."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    with style():
+        figure = Figure(figsize=(7.2, 5.6))
+        of_loss, of_accuracy = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        strength, least, best = float(l2[chosen]), float(validation[chosen]), 100 * float(accuracy[chosen])
+        for axes in (of_loss, of_accuracy):
+            axes.axvline(strength, color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        for name, curve, colour in (
+            ("training", training, BLUE),
+            ("validation", validation, VERMILION),
+        ):
+            of_loss.plot(l2, curve, color=colour, label=name)
+        of_loss.plot(strength, least, "o", color=VERMILION, markersize=6, zorder=3)
+        of_loss.legend(frameon=False)
+        of_loss.set_ylabel("loss (nats)")
+        of_accuracy.plot(l2, 100 * accuracy, color=VERMILION)
+        of_accuracy.plot(strength, best, "o", color=VERMILION, markersize=6, zorder=3)
+        of_accuracy.set_ylabel("accuracy (%)")
+        of_accuracy.set_xlabel("strength of the penalty, l2 (stronger to the right)")
+        titled(
+            of_loss,
+            "Strength of the penalty",
+            f"l2 {strength:.3g} has the least validation loss: {least:#.3g} nats, accuracy {best:.1f} %",
+        )
+        save(figure, path)
+
+
 def _apart(values: Sequence[float], axes: Axes, points: float) -> list[float]:
     """Return the values, moved on the y axis so that text at them stands ``points`` apart."""
     to_pixels, from_pixels = axes.transData.transform, axes.transData.inverted().transform

@@ -30,6 +30,9 @@ FIRST_BLOCKS, LATER = 8, 3
 """Iterations before class blocks are formed, and how many times as many before they are formed again."""
 
 
+RECENT = 5
+"""Estimates of the decrement of which the largest counts: one alone is too low where a step goes astray."""
+
 UNRESOLVED = 10
 """Iterations without a smaller gradient, where the values of the objective no longer tell a decrease."""
 
@@ -44,6 +47,7 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
     inverse = InverseHessian(shape, whitening, objective.device)
     blocks_at = FIRST_BLOCKS if ClassBlocks.pay(objective) else 0
     best, since = objective.gradient_norm, 0
+    recent: deque[float] = deque(maxlen=RECENT)
     step = -inverse(gradient)
     for iteration in range(1, max_iter + 1):
         found = line_search(objective, theta, step, value, gradient)
@@ -65,7 +69,8 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
         resolved = decrement > 64 * np.finfo(objective.dtype).eps * abs(value)
         since = 0 if resolved or objective.gradient_norm < 0.9 * best else since + 1
         best = min(best, objective.gradient_norm)
-        after_iteration(theta, decrement)
+        recent.append(decrement)
+        after_iteration(theta, max(recent))
     return False
 
 
