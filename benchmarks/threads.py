@@ -1,9 +1,10 @@
-"""A fit while NumPy's BLAS has its own threads, and while it is held to one, as `SoftmaxRegression` does.
+"""A fit with worker threads, and with the threads of torch's own products, quiet or beside a busy core.
 
     python benchmarks/threads.py [--shape 20000,256,100] [--rounds 3] [--busy]
 
-float32, C = 1, tol 1e-4. The two take turns in every round; medians in seconds, and the ratio. With `--busy`
-another process keeps one core busy meanwhile.
+float32, C = 1, 20 iterations of L-BFGS. BLAS threads of NumPy and SciPy are held to one in both; "free" leaves
+these alone, with torch's own threads, as a fit did before. The ways take turns in every round; medians in
+seconds, and their ratios to the workers'. With `--busy` another process keeps one core busy meanwhile.
 """
 
 from __future__ import annotations
@@ -15,24 +16,39 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from unittest import mock
 
 import numpy as np
 import torch
 
 import xent
-from xent.linear_model import descent
+from xent.linear_model import softmax_regression
+from xent.linear_model.workers import Workers, workers
 
-SHAPES = ["20000,256,10", "20000,256,100"]
+SHAPES = ["20000,256,10", "20000,256,100", "50000,384,200", "2000,256,8000"]
+WAYS = ("workers", "torch's threads", "free")
 
 
-def seconds(X: np.ndarray, y: np.ndarray, *, held: bool) -> float:
-    way = contextlib.nullcontext()
-    if not held:
-        way = mock.patch.object(descent, "threadpool_limits", return_value=contextlib.nullcontext())
-    with way:
+@contextlib.contextmanager
+def torchs(*shape: int, **_: object) -> Iterator[Workers]:
+    """Have torch's own threads, and one of BLAS: what `workers` chooses for very many classes."""
+    with workers(shape[0], shape[1], 1 << 20) as chosen:
+        yield chosen
+
+
+@contextlib.contextmanager
+def free(*_: object, **__: object) -> Iterator[Workers]:
+    yield Workers()
+
+
+def seconds(X: np.ndarray, y: np.ndarray, way: str) -> float:
+    forced = {"workers": contextlib.nullcontext(), "torch's threads": torchs, "free": free}[way]
+    if not isinstance(forced, contextlib.nullcontext):
+        forced = mock.patch.object(softmax_regression, "workers", forced)
+    with forced:
         start = time.perf_counter()
-        xent.SoftmaxRegression(C=1.0, tol=1e-4).fit(X, y)
+        xent.SoftmaxRegression(tol=0.0, max_iter=20, solver="lbfgs").fit(X, y)
         return time.perf_counter() - start
 
 
@@ -45,17 +61,19 @@ def main() -> None:
     warnings.simplefilter("ignore")
     beside = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if arguments.busy else None
     print(f"{torch.get_num_threads()} threads of torch, {'one core kept busy' if beside else 'alone'}")
-    print(f"{'rows, features, classes':28}{'free':>9}{'held':>9}{'ratio':>8}")
+    print(f"{'rows, features, classes':28}" + "".join(f"{way:>17}" for way in WAYS) + "   ratios")
     try:
         for shape in arguments.shape or SHAPES:
             n, d, c = map(int, shape.split(","))
             rng = np.random.default_rng(0)
-            X, W = rng.normal(size=(n, d)).astype(np.float32), rng.normal(size=(c, d))
-            y = (0.3 * X @ W.T + rng.gumbel(size=(n, c))).argmax(1)
-            seconds(X, y, held=True)  # a warm-up
-            rounds = [[seconds(X, y, held=held) for held in (False, True)] for _ in range(arguments.rounds)]
-            free, held = (statistics.median(column) for column in zip(*rounds, strict=True))
-            print(f"{shape:28}{free:9.3f}{held:9.3f}{held / free:8.2f}", flush=True)
+            y = rng.integers(c, size=n)
+            X = (rng.normal(size=(c, d)) * 6 / np.sqrt(2 * d))[y].astype(np.float32)
+            X += rng.normal(size=(n, d)).astype(np.float32)
+            seconds(X, y, WAYS[0])  # a warm-up
+            rounds = [[seconds(X, y, way) for way in WAYS] for _ in range(arguments.rounds)]
+            medians = [statistics.median(column) for column in zip(*rounds, strict=True)]
+            ratios = "  ".join(f"{other / medians[0]:.2f}" for other in medians[1:])
+            print(f"{shape:28}" + "".join(f"{value:17.3f}" for value in medians) + f"   {ratios}", flush=True)
     finally:
         if beside is not None:
             beside.kill()
