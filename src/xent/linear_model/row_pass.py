@@ -19,8 +19,11 @@ from torch import Tensor
 TILE = 1 << 19
 """Numbers of a tile, of its features and its probabilities: 2 MiB of float32, which a core's caches hold."""
 
+DEVICE_TILE = 1 << 26
+"""Numbers of a tile on a GPU, which has no such caches and wants long operations: 256 MiB of float32."""
+
 FEWEST, MOST = 64, 1 << 13
-"""Rows of a tile."""
+"""Rows of a tile; as many as fit on a GPU."""
 
 FEW = 16
 """Classes below which a tile is laid out classes × rows."""
@@ -41,7 +44,9 @@ class RowPass:
         self.W, self.b = W, b
         n_classes, n_features = W.shape
         self.axis = 0 if n_classes < FEW else 1  # of the classes in a tile
-        self.rows = max(FEWEST, min(MOST, TILE // (n_classes + n_features)))
+        on_host = W.device.type == "cpu"
+        fit = (TILE if on_host else DEVICE_TILE) // (n_classes + n_features)
+        self.rows = max(FEWEST, min(MOST, fit) if on_host else fit)
         self._buffer: Tensor | None = None
 
     def loss(self, x: Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
@@ -75,7 +80,7 @@ class RowPass:
         """Return x Wᵀ + b, (R, C) or (C, R), in memory that the next tile overwrites."""
         rows, n_classes = len(x), len(self.W)
         if self._buffer is None:
-            self._buffer = self.W.new_empty(self.rows * n_classes)
+            self._buffer = self.W.new_empty(rows * n_classes)  # the first tile is the longest
         z = self._buffer[: rows * n_classes]
         if self.axis == 1:
             z = torch.mm(x, self.W.t(), out=z.view(rows, n_classes))
