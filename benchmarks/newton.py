@@ -61,8 +61,12 @@ def main() -> None:
             if name == "decaying" and strength > 1:
                 continue
             solvers = {
-                "xent lbfgs": xent.SoftmaxRegression(strength, tol=1e-10, max_iter=MOST),
-                "xent newton-cg": xent.SoftmaxRegression(strength, solver="newton-cg", tol=1e-10),
+                "xent lbfgs": xent.SoftmaxRegression(
+                    strength, solver="lbfgs", stopping="gradient", tol=1e-10, max_iter=MOST
+                ),
+                "xent newton-cg": xent.SoftmaxRegression(
+                    strength, solver="newton-cg", stopping="gradient", tol=1e-10
+                ),
                 "scikit-learn newton-cg": LogisticRegression(
                     C=strength, solver="newton-cg", tol=1e-10, max_iter=1000
                 ),

@@ -2,9 +2,9 @@
 
     python benchmarks/threads.py [--shape 20000,256,100] [--rounds 3] [--busy]
 
-float32, C = 1, 20 iterations of L-BFGS. BLAS threads of NumPy and SciPy are held to one in both; "free" leaves
-these alone, with torch's own threads, as a fit did before. The ways take turns in every round; medians in
-seconds, and their ratios to the workers'. With `--busy` another process keeps one core busy meanwhile.
+float32, C = 1, 20 iterations of L-BFGS. Two of the ways hold the BLAS threads of NumPy and SciPy to one;
+"free" leaves these alone, with torch's own threads, as a fit did before. The ways take turns in every round;
+medians in seconds, and their ratios to the workers'. With `--busy` another process keeps one core busy.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def a_killed_rank_ends_the_others(runs: Runs) -> None:
     assert not [name for name in os.listdir(runs.folder) if name.startswith(".")]
 
 
-TWO = ["fit", "dozen.parquet", "--label", "kind", "--validation", 0, "--tol", 1e-8, "--json"]
+TWO = ["fit", "dozen.parquet", "--label", "kind", "--validation", 0, "--tol", 1e-10, *GRADIENT, "--json"]
 
 
 def two_ranks(folder: Path) -> Runs:

@@ -110,8 +110,17 @@ class Descent:
             self._theta = start.ravel()
         self._arrive(self._theta)
 
-        def after_iteration(theta: np.ndarray, decrement: float | None = None, /) -> None:
+        def after_iteration(
+            theta: np.ndarray, decrement: float | None = None, confirm: Callable[[], float] | None = None, /
+        ) -> None:
             self._arrive(np.array(theta), decrement)
+            if (
+                decrement is not None
+                and confirm is not None
+                and self.stopping == "objective"
+                and self.converged
+            ):
+                self._certify(max(decrement, confirm()))
             if callback is not None:
                 state = len(self.curve) - 1, self.curve[-1], self.gradient_norm
                 model, above = self.objective.to_model(self._theta), self.certificate.bound
@@ -133,6 +142,9 @@ class Descent:
         value, _ = self.objective(theta)
         self._theta, self.gradient_norm = theta, self.objective.gradient_norm
         self.curve.append(value)
+        self._certify(decrement)
+
+    def _certify(self, decrement: float | None) -> None:
         bounds = [Certificate(self.objective.duality_gap, "duality gap")]
         if decrement is not None and decrement >= 0:
             bounds.append(Certificate(SAFETY * decrement, "Newton decrement"))

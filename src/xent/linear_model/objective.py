@@ -20,6 +20,7 @@ from torch import Tensor
 from xent._core.matmul import fast_products
 from xent._processes.group import Share
 from xent._processes.leader import Leader
+from xent.linear_model.class_blocks import Sample, class_blocks
 from xent.linear_model.hessian import HessianSums, SummedHessian
 from xent.linear_model.row_pass import RowPass
 from xent.linear_model.row_source import (
@@ -33,13 +34,8 @@ from xent.linear_model.row_source import (
 from xent.linear_model.workers import Workers
 from xent.losses._cross_entropy import linear_cross_entropy
 
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """Rows that stand for all, evenly spaced: standardised features and a column of ones, and masses."""
-
-    x: Tensor  # (n, D + 1) float32
-    mass: Tensor  # (n,), of mean 1 over all rows of all ranks
+SAMPLE = 1 << 24
+"""Numbers of a sample's features, and of its probabilities, at most: 64 MiB of float32 each."""
 
 
 class Objective:
@@ -85,6 +81,7 @@ class Objective:
         self.n_rows = int(self.ranks.sum(n_rows if self.ranks.counts else 0))
         self._sums = leader.register(self._loss_and_gradient)
         self._moments = leader.register(self._own_moments)
+        self._blocks_of = leader.register(lambda theta: self._own_share(self._formed(theta)))
         shape = (self.n_vectors, self.n_features + 1)
         self._hessian = HessianSums(self._standardised, shape, self.binary, fit_intercept, self.total, leader)
         self._value, self._gradient = 0.0, np.empty(0)
@@ -145,10 +142,36 @@ class Objective:
         return torch.from_numpy(moment * np.outer(ratio, ratio)).float().to(self.device)
 
     def _own_moments(self, most: np.ndarray) -> np.ndarray:
-        own, every = len(self.rows.target), max(1, self.n_rows)
-        sample = self.sample(max(1, int(most[0]) * own // every)) if self.ranks.counts else self.sample(0)
-        moments = (sample.x * sample.mass[:, None]).t() @ sample.x
-        return (moments * (own / every / max(1, len(sample.x)))).double().cpu().numpy().ravel()
+        return self._own_share(self._sample(int(most[0])).second_moment())
+
+    def class_blocks(self, theta: np.ndarray) -> Tensor:
+        """Return the diagonal blocks of the Hessian at θ (P,), without the penalty, (K, D + 1, D + 1)."""
+        if self.ranks.size == 1:
+            return self._formed(theta)
+        side = self.n_features + 1
+        return torch.from_numpy(self._blocks_of(theta)).float().reshape(-1, side, side).to(self.device)
+
+    def _formed(self, theta: np.ndarray) -> Tensor:
+        most = SAMPLE // max(self.n_features + 1, self.n_vectors) * max(1, self.n_rows // self._own_rows)
+        sample = self._sample(most)
+        alone = self.ranks.size == 1 and self._second is not None
+        moment = self.second_moment(0) if alone else sample.second_moment()
+        at = torch.from_numpy(theta.reshape(self.n_vectors, -1)).float().to(self.device)
+        return class_blocks(sample, moment, at, self.binary, self.workers)
+
+    @property
+    def _own_rows(self) -> int:
+        return max(1, len(self.rows.target))
+
+    def _own_share(self, mean: Tensor) -> np.ndarray:
+        """Return this rank's part of a mean over the rows of all ranks, flat."""
+        return (mean * (self._own_rows / max(1, self.n_rows))).double().cpu().numpy().ravel()
+
+    def _sample(self, most: int) -> Sample:
+        """Return this rank's part of at most as many rows of all ranks; none where its rows do not count."""
+        if not self.ranks.counts:
+            return self.sample(0)
+        return self.sample(max(1, most * self._own_rows // max(1, self.n_rows)))
 
     def sample(self, most: int) -> Sample:
         """Return at most as many rows of this process."""

@@ -21,26 +21,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent.linear_model.row_source import BLOCK, slices
-
 if TYPE_CHECKING:
     from xent.linear_model.objective import Objective
 
-SAMPLE = 1 << 24
-"""Numbers of a sample's features, and of its probabilities, at most: 64 MiB of float32 each."""
-
 BLOCKS = 1 << 26
 """Numbers of the inverses of all class blocks, at most: 256 MiB of float32."""
+
+SUMMED = 1 << 22
+"""Numbers of all class blocks that are summed over ranks, at most: 32 MiB of float64."""
 
 WIDEST = 1 << 12
 """Features up to which a (D, D) inverse is formed."""
 
 ROWS = 16
 """Rows of which the second moment is formed, in multiples of D."""
-
-TERMS = 2
-"""Terms of a class block that are formed as they are, in multiples of D."""
-
 
 Preconditioner: TypeAlias = Callable[[Tensor], Tensor]
 """A symmetric positive map of (K, D + 1), in float32."""
@@ -52,8 +46,8 @@ class Whitening:
     def __init__(self, objective: Objective) -> None:
         h = 1 / 4 if objective.binary else 1 / objective.n_vectors
         self.ridge = ridge(objective)
-        self.second_moment = objective.second_moment(ROWS * (objective.n_features + 1))
-        self.inverse = invert_(h * self.second_moment, self.ridge)
+        moment = objective.second_moment(ROWS * (objective.n_features + 1))  # A
+        self.inverse = invert_(h * moment, self.ridge)
 
     @staticmethod
     def pays(objective: Objective) -> bool:
@@ -73,38 +67,23 @@ class ClassBlocks:
 
     @staticmethod
     def pay(objective: Objective) -> bool:
-        """Return whether they are few and small enough to be formed, of rows that one process holds."""
+        """Return whether they are few and small enough to be formed, and on several ranks to be summed."""
         numbers = objective.n_vectors * (objective.n_features + 1) ** 2
-        return Whitening.pays(objective) and numbers <= BLOCKS and objective.ranks.size == 1
+        most = BLOCKS if objective.ranks.size == 1 else SUMMED
+        return Whitening.pays(objective) and numbers <= most and objective.ranks.slices == 1
 
-    def __init__(self, objective: Objective, second_moment: Tensor, theta: np.ndarray) -> None:
+    def __init__(self, objective: Objective, theta: np.ndarray) -> None:
         self.workers = objective.workers
         self.ridge = ridge(objective)
-        sample = objective.sample(SAMPLE // max(objective.n_features + 1, objective.n_vectors))
-        at = torch.from_numpy(theta.reshape(objective.n_vectors, -1)).float().to(objective.device)
-        curvature = at.new_empty(len(at), len(sample.x))  # (K, n) m·p(1 − p)
-        terms = min(int(TERMS * sample.x.shape[1]), len(sample.x))
+        self.inverses = objective.class_blocks(theta)
+        self.groups = self.workers.shares(len(self.inverses), 0)
 
-        def of_rows(rows: slice) -> None:
-            p = at @ sample.x[rows].t()
-            p = p.sigmoid_() if objective.binary else torch.softmax(p, 0, out=p)
-            torch.mul(p, 1 - p, out=curvature[:, rows]).mul_(sample.mass[rows])
-
-        def of_classes(classes: slice) -> Tensor:
-            inverses = at.new_empty(classes.stop - classes.start, *second_moment.shape)
-            x = at.new_empty(terms, len(second_moment))
-            for weight, block in zip(curvature[classes], inverses, strict=True):
-                largest, rows = weight.topk(terms, sorted=False)
-                torch.index_select(sample.x, 0, rows, out=x).mul_(largest.sqrt_()[:, None])
-                rest = (weight.sum() - largest.square_().sum()).clamp(min=0)
-                torch.mul(second_moment, rest, out=block).addmm_(x.t(), x).div_(len(sample.x))
+        def invert(classes: slice) -> None:
+            for block in self.inverses[classes]:
                 invert_(block, self.ridge)
-            return inverses
 
-        for _ in self.workers.map(of_rows, slices(sample.x.shape, BLOCK)):
+        for _ in self.workers.map(invert, self.groups):
             pass
-        self.groups = self.workers.shares(len(at), 0)
-        self.inverses = list(self.workers.map(of_classes, self.groups))
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Return the inverse times (K, D + 1)."""
@@ -114,7 +93,7 @@ class ClassBlocks:
             return torch.bmm(gradient.unsqueeze(1), inverses).squeeze(1)
 
         def of_all(gradient: Tensor) -> Tensor:
-            groups = [(gradient[k], inverses) for k, inverses in zip(self.groups, self.inverses, strict=True)]
+            groups = [(gradient[classes], self.inverses[classes]) for classes in self.groups]
             return torch.cat(list(self.workers.map(of_classes, groups)))
 
         return apart(gradient, of_all, self.ridge)

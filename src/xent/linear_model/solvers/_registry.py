@@ -17,8 +17,13 @@ if TYPE_CHECKING:
 class AfterIteration(Protocol):
     """Called with the point that an iteration has reached; raises ``StopIteration`` to end the fit."""
 
-    def __call__(self, theta: np.ndarray, decrement: float | None = None, /) -> None:
-        """Take theta (P,) and an estimate of F(theta) − F*, as half the Newton decrement ½ gᵀH⁻¹g is one."""
+    def __call__(
+        self, theta: np.ndarray, decrement: float | None = None, confirm: Callable[[], float] | None = None, /
+    ) -> None:
+        """Take theta (P,) and an estimate of F(theta) − F*, as half the Newton decrement ½ gᵀH⁻¹g is one.
+
+        ``confirm`` returns a more careful estimate; it is called where the first one would end the fit.
+        """
         ...
 
 

@@ -10,6 +10,7 @@ is an estimate of what is left to gain.
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,9 +27,12 @@ if TYPE_CHECKING:
 PAIRS = 10
 """Pairs that are kept. 20 need as many iterations on every problem of `benchmarks/fit.py`."""
 
-FIRST_BLOCKS, LATER = 8, 3
+FIRST_BLOCKS, LATER = 8, 2
 """Iterations before class blocks are formed, and how many times as many before they are formed again."""
 
+
+LONG = 24
+"""Iterations after which an end is confirmed: on a plateau the pairs say that the minimum is reached."""
 
 RECENT = 5
 """Estimates of the decrement of which the largest counts: one alone is too low where a step goes astray."""
@@ -61,8 +65,7 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
         value, gradient = objective(theta)
         inverse.learn(theta - before, gradient - slope)
         if iteration == blocks_at:
-            assert whitening is not None
-            inverse.base = ClassBlocks(objective, whitening.second_moment, theta)
+            inverse.base = ClassBlocks(objective, theta)
             blocks_at *= LATER
         step = -inverse(gradient)
         decrement = -0.5 * float(gradient @ step)
@@ -70,8 +73,21 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
         since = 0 if resolved or objective.gradient_norm < 0.9 * best else since + 1
         best = min(best, objective.gradient_norm)
         recent.append(decrement)
-        after_iteration(theta, max(recent))
+
+        base = inverse.base
+        careful = partial(_confirmed, objective, inverse, theta, gradient)
+        after_iteration(theta, max(recent), careful if blocks_at and iteration > LONG else None)
+        if inverse.base is not base:
+            step = -inverse(gradient)
     return False
+
+
+def _confirmed(
+    objective: Objective, inverse: InverseHessian, theta: np.ndarray, gradient: np.ndarray
+) -> float:
+    """Return half the Newton decrement by the class blocks at theta alone, which then are what B begins with."""
+    inverse.base = ClassBlocks(objective, theta)
+    return 0.5 * float(gradient @ inverse.alone(gradient))
 
 
 class InverseHessian:
@@ -106,6 +122,10 @@ class InverseHessian:
         for (moved, bent, curvature), share in zip(self.pairs, reversed(shares), strict=True):
             made.add_(moved, alpha=share - float(bent @ made) / curvature)
         return made.cpu().numpy()
+
+    def alone(self, gradient: np.ndarray) -> np.ndarray:
+        """Return M·gradient."""
+        return self._of_base(self._tensor(gradient)).cpu().numpy()
 
     def _tensor(self, vector: np.ndarray) -> Tensor:
         return torch.from_numpy(vector).to(self.device)
