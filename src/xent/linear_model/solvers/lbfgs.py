@@ -85,7 +85,7 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
 def _confirmed(
     objective: Objective, inverse: InverseHessian, theta: np.ndarray, gradient: np.ndarray
 ) -> float:
-    """Return half the Newton decrement by the class blocks at theta alone, with which B begins from now on."""
+    """Return half the Newton decrement by the class blocks at theta alone, with which B begins now."""
     inverse.base = ClassBlocks(objective, theta)
     return 0.5 * float(gradient @ inverse.alone(gradient))
 
