@@ -37,7 +37,7 @@ ROWS = 16
 """Rows of which the second moment is formed, in multiples of D."""
 
 Preconditioner: TypeAlias = Callable[[Tensor], Tensor]
-"""A symmetric positive map of (K, D + 1), in float32."""
+"""A symmetric positive map of (K, D + 1), applied to several at once: (V, K, D + 1), in float32."""
 
 
 class Whitening:
@@ -58,7 +58,7 @@ class Whitening:
         return objective.n_features <= WIDEST and objective.n_rows >= 2 * objective.n_features
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        """Return the inverse times (K, D + 1)."""
+        """Return the inverse times each of (V, K, D + 1)."""
         return apart(gradient, lambda g: g @ self.inverse, self.ridge)
 
 
@@ -86,29 +86,30 @@ class ClassBlocks:
             pass
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        """Return the inverse times (K, D + 1)."""
+        """Return the inverse times each of (V, K, D + 1)."""
 
         def of_classes(group: tuple[Tensor, Tensor]) -> Tensor:
-            gradient, inverses = group  # symmetric, and faster with the vector on the left
-            return torch.bmm(gradient.unsqueeze(1), inverses).squeeze(1)
+            gradient, inverses = group  # symmetric, and faster with the vectors on the left
+            return torch.bmm(gradient, inverses)
 
         def of_all(gradient: Tensor) -> Tensor:
-            groups = [(gradient[classes], self.inverses[classes]) for classes in self.groups]
-            return torch.cat(list(self.workers.map(of_classes, groups)))
+            by_class = gradient.transpose(0, 1)
+            groups = [(by_class[classes], self.inverses[classes]) for classes in self.groups]
+            return torch.cat(list(self.workers.map(of_classes, groups))).transpose(0, 1)
 
         return apart(gradient, of_all, self.ridge)
 
 
 def apart(gradient: Tensor, inverse: Preconditioner, ridges: Tensor) -> Tensor:
-    """Return the inverse times (K, D + 1), of what all K classes have in common by the ridges alone.
+    """Return the inverse times (V, K, D + 1), of what all K classes have in common by the ridges alone.
 
     Adding the same to all classes moves no probability. One vector, of two classes, has no such direction.
     """
-    if len(gradient) == 1:
+    if gradient.shape[1] == 1:
         return inverse(gradient)
-    common = gradient.mean(0)
+    common = gradient.mean(1, keepdim=True)
     made = inverse(gradient - common)
-    return made - made.mean(0) + common / torch.where(ridges > 0, ridges, torch.inf)
+    return made - made.mean(1, keepdim=True) + common / torch.where(ridges > 0, ridges, torch.inf)
 
 
 def ridge(objective: Objective) -> Tensor:

@@ -115,26 +115,32 @@ class InverseHessian:
         for moved, bent, curvature in reversed(self.pairs):
             shares.append(float(moved @ left) / curvature)
             left.sub_(bent, alpha=shares[-1])
-        made = self._of_base(left)
         if self.pairs:
             _, bent, curvature = self.pairs[-1]
-            made *= curvature / float(bent @ self._of_base(bent))
+            made, of_bent = self._of_base(left, bent)
+            made *= curvature / float(bent @ of_bent)
+        else:
+            (made,) = self._of_base(left)
         for (moved, bent, curvature), share in zip(self.pairs, reversed(shares), strict=True):
             made.add_(moved, alpha=share - float(bent @ made) / curvature)
         return made.cpu().numpy()
 
     def alone(self, gradient: np.ndarray) -> np.ndarray:
         """Return M·gradient."""
-        return self._of_base(self._tensor(gradient)).cpu().numpy()
+        return self._of_base(self._tensor(gradient))[0].cpu().numpy()
 
     def _tensor(self, vector: np.ndarray) -> Tensor:
         return torch.from_numpy(vector).to(self.device)
 
-    def _of_base(self, vector: Tensor) -> Tensor:
+    def _of_base(self, *vectors: Tensor) -> Tensor:
+        """Return M times each of the vectors, (V, P)."""
+        stacked = torch.stack(vectors)
         if self.base is None:
-            return vector.clone()
-        size = float(vector.abs().max()) or 1.0  # a small gradient leaves the range of float32
-        return self.base((vector / size).view(self.shape).float()).double().mul_(size).view(-1)
+            return stacked
+        size = stacked.abs().amax(1, keepdim=True)  # a small gradient leaves the range of float32
+        size = torch.where(size > 0, size, 1.0)
+        made = self.base((stacked / size).view(-1, *self.shape).float())
+        return made.reshape(len(vectors), -1).double() * size
 
 
 LBFGS = Solver("lbfgs", lbfgs)
