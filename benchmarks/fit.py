@@ -234,9 +234,13 @@ def products(X: np.ndarray, classes: int) -> float:
 def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
     X, y = PROBLEMS[name]()
     runs: dict[str, list[Run]] = {}
+    with threadpool_limits(1, user_api="blas"):  # whose threads spin beside torch's
+        alone = products(X, int(y.max()) + 1)
     best = of_xent(X, y, options.limit, tol=1e-9).trace[-1][1]
     for _ in range(options.rounds):
         for way, (function, threads) in ways(X, y, options.device).items():
+            if options.way and way.split(",")[0] not in options.way:
+                continue
             if way in runs and not np.isfinite(first_within(runs[way][0].trace, best, TARGETS[0])):
                 continue  # once is enough to see that it does not arrive
             with threadpool_limits(threads):
@@ -247,7 +251,6 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, object]:
         way: [statistics.median(first_within(r.trace, best, t) for r in several) for t in TARGETS]
         for way, several in runs.items()
     }
-    alone = products(X, int(y.max()) + 1)
     row |= {"seconds": seconds, "passes": runs["xent"][0].passes, "products": alone}
     ours = seconds["xent"]
     print(f"\n{name}: F* = {best:.6g}, {runs['xent'][0].passes} passes, products {alone:.4f} s a pass")
@@ -268,6 +271,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--problem", action="append", choices=PROBLEMS)
+    parser.add_argument("--way", action="append", help="xent, lbfgs, newton-cg, ...: these alone")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--limit", type=float, default=1200, help="seconds after which a way is cut")
     parser.add_argument("--device", default="cpu", help="cpu, cuda")
