@@ -72,6 +72,16 @@ def test_strength_of_the_penalty(C):
     np.testing.assert_allclose(ours.predict_proba(X), peer.predict_proba(X), atol=1e-4)
 
 
+@pytest.mark.parametrize("solver", ["auto", "lbfgs", "newton-cg"])
+@pytest.mark.parametrize("name", LOADERS)
+def test_without_an_intercept_there_is_none(name, solver):
+    X, y = load(name)
+    model = SoftmaxRegression(fit_intercept=False, solver=solver).fit(X + 1, y)
+    assert (model.intercept_ == 0).all()
+    peer = SoftmaxRegression(fit_intercept=False, solver="newton-cg", tol=1e-9).fit(X + 1, y)
+    np.testing.assert_allclose(model.loss_curve_[-1], peer.loss_curve_[-1], rtol=1e-4)
+
+
 def test_without_intercept():
     X, y = load("wine")
     ours = SoftmaxRegression(fit_intercept=False, tol=1e-8, stopping="gradient").fit(X, y)

@@ -22,7 +22,10 @@ TERMS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Rows that stand for all, evenly spaced: standardised features and a column of ones, and masses."""
+    """Rows that stand for all, evenly spaced: standardised features and a column of ones, and masses.
+
+    Without an intercept the column is of zeros.
+    """
 
     x: Tensor  # (n, D + 1) float32
     mass: Tensor  # (n,), of mean 1 over all rows of all ranks

@@ -178,7 +178,7 @@ class Objective:
         source = self.rows.source
         n_rows, n_features = source.shape
         chosen = np.linspace(0, n_rows - 1, min(n_rows, most)).round().astype(np.int64)
-        x = torch.ones(len(chosen), n_features + 1, dtype=torch.float32, device=self.device)
+        x = torch.full((len(chosen), n_features + 1), float(self.fit_intercept), device=self.device).float()
         center, unit = (torch.from_numpy(v).float().to(self.device) for v in (self.mean, self.scale))
         done = 0
         for rows, features in source.chunks():

@@ -113,9 +113,10 @@ def apart(gradient: Tensor, inverse: Preconditioner, ridges: Tensor) -> Tensor:
 
 
 def ridge(objective: Objective) -> Tensor:
-    """Return λ/σ² of the weights and 0 of the intercept, (D + 1,)."""
+    """Return λ/σ² of the weights and 0 of the intercept, 1 where there is none, (D + 1,)."""
     of_weights = torch.from_numpy(objective.penalty / objective.scale**2)
-    return torch.cat([of_weights, of_weights.new_zeros(1)]).float().to(objective.device)
+    of_intercept = of_weights.new_full((1,), float(not objective.fit_intercept))
+    return torch.cat([of_weights, of_intercept]).float().to(objective.device)
 
 
 def invert_(block: Tensor, ridges: Tensor) -> Tensor:
