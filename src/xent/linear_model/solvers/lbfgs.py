@@ -95,7 +95,7 @@ class InverseHessian:
 
     Args:
         shape: (K, D + 1) of theta.
-        base: M, a function of (K, D + 1) of float32; None is the identity.
+        base: M, a function of (V, K, D + 1) of float32; None is the identity.
         device: where M is.
     """
 
