@@ -8,9 +8,9 @@ import torch
 
 from xent import SoftmaxRegression
 from xent._processes.leader import Leader
-from xent.linear_model import row_source
+from xent.data import rows as row_source
+from xent.data.rows import ArrayRows, LabelledRows, MappedRows
 from xent.linear_model.objective import Objective
-from xent.linear_model.row_source import ArrayRows, LabelledRows, MappedRows
 
 
 def objective(kind=ArrayRows, classes=3, soft=False, fit_intercept=True):

@@ -11,9 +11,9 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
 from xent import SoftmaxRegression, SoftmaxRegressionCV
+from xent.data.rows import ArrayRows, LabelledRows
 from xent.linear_model.objective import Objective
 from xent.linear_model.path import regularisation_path
-from xent.linear_model.row_source import ArrayRows, LabelledRows
 
 X, Y = load_iris(return_X_y=True)
 CS = [0.01, 0.1, 1.0, 10.0, 100.0]

@@ -24,11 +24,11 @@ from xent.cli.strength_job import Strengths, along_the_path, spaced
 from xent.data import model_file
 from xent.data.labels import kind_of
 from xent.data.model_file import Model
+from xent.data.rows import LabelledRows, row_source, standardise
 from xent.data.split import split
 from xent.data.table import Table
 from xent.errors import BadInput, needs
 from xent.linear_model.objective import Objective
-from xent.linear_model.row_source import LabelledRows, row_source, standardise
 from xent.linear_model.scaling import check_range, standardisation
 from xent.linear_model.solvers import AUTO, choose, solver_named
 from xent.report.evaluation import COLUMNS, Evaluation, check_names, evaluate, write_predictions

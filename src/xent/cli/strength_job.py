@@ -10,7 +10,7 @@ import numpy as np
 from xent.errors import needs
 
 if TYPE_CHECKING:
-    from xent.linear_model.row_source import LabelledRows
+    from xent.data.rows import LabelledRows
     from xent.linear_model.workers import Workers
 
 

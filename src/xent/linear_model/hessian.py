@@ -20,7 +20,7 @@ from torch import Tensor
 from xent._processes.leader import Leader
 from xent.curvature._heads import HeadHessian
 from xent.curvature._kronecker import HeadKronecker
-from xent.linear_model.row_source import LabelledRows
+from xent.data.rows import LabelledRows
 
 
 class HessianSums:

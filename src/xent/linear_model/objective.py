@@ -20,10 +20,7 @@ from torch import Tensor
 from xent._core.matmul import fast_products
 from xent._processes.group import Share
 from xent._processes.leader import Leader
-from xent.linear_model.class_blocks import Sample, class_blocks
-from xent.linear_model.hessian import HessianSums, SummedHessian
-from xent.linear_model.row_pass import RowPass
-from xent.linear_model.row_source import (
+from xent.data.rows import (
     BLOCK,
     Chunk,
     LabelledRows,
@@ -31,6 +28,9 @@ from xent.linear_model.row_source import (
     slices,
     standardised,
 )
+from xent.linear_model.class_blocks import Sample, class_blocks
+from xent.linear_model.hessian import HessianSums, SummedHessian
+from xent.linear_model.row_pass import RowPass
 from xent.linear_model.workers import Workers
 from xent.losses._cross_entropy import linear_cross_entropy
 

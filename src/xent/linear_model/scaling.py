@@ -6,9 +6,9 @@ import numpy as np
 
 from xent._processes.group import Ranks
 from xent._util.text import quoted
+from xent.data.rows import BLOCK, slices
 from xent.data.table import Table
 from xent.errors import BadInput
-from xent.linear_model.row_source import BLOCK, slices
 
 
 def check_range(table: Table, ranks: Ranks) -> None:

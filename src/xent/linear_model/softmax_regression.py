@@ -33,6 +33,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import assert_all_finite, check_is_fitted, validate_data
 
 from xent._core.validators import OneOf, valid
+from xent.data.rows import HOST, LabelledRows, RowSource, is_mapped, row_source
 from xent.linear_model.advice import advice, estimator_words
 from xent.linear_model.descent import Descent, Progress
 from xent.linear_model.inputs import (
@@ -45,7 +46,6 @@ from xent.linear_model.inputs import (
     stays_tensor,
 )
 from xent.linear_model.objective import Objective
-from xent.linear_model.row_source import HOST, LabelledRows, RowSource, is_mapped, row_source
 from xent.linear_model.solvers import choose, solver_names
 from xent.linear_model.workers import Workers, workers
 

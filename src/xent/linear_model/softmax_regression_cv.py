@@ -17,9 +17,9 @@ from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
 
 from xent._core.validators import valid
+from xent.data.rows import LabelledRows
 from xent.linear_model.objective import Objective
 from xent.linear_model.path import Point, regularisation_path
-from xent.linear_model.row_source import LabelledRows
 from xent.linear_model.softmax_regression import SoftmaxRegression
 from xent.linear_model.workers import workers
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xent import SoftmaxRegression
-from xent.linear_model import row_source
-from xent.linear_model.row_source import LabelledRows, MappedRows, standardised
+from xent.data import rows as row_source
+from xent.data.rows import LabelledRows, MappedRows, standardised
 
 SOLVERS = ["lbfgs", "newton-cg"]
 
