@@ -1,4 +1,4 @@
-"""Rows a chunk at a time: what of a mapped file is copied, and that it changes no result."""
+"""Rows a batch at a time: what of a mapped file is copied, and that it changes no result."""
 
 from __future__ import annotations
 
@@ -14,8 +14,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from xent import SoftmaxRegression
-from xent.data import rows as row_source
-from xent.data.rows import LabelledRows, MappedRows, standardised
+from xent.data import rows as row_sources
+from xent.data.rows import (
+    ArrayRows,
+    ConcatenatedRows,
+    MappedRows,
+    SelectedRows,
+    StandardisedRows,
+    row_source,
+    steps,
+)
+from xent.linear_model import hessian
+from xent.linear_model.labelled_rows import LabelledRows
 
 SOLVERS = ["lbfgs", "newton-cg"]
 
@@ -27,27 +37,59 @@ def mapped(path, array):
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(row_source, "CHUNK", 1000)
-    monkeypatch.setattr(row_source, "BLOCK", 300)
+    monkeypatch.setattr(row_sources, "BATCH", 1000)
+    monkeypatch.setattr(row_sources, "BLOCK", 300)
 
 
-def test_chunks_of_a_mapped_file_are_views_of_it(tmp_path, small_chunks):
+def read(source):
+    """Return all rows of a source, and how many there are in each batch."""
+    parts = list(source.batches())
+    assert [here.start for here, _ in parts] == [0, *(here.stop for here, _ in parts[:-1])]
+    assert parts[-1][0].stop == source.shape[0]
+    return torch.cat([x[:] for _, x in parts]).numpy(), [len(x) for _, x in parts]
+
+
+def test_batches_of_a_mapped_file_are_views_of_it(tmp_path, small_chunks):
     X = mapped(tmp_path / "X.npy", np.arange(12_000, dtype=np.float32).reshape(-1, 8))
-    chunks = list(row_source.row_source(X).chunks())
-    assert [len(x) for _, x in chunks] == [125] * 12
-    assert all(np.shares_memory(x, X) for _, x in chunks)
-    np.testing.assert_array_equal(np.concatenate([x for _, x in chunks]), X)
-    tensors = [x for x, _, _ in LabelledRows(row_source.row_source(X), np.zeros(1500, int)).chunks()]
-    assert tensors[3].data_ptr() == X[375:].ctypes.data
+    found, sizes = read(row_source(X))
+    assert sizes == [125] * 12
+    np.testing.assert_array_equal(found, X)
+    chunks = [x for x, _, _ in LabelledRows(row_source(X), np.zeros(1500, int)).chunks()]
+    assert chunks[3][:].data_ptr() == X[375:].ctypes.data
 
 
-def test_an_array_in_memory_is_one_chunk_and_no_copy(small_chunks):
+def test_an_array_in_memory_is_one_batch_and_no_copy(small_chunks):
     X = np.arange(12_000, dtype=np.float32).reshape(-1, 8)
-    ((rows, x),) = row_source.row_source(X).chunks()
+    ((rows, x),) = row_source(X).batches()
     assert rows == slice(0, 1500)
-    assert np.shares_memory(x, X)
-    ((rows, x),) = row_source.row_source(X[:0]).chunks()
-    assert x.shape == (0, 8)
+    assert np.shares_memory(x[:].numpy(), X)
+    ((rows, x),) = row_source(X[:0]).batches()
+    assert x[:].shape == (0, 8)
+
+
+@pytest.mark.parametrize("kind", ["in memory", "mapped", "columns of a mapped file", "several"])
+def test_rows_at_positions(tmp_path, small_chunks, kind):
+    """A split copies no rows: positions of positions are gathered from the first source."""
+    X = np.random.default_rng(0).normal(size=(1500, 8)).astype(np.float32)
+    source, expected = ArrayRows(X), X
+    if kind == "mapped":
+        source = MappedRows(mapped(tmp_path / "X.npy", X))
+    if kind == "columns of a mapped file":
+        source, expected = MappedRows(mapped(tmp_path / "X.npy", X), [6, 0]), X[:, [6, 0]]
+    if kind == "several":
+        halves = ArrayRows(X[:700].astype(np.float16)), MappedRows(mapped(tmp_path / "X.npy", X[700:]))
+        source, expected = ConcatenatedRows(halves), np.concatenate([X[:700].astype(np.float16), X[700:]])
+    np.testing.assert_array_equal(read(source)[0], expected)
+    some = np.flatnonzero(np.arange(1500) % 7 > 2)
+    once = SelectedRows(source, some)
+    np.testing.assert_array_equal(read(once)[0], expected[some])
+    twice = SelectedRows(once, np.array([0, 3, 3, 500, 601]))  # a row may be there twice
+    np.testing.assert_array_equal(read(twice)[0], expected[some[[0, 3, 3, 500, 601]]])
+    none = SelectedRows(source, np.empty(0, np.int64))
+    assert read(none)[0].shape == (0, expected.shape[1])
+    equal = list(steps(once, 100))
+    assert [len(x) for _, x in equal] == [100] * 8 + [len(some) - 800]
+    np.testing.assert_array_equal(torch.cat([x for _, x in equal]), expected[some])
 
 
 LAYOUTS = {
@@ -65,25 +107,25 @@ LAYOUTS = {
 def test_chunks_of_any_type_and_layout(tmp_path, small_chunks, layout, of_file):
     X, _ = load_digits(return_X_y=True)
     X = LAYOUTS[layout](X)
-    source = row_source.row_source(of_file(mapped(tmp_path / "X.npy", X)))
+    source = row_source(of_file(mapped(tmp_path / "X.npy", X)))
     assert isinstance(source, MappedRows)
     wide = np.float32 if layout in ("float32", "float16") else np.float64
+    assert source.dtype == wide
+    found, sizes = read(source)
+    assert len(sizes) > 10
+    assert found.dtype == (np.float16 if layout == "float16" else wide)
+    np.testing.assert_array_equal(found, of_file(X))
     mean, scale = np.full(source.shape[1], 3.0), np.full(source.shape[1], 7.0)
-    for rows, expected in (
-        (source, of_file(X)),
-        (standardised(source, mean, scale), (of_file(X) - mean) / scale),
-    ):
-        assert rows.shape == expected.shape
-        chunks = [np.asarray(x) for _, x in rows.chunks()]
-        assert len(chunks) > 10
-        assert all(x.dtype == rows.dtype == wide and x.flags.c_contiguous for x in chunks)
-        np.testing.assert_allclose(np.concatenate(chunks), expected.astype(wide), rtol=1e-6)
+    found, sizes = read(StandardisedRows(source, mean, scale))
+    assert len(sizes) > 10
+    assert found.dtype == wide
+    np.testing.assert_allclose(found, ((of_file(X) - mean) / scale).astype(wide), rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["hard", "soft", "weighted", "two"])
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_fit_from_a_mapped_file_is_that_of_the_array(tmp_path, monkeypatch, solver, kind):
-    monkeypatch.setattr(row_source, "CHUNK", 1 << 14)  # 256 rows
+    monkeypatch.setattr(row_sources, "BATCH", 1 << 14)  # 256 rows
     X, y = load_digits(n_class=2 if kind == "two" else 4, return_X_y=True)
     rng = np.random.default_rng(0)
     weight = rng.integers(0, 3, len(X)) if kind == "weighted" else None
@@ -131,8 +173,9 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_nothing_of_the_size_of_a_mapped_file_is_made(tmp_path, monkeypatch, solver, dtype):
     """NumPy's memory is counted at its peak, torch's by its largest tensor."""
-    monkeypatch.setattr(row_source, "CHUNK", 1 << 16)
-    monkeypatch.setattr(row_source, "BLOCK", 1 << 16)
+    monkeypatch.setattr(row_sources, "BATCH", 1 << 16)
+    monkeypatch.setattr(row_sources, "BLOCK", 1 << 16)
+    monkeypatch.setattr(hessian, "KEPT", 1 << 20)
     rng = np.random.default_rng(0)
     y = np.arange(20_000) % 3
     X = mapped(tmp_path / "X.npy", (rng.normal(size=(20_000, 128)) + np.eye(128)[y]).astype(dtype))

@@ -8,8 +8,9 @@ import torch
 
 from xent import SoftmaxRegression
 from xent._processes.leader import Leader
-from xent.data import rows as row_source
-from xent.data.rows import ArrayRows, LabelledRows, MappedRows
+from xent.data import rows as row_sources
+from xent.data.rows import ArrayRows, MappedRows
+from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.objective import Objective
 
 
@@ -18,7 +19,7 @@ def objective(kind=ArrayRows, classes=3, soft=False, fit_intercept=True):
     X = 3 + rng.normal(size=(70, 4)) * [1, 10, 0.1, 1]
     y = rng.integers(classes, size=70)
     target = rng.dirichlet(np.ones(classes), 70) if soft else y
-    source = ArrayRows(X) if kind is ArrayRows else MappedRows(X, X.dtype)
+    source = ArrayRows(X) if kind is ArrayRows else MappedRows(X)
     return Objective(LabelledRows(source, target, rng.uniform(0, 2, 70)), classes, 2.0, fit_intercept)
 
 
@@ -28,7 +29,7 @@ CASES = [(3, False, True), (3, True, True), (3, False, False), (2, False, True),
 @pytest.mark.parametrize(("classes", "soft", "fit_intercept"), CASES)
 @pytest.mark.parametrize("kind", [ArrayRows, MappedRows])
 def test_the_hessian_is_that_of_the_gradient(monkeypatch, kind, classes, soft, fit_intercept):
-    monkeypatch.setattr(row_source, "CHUNK", 40)  # ten rows
+    monkeypatch.setattr(row_sources, "BATCH", 40)  # ten rows
     f = objective(kind, classes, soft, fit_intercept)
     theta = np.random.default_rng(1).normal(size=f.n_vectors * 5) / 3
     H = f.hessian(theta)
@@ -70,7 +71,7 @@ def test_chunks_change_no_more_than_rounding(monkeypatch):
     whole = objective()
     theta = np.random.default_rng(1).normal(size=15)
     value, gradient = whole(theta)
-    monkeypatch.setattr(row_source, "CHUNK", 40)
+    monkeypatch.setattr(row_sources, "BATCH", 40)
     chunked = objective(MappedRows)
     np.testing.assert_allclose(chunked.mean, whole.mean, rtol=1e-14)
     np.testing.assert_allclose(chunked.scale, whole.scale, rtol=1e-14)

@@ -11,7 +11,8 @@ from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, KFold, StratifiedKFold
 
 from xent import SoftmaxRegression, SoftmaxRegressionCV
-from xent.data.rows import ArrayRows, LabelledRows
+from xent.data.rows import ArrayRows
+from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.objective import Objective
 from xent.linear_model.path import regularisation_path
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from click.testing import CliRunner
 
 from xent.cli import commands, fit, fit_job
+from xent.data.model_file import Model
 from xent.linear_model.objective import Objective
 from xent.linear_model.solvers import Solver, register_solver
 from xent.report import evaluation
@@ -44,8 +45,8 @@ def run(job: dict) -> dict:
         if "touch" in job:
             stack.enter_context(replaced(fit, "_bar", touching(Path(job["touch"]))))
         if job.get("die", [-1])[0] == rank:
-            die = before(job["die"][1], lambda: os.kill(os.getpid(), job["die"][2]), evaluation.log_proba)
-            stack.enter_context(replaced(evaluation, "log_proba", die))
+            die = before(job["die"][1], lambda: os.kill(os.getpid(), job["die"][2]), Model.log_proba)
+            stack.enter_context(replaced(Model, "log_proba", die))
         if "die" in job:
             stack.enter_context(replaced(evaluation, "CHUNK", 40))
         if job.get("fail", [-1])[0] == rank:

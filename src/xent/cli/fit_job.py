@@ -24,10 +24,10 @@ from xent.cli.strength_job import Strengths, along_the_path, spaced
 from xent.data import model_file
 from xent.data.labels import kind_of
 from xent.data.model_file import Model
-from xent.data.rows import LabelledRows, row_source, standardise
 from xent.data.split import split
 from xent.data.table import Table
 from xent.errors import BadInput, needs
+from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.objective import Objective
 from xent.linear_model.scaling import check_range, standardisation
 from xent.linear_model.solvers import AUTO, choose, solver_named
@@ -192,16 +192,9 @@ def fit(
     check_names(table.classes, COLUMNS, table.source)
     check_range(table, ranks)
     own, held = table.own(training), table.own(validation)
-    mean, scale = standardisation(table.features[own], settings.standardize, ranks)
-    rows_own, rows_held = (
-        LabelledRows(
-            row_source(standardise(table.features[rows], mean, scale)),
-            codes[rows],
-            None,
-            torch.device(device),
-        )
-        for rows in (own, held)
-    )
+    every = LabelledRows(table.rows, codes, None, torch.device(device))
+    rows_own, rows_held = every.take(own), every.take(held)
+    scaling = standardisation(rows_own.source, settings.standardize, ranks)
     counts = len(training), len(validation)
     shape = (*rows_own.source.shape, n_classes)
     with workers(*shape, device=device, class_parallel=ranks.slices > 1) as threads:
@@ -209,19 +202,16 @@ def fit(
         if settings.l2_path is not None:
             l2 = spaced(*settings.l2_path)
             options = {k: getattr(settings, k) for k in ("solver", "tol", "max_iter", "stopping")}
-            strengths = along_the_path(rows_own, rows_held, n_classes, l2, threads, **options)
+            strengths = along_the_path(rows_own, rows_held, n_classes, l2, scaling, threads, **options)
             settings = dataclasses.replace(settings, l2=float(l2[strengths.best]))
-        done = _solve(rows_own, rows_held, counts, n_classes, settings, on_iteration, ranks, threads)
+        done = _solve(rows_own, rows_held, counts, n_classes, settings, scaling, on_iteration, ranks, threads)
 
-        judge = model = _model(table, settings, done, mean, scale)
+        judge = model = _model(table, settings, done, scaling)
         if strengths is not None and not done.interrupted:  # again, on all rows
-            of_all = standardisation(table.features, settings.standardize, ranks)
-            every = LabelledRows(
-                row_source(standardise(table.features, *of_all)), codes, None, torch.device(device)
-            )
+            of_all = standardisation(table.rows, settings.standardize, ranks)
             none = every.take(np.empty(0, np.int64))
-            again = _solve(every, none, (len(codes), 0), n_classes, settings, None, ranks, threads)
-            model = _model(table, settings, again, *of_all)
+            again = _solve(every, none, (len(codes), 0), n_classes, settings, of_all, None, ranks, threads)
+            model = _model(table, settings, again, of_all)
     at_start = math.log(n_classes)  # W = 0: every class alike
     frequencies = ranks.sum(np.bincount(codes[own], minlength=n_classes)) / len(training)
     return Fitted(
@@ -263,13 +253,13 @@ def _check(settings: Settings, n_classes: int, device: str, ranks: Ranks) -> Non
         solver_named(settings.solver, ranks.slices)  # an error before the work
 
 
-def _model(table: Table, settings: Settings, done: _Outcome, mean: np.ndarray, scale: np.ndarray) -> Model:
+def _model(table: Table, settings: Settings, done: _Outcome, scaling: tuple[np.ndarray, np.ndarray]) -> Model:
     assert table.classes is not None
     return Model(
         weight=done.coef,
         bias=done.intercept,
-        mean=mean,
-        scale=scale,
+        mean=scaling[0],
+        scale=scaling[1],
         classes=table.classes,
         feature_names=table.feature_names,
         label_name=table.label_name,
@@ -285,6 +275,7 @@ def _solve(
     counts: tuple[int, int],  # training and validation rows of all ranks
     n_classes: int,
     settings: Settings,
+    scaling: tuple[np.ndarray, np.ndarray],  # mean and scale of the features, (D,) each
     on_iteration: Callable[[Progress], None] | None,
     ranks: Ranks,
     threads: Workers,
@@ -295,7 +286,9 @@ def _solve(
         from xent.linear_model.descent import Descent
     leader, (n_training, n_validation) = Leader(ranks), counts
     C = 1 / settings.l2 if settings.l2 else np.inf
-    objective = Objective(training, n_classes, C, fit_intercept=True, leader=leader, workers=threads)
+    objective = Objective(
+        training, n_classes, C, fit_intercept=True, leader=leader, workers=threads, standardisation=scaling
+    )
     # not to be interrupted, so that both curves have a point
     validation_loss = leader.register(lambda m: objective.loss(m, validation), interruptible=False)
     solver, why = choose(objective, settings.solver, settings.tol, settings.stopping)

@@ -53,7 +53,7 @@ def predict(
         ranks.check_equal(f"model in {model}", fitted.fingerprint)
         table = job.read_for(fitted, model, data, label, ranks)
         scored = job.score(fitted, table, ranks)
-        rows = int(ranks.sum(len(table.features)))
+        rows = int(ranks.sum(table.rows.shape[0]))
         with contextlib.ExitStack() as stack:
             with ranks.raise_together():
                 if ranks.is_main:

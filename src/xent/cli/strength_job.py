@@ -10,7 +10,7 @@ import numpy as np
 from xent.errors import needs
 
 if TYPE_CHECKING:
-    from xent.data.rows import LabelledRows
+    from xent.linear_model.labelled_rows import LabelledRows
     from xent.linear_model.workers import Workers
 
 
@@ -54,6 +54,7 @@ def along_the_path(
     validation: LabelledRows,
     n_classes: int,
     l2: np.ndarray,  # (k,) descending
+    standardisation: tuple[np.ndarray, np.ndarray],  # mean and scale, (D,) each
     threads: Workers,
     **options: Any,
 ) -> Strengths:
@@ -64,19 +65,19 @@ def along_the_path(
     with needs("probe"):
         from xent.linear_model.objective import Objective
         from xent.linear_model.path import regularisation_path
-    objective = Objective(training, n_classes, 1 / float(l2[0]), fit_intercept=True, workers=threads)
+    C = 1 / float(l2[0])
+    objective = Objective(training, n_classes, C, True, workers=threads, standardisation=standardisation)
     n_training, n_validation = len(training.target), len(validation.target)
-    ((_, x),) = validation.source.chunks()
     rows = []
     for point in regularisation_path(objective, 1 / l2, **options):
         model = np.concatenate([point.coef, point.intercept[:, None]], axis=1).ravel()
-        z = np.asarray(x) @ point.coef.T + point.intercept
-        best = (z[:, 0] > 0) if n_classes == 2 else z.argmax(axis=1)
+        logits = objective.logits(point.coef, point.intercept, validation)
+        right = sum(int((z.argmax(1) == y).sum()) for z, y, _ in logits)
         rows.append(
             (
                 float(objective.loss(model, training)[0]) / n_training,
                 float(objective.loss(model, validation)[0]) / n_validation,
-                float((best == validation.target).mean()),
+                right / n_validation,
                 point.n_iter,
             )
         )

@@ -1,8 +1,8 @@
 """``.npz`` and ``.npy`` files to a ``Table``, through NumPy without pickle.
 
 An array's header is read first, and what it claims is held against what is there before anything is
-allocated. Of ``.npy`` files a share of the rows is read alone; an array in an archive is read whole, and the
-rest let go.
+allocated. A ``.npy`` file of features is mapped, so that its rows are read where they are used; an array in
+an archive is read whole, and of a share of the rows the rest let go.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from xent._util.text import quoted
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import MOST_NAME, check_columns, check_memory
 from xent.data.reading import reading
+from xent.data.rows import MappedRows, RowSource, computed_dtype, is_mapped, row_source
 from xent.data.table import Table, Wanted, check_finite, choose, no_label, some
 from xent.errors import BadInput
 
@@ -52,19 +53,39 @@ def read_npz(path: Path, wanted: Wanted, share: Share) -> Table:
 
 def read_npy(path: Path, wanted: Wanted, share: Share) -> Table:
     """Return the share's rows of an array, the labels being another file."""
-    features = _alone(path, share)
+    features = _alone(path)
     if wanted.label is None or wanted.label_optional:  # an optional label is a column's name, never a path
         return _from_arrays(path, wanted, share, features, None)
-    if not wanted.label.endswith(".npy"):
-        raise BadInput(
-            f"{path}: the labels are a second file, --label y.npy; got --label {quoted(wanted.label)}"
-        )
-    label = Path(wanted.label)
+    label = _label_file(path, wanted.label)
+    with reading(label, "NPY"):
+        table = _from_arrays(path, wanted, share, features, _alone(label))
+    return dataclasses.replace(table, label_name=None)
+
+
+def labels_of_npy(path: Path, wanted: Wanted, share: Share, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes and classes of the share's rows, of several files of features with as many rows."""
+    label = _label_file(path, str(wanted.label))
+    with reading(label, "NPY"):
+        stored = _alone(label)
+        _check_count(path, wanted, rows, stored)
+        return _array_labels(wanted, share, stored)
+
+
+def _label_file(path: Path, name: str) -> Path:
+    if not name.endswith(".npy"):
+        raise BadInput(f"{path}: the labels are a second file, --label y.npy; got --label {quoted(name)}")
+    label = Path(name)
     if not label.is_file():
         raise BadInput(f"{label}: no such file (--label)")
-    with reading(label, "NPY"):
-        table = _from_arrays(path, wanted, share, features, _alone(label, share))
-    return dataclasses.replace(table, label_name=None)
+    return label
+
+
+def _check_count(path: Path, wanted: Wanted, rows: int, labels: _Stored) -> None:
+    if labels.rows != rows:
+        raise BadInput(
+            f"{path}: {rows} rows, but {labels.where} holds {labels.rows} labels; "
+            f"bring them together, or {wanted.other_labels}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,22 +102,30 @@ class _Stored:
         return self.shape[0] if self.shape else 1
 
     def part(self, share: Share) -> np.ndarray:
-        """Load the share's rows."""
+        """Load the share's rows; of a mapped array they are mapped."""
         array = self.load()
-        return array if share.whole else np.array(array[share.of(self.rows)])
+        if share.whole:
+            return array
+        part = array[share.of(self.rows)]
+        return part if isinstance(array, np.memmap) else np.array(part)
 
 
-def _alone(path: Path, share: Share) -> _Stored:
+def _alone(path: Path) -> _Stored:
     """Read the header of a ``.npy`` file."""
     with open(path, "rb") as file:
         if file.read(4) == b"PK\3\4":
             raise BadInput(f"{path}: is an archive of arrays; call it .npz")
         file.seek(0)
         shape, dtype = _claims(file, path.stat().st_size, path, "")
-    whole = share.whole or not math.prod(shape)  # an empty array cannot be mapped
+    there = math.prod(shape) > 0  # an empty array cannot be mapped
     return _Stored(
-        str(path), shape, dtype, lambda: np.load(path, mmap_mode=None if whole else "r", allow_pickle=False)
+        str(path), shape, dtype, lambda: np.load(path, mmap_mode="r" if there else None, allow_pickle=False)
     )
+
+
+def count_npy(path: Path) -> int:
+    """Return the number of rows that the header of a ``.npy`` file claims."""
+    return _alone(path).rows
 
 
 def _in_archive(path: Path, archive: zipfile.ZipFile, name: str) -> _Stored:
@@ -104,6 +133,8 @@ def _in_archive(path: Path, archive: zipfile.ZipFile, name: str) -> _Stored:
     about = archive.getinfo(name + ".npy")
     with archive.open(about) as file:
         shape, dtype = _claims(file, about.file_size, path, f" in array {quoted(name)}")
+    claim = f"an array of shape {shape} and type {dtype} in array {quoted(name)}"
+    check_memory(path, math.prod(shape) * dtype.itemsize, claim)
 
     def load() -> np.ndarray:
         with archive.open(about) as file:
@@ -127,7 +158,6 @@ def _claims(file: IO[bytes], size: int, path: Path, inside: str) -> tuple[tuple[
             f"{path}: its header claims {claim}, {claimed:,} bytes, and {there:,} follow; "
             "it is cut short or damaged, save it again"
         )
-    check_memory(path, claimed, claim)
     return shape, dtype
 
 
@@ -138,11 +168,8 @@ def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labe
     if kind not in "fiub":
         raise BadInput(f"{path}: the features are of type {stored.dtype}, not real numbers")
     check_columns(path, shape[1])
-    if labels is not None and labels.rows != stored.rows:
-        raise BadInput(
-            f"{path}: {stored.rows} rows, but {labels.where} holds {labels.rows} labels; "
-            f"bring them together, or {wanted.other_labels}"
-        )
+    if labels is not None:
+        _check_count(path, wanted, stored.rows, labels)
     names = [f"x{j}" for j in range(shape[1])]
     # the label is another array, not one of these columns
     features = choose(path, dataclasses.replace(wanted, label=None), names, [True] * len(names))
@@ -151,17 +178,22 @@ def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labe
             f"{path}: has {shape[1]:,} columns, and {wanted.model} takes arrays of {wanted.width:,}; "
             "bring the array to the same columns, in the same order"
         )
-    dtype = np.dtype(np.float32 if kind == "f" and stored.dtype.itemsize <= 4 else np.float64)
     rows = share.of(stored.rows)
-    claim = f"an array of shape {shape} as {dtype}"
-    check_memory(path, (rows.stop - rows.start) * len(features) * dtype.itemsize, claim)
     array = stored.part(share)
-    if features != names:
-        array = array[:, [int(name[1:]) for name in features]]
-    with np.errstate(over="ignore"):  # what leaves the type is not finite, which is looked at next
-        matrix = np.ascontiguousarray(array, dtype=dtype)
-    check_finite(path, wanted, matrix, features, rows.start)
-    table = Table(str(path), matrix, tuple(features), start=rows.start, width=shape[1])
+    columns = None if features == names else [int(name[1:]) for name in features]
+    given: np.ndarray | RowSource
+    if is_mapped(array):
+        given = array if columns is None else MappedRows(array, columns)
+    else:
+        dtype = computed_dtype(stored.dtype)
+        claim = f"an array of shape {shape} as {dtype}"
+        check_memory(path, (rows.stop - rows.start) * len(features) * dtype.itemsize, claim)
+        array = array if columns is None else array[:, columns]
+        kept = array.dtype == np.float16 and array.dtype.isnative
+        with np.errstate(over="ignore"):  # what leaves the type is not finite, which is looked at next
+            given = np.ascontiguousarray(array, dtype=None if kept else dtype)
+    check_finite(path, wanted, row_source(given), features, rows.start)
+    table = Table(str(path), given, tuple(features), start=rows.start, width=shape[1])
     if labels is None:
         return table
     codes, classes = _array_labels(wanted, share, labels)
@@ -183,6 +215,7 @@ def _array_labels(wanted: Wanted, share: Share, stored: _Stored) -> tuple[np.nda
     length = dtype.itemsize // (4 if dtype.kind == "U" else 1)
     if length > MOST_NAME:
         raise BadInput(f"{where}: labels of {length:,} characters, more than {MOST_NAME:,}; shorten them")
+    check_memory(where, stored.rows * dtype.itemsize, f"{stored.rows:,} labels of type {dtype}")
     labels = stored.part(share).reshape(-1)
     start = share.of(stored.rows).start
     values, codes = np.unique(labels, return_inverse=True)

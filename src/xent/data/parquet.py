@@ -1,25 +1,33 @@
 """``.parquet`` files to a ``Table``, and Arrow tables in general.
 
-Of a share of the rows only the row groups are opened that hold some of them, and of these a batch at a time.
+Features are decoded a batch at a time: into memory where they are few, else anew each time that the rows are
+gone through. Of a share of the rows only the row groups are opened that hold some of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
+from xent.data.reading import reading
+from xent.data.rows import BATCH, Batch, computed_dtype, row_source
 from xent.data.table import Table, Wanted, bad_number, check_finite, choose, no_label
 from xent.errors import BadInput, needs
 
-BATCH = 1 << 16
-"""Rows of a share that are decoded at a time."""
+MOST_ROWS = 1 << 16
+"""Rows that are decoded at a time, at most."""
+
+IN_MEMORY = 384 << 20
+"""Bytes of features up to which a file's rows are decoded once, and kept."""
 
 
 class Columns(NamedTuple):
@@ -47,39 +55,88 @@ def choose_columns(path: Path, wanted: Wanted, schema: Any) -> Columns:
 def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
     """Return the share's rows of a Parquet file."""
     with needs("probe"):
+        import pyarrow as pa
         from pyarrow import parquet
     with parquet.ParquetFile(path) as file:
         about, schema = file.metadata, file.schema_arrow
         check_columns(path, len(schema.names))
         check_names(path, schema.names)
         columns = choose_columns(path, wanted, schema)
-    names = columns.names
     rows = share.of(about.num_rows)
-    count = rows.stop - rows.start
-    # each number takes four bytes at least, and is there twice: Arrow's and in the matrix
-    check_memory(path, 8 * count * len(names), f"{count:,} rows of {len(names):,} columns")
+    count, size = rows.stop - rows.start, len(columns.features)
+    # every label takes eight bytes at least, as does the memory of a position
+    check_memory(path, 16 * count, f"{count:,} rows")
+    kinds = [schema.field(name).type for name in columns.features]
+    source = ParquetRows(path, wanted, columns.features, rows, matrix_type(kinds))
+    for name, kind in zip(columns.features, kinds, strict=True):
+        _check_number(path, wanted, name, kind)
+    features: np.ndarray | ParquetRows = source
+    if count * size * source.stored.itemsize <= IN_MEMORY:
+        features = np.empty((count, size), source.stored)
+        for here, batch in source.batches():
+            features[here] = batch[:].numpy()
+    check_finite(path, wanted, row_source(features), columns.features, rows.start)
+    table = Table(str(path), features, tuple(columns.features), skipped=columns.skipped, start=rows.start)
+    if columns.label is None:
+        return table
     # text of the file's dictionary is there once, however many rows have it
-    encoded = [name for name in names if name == columns.label and is_text(schema.field(name).type)]
+    encoded = [columns.label] if is_text(schema.field(columns.label).type) else []
     with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded) as file:
-        arrow = file.read(columns=names) if share.whole else _read_share(file, names, share)
+        wanted_schema = pa.schema([file.schema_arrow.field(columns.label)])
+        batches = _batches_of(file, [columns.label], rows, MOST_ROWS)
+        arrow = pa.Table.from_batches(batches, wanted_schema)
     arrow.validate(full=True)  # text is UTF-8, and what points into a dictionary lies in it
-    return from_arrow(path, wanted, arrow, columns, rows.start)
+    codes, classes = _arrow_labels(path, wanted, arrow.column(0), columns.label, rows.start)
+    return dataclasses.replace(table, label_name=columns.label, codes=codes, classes=classes)
 
 
-def _read_share(file: Any, columns: list[str], share: Share) -> Any:
-    """Return the share's rows as an Arrow table."""
-    import pyarrow as pa
+def count_parquet(path: Path) -> int:
+    """Return the number of rows that a file's metadata claim."""
+    with needs("probe"):
+        from pyarrow import parquet
+    return int(parquet.read_metadata(path).num_rows)
 
+
+class ParquetRows:
+    """Numeric columns of a file, decoded a batch at a time, whenever they are gone through.
+
+    Args:
+        features: the columns.
+        rows: positions in the file, of all its rows.
+        stored: the type that a batch is decoded into.
+    """
+
+    in_memory = False
+
+    def __init__(
+        self, path: Path, wanted: Wanted, features: Sequence[str], rows: slice, stored: np.dtype
+    ) -> None:
+        self._path, self._wanted, self._features, self._rows = path, wanted, features, rows
+        self.stored, self.dtype = stored, computed_dtype(stored)
+        self.shape = (rows.stop - rows.start, len(features))
+
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
+        """Yield the decoded rows; raise ``BadInput`` where the file does not hold what it did."""
+        from pyarrow import parquet
+
+        size, start = max(1, min(MOST_ROWS, BATCH // len(self._features))), 0
+        with reading(self._path, "Parquet"), parquet.ParquetFile(self._path) as file:
+            for part in _batches_of(file, self._features, self._rows, size):
+                at = self._rows.start + start
+                made = matrix(self._path, self._wanted, part, self._features, at, self.stored)
+                yield slice(start, start + len(made)), Batch(torch.from_numpy(made))
+                start += len(made)
+
+
+def _batches_of(file: Any, columns: Sequence[str], rows: slice, size: int) -> Iterator[Any]:
+    """Yield some rows of a file as record batches of at most as many rows."""
     about = file.metadata
     ends = np.cumsum([about.row_group(i).num_rows for i in range(about.num_row_groups)], dtype=np.int64)
-    rows = share.of(about.num_rows)
     low, high = np.searchsorted(ends, [rows.start, rows.stop - 1], side="right")
-    groups = list(range(low, high + 1)) if rows.stop > rows.start else []
+    groups = list(range(low, min(high + 1, len(ends)))) if rows.stop > rows.start else []
     before = int(ends[low - 1]) if low else 0
-    batches = file.iter_batches(BATCH, row_groups=groups, columns=columns)
-    schema = file.schema_arrow
-    wanted = pa.schema([schema.field(name) for name in columns])
-    return pa.Table.from_batches(list(within(batches, rows, before)), wanted).select(columns)
+    for batch in within(file.iter_batches(size, row_groups=groups, columns=columns), rows, before):
+        yield batch.select(columns)
 
 
 def within(batches: Iterable[Any], rows: slice, position: int = 0) -> Iterator[Any]:
@@ -122,32 +179,59 @@ def table_from_arrow(path: Path, wanted: Wanted, arrow: Any, share: Share) -> Ta
 
 def from_arrow(path: Path, wanted: Wanted, arrow: Any, columns: Columns, start: int) -> Table:
     """Return some rows of a file as a table, the first at ``start``."""
-    import pyarrow as pa
 
     features, label, left_out = columns
     kinds = [arrow.schema.field(name).type for name in features]
-    single = all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds)
-    matrix = np.empty((arrow.num_rows, len(features)), dtype=np.float32 if single else np.float64)
-    for j, (name, kind) in enumerate(zip(features, kinds, strict=True)):
-        column = arrow.column(name)
-        if not (is_number(kind) or pa.types.is_boolean(kind)):
-            raise BadInput(
-                f"{path}: column {quoted(name)} ({wanted.origin}) holds {kind}, not numbers; "
-                f"{wanted.without(name)}"
-            )
-        if column.null_count:
-            row = start + int(np.flatnonzero(column.is_null().to_numpy())[0])
-            raise bad_number(path, wanted, name, row, None)
-        if pa.types.is_boolean(kind):
-            column = column.cast(pa.int8())
-        if pa.types.is_decimal(kind):
-            column = column.cast(pa.float64())
-        matrix[:, j] = column.to_numpy()
-    check_finite(path, wanted, matrix, features, start)
+    for name, kind in zip(features, kinds, strict=True):
+        _check_number(path, wanted, name, kind)
+    made = matrix(path, wanted, arrow, features, start, matrix_type(kinds))
+    check_finite(path, wanted, row_source(made), features, start)
     if label is None:
-        return Table(str(path), matrix, tuple(features), skipped=left_out, start=start)
+        return Table(str(path), made, tuple(features), skipped=left_out, start=start)
     codes, classes = _arrow_labels(path, wanted, arrow.column(label), label, start)
-    return Table(str(path), matrix, tuple(features), label, codes, classes, left_out, start)
+    return Table(str(path), made, tuple(features), label, codes, classes, left_out, start)
+
+
+def matrix_type(kinds: Sequence[Any]) -> np.dtype:
+    """Return the type that columns of some Arrow types are decoded into: the narrowest that holds them."""
+    import pyarrow as pa
+
+    if not all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds):
+        return np.dtype(np.float64)
+    return np.dtype(np.float32 if any(pa.types.is_float32(kind) for kind in kinds) else np.float16)
+
+
+def _check_number(path: Path, wanted: Wanted, name: str, kind: Any) -> None:
+    import pyarrow as pa
+
+    if not (is_number(kind) or pa.types.is_boolean(kind)):
+        raise BadInput(
+            f"{path}: column {quoted(name)} ({wanted.origin}) holds {kind}, not numbers; "
+            f"{wanted.without(name)}"
+        )
+
+
+def matrix(
+    path: Path, wanted: Wanted, arrow: Any, features: Sequence[str], start: int, dtype: np.dtype
+) -> np.ndarray:
+    """Return columns of an Arrow table or batch as (rows, columns); the first is at ``start`` of the file.
+
+    Raises ``BadInput`` for a number that is missing.
+    """
+    import pyarrow as pa
+
+    made = np.empty((arrow.num_rows, len(features)), dtype)
+    for j, name in enumerate(features):
+        column = arrow.column(name)
+        if column.null_count:
+            row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
+            raise bad_number(path, wanted, name, row, None)
+        if pa.types.is_boolean(column.type):
+            column = column.cast(pa.int8())
+        if pa.types.is_decimal(column.type):
+            column = column.cast(pa.float64())
+        made[:, j] = column.to_numpy(zero_copy_only=False)
+    return made
 
 
 def _is_blank(column: Any) -> bool:

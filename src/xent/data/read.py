@@ -68,9 +68,9 @@ def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
 def merge_classes(table: Table, ranks: Ranks) -> Table:
     """Return the share's table with the classes of all shares; everything else must be equal on all ranks."""
     ranks.check_equal(
-        f"view of {table.source}", (table.feature_names, table.label_name, table.features.dtype.str)
+        f"view of {table.source}", (table.feature_names, table.label_name, table.rows.dtype.str)
     )
-    if not ranks.sum(len(table.features)):
+    if not ranks.sum(table.rows.shape[0]):
         raise BadInput(f"{table.source}: the file has columns but no rows")
     if table.classes is None or table.codes is None:
         return table

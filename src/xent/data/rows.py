@@ -1,45 +1,66 @@
-"""The rows of a fit, handed out a chunk at a time: features (N, D) with their targets and weights.
+"""Features (N, D) as rows that can be gone through again and again, a batch at a time.
 
-An array or a tensor in memory is one chunk, and stays in its type: half types are converted a tile at a time,
-where they are computed with. Of an array mapped from a file a chunk is read at a time, and whatever is
-made of it (another type, standardised features) is of the size of the chunk: the whole is never copied.
+An array in memory is one batch, and stays in its type; an array mapped from a file is read a batch at a time.
+Rows chosen among others are gathered where they are used: of a batch a slice is asked for, and only that is
+copied. So neither a split into training and validation rows nor another type ever copies the whole.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
-HOST = torch.device("cpu")
-
-CHUNK = 1 << 22
-"""Numbers in a chunk of a mapped array."""
+BATCH = 1 << 22
+"""Numbers in a batch of a source that is not in memory."""
 
 BLOCK = 1 << 20
 """Numbers of which float64 intermediates are formed at a time."""
 
 Array: TypeAlias = np.ndarray | Tensor
 
-Chunk: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
-"""Features (n, D), targets (n,) or (n, C), weights (n,) or None."""
+
+class Batch:
+    """Rows of a tensor (M, D): all of them, or those at some positions, (n,) int64."""
+
+    def __init__(self, x: Tensor, rows: Tensor | None = None) -> None:
+        self._x, self._rows = x, rows
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self._x if self._rows is None else self._rows)
+
+    def __getitem__(self, here: slice) -> Tensor:
+        """Return some of the rows, a view where all rows of the tensor are meant."""
+        return self._x[here] if self._rows is None else self._x.index_select(0, self._rows[here])
+
+    def part(self, here: slice) -> Batch:
+        """Return some of the rows, not yet gathered."""
+        return Batch(self._x[here]) if self._rows is None else Batch(self._x, self._rows[here])
+
+    def at(self, positions: np.ndarray) -> Batch:
+        """Return the rows at some positions, (n,), not yet gathered."""
+        chosen = torch.from_numpy(positions).to(self._x.device)
+        return Batch(self._x, chosen if self._rows is None else self._rows[chosen])
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the rows on a device, themselves where they are on it."""
+        return self if self._x.device == device else Batch(self[:].to(device))
 
 
 class RowSource(Protocol):
     """Features (N, D) that can be gone through again and again."""
 
     shape: tuple[int, int]
-    dtype: np.dtype  # float32 or float64, in which every chunk is computed with
-    in_memory: bool  # then the only chunk is the whole
+    dtype: np.dtype  # float32 or float64, in which they are computed with
+    in_memory: bool  # then the only batch is the whole
 
-    def chunks(self) -> Iterator[tuple[slice, Array]]:
-        """Yield which rows they are, and their features, C-contiguous, of ``dtype`` or a half type."""
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
+        """Yield which rows they are, and their features, of ``dtype`` or a half type."""
         ...
 
 
@@ -49,57 +70,101 @@ class ArrayRows:
     in_memory = True
 
     def __init__(self, features: Array) -> None:
-        self.features: Array
-        if isinstance(features, Tensor):
-            self.features = features.contiguous()
-        else:
-            self.features = np.ascontiguousarray(features)
-        rows, columns = self.features.shape
+        self._batch = Batch(as_tensor(features).contiguous())
+        rows, columns = features.shape
         self.shape, self.dtype = (rows, columns), computed_dtype(features.dtype)
 
-    def chunks(self) -> Iterator[tuple[slice, Array]]:
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the whole array, also where it has no rows."""
-        yield slice(0, len(self.features)), self.features
+        yield slice(0, self.shape[0]), self._batch
 
 
 class MappedRows:
-    """An array mapped from a file, (N, D) of real numbers in any layout; chunks are of type ``dtype``."""
+    """An array mapped from a file, (N, D) of real numbers in any layout.
+
+    Args:
+        features: the array.
+        columns: the columns that are meant; None is all of them, in their order.
+    """
 
     in_memory = False
 
-    def __init__(self, features: np.ndarray, dtype: np.dtype) -> None:
-        self.features, self.dtype = features, np.dtype(dtype)
-        self.shape = features.shape
+    def __init__(self, features: np.ndarray, columns: Sequence[int] | None = None) -> None:
+        self._features, self.dtype = features, computed_dtype(features.dtype)
+        self._columns = None if columns is None else np.array(columns)
+        self.shape = (len(features), features.shape[1] if columns is None else len(columns))
+        native = features.dtype.isnative and features.dtype.itemsize <= self.dtype.itemsize
+        self._stored = features.dtype if native and features.dtype.kind == "f" else self.dtype
 
-    def chunks(self) -> Iterator[tuple[slice, np.ndarray]]:
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield some rows at a time: views where type and layout fit, else copies."""
-        for rows in slices(self.shape, CHUNK):
-            yield rows, np.ascontiguousarray(self.features[rows], dtype=self.dtype)
+        for rows in slices(self._features.shape, BATCH):
+            part = self._features[rows]
+            part = part if self._columns is None else part[:, self._columns]
+            with np.errstate(over="ignore"):  # what leaves the type is infinite, which a check finds
+                yield rows, Batch(as_tensor(np.ascontiguousarray(part, dtype=self._stored)))
+
+
+class SelectedRows:
+    """The rows of another source at some positions, (n,) int64, ascending."""
+
+    def __init__(self, source: RowSource, rows: np.ndarray) -> None:
+        self._source, self._rows = source, rows
+        self.shape, self.dtype = (len(rows), source.shape[1]), source.dtype
+        self.in_memory = source.in_memory
+
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
+        """Yield the chosen rows of each of the source's batches."""
+        for here, batch in self._source.batches():
+            low, high = np.searchsorted(self._rows, [here.start, here.stop]).tolist()
+            yield slice(low, high), batch.at(self._rows[low:high] - here.start)
+
+
+class ConcatenatedRows:
+    """The rows of several sources with the same columns, one source after the other."""
+
+    in_memory = False
+
+    def __init__(self, sources: Sequence[RowSource]) -> None:
+        self._sources = sources
+        self.shape = (sum(source.shape[0] for source in sources), sources[0].shape[1])
+        self.dtype = max(source.dtype for source in sources)
+
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
+        """Yield the sources' batches, those of sources in memory in parts."""
+        start = 0
+        for source in self._sources:
+            for here, batch in source.batches():
+                for part in slices((len(batch), self.shape[1]), BATCH):
+                    yield shifted(part, start + here.start), batch.part(part)
+            start += source.shape[0]
 
 
 class StandardisedRows:
-    """The rows x of another source as (x − mean)/scale, computed anew for each chunk."""
+    """The rows x of another source as (x − mean)/scale, computed anew for each batch."""
 
     in_memory = False
 
     def __init__(self, source: RowSource, mean: np.ndarray, scale: np.ndarray) -> None:
-        self.source, self.mean, self.scale = source, mean, scale
+        self._source, self._mean, self._scale = source, mean, scale
         self.shape, self.dtype = source.shape, source.dtype
 
-    def chunks(self) -> Iterator[tuple[slice, Array]]:
-        """Yield the source's chunks, standardised."""
-        for rows, x in self.source.chunks():
-            yield rows, standardise_tensor(as_tensor(x), self.mean, self.scale)
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
+        """Yield the source's rows, standardised."""
+        for here, batch in self._source.batches():
+            for part in slices((len(batch), self.shape[1]), BATCH):
+                made = standardise(batch[part], self._mean, self._scale)
+                yield shifted(part, here.start), Batch(made)
 
 
-def row_source(features: Array) -> RowSource:
+def row_source(features: Array | RowSource) -> RowSource:
     """Return the rows of an array: mapped, where it is one that ``is_mapped``, else in memory."""
-    if isinstance(features, np.ndarray) and is_mapped(features):
-        return MappedRows(features, computed_dtype(features.dtype))
-    return ArrayRows(features)
+    if not isinstance(features, np.ndarray | Tensor):
+        return features
+    return MappedRows(features) if is_mapped(features) else ArrayRows(features)
 
 
-def is_mapped(features: object) -> bool:
+def is_mapped(features: object) -> TypeGuard[np.ndarray]:
     """Return whether it is a table of real numbers that lies in a mapped file."""
     return (
         isinstance(features, np.memmap)
@@ -113,23 +178,33 @@ def computed_dtype(dtype: np.dtype | torch.dtype) -> np.dtype:
     """Return the type in which features are computed with: float32 for it and half types, else float64."""
     if isinstance(dtype, torch.dtype):
         return np.dtype(np.float32 if dtype.itemsize <= 4 else np.float64)
-    return np.dtype(np.float32 if dtype in (np.float32, np.float16) else np.float64)
+    return np.dtype(np.float32 if dtype.kind == "f" and dtype.itemsize <= 4 else np.float64)
 
 
-def standardised(source: RowSource, mean: np.ndarray, scale: np.ndarray) -> RowSource:
-    """Return (x − mean)/scale for the rows of a source: a copy of rows in memory, else a chunk at a time."""
-    if not source.in_memory:
-        return StandardisedRows(source, mean, scale)
-    ((_, features),) = source.chunks()
-    return ArrayRows(standardise_tensor(as_tensor(features), mean, scale))
+def blocks(source: RowSource) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a source as tensors of at most ``BLOCK`` numbers."""
+    for here, batch in source.batches():
+        for part in slices((len(batch), source.shape[1]), BLOCK):
+            yield shifted(part, here.start), batch[part]
 
 
-def standardise(x: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Return (x − mean)/scale in the type that x is computed with, formed some rows at a time."""
-    return standardise_tensor(as_tensor(x), mean, scale).numpy()
+def steps(source: RowSource, count: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of a source as tensors of exactly ``count`` rows each, the last one shorter."""
+    parts: list[Tensor] = []
+    start = have = 0
+    for _, batch in source.batches():
+        at = 0
+        while at < len(batch):
+            parts.append(batch[at : at + count - have])
+            at, have = at + len(parts[-1]), have + len(parts[-1])
+            if have == count:
+                yield slice(start, start + have), parts[0] if len(parts) == 1 else torch.cat(parts)
+                start, have, parts = start + have, 0, []
+    if have:
+        yield slice(start, start + have), torch.cat(parts)
 
 
-def standardise_tensor(x: Tensor, mean: np.ndarray, scale: np.ndarray) -> Tensor:
+def standardise(x: Tensor, mean: np.ndarray, scale: np.ndarray) -> Tensor:
     """Return (x − mean)/scale in the type that x is computed with, formed some rows at a time, in float64."""
     made = x.new_empty(x.shape, dtype=getattr(torch, computed_dtype(x.dtype).name))
     center, unit = (torch.from_numpy(v.astype(np.float64)).to(x.device) for v in (mean, scale))
@@ -145,42 +220,9 @@ def slices(shape: tuple[int, ...], numbers: int) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
-@dataclasses.dataclass(frozen=True)
-class LabelledRows:
-    """The rows of a source with what they are to be."""
-
-    source: RowSource
-    target: np.ndarray  # (N,) class numbers or (N, C) masses
-    weight: np.ndarray | None = None  # (N,)
-    device: torch.device = HOST  # where they are computed with
-
-    def take(self, rows: np.ndarray) -> LabelledRows:
-        """Return some of the rows, in memory: (n,) positions, ascending."""
-        weight = None if self.weight is None else self.weight[rows]
-        parts = [
-            as_tensor(x[rows[(rows >= here.start) & (rows < here.stop)] - here.start])
-            for here, x in self.source.chunks()
-        ]
-        source = ArrayRows(parts[0] if len(parts) == 1 else torch.cat(parts))
-        return LabelledRows(source, self.target[rows], weight, self.device)
-
-    def chunks(self, shares: Sequence[slice] | None = None) -> Iterator[Chunk]:
-        """Yield the rows as tensors, a chunk at a time; of rows in memory each chunk is one of ``shares``."""
-        if not self.source.in_memory:
-            yield from self._read()
-            return
-        ((x, target, weight),) = self._kept
-        for rows in shares or [slice(0, len(x))]:
-            yield x[rows], target[rows], None if weight is None else weight[rows]
-
-    @functools.cached_property
-    def _kept(self) -> list[Chunk]:
-        return list(self._read())
-
-    def _read(self) -> Iterator[Chunk]:
-        for rows, x in self.source.chunks():
-            weight = None if self.weight is None else as_tensor(self.weight[rows]).to(self.device)
-            yield as_tensor(x).to(self.device), as_tensor(self.target[rows]).to(self.device), weight
+def shifted(rows: slice, start: int) -> slice:
+    """Return a range of rows, counted from another row."""
+    return slice(rows.start + start, rows.stop + start)
 
 
 def as_tensor(array: Array) -> Tensor:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from xent._util.text import quoted
+from xent.data.rows import RowSource, blocks, row_source
 from xent.errors import BadInput
 
 
@@ -29,7 +30,7 @@ class Table:
     """
 
     source: str
-    features: np.ndarray  # (N, D) float32 or float64, finite
+    features: np.ndarray | RowSource  # (N, D) floating, finite; a mapped array, or rows read when needed
     feature_names: tuple[str, ...]  # D
     label_name: str | None = None  # the column; None too for labels that are a file of their own
     codes: np.ndarray | None = None  # (N,) int64, positions in classes
@@ -38,12 +39,17 @@ class Table:
     start: int = 0  # the first row's position in the file
     width: int | None = None  # columns of the array that the features are from; None where columns have names
 
+    @property
+    def rows(self) -> RowSource:
+        """The features as rows to go through; ``rows.shape`` is (N, D)."""
+        return row_source(self.features)
+
     def own(self, rows: np.ndarray) -> np.ndarray:
         """Return positions in this share, of those of some rows that lie in it.
 
         The rows are given by their positions in the file, ascending.
         """
-        low, high = np.searchsorted(rows, [self.start, self.start + len(self.features)])
+        low, high = np.searchsorted(rows, [self.start, self.start + self.rows.shape[0]])
         return rows[low:high] - self.start
 
 
@@ -160,11 +166,10 @@ def _as_option(name: str) -> str:
     return shlex.quote(row.getvalue())
 
 
-def check_finite(path: Path, wanted: Wanted, matrix: np.ndarray, names: Sequence[str], start: int) -> None:
+def check_finite(path: Path, wanted: Wanted, source: RowSource, names: Sequence[str], start: int) -> None:
     """Raise ``BadInput`` for the first number that is not finite."""
-    step = max(1, 2**22 // max(1, matrix.shape[1]))  # a flag a number, for a few million at a time
-    for i in range(0, len(matrix), step):
-        finite = np.isfinite(matrix[i : i + step])
+    for here, x in blocks(source):
+        finite = x.isfinite()
         if not finite.all():
-            row, j = np.argwhere(~finite)[0]
-            raise bad_number(path, wanted, names[j], start + i + int(row), float(matrix[i + row, j]))
+            row, j = (~finite).nonzero()[0].tolist()
+            raise bad_number(path, wanted, names[j], start + here.start + row, x[row, j].item())

@@ -2,9 +2,9 @@
 
     H v = Σ_i H_i v      diag H = Σ_i diag H_i      A = Σ_i A_i,  G = Σ_i G_i      i: a chunk of a rank
 
-Products, diagonal, blocks and the sums that Kronecker factors are made of add up over rows. Rows in memory
-are one chunk, whose operator is kept while the point stays; of rows in a file an operator is made for each
-chunk, each time.
+Products, diagonal, blocks and the sums that Kronecker factors are made of add up over rows. Few rows are
+standardised once and are one chunk, whose operator is kept while the point stays; of more an operator is made
+for each chunk, each time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from torch import Tensor
 from xent._processes.leader import Leader
 from xent.curvature._heads import HeadHessian
 from xent.curvature._kronecker import HeadKronecker
-from xent.data.rows import LabelledRows
+from xent.data.rows import ArrayRows, RowSource, StandardisedRows
+from xent.linear_model.labelled_rows import LabelledRows
+
+KEPT = 1 << 27
+"""Bytes of standardised features that are kept, at most."""
 
 
 class HessianSums:
@@ -105,7 +109,7 @@ class HessianSums:
 
     def _made(self, kind: Any, **options: Any) -> Iterator[Any]:
         for x, target, weight in self._labelled.chunks():
-            yield kind(x, target=target, sample_weight=weight, **self._head, **options)
+            yield kind(x[:], target=target, sample_weight=weight, **self._head, **options)
 
     def _factors(self, _: np.ndarray) -> np.ndarray:
         """Return Σ γ·tr M·x̃ x̃ᵀ, Σ γ·M and Σ γ, flat."""
@@ -126,6 +130,16 @@ class HessianSums:
             total = flat if total is None else np.add(total, flat, dtype=np.float64)
         assert total is not None  # there is always a chunk
         return total
+
+
+def standardised(source: RowSource, mean: np.ndarray, scale: np.ndarray) -> RowSource:
+    """Return (x − mean)/scale for the rows of a source: kept where they are few, else a batch at a time."""
+    made = StandardisedRows(source, mean, scale)
+    if source.shape[0] * source.shape[1] * source.dtype.itemsize > KEPT:
+        return made
+    none = torch.empty((0, source.shape[1]), dtype=getattr(torch, source.dtype.name))
+    parts = [batch[:] for _, batch in made.batches()]
+    return ArrayRows(torch.cat(parts) if parts else none)
 
 
 class Factors(NamedTuple):

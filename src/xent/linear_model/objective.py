@@ -1,11 +1,14 @@
 """The objective of ``SoftmaxRegression`` in the solver's variables, on the fused cross-entropy.
 
-    min over W, b of   Σ_n s_n ℓ(W x_n + b, t_n) / Σ_n s_n a_n  +  λ/2 ‖W‖²         W = V/σ,  b = c − W μ
+    min over W, b of   Σ_n s_n ℓ(W x̃_n + b, t_n) / Σ_n s_n a_n  +  λ/2 ‖W‖²        x̃ = (x − m)/s
 
-Sums over the N rows are formed a chunk at a time. Where several processes hold the rows, the sums are over
-all of them (``Leader``). Where they share the classes, each has the gradient of its own slice of W and b.
-The solver moves θ = (V | c). With centred features and, by the choice of σ, a Hessian whose diagonal is
-constant at W = 0, it needs tens of iterations where it would need thousands in (W, b).
+    W x̃ + b = V (x̃ − μ)/σ + c         W = V/σ,  b = c − W μ
+
+Sums over the N rows are formed a chunk at a time, from the rows x as they are stored: x̃ is never formed.
+Where several processes hold the rows, the sums are over all of them (``Leader``). Where they share the
+classes, each has the gradient of its own slice of V and c. The solver moves θ = (V | c). With centred
+features and, by the choice of σ, a Hessian whose diagonal is constant at W = 0, it needs tens of iterations
+where it would need thousands in (W, b).
 """
 
 from __future__ import annotations
@@ -20,17 +23,12 @@ from torch import Tensor
 from xent._core.matmul import fast_products
 from xent._processes.group import Share
 from xent._processes.leader import Leader
-from xent.data.rows import (
-    BLOCK,
-    Chunk,
-    LabelledRows,
-    as_tensor,
-    slices,
-    standardised,
-)
+from xent.data.rows import BATCH, BLOCK, Batch, SelectedRows, blocks, slices
 from xent.linear_model.class_blocks import Sample, class_blocks
-from xent.linear_model.hessian import HessianSums, SummedHessian
+from xent.linear_model.hessian import HessianSums, SummedHessian, standardised
+from xent.linear_model.labelled_rows import Chunk, LabelledRows
 from xent.linear_model.row_pass import RowPass
+from xent.linear_model.scaling import moments
 from xent.linear_model.workers import Workers
 from xent.losses._cross_entropy import linear_cross_entropy
 
@@ -50,6 +48,7 @@ class Objective:
         fit_intercept: whether there is a b.
         leader: sums over the rows of several ranks; None is one process.
         workers: the threads that share the rows of a process; None is the calling thread.
+        standardisation: m and s, (D,) each; None is 0 and 1.
 
     Raises:
         ValueError: the weights of all rows sum to 0.
@@ -63,6 +62,7 @@ class Objective:
         fit_intercept: bool,
         leader: Leader | None = None,
         workers: Workers | None = None,
+        standardisation: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         self.workers = Workers() if workers is None else workers
         leader = Leader() if leader is None else leader
@@ -72,12 +72,7 @@ class Objective:
         n_rows, self.n_features = rows.source.shape
         self.binary = n_classes == 2
         self.n_classes, self.n_vectors = n_classes, 1 if self.binary else n_classes  # C, K
-        self.total = float(self.ranks.sum(sum(self.mass(part).sum() for part in slices((n_rows, 1), BLOCK))))
-        if not self.total > 0:
-            raise ValueError(
-                "nothing is left to fit: sample_weight times class_weight times label mass sums to 0"
-            )
-        self.mean, self._variance = self._moments_of_features()
+        self._place(standardisation)
         self.n_rows = int(self.ranks.sum(n_rows if self.ranks.counts else 0))
         self._sums = leader.register(self._loss_and_gradient)
         self._moments = leader.register(self._own_moments)
@@ -88,32 +83,39 @@ class Objective:
         self._second: tuple[np.ndarray, np.ndarray] | None = None
         self.penalise(C)
 
+    def _place(self, standardisation: tuple[np.ndarray, np.ndarray] | None) -> None:
+        """Set what lies between the rows as they are stored, x, and the features x̃ that W is of.
+
+        m and s are given; the center is the mean of x in the type of the features, so that x less it is exact
+        where it matters; without an intercept it is m. μ is the center in x̃.
+        """
+        zero, one = np.zeros(self.n_features), np.ones(self.n_features)
+        m, s = (zero, one) if standardisation is None else (v.astype(np.float64) for v in standardisation)
+        found = moments(self._blocks(), self.n_features, self.ranks)
+        self.total = found.mass
+        if not self.total > 0:
+            raise ValueError(
+                "nothing is left to fit: sample_weight times class_weight times label mass sums to 0"
+            )
+        self.center = found.mean.astype(self.dtype).astype(np.float64) if self.fit_intercept else m
+        self._own_scale, self.mean = s, (self.center - m) / s
+        with np.errstate(over="ignore"):  # a scale that is not finite is replaced
+            self._variance = found.about(self.center) / s**2
+
     def penalise(self, C: float) -> None:
         """Set the inverse strength of the penalty, and with it λ and σ: another objective, of the same rows.
 
-        The Hessian's diagonal at W = 0 is h·E[(x_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
-        h σ_j² with σ_j² = E[(x_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
+        The Hessian's diagonal at W = 0 is h·E[(x̃_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
+        h σ_j² with σ_j² = E[(x̃_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
         """
         self.penalty = 1.0 / (C * self.total)  # λ
         h = (self.n_classes - 1) / self.n_classes**2
         scale = np.sqrt(self._variance + self.penalty / h)
         self.scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
+        self.unit = self.scale * self._own_scale
         self._hessian.forget()
         self._theta: np.ndarray | None = None
         self.gradient_norm = self.duality_gap = np.inf  # at the last θ; see `__call__`
-
-    def _moments_of_features(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return μ, which is 0 without an intercept, and E[(x − μ)²], (D,) each."""
-        mean, squares = np.zeros(self.n_features), np.zeros(self.n_features)
-        if self.fit_intercept:
-            for mass, x in self._blocks():
-                mean += (mass @ x).cpu().numpy()
-            mean = self.ranks.sum(mean) / self.total
-        center = torch.from_numpy(mean).to(self.device)
-        with np.errstate(over="ignore"):  # a scale that is not finite is replaced
-            for mass, x in self._blocks():
-                squares += (mass @ x.sub_(center).square_()).cpu().numpy()
-            return mean, self.ranks.sum(squares) / self.total
 
     def mass(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return s·a of some rows, (n,): their weights times the sums of their targets."""
@@ -122,12 +124,9 @@ class Objective:
         return mass if target.ndim == 1 else mass * target.sum(axis=1, dtype=np.float64)
 
     def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the masses (n,) and the features (n, D) of some rows at a time, copies in float64."""
-        for rows, x in self.rows.source.chunks():
-            for block in slices(x.shape, BLOCK):
-                mass = self.mass(slice(rows.start + block.start, rows.start + block.stop))
-                part = as_tensor(x[block]).to(self.device, torch.float64, copy=True)
-                yield torch.from_numpy(mass).to(self.device), part
+        """Yield the masses (n,) and the features (n, D) of some rows at a time, on the device."""
+        for here, x in blocks(self.rows.source):
+            yield torch.from_numpy(self.mass(here)).to(self.device), x.to(self.device)
 
     def second_moment(self, most: int) -> Tensor:
         """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1) float32, of about as many rows of all ranks.
@@ -175,25 +174,20 @@ class Objective:
 
     def sample(self, most: int) -> Sample:
         """Return at most as many rows of this process."""
-        source = self.rows.source
-        n_rows, n_features = source.shape
+        n_rows, n_features = self.rows.source.shape
         chosen = np.linspace(0, n_rows - 1, min(n_rows, most)).round().astype(np.int64)
         x = torch.full((len(chosen), n_features + 1), float(self.fit_intercept), device=self.device).float()
-        center, unit = (torch.from_numpy(v).float().to(self.device) for v in (self.mean, self.scale))
-        done = 0
-        for rows, features in source.chunks():
-            stop = int(np.searchsorted(chosen, rows.stop))
-            for part in slices((stop - done, n_features), BLOCK):
-                here = slice(done + part.start, done + part.stop)
-                picked = as_tensor(features[chosen[here] - rows.start]).to(self.device)
-                torch.sub(picked, center, out=x[here, :-1]).div_(unit)
-            done = stop
+        center, unit = (
+            torch.from_numpy(v.astype(self.dtype)).to(self.device) for v in (self.center, self.unit)
+        )
+        for here, picked in blocks(SelectedRows(self.rows.source, chosen)):
+            x[here, :-1] = (picked.to(self.device) - center).div_(unit)
         mass = self.mass(chosen) * (self.n_rows / self.total)
         return Sample(x, torch.from_numpy(mass).float().to(self.device))
 
     def _standardised(self) -> LabelledRows:
-        """Return the rows as the solver sees them, (x − μ)/σ."""
-        return dataclasses.replace(self.rows, source=standardised(self.rows.source, self.mean, self.scale))
+        """Return the rows as the solver sees them, (x̃ − μ)/σ."""
+        return dataclasses.replace(self.rows, source=standardised(self.rows.source, self.center, self.unit))
 
     def to_solver(self, coef: np.ndarray, intercept: np.ndarray) -> np.ndarray:
         """Return θ (K, D + 1) of W and b."""
@@ -223,17 +217,18 @@ class Objective:
         if self._theta is not None and np.array_equal(theta, self._theta):
             return self._value, self._gradient
         W, b = self._unscale(theta)
-        sums = self._sums(np.concatenate([W, b[:, None]], axis=1).ravel()) / self.total
+        sums = self._sums(theta) / self.total
         loss, gradient = float(sums[0]), sums[1:].reshape(self.n_vectors, -1)
-        to_W, to_b = gradient[:, :-1] + self.penalty * W, gradient[:, -1]
+        to_V, to_b = gradient[:, :-1], gradient[:, -1]
+        to_W = to_V * self.scale + np.outer(to_b, self.mean) + self.penalty * W
         self.gradient_norm = float(max(np.abs(to_W).max(), np.abs(to_b).max()))
         self.duality_gap = np.inf
         if self.penalty:
             reach = float(np.abs(to_b).sum()) * (1 + float(np.abs(b).max()))
             self.duality_gap = float(np.vdot(to_W, to_W)) / (2 * self.penalty) + reach
-        to_V = (to_W - np.outer(to_b, self.mean)) / self.scale
+        to_V += self.penalty * W / self.scale
         self._value = loss + 0.5 * self.penalty * float(np.vdot(W, W))
-        self._gradient = np.concatenate([to_V, to_b[:, None]], axis=1).ravel()
+        self._gradient = gradient.ravel()
         self._theta = theta.copy()
         return self._value, self._gradient
 
@@ -245,26 +240,49 @@ class Objective:
         """
         return self._hessian.at(theta)
 
-    def _loss_and_gradient(self, model: np.ndarray) -> np.ndarray:
-        """Return the sum of these rows' losses, then its gradient in (W | b), for (W | b); all flat."""
-        total = np.zeros(1 + model.size)
+    def _loss_and_gradient(self, theta: np.ndarray) -> np.ndarray:
+        """Return the sum of these rows' losses, then its gradient, at θ; all flat."""
+        total, head = np.zeros(1 + theta.size), self._head(theta)
 
         def part(rows: Chunk) -> tuple[float, np.ndarray]:
-            loss, gradient = self._part(model, *rows)
+            loss, gradient = self._part(head, *rows)
             return self._counted(loss), gradient.cpu().numpy().ravel()
 
         for loss, gradient in self.workers.map(part, self._chunks(self.rows)):
             total[0] += loss
             total[1:] += gradient
+        total[1:].reshape(self.n_vectors, -1)[:, :-1] /= self.unit
         return total
 
     def loss(self, model: np.ndarray, rows: LabelledRows) -> np.ndarray:
         """Return the sum of other rows' losses, (1,), for (W | b), flat."""
+        model = model.reshape(self.n_vectors, -1)
+        head = self._head(self.to_solver(model[:, :-1], model[:, -1]))
 
         def part(rows: Chunk) -> float:
-            return self._counted(self._part(model, *rows, with_gradient=False)[0])
+            return self._counted(self._part(head, *rows, with_gradient=False)[0])
 
         return np.array([sum(self.workers.map(part, self._chunks(rows)))])
+
+    def logits(
+        self, coef: np.ndarray, intercept: np.ndarray, rows: LabelledRows
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield logits (n, C), targets and weights of some rows at a time, for W (K, D) and b (K,)."""
+        head = self._of_all_classes(self._head(self.to_solver(coef, intercept)))
+        weights, bias = head[:, :-1].t(), head[:, -1]
+        for x, target, weight in rows.chunks():
+            for here in slices((len(x), sum(weights.shape)), BLOCK):
+                z = torch.addmm(bias, self._centred(x[here], head), weights)
+                yield z, target[here], None if weight is None else weight[here]
+
+    def _head(self, theta: np.ndarray) -> Tensor:
+        """Return what rows less the center are multiplied with, (V/unit | c), (K, D + 1), in their type."""
+        head = theta.reshape(self.n_vectors, -1).copy()
+        head[:, :-1] /= self.unit
+        return torch.from_numpy(head.astype(self.dtype)).to(self.device)
+
+    def _centred(self, x: Tensor, head: Tensor) -> Tensor:
+        return x - torch.from_numpy(self.center).to(head)
 
     def _chunks(self, rows: LabelledRows) -> Iterator[Chunk]:
         """Yield the rows in the parts that workers take."""
@@ -275,36 +293,40 @@ class Objective:
         """Return whether W (K, D) and b (K,) put every row on its class's side, and nothing bounds them."""
         if self.penalty or self.rows.target.ndim == 2 or self.ranks.size > 1:
             return False
-        return all(bool((z.argmax(1) == y).all()) for z, y in self._logits(coef, intercept))
-
-    def _logits(self, coef: np.ndarray, intercept: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-        head = torch.from_numpy(np.concatenate([coef, intercept[:, None]], axis=1)).to(self.device)
-        head = self._of_all_classes(head)
-        for x, target, weight in self.rows.chunks():
-            counts = slice(None) if weight is None else weight > 0
-            yield torch.addmm(head[:, -1], x[counts].to(head.dtype), head[:, :-1].t()), target[counts]
+        return all(
+            bool(((z.argmax(1) == y) | (weight == 0 if weight is not None else False)).all())
+            for z, y, weight in self.logits(coef, intercept, self.rows)
+        )
 
     def _counted(self, loss: Tensor) -> float:
         """Return the loss on one of the ranks that hold the same rows and 0 on the others."""
         return loss.item() if self.ranks.counts else 0.0
 
     def _part(
-        self, model: np.ndarray, x: Tensor, target: Tensor, weight: Tensor | None, with_gradient: bool = True
+        self, head: Tensor, x: Batch, target: Tensor, weight: Tensor | None, with_gradient: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Return the sum of the losses of some rows, and its gradient in (W | b), (K, D + 1)."""
-        head = torch.from_numpy(model.reshape(self.n_vectors, -1).astype(self.dtype)).to(self.device)
+        """Return the sum of the losses of some rows, and its gradient in the head, (K, D + 1)."""
         if target.ndim == 1 and self.ranks.group is None:
             return self._pass(head, x, target, weight, with_gradient)
-        with torch.set_grad_enabled(with_gradient):
-            loss = self._fused(head.requires_grad_(with_gradient), x, target, weight)
-            return loss, torch.autograd.grad(loss, [head])[0] if with_gradient else head
+        total, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(head)
+        for here in slices((len(x), self.n_features), BATCH):
+            with torch.set_grad_enabled(with_gradient):
+                leaf = head.detach().requires_grad_(with_gradient)
+                of_rows = None if weight is None else weight[here]
+                loss = self._fused(leaf, self._centred(x[here], head), target[here], of_rows)
+                if with_gradient:
+                    gradient += torch.autograd.grad(loss, [leaf])[0]
+            total += loss.detach().cpu()
+        return total, gradient
 
     def _pass(
-        self, head: Tensor, x: Tensor, target: Tensor, weight: Tensor | None, with_gradient: bool
+        self, head: Tensor, x: Batch, target: Tensor, weight: Tensor | None, with_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         logits = self._of_all_classes(head)
-        rows = RowPass(logits[:, :-1].contiguous(), logits[:, -1] if self.fit_intercept else None)
-        with fast_products(x.device, logits.dtype, len(x) * self.n_features * len(logits)):
+        bias = logits[:, -1] if self.fit_intercept else None
+        center = torch.from_numpy(self.center).to(head) if self.center.any() else None
+        rows = RowPass(logits[:, :-1].contiguous(), bias, center)
+        with fast_products(self.device, logits.dtype, len(x) * self.n_features * len(logits)):
             if not with_gradient:
                 return rows.loss(x, target, weight), head
             loss, to_W, to_b = rows.loss_and_gradient(x, target, weight)
@@ -316,10 +338,11 @@ class Objective:
         return torch.cat([torch.zeros_like(head), head]) if self.binary else head
 
     def _fused(self, head: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        """Return the sum of the losses of rows less the center, of any targets and of classes in slices."""
         head = self._of_all_classes(head)
         head = head[Share(self.ranks.slice, self.ranks.slices).of(len(head))]
         return linear_cross_entropy(
-            x.to(head.dtype),
+            x,
             head[:, :-1].contiguous(),
             target,
             linear_bias=head[:, -1] if self.fit_intercept else None,

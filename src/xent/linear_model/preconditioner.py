@@ -120,8 +120,13 @@ def ridge(objective: Objective) -> Tensor:
 
 
 def invert_(block: Tensor, ridges: Tensor) -> Tensor:
-    """Return the inverse of a positive semidefinite block + diag(ridges + what it takes), in its memory."""
+    """Return the inverse of a positive semidefinite block + diag(ridges + what it takes), in its memory.
+
+    Of a block that is not finite it is the identity, from which L-BFGS begins as well.
+    """
     diagonal = block.diagonal()
+    if not block.isfinite().all():
+        return block.zero_().fill_diagonal_(1.0)
     least = 1e-6 * float(diagonal.mean()) + torch.finfo(block.dtype).tiny
     diagonal += ridges
     while True:

@@ -1,21 +1,77 @@
-"""Features brought to mean 0 and deviation 1: (x − μ)/σ, μ and σ those of all ranks' training rows."""
+"""Features brought to mean 0 and deviation 1: (x − μ)/σ, μ and σ those of all ranks' training rows.
+
+    μ = Σ_n m_n x_n / Σ_n m_n       σ² = Σ_n m_n (x_n − μ)² / Σ_n m_n
+
+One pass over the rows: means and squares of two parts give those of both (Chan, Golub and LeVeque, 1979).
+"""
 
 from __future__ import annotations
 
-import numpy as np
+import dataclasses
+from collections.abc import Iterable
 
-from xent._processes.group import Ranks
+import numpy as np
+import torch
+from torch import Tensor
+
+from xent._processes.group import ALONE, Ranks
 from xent._util.text import quoted
-from xent.data.rows import BLOCK, slices
+from xent.data.rows import RowSource, blocks
 from xent.data.table import Table
 from xent.errors import BadInput
 
 
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Mass, means and mean squares of the columns of some rows, (D,) each, in float64."""
+
+    mass: float
+    mean: np.ndarray
+    squares: np.ndarray  # of deviations from the mean
+
+    def about(self, center: np.ndarray) -> np.ndarray:
+        """Return the mean squares of deviations from another point."""
+        return self.squares + (self.mean - center) ** 2
+
+    def __add__(self, other: Moments) -> Moments:
+        """Return the moments of both parts."""
+        mass = self.mass + other.mass
+        share = other.mass / mass if mass else 0.0
+        mean = self.mean + share * (other.mean - self.mean)
+        both = (1 - share) * self.about(mean) + share * other.about(mean)
+        return Moments(mass, mean, both)
+
+
+def moments(parts: Iterable[tuple[Tensor, Tensor]], n_features: int, ranks: Ranks = ALONE) -> Moments:
+    """Return the moments of all ranks' rows, handed over as masses (n,) and features (n, D) of a few each.
+
+    Columns whose mean is beyond the largest number have mean 0.
+    """
+    zero = np.zeros(n_features)
+    found = Moments(0.0, zero, zero)
+    with np.errstate(all="ignore"):  # numbers whose squares leave the range are the caller's to judge
+        for mass, x in parts:
+            mass, x = mass.double(), x.double()
+            total = float(mass.sum())
+            if not total:
+                continue
+            center = (mass @ x) / total
+            squares = (mass @ (x - center).square_()) / total
+            found += Moments(total, center.cpu().numpy(), squares.cpu().numpy())
+        if ranks.size > 1 and (total := float(ranks.sum(found.mass))):
+            of_all = ranks.sum(found.mean * found.mass) / total
+            found = Moments(total, of_all, ranks.sum(found.about(of_all) * found.mass) / total)
+    return dataclasses.replace(found, mean=np.where(np.isfinite(found.mean), found.mean, 0.0))
+
+
 def check_range(table: Table, ranks: Ranks) -> None:
     """Raise ``BadInput`` for a column whose squares, or their sum over rows, would be infinite or 0."""
-    x = table.features
-    limit = 1e150 if x.dtype == np.float64 else 1e30
-    peaks = ranks.maximum(np.maximum(x.max(axis=0, initial=0.0), -x.min(axis=0, initial=0.0)))
+    source = table.rows
+    limit = 1e150 if source.dtype == np.float64 else 1e30
+    peaks = np.zeros(source.shape[1])
+    for _, x in blocks(source):
+        np.maximum(peaks, x.abs().amax(0).double().numpy(), out=peaks)
+    peaks = ranks.maximum(peaks)
     beyond = np.flatnonzero((peaks > limit) | ((peaks > 0) & (peaks < 1 / limit)))
     if len(beyond):
         raise BadInput(
@@ -24,16 +80,13 @@ def check_range(table: Table, ranks: Ranks) -> None:
         )
 
 
-def standardisation(x: np.ndarray, wanted: bool, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and scale, (D,) each, of the columns of all ranks' x (n, D)."""
+def standardisation(source: RowSource, wanted: bool, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and scale, (D,) each, of the columns of all ranks' rows (n, D)."""
+    n_features, dtype = source.shape[1], source.dtype
     if not wanted:
-        return np.zeros(x.shape[1], x.dtype), np.ones(x.shape[1], x.dtype)
-    rows = float(ranks.sum(len(x)))
-    mean = ranks.sum(x.sum(axis=0, dtype=np.float64)) / rows
-    squares = np.zeros(x.shape[1])
-    for part in slices(x.shape, BLOCK):
-        squares += np.square(x[part] - mean).sum(axis=0)
-    scale = np.sqrt(ranks.sum(squares) / rows)
+        return np.zeros(n_features, dtype), np.ones(n_features, dtype)
+    found = moments(((torch.ones(len(x)), x) for _, x in blocks(source)), n_features, ranks)
+    scale = np.sqrt(found.squares)
     # a constant feature's deviation is rounding; dividing by it would make noise of size 1
-    constant = scale <= 10 * np.finfo(x.dtype).eps * np.abs(mean)
-    return mean.astype(x.dtype), np.where(constant, 1.0, scale).astype(x.dtype)
+    constant = scale <= 10 * np.finfo(dtype).eps * np.abs(found.mean)
+    return found.mean.astype(dtype), np.where(constant, 1.0, scale).astype(dtype)

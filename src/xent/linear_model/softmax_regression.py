@@ -33,7 +33,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import assert_all_finite, check_is_fitted, validate_data
 
 from xent._core.validators import OneOf, valid
-from xent.data.rows import HOST, LabelledRows, RowSource, is_mapped, row_source
+from xent.data.rows import RowSource, blocks, is_mapped, row_source
 from xent.linear_model.advice import advice, estimator_words
 from xent.linear_model.descent import Descent, Progress
 from xent.linear_model.inputs import (
@@ -45,6 +45,7 @@ from xent.linear_model.inputs import (
     read_sample_weight,
     stays_tensor,
 )
+from xent.linear_model.labelled_rows import HOST, LabelledRows
 from xent.linear_model.objective import Objective
 from xent.linear_model.solvers import choose, solver_names
 from xent.linear_model.workers import Workers, workers
@@ -235,8 +236,8 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             return row_source(validate_data(self, read_features(X), dtype=FLOATING, order="C"))
         validate_data(self, X, skip_check_array=True)
         source = row_source(X)
-        for _, x in source.chunks():
-            assert_all_finite(x, estimator_name=type(self).__name__, input_name="X")
+        for _, x in blocks(source):
+            assert_all_finite(x.numpy(), estimator_name=type(self).__name__, input_name="X")
         return source
 
     def _fit(

@@ -17,7 +17,9 @@ from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
 
 from xent._core.validators import valid
-from xent.data.rows import LabelledRows
+from xent.data.rows import blocks
+from xent.linear_model.inputs import stays_tensor
+from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.objective import Objective
 from xent.linear_model.path import Point, regularisation_path
 from xent.linear_model.softmax_regression import SoftmaxRegression
@@ -184,18 +186,21 @@ class SoftmaxRegressionCV(SoftmaxRegression):
 
     def _scored(self, held: LabelledRows) -> float:
         """Return the score of the coefficients as they are on rows held out; greater is better."""
-        ((_, features),) = held.source.chunks()
-        y = held.target if held.target.ndim == 2 else self.classes_[held.target]
         if self.scoring not in (None, LOSS):
+            x = torch.cat([batch[:] for _, batch in held.source.batches()])
+            y = held.target if held.target.ndim == 2 else self.classes_[held.target]
             scorer = self.scoring if callable(self.scoring) else get_scorer(self.scoring)
-            return float(scorer(self, features, y))
-        log_p = self.predict_log_proba(features)
-        if held.target.ndim == 2:
-            mass, gain = held.target.sum(axis=1), (held.target * log_p).sum(axis=1)
-        else:
-            mass, gain = np.ones(len(log_p)), log_p[np.arange(len(log_p)), held.target]
-        weight = 1.0 if held.weight is None else held.weight
-        return float((weight * gain).sum() / (weight * mass).sum())
+            return float(scorer(self, x if stays_tensor(x) else x.numpy(), y))
+        gain = mass = 0.0
+        for here, x in blocks(held.source):
+            log_p, target = self.predict_log_proba(x), held.target[here]
+            if target.ndim == 2:
+                of_row, masses = (target * log_p).sum(axis=1), target.sum(axis=1)
+            else:
+                of_row, masses = log_p[np.arange(len(log_p)), target], np.ones(len(log_p))
+            weight = np.ones(len(log_p)) if held.weight is None else held.weight[here].astype(np.float64)
+            gain, mass = gain + float(weight @ of_row), mass + float(weight @ masses)
+        return gain / mass
 
 
 def strengths(Cs: Any) -> np.ndarray:

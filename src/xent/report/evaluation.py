@@ -19,6 +19,7 @@ from xent._processes.group import ALONE, Ranks
 from xent._util.atomic_write import atomic_write
 from xent._util.text import class_text
 from xent.data.model_file import Model
+from xent.data.rows import SelectedRows, slices, steps
 from xent.data.table import Table
 from xent.errors import BadInput, needs
 
@@ -84,25 +85,30 @@ class Evaluation:
         return counts, shown
 
 
-def chunks(model: Model, rows: int) -> Iterator[slice]:
-    """Yield parts of some rows whose logits, and whose labels as text, fit the chunk."""
-    step = max(1, CHUNK // max(len(model.classes), model.classes.dtype.itemsize // 8))
-    for i in range(0, rows, step):
-        yield slice(i, min(i + step, rows))
+def step(model: Model) -> int:
+    """Return the number of rows whose logits, and whose labels as text, fit the chunk."""
+    return max(1, CHUNK // max(len(model.classes), model.classes.dtype.itemsize // 8))
 
 
-def log_proba(model: Model, table: Table, part: np.ndarray) -> np.ndarray:  # (n, C)
-    """Return the log-probabilities of some rows; raise ``BadInput`` for one whose numbers are too large."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        log_p = model.log_proba(table.features[part])
-    finite = np.isfinite(log_p).all(axis=1)
-    if not finite.all():
-        row = int(part[np.flatnonzero(~finite)[0]])
-        raise BadInput(
-            f"{table.source}: row {table.start + row + 1} has no probabilities: its numbers, up to "
-            f"{np.abs(table.features[row]).max():.3g}, are too large for the model; correct or drop the row"
-        )
-    return log_p
+def log_proba(
+    model: Model, table: Table, rows: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # (n,), (n, C)
+    """Yield some positions in the table, ascending, and the log-probabilities of their rows.
+
+    Raises ``BadInput`` for a row whose numbers are too large.
+    """
+    for here, x in steps(SelectedRows(table.rows, rows), step(model)):
+        with np.errstate(over="ignore", invalid="ignore"):
+            log_p = model.log_proba(x.numpy())
+        finite = np.isfinite(log_p).all(axis=1)
+        if not finite.all():
+            at = int(np.flatnonzero(~finite)[0])
+            peak = x[at].abs().max()
+            raise BadInput(
+                f"{table.source}: row {table.start + int(rows[here][at]) + 1} has no probabilities: its "
+                f"numbers, up to {peak:.3g}, are too large for the model; correct or drop the row"
+            )
+        yield rows[here], log_p
 
 
 def evaluate(
@@ -118,9 +124,8 @@ def evaluate(
     with ranks.raise_together():
         total = 0.0
         wrong = [np.empty(0, dtype=np.int64)]
-        for each in chunks(model, len(rows) if ranks.counts else 0):
-            y = codes[rows[each]]
-            log_p = log_proba(model, table, rows[each])
+        for part, log_p in log_proba(model, table, rows if ranks.counts else rows[:0]):
+            y = codes[part]
             with np.errstate(over="ignore"):  # of rows wrong beyond the largest number the sum is infinite
                 total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
             predicted = log_p.argmax(axis=1)
@@ -150,7 +155,7 @@ def write_predictions(
     With ``rows`` (positions in the table) only these are written, led by ``row_number``, counted from 1, and
     ``true_label``. Shares follow each other in the file: while rank 0 writes a chunk, the next is computed.
     """
-    chosen = np.arange(len(table.features)) if rows is None else rows
+    chosen = np.arange(table.rows.shape[0]) if rows is None else rows
     classes, dtype = len(model.classes), model.weight.dtype
     with contextlib.ExitStack() as stack:
         with ranks.raise_together():
@@ -160,14 +165,15 @@ def write_predictions(
                 stack.enter_context(_opened(model, path, rows is not None)) if ranks.is_main else _no
             )
         ready = np.empty((0, classes), dtype), np.empty((0, 2), np.int64)
+        own = log_proba(model, table, chosen)
         for share, count in enumerate(ranks.gather(len(chosen))):
-            for each in chunks(model, count):
+            for each in slices((count, 1), step(model)):
                 p = about = None
                 with ranks.raise_together():
                     write(*ready)
                     if ranks.counts and share == ranks.share.index:
-                        part = chosen[each]
-                        p = np.exp(log_proba(model, table, part)).astype(dtype, copy=False)
+                        part, log_p = next(own)
+                        p = np.exp(log_p).astype(dtype, copy=False)
                         true = np.zeros(len(part), np.int64) if table.codes is None else table.codes[part]
                         about = np.stack([table.start + part, true], axis=1)
                 size = each.stop - each.start
