@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -13,6 +14,7 @@ from xent._processes.group import Share
 from xent.data import Table, Wanted, read_table
 from xent.data import csv as csv_files
 from xent.data import parquet as parquet_files
+from xent.data.parts import read_parts
 from xent.data.read import read_share
 from xent.errors import BadInput
 
@@ -293,7 +295,7 @@ def test_other_suffixes_and_directories(tmp_path):
     with pytest.raises(BadInput, match=r"told by their suffix.*\.csv, \.tsv, \.parquet, \.npz, \.npy"):
         read_table(written(tmp_path / "a.xlsx", "x"), Wanted("y"))
     (tmp_path / "a.csv").mkdir()
-    with pytest.raises(BadInput, match="is a directory"):
+    with pytest.raises(BadInput, match=r"a\.csv: the folder holds no file that is read, which end in one of"):
         read_table(tmp_path / "a.csv", Wanted("y"))
 
 
@@ -336,6 +338,104 @@ def test_shares_make_up_the_whole(tmp_path, monkeypatch, rows, count):
             )
         np.testing.assert_array_equal(np.concatenate([share.features for share in shares]), whole.features)
         assert [label for share in shares for label in labels(share)] == labels(whole)
+
+
+def in_parts(folder, rows: int) -> dict[str, str]:
+    """Folders of files with the rows of `in_every_format`: each with its label."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(rows, 3)), np.sort(rng.integers(4, size=rows))
+    cuts = [0, rows // 3, rows // 3, rows]  # of unequal length, one without rows
+    for kind in ("parquet", "csv", "npz", "npy"):
+        (folder / kind).mkdir()
+        (folder / kind / "_SUCCESS").touch()
+        for i, (low, high) in enumerate(itertools.pairwise(cuts)):
+            path = folder / kind / f"part-{i}.{kind}"
+            names = pa.array([f"class {c}" for c in y[low:high]], pa.string())
+            arrow = {f"x{j}": x[low:high, j] for j in range(3)} | {"y": names}
+            if kind == "parquet":
+                parquet.write_table(pa.table(arrow), path, row_group_size=3)
+            elif kind == "npz":
+                np.savez(path, X=x[low:high], y=y[low:high])
+            elif kind == "npy":
+                np.save(path, x[low:high])
+            elif high > low:  # a CSV without rows is an error
+                csv.write_csv(pa.table(arrow), path)
+    np.save(folder / "labels.npy", y)
+    return {"parquet": "y", "csv": "y", "npz": "y", "npy": str(folder / "labels.npy")}
+
+
+def rows_of(table: Table) -> np.ndarray:
+    return np.concatenate([x[:].numpy() for _, x in table.rows.batches()])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_several_files_are_one_table(tmp_path, monkeypatch, count):
+    monkeypatch.setattr(csv_files, "BLOCK", 128)
+    one = tmp_path / "one"
+    one.mkdir()
+    whole = read_table(one / "a.csv", Wanted(in_every_format(one, 23)["a.csv"]))
+    for folder, label in in_parts(tmp_path, 23).items():
+        table = read_table(tmp_path / folder, Wanted(label))
+        assert table.feature_names == whole.feature_names
+        np.testing.assert_array_equal(rows_of(table), whole.features)
+        np.testing.assert_array_equal(table.codes, whole.codes)
+        assert len(table.classes) == 4
+        files = sorted((tmp_path / folder).glob("part-*"))
+        assert read_table(files, Wanted(label)).codes.tolist() == table.codes.tolist()
+        shares = [read_parts(files, Wanted(label), Share(i, count), read_share) for i in range(count)]
+        assert [share.start for share in shares] == [i * 23 // count for i in range(count)]
+        np.testing.assert_array_equal(np.concatenate([rows_of(share) for share in shares]), whole.features)
+        names = [each for share in shares for each in share.classes[share.codes].tolist()]
+        assert names == labels(table)
+
+
+def test_parts_that_differ_are_named(tmp_path):
+    a, b = written(tmp_path / "a.csv", "x,y\n1,a\n"), written(tmp_path / "b.csv", "x,z,y\n1,2,a\n")
+    for files, says in (
+        ([a, b], r"b\.csv: has other columns than .*a\.csv: 'z' is a feature in one alone"),
+        (
+            [a, written(tmp_path / "c.csv", "x,y\n1,a\n2,a\noops,b\n")],
+            r"c\.csv: row 3, column 'x' holds 'oops'",
+        ),
+        ([a, written(tmp_path / "d.tsv", "x\ty\n1\tb\n"), tmp_path / "e.csv"], r"e\.csv: no such file"),
+        ([a, tmp_path / "f.parquet"], r"a\.csv and .*f\.parquet are of two formats"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            read_table(files, Wanted("y"))
+    for name, classes in (("g", [1, 2]), ("h", ["a", "b"])):
+        parquet.write_table(pa.table({"x": [1.0, 2.0], "y": classes}), tmp_path / f"{name}.parquet")
+    with pytest.raises(BadInput, match=r"g\.parquet: its labels are numbers, and those of .*h\.parquet text"):
+        read_table([tmp_path / "g.parquet", tmp_path / "h.parquet"], Wanted("y"))
+    np.save(tmp_path / "u.npy", np.eye(3))
+    np.save(tmp_path / "v.npy", np.eye(4)[:, :3])
+    np.save(tmp_path / "y.npy", np.arange(5))
+    with pytest.raises(BadInput, match=r"7 rows, but .*y\.npy holds 5 labels"):
+        read_table([tmp_path / "u.npy", tmp_path / "v.npy"], Wanted(str(tmp_path / "y.npy")))
+
+
+def test_a_large_parquet_file_is_decoded_when_it_is_used(tmp_path, monkeypatch):
+    """Row groups a batch at a time, as often as the rows are gone through; a fault is found beforehand."""
+    monkeypatch.setattr(parquet_files, "IN_MEMORY", 100)
+    monkeypatch.setattr(parquet_files, "MOST_ROWS", 5)
+    in_every_format(tmp_path, 23)
+    whole = read_table(tmp_path / "a.npz", Wanted("y"))
+    for name in ("few_groups.parquet", "groups.parquet", "encoded.parquet"):
+        for i in range(3):
+            table = read_share(tmp_path / name, Wanted("y"), Share(i, 3))
+            rows = Share(i, 3).of(23)
+            assert isinstance(table.features, parquet_files.ParquetRows)
+            assert max(len(x) for _, x in table.rows.batches()) <= 5
+            for _ in range(2):
+                np.testing.assert_array_equal(rows_of(table), whole.features[rows])
+            np.testing.assert_array_equal(labels(table), [f"class {c}" for c in whole.codes[rows]])
+    bad = pa.table({"x": [1.0] * 11 + [None] + [1.0] * 5, "y": ["a", "b"] * 8 + ["a"]})
+    parquet.write_table(bad, tmp_path / "bad.parquet", row_group_size=4)
+    with pytest.raises(BadInput, match=r"bad\.parquet: row 12, column 'x' is missing"):
+        read_table(tmp_path / "bad.parquet", Wanted("y"))
+    table = read_table(tmp_path / "groups.parquet", Wanted("y"))
+    (tmp_path / "groups.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match=r"groups\.parquet: not readable as Parquet"):
+        rows_of(table)
 
 
 @pytest.mark.parametrize("share", [Share(), Share(1, 2), Share(2, 3)], ids=str)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("data", required=False, type=click.Path(path_type=Path))
+@click.argument("data", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--demo", is_flag=True, help="Fit scikit-learn's handwritten digits instead of a file.")
 @click.option("--label", metavar="COLUMN", help="The column to learn. NPZ: the array; NPY: the second file.")
 @click.option(
@@ -109,7 +109,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def fit(
-    data: Path | None,
+    data: tuple[Path, ...],
     demo: bool,
     label: str | None,
     features: tuple[str, ...],
@@ -125,6 +125,9 @@ def fit(
 ) -> None:
     """Fit a softmax classifier to DATA: .csv, .tsv, .parquet, .npz, or .npy with --label labels.npy.
 
+    Several files, or a folder of them, are one table. Of .npy and large .parquet files rows are read when
+    they are used, so that the memory that a fit takes does not grow with them.
+
     \b
     xent fit --demo
     xent fit flowers.csv --label species
@@ -134,7 +137,7 @@ def fit(
     from xent.cli import fit_job as job
     from xent.data import sources
 
-    if demo == (data is not None):
+    if demo == bool(data):
         raise click.UsageError("name a file or --demo, not both" if demo else "name a file to fit, or --demo")
     if demo and (label or features or exclude):
         raise click.UsageError("--demo knows its label and features: drop --label, --features and --exclude")
@@ -152,9 +155,8 @@ def fit(
         with ranks.raise_together():
             if ranks.is_main:
                 check_writable(out)
-            if data is not None:
-                keep_inputs(out / job.VALIDATION, data)
-        if data is None:
+            keep_inputs(out / job.VALIDATION, *data)
+        if demo:
             table = sources.digits(ranks)
         else:
             table = sources.read_labelled(data, str(label), features, exclude, ranks)

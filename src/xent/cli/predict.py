@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help=".parquet or .csv.")
 @click.option(
     "--label", metavar="COLUMN", help="Where the labels are, if not under the name the model was fitted on."
@@ -29,11 +29,18 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def predict(
-    model: Path, data: Path, output: Path, label: str | None, timeout: float, as_json: bool, quiet: bool
+    model: Path,
+    data: tuple[Path, ...],
+    output: Path,
+    label: str | None,
+    timeout: float,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Write the probability of every class, and the most probable one, for each row of DATA.
 
     Where DATA has labels, it also says how many are predicted; that none of them is known is an error.
+    Several files, or a folder of them, are one table.
 
     \b
     xent predict xent-model/model.safetensors flowers.csv -o predictions.parquet
@@ -46,7 +53,7 @@ def predict(
         with ranks.raise_together():
             evaluation.check_suffix(output)
             check_file(output)
-            keep_inputs(output, model, data, *([Path(label)] if label else []))
+            keep_inputs(output, model, *data, *([Path(label)] if label else []))
             if ranks.is_main:
                 check_writable(output.parent)
             fitted = model_file.load(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ class Scored:
     unknown: dict[str, int]  # label -> rows
 
 
-def read_for(model: Model, model_path: Path, path: Path, label: str | None, ranks: Ranks = ALONE) -> Table:
+def read_for(
+    model: Model, model_path: Path, path: Path | Sequence[Path], label: str | None, ranks: Ranks = ALONE
+) -> Table:
     """Read the columns that the model needs, in its order, and the label's where it is there.
 
     ``label`` names another label column than the model's; it must then be there, with labels in it.
@@ -44,7 +47,8 @@ def read_for(model: Model, model_path: Path, path: Path, label: str | None, rank
     )
     if label is not None and table.codes is None:
         raise BadInput(
-            f"{path}: no row has a label in {quoted(label)}; name other labels with --label, or leave it out"
+            f"{table.source}: no row has a label in {quoted(label)}; name other labels with --label, or "
+            "leave it out"
         )
     return table
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
+
 from xent._processes.group import Share
 from xent.data.table import Table, Wanted
 
@@ -16,16 +18,30 @@ Reader: TypeAlias = Callable[[Path, Wanted, Share], Table]
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A file format: its name in messages, and what reads it."""
+    """A file format: its name in messages, and what reads it.
+
+    ``count(path)`` returns the number of rows without reading them; formats without it are read for that.
+    ``labels(folder, wanted, share, rows)`` returns the codes and classes of several files with as many rows,
+    of formats whose labels are a file of their own.
+    """
 
     name: str
     reader: Reader
+    count: Callable[[Path], int] | None = None
+    labels: Callable[[Path, Wanted, Share, int], tuple[np.ndarray, np.ndarray]] | None = None
 
 
 _FORMATS: dict[str, Format] = {}
 
 
-def register_reader(suffix: str, reader: Reader, *, name: str | None = None) -> None:
+def register_reader(
+    suffix: str,
+    reader: Reader,
+    *,
+    name: str | None = None,
+    count: Callable[[Path], int] | None = None,
+    labels: Callable[[Path, Wanted, Share, int], tuple[np.ndarray, np.ndarray]] | None = None,
+) -> None:
     """Make a file format known by the suffix of its files.
 
     Args:
@@ -35,6 +51,10 @@ def register_reader(suffix: str, reader: Reader, *, name: str | None = None) -> 
             :func:`xent.data.table_from_arrow` makes one of an Arrow table. What it raises becomes a
             ``BadInput`` that names the file.
         name: of the format, in messages; the suffix in capitals if None.
+        count: called as ``count(path)``, returns the number of rows; where there is none a file is read for
+            it, if several files are shared by several processes.
+        labels: for formats whose labels are a file of their own, called as ``labels(folder, wanted, share,
+            rows)`` for several files with as many rows; returns codes (n,) and classes of the share.
 
     Raises:
         ValueError: the suffix has no dot or is not in lower case; it is another reader's.
@@ -49,7 +69,7 @@ def register_reader(suffix: str, reader: Reader, *, name: str | None = None) -> 
         raise ValueError(f"a suffix is a dot and lower-case letters, such as '.csv'; got {suffix!r}")
     if suffix in _FORMATS:
         raise ValueError(f"files called {suffix} have a reader already; choose another suffix")
-    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader)
+    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader, count, labels)
 
 
 def format_of(path: Path) -> Format | None:

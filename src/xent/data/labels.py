@@ -133,6 +133,18 @@ def array_of_texts(where: str, texts: Sequence[str]) -> np.ndarray:
     return np.array(texts, dtype=str)
 
 
+def union(each: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the classes of several parts of some rows, sorted."""
+    found = [classes for classes in each if len(classes)]
+    return np.unique(np.concatenate(found)) if found else np.array([], dtype=str)
+
+
+def recoded(codes: np.ndarray, own: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Return positions in ``classes`` of codes that are positions in some of these, ``own``; −1 stays."""
+    place = np.searchsorted(classes, own.astype(classes.dtype)) if len(own) else np.empty(0, np.int64)
+    return np.append(place, -1)[codes]
+
+
 def encode_labels(where: str, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the position of each row's value among the values that occur, sorted, and these.
 

@@ -7,29 +7,31 @@ reads its own share of the rows; the classes are those of all.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
 
 from xent._processes.group import ALONE, Ranks, Share
 from xent.data._registry import format_of, known_suffixes, register_reader
 from xent.data.csv import read_csv
-from xent.data.numpy import read_npy, read_npz
-from xent.data.parquet import read_parquet
+from xent.data.labels import recoded, union
+from xent.data.numpy import count_npy, labels_of_npy, read_npy, read_npz
+from xent.data.parquet import count_parquet, read_parquet
+from xent.data.parts import files_of, read_parts
 from xent.data.reading import reading
 from xent.data.table import Table, Wanted
 from xent.errors import BadInput
 
 register_reader(".csv", read_csv, name="CSV")
 register_reader(".tsv", read_csv, name="CSV")
-register_reader(".parquet", read_parquet, name="Parquet")
+register_reader(".parquet", read_parquet, name="Parquet", count=count_parquet)
 register_reader(".npz", read_npz)
-register_reader(".npy", read_npy)
+register_reader(".npy", read_npy, count=count_npy, labels=labels_of_npy)
 
 
-def read_table(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
+def read_table(path: str | Path | Sequence[str | Path], wanted: Wanted, ranks: Ranks = ALONE) -> Table:
     """Return the wanted columns of a file, of several ranks each its share of the rows.
 
+    Several files, or a folder of them, are one table: their rows follow each other, the columns are alike.
     For ``.npy`` the label is the name of a second ``.npy`` file; for ``.npz`` that of an array inside, beside
     the features: the array ``X`` or the only two-dimensional one. Columns of arrays are named x0, x1, ...
 
@@ -42,10 +44,14 @@ def read_table(path: str | Path, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
     >>> table.feature_names, table.features.tolist(), table.classes[table.codes].tolist()
     (('petal',), [[0.5], [1.5]], ['rose', 'iris'])
     """
-    path = Path(path)
+    paths = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
     with ranks.raise_together():
-        table = read_share(path, wanted, ranks.share)
-    ranks.check_equal(f"copy of {path}", path.stat().st_size)
+        files = files_of(paths)
+        if len(files) == 1:
+            table = read_share(files[0], wanted, ranks.share)
+        else:
+            table = read_parts(files, wanted, ranks.share, read_share)
+    ranks.check_equal(f"copy of {table.source}", [file.stat().st_size for file in files])
     return merge_classes(table, ranks)
 
 
@@ -58,8 +64,6 @@ def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
     with reading(path, found.name):
         if not path.exists():
             raise BadInput(f"{path}: no such file")
-        if path.is_dir():
-            raise BadInput(f"{path}: is a directory, not a file")
         if path.stat().st_size == 0:
             raise BadInput(f"{path}: the file is empty")
         return found.reader(path, wanted, share)
@@ -74,10 +78,8 @@ def merge_classes(table: Table, ranks: Ranks) -> Table:
         raise BadInput(f"{table.source}: the file has columns but no rows")
     if table.classes is None or table.codes is None:
         return table
-    own = table.classes
-    found = [classes for classes in ranks.gather(own) if len(classes)]
-    if not found:  # an optional label, which no row has
+    classes = union(ranks.gather(table.classes))
+    if not len(classes):  # an optional label, which no row has
         return dataclasses.replace(table, label_name=None, codes=None, classes=None)
-    classes = np.unique(np.concatenate(found))
-    place = np.append(np.searchsorted(classes, own.astype(classes.dtype)), -1)  # the last is where −1 points
-    return dataclasses.replace(table, codes=place[table.codes], classes=classes)
+    codes = recoded(table.codes, table.classes, classes)
+    return dataclasses.replace(table, codes=codes, classes=classes)

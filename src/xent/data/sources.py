@@ -16,7 +16,7 @@ from xent.errors import needs
 
 
 def read_labelled(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     label: str,
     features: Sequence[str] = (),
     exclude: Sequence[str] = (),

@@ -1,0 +1,153 @@
+"""Several files as one table: their rows follow each other, in the order of the names of a folder's files.
+
+    rows of the table = rows of part 1, rows of part 2, ...        of a share: those of them that lie in it
+
+Every part has the same columns; the classes are those of all parts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from xent._processes.group import Share
+from xent._util.text import quoted
+from xent.data._registry import format_of, known_suffixes
+from xent.data.labels import recoded, union
+from xent.data.rows import ConcatenatedRows, SelectedRows
+from xent.data.table import Table, Wanted
+from xent.errors import BadInput
+
+
+@dataclasses.dataclass(frozen=True)
+class Span(Share):
+    """The rows of a part from one position to another."""
+
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def whole(self) -> bool:
+        """False: some of the rows are meant."""
+        return False
+
+    def of(self, rows: int) -> slice:
+        """Return the span, whatever the number of rows."""
+        return slice(self.start, self.stop)
+
+
+def files_of(paths: Sequence[Path]) -> list[Path]:
+    """Return the files that some paths name: of a folder those whose suffix has a reader, by their names.
+
+    Hidden files and those that begin with ``_`` are left out. Raises ``BadInput`` for a folder without any,
+    and for files of two formats.
+    """
+    files: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = [each for each in sorted(path.iterdir()) if each.name[0] not in "._" and format_of(each)]
+        if not found:
+            known = ", ".join(known_suffixes())
+            raise BadInput(f"{path}: the folder holds no file that is read, which end in one of {known}")
+        files += found
+    formats = {getattr(format_of(file), "name", None): file for file in reversed(files)}
+    if len(formats) > 1:
+        first, second = list(formats.values())[::-1][:2]
+        raise BadInput(f"{first} and {second} are of two formats; name files of one")
+    return files
+
+
+def read_parts(
+    files: Sequence[Path], wanted: Wanted, share: Share, read: Callable[[Path, Wanted, Share], Table]
+) -> Table:
+    """Return the share's rows of several files; ``read`` returns those of one.
+
+    Raises ``BadInput`` for parts whose columns differ.
+    """
+    found = format_of(files[0])
+    apart = found is not None and found.labels is not None and wanted.label and not wanted.label_optional
+    of_part = dataclasses.replace(wanted, label=None) if apart else wanted
+    tables, counts = [], []
+    if share.whole:
+        tables = [read(file, of_part, share) for file in files]
+        counts = [table.rows.shape[0] for table in tables]
+        start = 0
+    else:
+        counts = [_count(file, of_part, read) for file in files]
+        rows, before = share.of(sum(counts)), 0
+        start = rows.start
+        for file, count in zip(files, counts, strict=True):
+            low, high = (min(max(at - before, 0), count) for at in (rows.start, rows.stop))
+            tables.append(_part(file, of_part, read, slice(low, high)))
+            before += count
+    joined = _joined(files, tables, start)
+    if not apart:
+        return joined
+    assert found is not None
+    assert found.labels is not None
+    codes, classes = found.labels(files[0].parent, wanted, share, sum(counts))
+    return dataclasses.replace(joined, codes=codes, classes=classes)
+
+
+def _count(file: Path, wanted: Wanted, read: Callable[[Path, Wanted, Share], Table]) -> int:
+    found = format_of(file)
+    if found is not None and found.count is not None:
+        return found.count(file)
+    return read(file, wanted, Share()).rows.shape[0]
+
+
+def _part(file: Path, wanted: Wanted, read: Callable[[Path, Wanted, Share], Table], rows: slice) -> Table:
+    """Return some rows of a file, none where the span is empty; its columns are checked all the same."""
+    found = format_of(file)
+    if found is not None and found.count is not None:
+        return read(file, wanted, Span(start=rows.start, stop=rows.stop))
+    whole = read(file, wanted, Share())
+    chosen = np.arange(rows.start, rows.stop)
+    codes = None if whole.codes is None else whole.codes[rows]
+    return dataclasses.replace(whole, features=SelectedRows(whole.rows, chosen), codes=codes)
+
+
+def _joined(files: Sequence[Path], tables: Sequence[Table], start: int) -> Table:
+    """Return the tables of some parts as one."""
+    first = tables[0]
+    for file, table in zip(files, tables, strict=True):
+        if table.feature_names != first.feature_names:
+            odd = sorted(set(table.feature_names) ^ set(first.feature_names))
+            what = f"{quoted(odd[0])} is a feature in one alone" if odd else "their order differs"
+            raise BadInput(f"{file}: has other columns than {files[0]}: {what}; write the parts alike")
+        if table.width != first.width:
+            raise BadInput(
+                f"{file}: has {table.width} columns and {files[0]} {first.width}; write them alike"
+            )
+    source = f"{files[0]} and {len(files) - 1} more"
+    features = ConcatenatedRows([table.rows for table in tables])
+    joined = dataclasses.replace(
+        first, source=source, features=features, start=start, codes=None, classes=None
+    )
+    named = [(file, t.classes) for file, t in zip(files, tables, strict=True) if t.classes is not None]
+    if not named:
+        return joined
+    _check_types(named)
+    classes = union([own for _, own in named])
+    codes = [
+        np.full(t.rows.shape[0], -1)
+        if t.codes is None or t.classes is None
+        else recoded(t.codes, t.classes, classes)
+        for t in tables
+    ]
+    label = next(table.label_name for table in tables if table.classes is not None)
+    return dataclasses.replace(joined, label_name=label, codes=np.concatenate(codes), classes=classes)
+
+
+def _check_types(named: Sequence[tuple[Path, np.ndarray]]) -> None:
+    """Raise ``BadInput`` for labels that are text in one part and numbers in another."""
+    words = {"U": "text", "b": "booleans"}
+    kinds = {words.get(own.dtype.kind, "numbers"): file for file, own in reversed(named) if len(own)}
+    if len(kinds) > 1:
+        (one, file), (other, odd) = list(kinds.items())[::-1][:2]
+        raise BadInput(f"{file}: its labels are {one}, and those of {odd} {other}; write the parts alike")
