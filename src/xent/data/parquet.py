@@ -26,6 +26,9 @@ from xent.errors import BadInput, needs
 MOST_ROWS = 1 << 16
 """Rows that are decoded at a time, at most."""
 
+PIECE = 1 << 16
+"""Bytes of a column that are read at a time."""
+
 IN_MEMORY = 384 << 20
 """Bytes of features up to which a file's rows are decoded once, and kept."""
 
@@ -71,7 +74,7 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
     for name, kind in zip(columns.features, kinds, strict=True):
         _check_number(path, wanted, name, kind)
     features: np.ndarray | ParquetRows = source
-    if count * size * source.stored.itemsize <= IN_MEMORY:
+    if count * size * source.stored.itemsize <= IN_MEMORY // wanted.parts:
         features = np.empty((count, size), source.stored)
         for here, batch in source.batches():
             features[here] = batch[:].numpy()
@@ -120,7 +123,9 @@ class ParquetRows:
         from pyarrow import parquet
 
         size, start = max(1, min(MOST_ROWS, BATCH // len(self._features))), 0
-        with reading(self._path, "Parquet"), parquet.ParquetFile(self._path) as file:
+        # Arrow would else hold all that is to be read of the file, and decode no sooner
+        how = {"pre_buffer": False, "buffer_size": PIECE}
+        with reading(self._path, "Parquet"), parquet.ParquetFile(self._path, **how) as file:
             for part in _batches_of(file, self._features, self._rows, size):
                 at = self._rows.start + start
                 made = matrix(self._path, self._wanted, part, self._features, at, self.stored)

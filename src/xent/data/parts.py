@@ -71,7 +71,8 @@ def read_parts(
     """
     found = format_of(files[0])
     apart = found is not None and found.labels is not None and wanted.label and not wanted.label_optional
-    of_part = dataclasses.replace(wanted, label=None) if apart else wanted
+    label = None if apart else wanted.label
+    of_part = dataclasses.replace(wanted, label=label, parts=len(files))
     tables, counts = [], []
     if share.whole:
         tables = [read(file, of_part, share) for file in files]

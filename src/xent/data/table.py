@@ -50,7 +50,7 @@ class Table:
         The rows are given by their positions in the file, ascending.
         """
         low, high = np.searchsorted(rows, [self.start, self.start + self.rows.shape[0]])
-        return rows[low:high] - self.start
+        return rows[low:high] - self.start if self.start else rows[low:high]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Wanted:
     ``features`` None: every numeric column but the label and ``exclude``. ``label`` None: no label.
     ``label_optional``: the column, or a row's label, may be missing. ``model`` names the model file whose
     features these are, in its order; labels are then there to be compared with its classes, so that a row may
-    lack one and numbers may be floats. ``width`` is that of the arrays it was fitted on.
+    lack one and numbers may be floats. ``width`` is that of the arrays it was fitted on. ``parts`` is the
+    number of files that make up the table: each may take that part of the memory.
     """
 
     label: str | None = None
@@ -69,6 +70,7 @@ class Wanted:
     label_optional: bool = False
     model: Path | None = None
     width: int | None = None
+    parts: int = 1
 
     @property
     def origin(self) -> str:

@@ -24,7 +24,7 @@ from xent.data.table import Table
 from xent.errors import BadInput, needs
 
 CHUNK = 1 << 22
-"""Numbers (rows × classes) of logits that exist at a time."""
+"""Numbers (rows × features, rows × classes) that exist at a time."""
 
 COLUMNS = ("prediction", "row_number", "true_label")
 """Columns of predictions beside those named after the classes; the last two where some rows are written."""
@@ -86,8 +86,9 @@ class Evaluation:
 
 
 def step(model: Model) -> int:
-    """Return the number of rows whose logits, and whose labels as text, fit the chunk."""
-    return max(1, CHUNK // max(len(model.classes), model.classes.dtype.itemsize // 8))
+    """Return the number of rows whose features, logits, and labels as text each fit the chunk."""
+    widest = max(len(model.feature_names), len(model.classes), model.classes.dtype.itemsize // 8)
+    return max(1, CHUNK // widest)
 
 
 def log_proba(
