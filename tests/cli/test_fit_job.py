@@ -14,7 +14,7 @@ from sklearn.metrics import confusion_matrix, log_loss
 
 from xent.cli import fit_job as job
 from xent.cli import predict_job
-from xent.cli.fit_job import Settings
+from xent.cli.solve_job import Settings
 from xent.data import Table, sources
 from xent.data.split import split
 from xent.errors import BadInput

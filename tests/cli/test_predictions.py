@@ -11,7 +11,7 @@ from pyarrow import csv, parquet
 
 from xent import metrics
 from xent.cli import fit_job as job
-from xent.cli.fit_job import Settings
+from xent.cli.solve_job import Settings
 from xent.data import Table
 from xent.report.evaluation import write_predictions
 

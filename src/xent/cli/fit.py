@@ -135,6 +135,7 @@ def fit(
     torchrun --nproc-per-node 4 -m xent fit rows.parquet --label species
     """
     from xent.cli import fit_job as job
+    from xent.cli.solve_job import Settings
     from xent.data import sources
 
     if demo == bool(data):
@@ -149,7 +150,7 @@ def fit(
         settings["l2_path"] = settings["l2_path"] or AUTO_PATH
     if settings["l2_path"] is not None:
         settings["l2"] = 1.0  # until the best of the path is known
-    chosen = job.Settings(**settings)
+    chosen = Settings(**settings)
     with join(timeout, slices) as ranks:
         quiet = quiet or not ranks.is_main
         with ranks.raise_together():

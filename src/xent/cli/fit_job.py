@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks
-from xent._processes.leader import Leader
 from xent._util.atomic_write import atomic_write, folder
 from xent._util.text import class_text, json_text, printable
+from xent.cli.solve_job import Gap, How, Outcome, Settings, solve
 from xent.cli.strength_job import Strengths, along_the_path, spaced
 from xent.data import model_file
 from xent.data.labels import kind_of
@@ -28,59 +27,18 @@ from xent.data.split import split
 from xent.data.table import Table
 from xent.errors import BadInput, needs
 from xent.linear_model.labelled_rows import LabelledRows
-from xent.linear_model.objective import Objective
 from xent.linear_model.scaling import check_range, standardisation
-from xent.linear_model.solvers import AUTO, choose, solver_named
+from xent.linear_model.solvers import AUTO, solver_named
 from xent.report.evaluation import COLUMNS, Evaluation, check_names, evaluate, write_predictions
 
 if TYPE_CHECKING:
-    from xent.linear_model.descent import Descent, Progress
-    from xent.linear_model.workers import Workers
+    from xent.linear_model.descent import Progress
 
 VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png", "strength.png")
 """Files that not every fit writes."""
 
 MOST_SHOWN = 24
 """Classes in the confusion figure; with more it shows the most confused."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of a fit; kept with the model."""
-
-    validation: float = 0.2  # share of the rows, 0 for none
-    l2: float = 1.0  # 1/C of the estimator
-    l2_path: tuple[float, float, int] | None = None  # start, stop, count: l2 is chosen among these
-    tol: float = 1e-4
-    max_iter: int = 1000
-    solver: str = "auto"  # or the name of a registered one
-    stopping: str = "objective"  # what tol bounds; or "gradient"
-    seed: int = 0  # of the split
-    standardize: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
-class Gap:
-    """The certificate of a fit: its objective is at most so far above the minimum."""
-
-    nats: float
-    relative: float  # to the objective, or to 10⁻³·log C where that is larger
-    by: str  # "duality gap" or "Newton decrement"
-
-    @classmethod
-    def of(cls, descent: Descent) -> Gap:
-        """Return that of the point that a descent has reached."""
-        certificate = descent.certificate
-        return cls(certificate.bound, certificate.bound / descent.yardstick, certificate.kind)
-
-
-@dataclasses.dataclass(frozen=True)
-class How:
-    """The choices made for a fit, and the reason."""
-
-    name: str  # of the solver
-    why: str
-    threads: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,23 +93,6 @@ class Fitted:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Outcome:
-    """The result of a solver, on rank 0."""
-
-    coef: np.ndarray
-    intercept: np.ndarray
-    training_curve: list[float]
-    validation_curve: list[float]
-    seconds: float
-    gradient_norm: float
-    gap: Gap
-    converged: bool
-    advice: str
-    interrupted: bool
-    how: How
-
-
 def fit(
     table: Table,
     settings: Settings,
@@ -204,13 +145,13 @@ def fit(
             options = {k: getattr(settings, k) for k in ("solver", "tol", "max_iter", "stopping")}
             strengths = along_the_path(rows_own, rows_held, n_classes, l2, scaling, threads, **options)
             settings = dataclasses.replace(settings, l2=float(l2[strengths.best]))
-        done = _solve(rows_own, rows_held, counts, n_classes, settings, scaling, on_iteration, ranks, threads)
+        done = solve(rows_own, rows_held, counts, n_classes, settings, scaling, on_iteration, ranks, threads)
 
         judge = model = _model(table, settings, done, scaling)
         if strengths is not None and not done.interrupted:  # again, on all rows
             of_all = standardisation(table.rows, settings.standardize, ranks)
             none = every.take(np.empty(0, np.int64))
-            again = _solve(every, none, (len(codes), 0), n_classes, settings, of_all, None, ranks, threads)
+            again = solve(every, none, (len(codes), 0), n_classes, settings, of_all, None, ranks, threads)
             model = _model(table, settings, again, of_all)
     at_start = math.log(n_classes)  # W = 0: every class alike
     frequencies = ranks.sum(np.bincount(codes[own], minlength=n_classes)) / len(training)
@@ -253,7 +194,7 @@ def _check(settings: Settings, n_classes: int, device: str, ranks: Ranks) -> Non
         solver_named(settings.solver, ranks.slices)  # an error before the work
 
 
-def _model(table: Table, settings: Settings, done: _Outcome, scaling: tuple[np.ndarray, np.ndarray]) -> Model:
+def _model(table: Table, settings: Settings, done: Outcome, scaling: tuple[np.ndarray, np.ndarray]) -> Model:
     assert table.classes is not None
     return Model(
         weight=done.coef,
@@ -267,68 +208,6 @@ def _model(table: Table, settings: Settings, done: _Outcome, scaling: tuple[np.n
         kind=kind_of(table.classes),
         width=table.width,
     )
-
-
-def _solve(
-    training: LabelledRows,
-    validation: LabelledRows,
-    counts: tuple[int, int],  # training and validation rows of all ranks
-    n_classes: int,
-    settings: Settings,
-    scaling: tuple[np.ndarray, np.ndarray],  # mean and scale of the features, (D,) each
-    on_iteration: Callable[[Progress], None] | None,
-    ranks: Ranks,
-    threads: Workers,
-) -> _Outcome:
-    """Minimise over the rows of all ranks; return, on all of them, where rank 0 came to."""
-    with needs("probe"):
-        from xent.linear_model.advice import advice, command_words
-        from xent.linear_model.descent import Descent
-    leader, (n_training, n_validation) = Leader(ranks), counts
-    C = 1 / settings.l2 if settings.l2 else np.inf
-    objective = Objective(
-        training, n_classes, C, fit_intercept=True, leader=leader, workers=threads, standardisation=scaling
-    )
-    # not to be interrupted, so that both curves have a point
-    validation_loss = leader.register(lambda m: objective.loss(m, validation), interruptible=False)
-    solver, why = choose(objective, settings.solver, settings.tol, settings.stopping)
-    descent = Descent(objective, solver, settings.tol, settings.max_iter, settings.stopping)
-    training_curve: list[float] = []
-    validation_curve: list[float] = []
-
-    def watch(now: Progress) -> None:
-        if n_validation:
-            model = np.concatenate([now.coef, now.intercept[:, None]], axis=1)
-            validation_curve.append(float(validation_loss(model.ravel())[0]) / n_validation)
-        penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / n_training
-        training_curve.append(now.objective - penalty)
-        if on_iteration is not None:
-            on_iteration(now)
-
-    def solve() -> _Outcome:
-        started, interrupted = time.perf_counter(), False
-        try:
-            descent.run(callback=watch)
-        except KeyboardInterrupt:
-            if not training_curve:
-                raise
-            interrupted = True
-        words = command_words(ranks.slices > 1, settings.standardize)
-        return _Outcome(
-            descent.coef,
-            descent.intercept,
-            training_curve,
-            validation_curve,
-            time.perf_counter() - started,
-            descent.gradient_norm,
-            Gap.of(descent),
-            descent.converged,
-            "" if descent.converged else advice(descent, words),
-            interrupted,
-            How(solver.name, why, str(threads)),
-        )
-
-    return leader.run(solve)
 
 
 def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list[Path]:

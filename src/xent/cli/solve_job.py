@@ -1,0 +1,139 @@
+"""The solver's part of ``xent fit``: an objective over the rows of all ranks, and the way to its minimum."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from xent._processes.group import Ranks
+from xent._processes.leader import Leader
+from xent.errors import needs
+from xent.linear_model.labelled_rows import LabelledRows
+from xent.linear_model.objective import Objective
+from xent.linear_model.solvers import choose
+
+if TYPE_CHECKING:
+    from xent.linear_model.descent import Descent, Progress
+    from xent.linear_model.workers import Workers
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a fit; kept with the model."""
+
+    validation: float = 0.2  # share of the rows, 0 for none
+    l2: float = 1.0  # 1/C of the estimator
+    l2_path: tuple[float, float, int] | None = None  # start, stop, count: l2 is chosen among these
+    tol: float = 1e-4
+    max_iter: int = 1000
+    solver: str = "auto"  # or the name of a registered one
+    stopping: str = "objective"  # what tol bounds; or "gradient"
+    seed: int = 0  # of the split
+    standardize: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Gap:
+    """The certificate of a fit: its objective is at most so far above the minimum."""
+
+    nats: float
+    relative: float  # to the objective, or to 10⁻³·log C where that is larger
+    by: str  # "duality gap" or "Newton decrement"
+
+    @classmethod
+    def of(cls, descent: Descent) -> Gap:
+        """Return that of the point that a descent has reached."""
+        certificate = descent.certificate
+        return cls(certificate.bound, certificate.bound / descent.yardstick, certificate.kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """The choices made for a fit, and the reason."""
+
+    name: str  # of the solver
+    why: str
+    threads: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The result of a solver, on rank 0."""
+
+    coef: np.ndarray
+    intercept: np.ndarray
+    training_curve: list[float]
+    validation_curve: list[float]
+    seconds: float
+    gradient_norm: float
+    gap: Gap
+    converged: bool
+    advice: str
+    interrupted: bool
+    how: How
+
+
+def solve(
+    training: LabelledRows,
+    validation: LabelledRows,
+    counts: tuple[int, int],  # training and validation rows of all ranks
+    n_classes: int,
+    settings: Settings,
+    scaling: tuple[np.ndarray, np.ndarray],  # mean and scale of the features, (D,) each
+    on_iteration: Callable[[Progress], None] | None,
+    ranks: Ranks,
+    threads: Workers,
+) -> Outcome:
+    """Minimise over the rows of all ranks; return, on all of them, where rank 0 came to."""
+    with needs("probe"):
+        from xent.linear_model.advice import advice, command_words
+        from xent.linear_model.descent import Descent
+    leader, (n_training, n_validation) = Leader(ranks), counts
+    C = 1 / settings.l2 if settings.l2 else np.inf
+    objective = Objective(
+        training, n_classes, C, fit_intercept=True, leader=leader, workers=threads, standardisation=scaling
+    )
+    # not to be interrupted, so that both curves have a point
+    validation_loss = leader.register(lambda m: objective.loss(m, validation), interruptible=False)
+    solver, why = choose(objective, settings.solver, settings.tol, settings.stopping)
+    descent = Descent(objective, solver, settings.tol, settings.max_iter, settings.stopping)
+    training_curve: list[float] = []
+    validation_curve: list[float] = []
+
+    def watch(now: Progress) -> None:
+        if n_validation:
+            model = np.concatenate([now.coef, now.intercept[:, None]], axis=1)
+            validation_curve.append(float(validation_loss(model.ravel())[0]) / n_validation)
+        penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / n_training
+        training_curve.append(now.objective - penalty)
+        if on_iteration is not None:
+            on_iteration(now)
+
+    def run() -> Outcome:
+        started, interrupted = time.perf_counter(), False
+        try:
+            descent.run(callback=watch)
+        except KeyboardInterrupt:
+            if not training_curve:
+                raise
+            interrupted = True
+        words = command_words(ranks.slices > 1, settings.standardize)
+        return Outcome(
+            descent.coef,
+            descent.intercept,
+            training_curve,
+            validation_curve,
+            time.perf_counter() - started,
+            descent.gradient_norm,
+            Gap.of(descent),
+            descent.converged,
+            "" if descent.converged else advice(descent, words),
+            interrupted,
+            How(solver.name, why, str(threads)),
+        )
+
+    return leader.run(run)
