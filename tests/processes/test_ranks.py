@@ -217,11 +217,17 @@ def a_killed_rank_ends_the_others(runs: Runs) -> None:
 TWO = ["fit", "dozen.parquet", "--label", "kind", "--validation", 0, "--tol", 1e-10, *GRADIENT, "--json"]
 
 
+PARTS = ["fit", "parts", "--label", "kind", "--tol", 1e-10, *GRADIENT, "--json"]
+KEPT = ["fit", "a.parquet", "--label", "kind", "--checkpoint", "c", "--json"]
+
+
 def two_ranks(folder: Path) -> Runs:
     """Two classes, Ctrl-C, SIGTERM, a row without probabilities, one that dies while these are written."""
     files(folder)
     runs = Runs(2, folder)
     runs.add("spread", *TWO, "--class-parallel", 2, "--out", "two")
+    runs.add("parts", *PARTS, "--out", "of-parts")
+    runs.add("kept", *KEPT, "--max-iter", 3, "--out", "begun")
     fit = ["fit", "small.parquet", "--label", "kind", "--solver", "endless", "--tol", 0]
     runs.add("ctrl-c", *fit, "--out", "m", touch="iterates")
     runs.add("terminated", *fit, "--out", "t", touch="iterates too")
@@ -233,6 +239,10 @@ def two_ranks(folder: Path) -> Runs:
     x, y = rows(500, 4)
     small = {f"x{j}": x[:, j] / 1000 for j in range(5)}
     parquet.write_table(pa.table({**small, "kind": y}), folder / "small.parquet")
+    (folder / "parts").mkdir()
+    table = parquet.read_table(folder / "a.parquet")
+    for i, (first, last) in enumerate(((0, 100), (100, 301), (301, 500))):
+        parquet.write_table(table.slice(first, last - first), folder / "parts" / f"{i}.parquet")
     x[300] = 1e308  # over a deviation of a thousandth: infinite
     parquet.write_table(pa.table({f"x{j}": x[:, j] for j in range(5)}), folder / "large.parquet")
     with runs:
@@ -250,6 +260,8 @@ def test_two_ranks(tmp_path, monkeypatch):
     runs = two_ranks(tmp_path)
     monkeypatch.chdir(tmp_path)
     classes_on_ranks_of_their_own(runs)
+    a_folder_is_shared(runs)
+    a_checkpoint_of_two_ranks_is_one_of_one(runs)
     ctrl_c_saves_the_model_and_ends_all_ranks(runs)
     sigterm_on_one_rank_ends_all(runs)
     a_row_that_cannot_be_predicted_leaves_no_file(runs)
@@ -261,6 +273,24 @@ def classes_on_ranks_of_their_own(runs: Runs) -> None:
     assert first["code"] == 0, first
     expected = json.loads(alone(*TWO, "--out", "one").stdout)
     same_fit(runs.folder, "two", "one", json.loads(first["out"]), expected, 1e-9)
+
+
+def a_folder_is_shared(runs: Runs) -> None:
+    first, _ = runs.of("parts")
+    assert first["code"] == 0, first
+    expected = json.loads(alone(*PARTS, "--out", "whole").stdout)
+    same_fit(runs.folder, "of-parts", "whole", json.loads(first["out"]), expected, 1e-9)
+    whole = json.loads(alone("fit", "a.parquet", *PARTS[2:], "--out", "file").stdout)
+    same_fit(runs.folder, "whole", "file", expected, whole, 1e-9)
+
+
+def a_checkpoint_of_two_ranks_is_one_of_one(runs: Runs) -> None:
+    first, _ = runs.of("kept")
+    assert (first["code"], json.loads(first["out"])["iterations"]) == (0, 3), first
+    done = alone(*KEPT, "--resume", "--out", "ended")
+    assert "going on from c/checkpoint-000001.safetensors" in done.stderr
+    assert json.loads(done.stdout)["converged"]
+    assert json.loads(done.stdout)["iterations"] > 3
 
 
 def ctrl_c_saves_the_model_and_ends_all_ranks(runs: Runs) -> None:

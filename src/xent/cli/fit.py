@@ -103,6 +103,13 @@ if TYPE_CHECKING:
     help="Under torchrun: K ranks share the classes, and read the same rows; "
     f"--solver {', '.join(solver.name for solver in all_solvers() if solver.class_parallel)} only.",
 )
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep the state of the fit in DIR: a process that is killed loses an iteration or 10 s.",
+)
+@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in DIR.")
 @device_option
 @timeout_option
 @click.option("--verbose", "-v", is_flag=True, help="Say which solver and threads were chosen, and why.")
@@ -118,6 +125,8 @@ def fit(
     slices: int,
     device: str,
     timeout: float,
+    checkpoint: Path | None,
+    resume: bool,
     verbose: bool,
     as_json: bool,
     quiet: bool,
@@ -135,6 +144,7 @@ def fit(
     torchrun --nproc-per-node 4 -m xent fit rows.parquet --label species
     """
     from xent.cli import fit_job as job
+    from xent.cli.checkpoints import Checkpoints
     from xent.cli.solve_job import Settings
     from xent.data import sources
 
@@ -146,6 +156,8 @@ def fit(
         raise click.UsageError("--features and --exclude do not go together: the first already chooses")
     if not demo and label is None:
         raise click.UsageError("which column is to be learned? Name it with --label")
+    if resume and checkpoint is None:
+        raise click.UsageError("--resume goes on from a checkpoint: name its folder with --checkpoint")
     if settings["l2"] == "auto":
         settings["l2_path"] = settings["l2_path"] or AUTO_PATH
     if settings["l2_path"] is not None:
@@ -156,13 +168,18 @@ def fit(
         with ranks.raise_together():
             if ranks.is_main:
                 check_writable(out)
+                if checkpoint is not None:
+                    check_writable(checkpoint)
             keep_inputs(out / job.VALIDATION, *data)
         if demo:
             table = sources.digits(ranks)
         else:
             table = sources.read_labelled(data, str(label), features, exclude, ranks)
+        kept = None
+        if checkpoint is not None:
+            kept = Checkpoints(checkpoint, resume, lambda line: None if quiet else complain(line))
         with _bar(chosen.tol, chosen.stopping, chosen.max_iter, quiet) as advance:
-            fitted = job.fit(table, chosen, advance, ranks, device)
+            fitted = job.fit(table, chosen, advance, ranks, device, kept)
         if fitted.interrupted and ranks.is_main:
             complain(f"interrupted: saving the best model so far, of iteration {fitted.iterations}")
         paths = job.write(fitted, table, out, ranks)

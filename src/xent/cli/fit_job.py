@@ -18,6 +18,7 @@ import numpy as np
 from xent._processes.group import ALONE, Ranks
 from xent._util.atomic_write import atomic_write, folder
 from xent._util.text import class_text, json_text, printable
+from xent.cli.checkpoints import Checkpoints, Stage, identity
 from xent.cli.solve_job import Gap, How, Outcome, Settings, solve
 from xent.cli.strength_job import Strengths, along_the_path, spaced
 from xent.data import model_file
@@ -99,10 +100,12 @@ def fit(
     on_iteration: Callable[[Progress], None] | None = None,
     ranks: Ranks = ALONE,
     device: str = "cpu",
+    checkpoints: Checkpoints | None = None,
 ) -> Fitted:
     """Fit a softmax regression to a table with labels, of several ranks each with its share of the rows.
 
-    The rows are computed with on ``device``.
+    The rows are computed with on ``device``. With ``checkpoints`` it goes on from the last, and keeps what it
+    reaches.
 
     ``on_iteration`` sees every iteration, on rank 0. Ctrl-C during the iterations ends them: the result is
     then the model of the last one, with ``interrupted`` set; before the first, ``KeyboardInterrupt`` goes on.
@@ -133,6 +136,11 @@ def fit(
     check_names(table.classes, COLUMNS, table.source)
     check_range(table, ranks)
     own, held = table.own(training), table.own(validation)
+    if checkpoints is not None:
+        of = identity(table, settings, ranks)
+        with ranks.raise_together():
+            if ranks.is_main:
+                checkpoints.open(of)
     every = LabelledRows(table.rows, codes, None, torch.device(device))
     rows_own, rows_held = every.take(own), every.take(held)
     scaling = standardisation(rows_own.source, settings.standardize, ranks)
@@ -143,15 +151,39 @@ def fit(
         if settings.l2_path is not None:
             l2 = spaced(*settings.l2_path)
             options = {k: getattr(settings, k) for k in ("solver", "tol", "max_iter", "stopping")}
-            strengths = along_the_path(rows_own, rows_held, n_classes, l2, scaling, threads, **options)
+            strengths = along_the_path(
+                rows_own, rows_held, n_classes, l2, scaling, threads, Stage("path", checkpoints), **options
+            )
             settings = dataclasses.replace(settings, l2=float(l2[strengths.best]))
-        done = solve(rows_own, rows_held, counts, n_classes, settings, scaling, on_iteration, ranks, threads)
+        done = solve(
+            rows_own,
+            rows_held,
+            counts,
+            n_classes,
+            settings,
+            scaling,
+            on_iteration,
+            ranks,
+            threads,
+            Stage("fit", checkpoints),
+        )
 
         judge = model = _model(table, settings, done, scaling)
         if strengths is not None and not done.interrupted:  # again, on all rows
             of_all = standardisation(table.rows, settings.standardize, ranks)
             none = every.take(np.empty(0, np.int64))
-            again = solve(every, none, (len(codes), 0), n_classes, settings, of_all, None, ranks, threads)
+            again = solve(
+                every,
+                none,
+                (len(codes), 0),
+                n_classes,
+                settings,
+                of_all,
+                None,
+                ranks,
+                threads,
+                Stage("refit", checkpoints),
+            )
             model = _model(table, settings, again, of_all)
     at_start = math.log(n_classes)  # W = 0: every class alike
     frequencies = ranks.sum(np.bincount(codes[own], minlength=n_classes)) / len(training)

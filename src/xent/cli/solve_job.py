@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from xent._processes.group import Ranks
 from xent._processes.leader import Leader
+from xent.cli.checkpoints import Saved, Stage
 from xent.errors import needs
 from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.objective import Objective
@@ -19,6 +20,10 @@ from xent.linear_model.solvers import choose
 if TYPE_CHECKING:
     from xent.linear_model.descent import Descent, Progress
     from xent.linear_model.workers import Workers
+
+
+CURVES = "training_curve", "validation_curve"
+"""Arrays of a checkpoint and of an outcome: nats, of each iteration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +92,12 @@ def solve(
     on_iteration: Callable[[Progress], None] | None,
     ranks: Ranks,
     threads: Workers,
+    stage: Stage,
 ) -> Outcome:
-    """Minimise over the rows of all ranks; return, on all of them, where rank 0 came to."""
+    """Minimise over the rows of all ranks; return, on all of them, where rank 0 came to.
+
+    It goes on from what the stage has saved; of a fit that has ended there that is its outcome.
+    """
     with needs("probe"):
         from xent.linear_model.advice import advice, command_words
         from xent.linear_model.descent import Descent
@@ -100,9 +109,14 @@ def solve(
     # not to be interrupted, so that both curves have a point
     validation_loss = leader.register(lambda m: objective.loss(m, validation), interruptible=False)
     solver, why = choose(objective, settings.solver, settings.tol, settings.stopping)
-    descent = Descent(objective, solver, settings.tol, settings.max_iter, settings.stopping)
+    saved, before = stage.saved, 0.0
     training_curve: list[float] = []
     validation_curve: list[float] = []
+    if saved is not None:
+        training_curve, validation_curve = (saved.arrays[k].tolist() for k in CURVES)
+        before = saved.about["seconds"]
+    left = max(0, settings.max_iter - len(training_curve))
+    descent = Descent(objective, solver, settings.tol, left, settings.stopping)
 
     def watch(now: Progress) -> None:
         if n_validation:
@@ -110,24 +124,36 @@ def solve(
             validation_curve.append(float(validation_loss(model.ravel())[0]) / n_validation)
         penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / n_training
         training_curve.append(now.objective - penalty)
+        stage.keep(lambda: Saved(arrays(now.coef, now.intercept), {"seconds": seconds()}))
         if on_iteration is not None:
             on_iteration(now)
 
+    def arrays(coef: np.ndarray, intercept: np.ndarray) -> dict[str, np.ndarray]:
+        curves = dict(zip(CURVES, map(np.array, (training_curve, validation_curve)), strict=True))
+        return {"coef": coef, "intercept": intercept, **curves}
+
+    def seconds() -> float:
+        return before + time.perf_counter() - started
+
     def run() -> Outcome:
-        started, interrupted = time.perf_counter(), False
+        if saved is not None and _has_ended(saved, settings):
+            return _outcome(saved)
+        start, interrupted = None, False
+        if saved is not None:
+            start = objective.to_solver(saved.arrays["coef"], saved.arrays["intercept"])
         try:
-            descent.run(callback=watch)
+            descent.run(start, watch)
         except KeyboardInterrupt:
             if not training_curve:
                 raise
             interrupted = True
         words = command_words(ranks.slices > 1, settings.standardize)
-        return Outcome(
+        outcome = Outcome(
             descent.coef,
             descent.intercept,
             training_curve,
             validation_curve,
-            time.perf_counter() - started,
+            seconds(),
             descent.gradient_norm,
             Gap.of(descent),
             descent.converged,
@@ -135,5 +161,29 @@ def solve(
             interrupted,
             How(solver.name, why, str(threads)),
         )
+        about = _ended(outcome) if not interrupted else {"seconds": outcome.seconds}
+        stage.keep(lambda: Saved(arrays(outcome.coef, outcome.intercept), about), now=True)
+        return outcome
 
+    started = time.perf_counter()
     return leader.run(run)
+
+
+def _ended(outcome: Outcome) -> dict[str, Any]:
+    """Return what of an outcome is no array, as JSON values."""
+    plain = {k: v for k, v in vars(outcome).items() if k not in ("coef", "intercept", *CURVES)}
+    return plain | {"gap": dataclasses.asdict(outcome.gap), "how": dataclasses.asdict(outcome.how)}
+
+
+def _has_ended(saved: Saved, settings: Settings) -> bool:
+    """Return whether a fit has ended, and not for want of iterations that it is given now."""
+    return "converged" in saved.about and (
+        saved.about["converged"] or len(saved.arrays[CURVES[0]]) >= settings.max_iter
+    )
+
+
+def _outcome(saved: Saved) -> Outcome:
+    """Return the outcome of a fit that has ended."""
+    plain = saved.about | {"gap": Gap(**saved.about["gap"]), "how": How(**saved.about["how"])}
+    curves = {name: saved.arrays[name].tolist() for name in CURVES}
+    return Outcome(coef=saved.arrays["coef"], intercept=saved.arrays["intercept"], **curves, **plain)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from xent.cli.checkpoints import Saved, Stage
 from xent.errors import needs
+from xent.linear_model.path import Point
 
 if TYPE_CHECKING:
+    from xent.linear_model.descent import Progress
     from xent.linear_model.labelled_rows import LabelledRows
     from xent.linear_model.workers import Workers
 
@@ -56,29 +60,77 @@ def along_the_path(
     l2: np.ndarray,  # (k,) descending
     standardisation: tuple[np.ndarray, np.ndarray],  # mean and scale, (D,) each
     threads: Workers,
+    stage: Stage,
     **options: Any,
 ) -> Strengths:
     """Fit the training rows at each strength, and judge each model on the validation rows.
 
-    The options are those of `regularisation_path`: solver, tol, max_iter, stopping.
+    It goes on from what the stage has saved. The options are those of `regularisation_path`: solver, tol,
+    max_iter, stopping.
     """
     with needs("probe"):
         from xent.linear_model.objective import Objective
         from xent.linear_model.path import regularisation_path
-    C = 1 / float(l2[0])
-    objective = Objective(training, n_classes, C, True, workers=threads, standardisation=standardisation)
+    objective = Objective(
+        training, n_classes, 1 / float(l2[0]), True, workers=threads, standardisation=standardisation
+    )
     n_training, n_validation = len(training.target), len(validation.target)
-    rows = []
-    for point in regularisation_path(objective, 1 / l2, **options):
+    done = _Done.of(stage.saved, 1 / l2)
+    path = regularisation_path(
+        objective,
+        1 / l2[len(done.rows) :],
+        after=done.points,
+        start=done.begun,
+        callback=lambda now: stage.keep(done.saved_with(now)),
+        **options,
+    )
+    for point in path:
         model = np.concatenate([point.coef, point.intercept[:, None]], axis=1).ravel()
         logits = objective.logits(point.coef, point.intercept, validation)
         right = sum(int((z.argmax(1) == y).sum()) for z, y, _ in logits)
-        rows.append(
-            (
-                float(objective.loss(model, training)[0]) / n_training,
-                float(objective.loss(model, validation)[0]) / n_validation,
-                right / n_validation,
-                point.n_iter,
-            )
-        )
-    return Strengths(l2, *(np.array(column) for column in zip(*rows, strict=True)))
+        losses = (float(objective.loss(model, rows)[0]) for rows in (training, validation))
+        done.add(point, next(losses) / n_training, next(losses) / n_validation, right / n_validation)
+        stage.keep(done.saved_with(None), now=len(done.rows) == len(l2))
+    return Strengths(l2, *(np.array(column) for column in zip(*done.rows, strict=True)))
+
+
+@dataclasses.dataclass
+class _Done:
+    """The part of a path that is done: losses, accuracy and iterations a strength; the last two minima."""
+
+    rows: list[tuple[float, float, float, int]]
+    points: list[Point]
+    begun: tuple[np.ndarray, np.ndarray] | None = None  # coefficients and intercepts at the next strength
+    iterations: int = 0  # that have led there
+
+    def add(self, point: Point, training_loss: float, validation_loss: float, accuracy: float) -> None:
+        """Add the minimum at a strength."""
+        self.rows.append((training_loss, validation_loss, accuracy, point.n_iter + self.iterations))
+        self.points, self.begun, self.iterations = [*self.points[-1:], point], None, 0
+
+    def saved_with(self, now: Progress | None) -> Callable[[], Saved]:
+        """Return what makes the state to keep, with the iteration of a fit that has begun."""
+
+        def made() -> Saved:
+            at: list[Point | Progress] = [*self.points] if now is None else [*self.points, now]
+            arrays = {"rows": np.array(self.rows).reshape(-1, 4), "coef": np.stack([p.coef for p in at])}
+            arrays["intercept"] = np.stack([p.intercept for p in at])
+            return Saved(arrays, {"begun": 0 if now is None else now.iteration + self.iterations})
+
+        return made
+
+    @classmethod
+    def of(cls, saved: Saved | None, C: np.ndarray) -> _Done:
+        """Return what a stage has saved, of a path along C (k,), ascending."""
+        if saved is None:
+            return cls([], [])
+        rows = [(*row[:3], int(row[3])) for row in saved.arrays["rows"].tolist()]
+        iterations, minima = saved.about["begun"], list(_pairs(saved))
+        begun = minima.pop() if iterations else None
+        strengths = C[: len(rows)][-2:].tolist()
+        points = [Point(at, *model, 0, True) for at, model in zip(strengths, minima, strict=True)]
+        return cls(rows, points, begun, iterations)
+
+
+def _pairs(saved: Saved) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    return zip(saved.arrays["coef"], saved.arrays["intercept"], strict=True)

@@ -9,7 +9,7 @@ depend on the strength (the features' means and variances, the checks) is done o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -38,14 +38,22 @@ def regularisation_path(
     max_iter: int = 1000,
     stopping: str = "objective",
     callback: Callable[[Progress], None] | None = None,
+    after: Sequence[Point] = (),
+    start: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Iterator[Point]:
-    """Yield the minimum at each strength, in ascending order of C, from strong to weak."""
-    done: list[Point] = []
+    """Yield the minimum at each strength, in ascending order of C, from strong to weak.
+
+    ``after`` are minima at stronger penalties, from the last two of which it goes on; ``start``, (W, b), is
+    the point where the first fit begins, if it has begun before.
+    """
+    done = list(after[-2:])
     for C in sorted(Cs):
         objective.penalise(C)
         chosen, _ = choose(objective, solver, tol, stopping)
         descent = Descent(objective, chosen, tol, max_iter, stopping)
-        descent.run(_start(objective, done, C), callback)
+        begin = _start(objective, done, C) if start is None else objective.to_solver(*start)
+        descent.run(begin, callback)
+        start = None
         done = [
             *done[-1:],
             Point(C, descent.coef, descent.intercept, len(descent.curve) - 1, descent.converged),
