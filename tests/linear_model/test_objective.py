@@ -67,6 +67,30 @@ def test_a_hessian_of_an_earlier_point_does_not_answer():
         H @ torch.ones(15, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("classes", [2, 3, 20])
+def test_features_far_from_zero_keep_their_digits(dtype, classes):
+    """Features of mean 1e4 and deviation 1 give what the same features of mean 0 do, W·mean in b aside."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(-512, 512, size=(300, 4)) / 256  # whose sums with 1e4 are exact
+    y, theta = rng.integers(classes, size=300), rng.normal(size=(1 if classes == 2 else classes) * 5)
+    near, far = (
+        Objective(LabelledRows(ArrayRows((x + offset).astype(dtype)), y), classes, 1.0, True)
+        for offset in (0.0, 1e4)
+    )
+    eps = float(np.finfo(dtype).eps)
+    shift = far.center - near.center - 1e4  # centers are rounded to the features' type
+    theta_far = theta.reshape(-1, 5).copy()
+    theta_far[:, -1] += theta_far[:, :-1] @ (shift / near.unit)
+    np.testing.assert_allclose(far.unit, near.unit, rtol=1e-3 if dtype == np.float32 else 1e-12)
+    far.scale = near.scale
+    far.unit = near.unit
+    (value, gradient), (value_far, gradient_far) = near(theta), far(theta_far.ravel())
+    assert value_far == pytest.approx(value, rel=20 * eps)
+    in_c = gradient.reshape(-1, 5)[:, -1]
+    np.testing.assert_allclose(gradient_far.reshape(-1, 5)[:, -1], in_c, atol=20 * eps)
+
+
 def test_chunks_change_no_more_than_rounding(monkeypatch):
     whole = objective()
     theta = np.random.default_rng(1).normal(size=15)
@@ -77,6 +101,28 @@ def test_chunks_change_no_more_than_rounding(monkeypatch):
     np.testing.assert_allclose(chunked.scale, whole.scale, rtol=1e-14)
     assert chunked(theta)[0] == pytest.approx(value, rel=1e-14)
     np.testing.assert_allclose(chunked(theta)[1], gradient, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("fit_intercept", [True, False])
+def test_another_penalty_needs_no_pass_at_the_last_point(monkeypatch, fit_intercept):
+    f = objective(fit_intercept=fit_intercept)
+    theta = np.random.default_rng(1).normal(size=15)
+    if not fit_intercept:
+        theta.reshape(3, 5)[:, -1] = 0
+    f(theta)
+    model = f.unscaled(theta)
+    with monkeypatch.context() as none:
+        none.setattr(f, "_sums", None)
+        for C in (0.5, 1e-3, np.inf):
+            f.penalise(C)
+            kept = f.to_solver(*model).ravel()
+            value, gradient = f(kept)
+            found = value, gradient, f.gradient_norm, f.duality_gap
+            fresh = objective(fit_intercept=fit_intercept)
+            fresh.penalise(C)
+            for a, b in zip(found, (*fresh(kept), fresh.gradient_norm, fresh.duality_gap), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13)
+    assert f.last_loss == pytest.approx(fresh.last_loss, rel=1e-13)
 
 
 def test_one_process_sends_itself_nothing(monkeypatch):

@@ -54,7 +54,7 @@ class Stage:
         return None if self._checkpoints is None else self._checkpoints.stages.get(self._name)
 
     def keep(self, state: Callable[[], Saved], now: bool = False) -> None:
-        """Keep a state: at once, or where else more than ``PERIOD`` of work could be lost."""
+        """Write a state: at once, or where more than ``PERIOD`` of work could be lost otherwise."""
         if self._checkpoints is not None:
             self._checkpoints.keep(self._name, state, now)
 

@@ -11,6 +11,7 @@ import numpy as np
 from xent.cli.checkpoints import Saved, Stage
 from xent.errors import needs
 from xent.linear_model.path import Point
+from xent.losses._cross_entropy import cross_entropy
 
 if TYPE_CHECKING:
     from xent.linear_model.descent import Progress
@@ -74,7 +75,7 @@ def along_the_path(
     objective = Objective(
         training, n_classes, 1 / float(l2[0]), True, workers=threads, standardisation=standardisation
     )
-    n_training, n_validation = len(training.target), len(validation.target)
+    n_validation = len(validation.target)
     done = _Done.of(stage.saved, 1 / l2)
     path = regularisation_path(
         objective,
@@ -85,11 +86,11 @@ def along_the_path(
         **options,
     )
     for point in path:
-        model = np.concatenate([point.coef, point.intercept[:, None]], axis=1).ravel()
-        logits = objective.logits(point.coef, point.intercept, validation)
-        right = sum(int((z.argmax(1) == y).sum()) for z, y, _ in logits)
-        losses = (float(objective.loss(model, rows)[0]) for rows in (training, validation))
-        done.add(point, next(losses) / n_training, next(losses) / n_validation, right / n_validation)
+        loss = right = 0.0
+        for z, y, _ in objective.logits(point.coef, point.intercept, validation):
+            loss += float(cross_entropy(z, y, reduction="sum"))
+            right += int((z.argmax(1) == y).sum())
+        done.add(point, loss / n_validation, right / n_validation)
         stage.keep(done.saved_with(None), now=len(done.rows) == len(l2))
     return Strengths(l2, *(np.array(column) for column in zip(*done.rows, strict=True)))
 
@@ -103,9 +104,9 @@ class _Done:
     begun: tuple[np.ndarray, np.ndarray] | None = None  # coefficients and intercepts at the next strength
     iterations: int = 0  # that have led there
 
-    def add(self, point: Point, training_loss: float, validation_loss: float, accuracy: float) -> None:
+    def add(self, point: Point, validation_loss: float, accuracy: float) -> None:
         """Add the minimum at a strength."""
-        self.rows.append((training_loss, validation_loss, accuracy, point.n_iter + self.iterations))
+        self.rows.append((point.loss, validation_loss, accuracy, point.n_iter + self.iterations))
         self.points, self.begun, self.iterations = [*self.points[-1:], point], None, 0
 
     def saved_with(self, now: Progress | None) -> Callable[[], Saved]:

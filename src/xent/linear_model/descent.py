@@ -69,6 +69,11 @@ class Descent:
         self._theta = np.zeros(objective.n_vectors * (objective.n_features + 1))
 
     @property
+    def theta(self) -> np.ndarray:
+        """The point reached, (P,)."""
+        return self._theta
+
+    @property
     def coef(self) -> np.ndarray:
         """The weights W reached, (K, D)."""
         return self.objective.to_model(self._theta)[0]

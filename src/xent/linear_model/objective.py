@@ -81,6 +81,7 @@ class Objective:
         self._hessian = HessianSums(self._standardised, shape, self.binary, fit_intercept, self.total, leader)
         self._value, self._gradient = 0.0, np.empty(0)
         self._second: tuple[np.ndarray, np.ndarray] | None = None
+        self._last: tuple[np.ndarray, np.ndarray, float, np.ndarray, np.ndarray] | None = None
         self.penalise(C)
 
     def _place(self, standardisation: tuple[np.ndarray, np.ndarray] | None) -> None:
@@ -106,7 +107,8 @@ class Objective:
         """Set the inverse strength of the penalty, and with it λ and σ: another objective, of the same rows.
 
         The Hessian's diagonal at W = 0 is h·E[(x̃_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
-        h σ_j² with σ_j² = E[(x̃_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner).
+        h σ_j² with σ_j² = E[(x̃_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner). What is known of
+        the last point, its loss and gradient, is not computed again.
         """
         self.penalty = 1.0 / (C * self.total)  # λ
         h = (self.n_classes - 1) / self.n_classes**2
@@ -116,6 +118,8 @@ class Objective:
         self._hessian.forget()
         self._theta: np.ndarray | None = None
         self.gradient_norm = self.duality_gap = np.inf  # at the last θ; see `__call__`
+        if self._last is not None:
+            self._arrive(self.to_solver(*self._last[:2]).ravel(), *self._last)
 
     def mass(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return s·a of some rows, (n,): their weights times the sums of their targets."""
@@ -196,10 +200,11 @@ class Objective:
 
     def to_model(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return W (K, D) and b (K,) of θ, in the features' precision."""
-        W, b = self._unscale(theta)
+        W, b = self.unscaled(theta)
         return W.astype(self.dtype), b.astype(self.dtype)
 
-    def _unscale(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def unscaled(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return W (K, D) and b (K,) of θ, in float64."""
         theta = theta.reshape(self.n_vectors, -1)
         W = theta[:, :-1] / self.scale
         return W, theta[:, -1] - W @ self.mean
@@ -216,21 +221,38 @@ class Objective:
         """
         if self._theta is not None and np.array_equal(theta, self._theta):
             return self._value, self._gradient
-        W, b = self._unscale(theta)
         sums = self._sums(theta) / self.total
         loss, gradient = float(sums[0]), sums[1:].reshape(self.n_vectors, -1)
-        to_V, to_b = gradient[:, :-1], gradient[:, -1]
-        to_W = to_V * self.scale + np.outer(to_b, self.mean) + self.penalty * W
+        self._arrive(
+            theta.copy(), *self.unscaled(theta), loss, gradient[:, :-1] * self.scale, gradient[:, -1]
+        )
+        return self._value, self._gradient
+
+    def _arrive(
+        self,
+        theta: np.ndarray,
+        W: np.ndarray,
+        b: np.ndarray,
+        loss: float,
+        of_loss: np.ndarray,
+        to_b: np.ndarray,
+    ) -> None:
+        """Set the value and what belongs to it; ``of_loss`` is the loss's gradient in W where c stays."""
+        self._theta, self._last = theta, (W, b, loss, of_loss, to_b)
+        to_W = of_loss + np.outer(to_b, self.mean) + self.penalty * W
         self.gradient_norm = float(max(np.abs(to_W).max(), np.abs(to_b).max()))
         self.duality_gap = np.inf
         if self.penalty:
             reach = float(np.abs(to_b).sum()) * (1 + float(np.abs(b).max()))
             self.duality_gap = float(np.vdot(to_W, to_W)) / (2 * self.penalty) + reach
-        to_V += self.penalty * W / self.scale
         self._value = loss + 0.5 * self.penalty * float(np.vdot(W, W))
-        self._gradient = gradient.ravel()
-        self._theta = theta.copy()
-        return self._value, self._gradient
+        to_V = (of_loss + self.penalty * W) / self.scale
+        self._gradient = np.concatenate([to_V, to_b[:, None]], axis=1).ravel()
+
+    @property
+    def last_loss(self) -> float:
+        """The mean loss at the last point, without the penalty."""
+        return np.inf if self._last is None else self._last[2]
 
     def hessian(self, theta: np.ndarray) -> SummedHessian:
         """Return the Hessian of the mean loss at θ, an operator in V and, where there is one, c.

@@ -27,6 +27,7 @@ class Point:
     intercept: np.ndarray  # (K,)
     n_iter: int
     converged: bool
+    loss: float = np.nan  # of the rows, without the penalty
 
 
 def regularisation_path(
@@ -54,11 +55,9 @@ def regularisation_path(
         begin = _start(objective, done, C) if start is None else objective.to_solver(*start)
         descent.run(begin, callback)
         start = None
-        done = [
-            *done[-1:],
-            Point(C, descent.coef, descent.intercept, len(descent.curve) - 1, descent.converged),
-        ]
-        yield done[-1]
+        model, ended = objective.unscaled(descent.theta), (len(descent.curve) - 1, descent.converged)
+        done = [*done[-1:], Point(C, *model, *ended, objective.last_loss)]
+        yield dataclasses.replace(done[-1], coef=descent.coef, intercept=descent.intercept)
         if descent.stopped_by_callback:
             return
 
@@ -75,5 +74,5 @@ def _start(objective: Objective, done: list[Point], C: float) -> np.ndarray | No
         return last
     before = objective.to_solver(done[0].coef, done[0].intercept).ravel()
     share = np.log(C / done[1].C) / np.log(done[1].C / done[0].C)
-    ahead = last + share * (last - before)
-    return ahead if objective(ahead)[0] < objective(last)[0] else last
+    ahead, here = last + share * (last - before), objective(last)[0]  # which is known
+    return ahead if objective(ahead)[0] < here else last
