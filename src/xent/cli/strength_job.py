@@ -10,7 +10,7 @@ import numpy as np
 
 from xent.cli.checkpoints import Saved, Stage
 from xent.errors import needs
-from xent.linear_model.path import Point
+from xent.linear_model.path import COMPARED, Point
 from xent.losses._cross_entropy import cross_entropy
 
 if TYPE_CHECKING:
@@ -62,12 +62,13 @@ def along_the_path(
     standardisation: tuple[np.ndarray, np.ndarray],  # mean and scale, (D,) each
     threads: Workers,
     stage: Stage,
+    tol: float,
     **options: Any,
 ) -> Strengths:
     """Fit the training rows at each strength, and judge each model on the validation rows.
 
-    It goes on from what the stage has saved. The options are those of `regularisation_path`: solver, tol,
-    max_iter, stopping.
+    It goes on from what the stage has saved. Options are those of `regularisation_path`: solver, max_iter,
+    stopping.
     """
     with needs("probe"):
         from xent.linear_model.objective import Objective
@@ -83,6 +84,7 @@ def along_the_path(
         after=done.points,
         start=done.begun,
         callback=lambda now: stage.keep(done.saved_with(now)),
+        tol=COMPARED * tol,
         **options,
     )
     for point in path:

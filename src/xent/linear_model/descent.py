@@ -66,6 +66,7 @@ class Descent:
         self.gradient_norm = np.inf
         self.stopped_by_callback = False
         self.stalled = False  # the arithmetic resolved no further decrease
+        self._short = 1.0  # how many times the estimated decrements were too small, where that was seen
         self._theta = np.zeros(objective.n_vectors * (objective.n_features + 1))
 
     @property
@@ -118,14 +119,10 @@ class Descent:
         def after_iteration(
             theta: np.ndarray, decrement: float | None = None, confirm: Callable[[], float] | None = None, /
         ) -> None:
-            self._arrive(np.array(theta), decrement)
-            if (
-                decrement is not None
-                and confirm is not None
-                and self.stopping == "objective"
-                and self.converged
-            ):
-                self._certify(max(decrement, confirm()))
+            self._arrive(np.array(theta), None if decrement is None else decrement * self._short)
+            if decrement and confirm is not None and self.stopping == "objective" and self.converged:
+                self._short = max(self._short, confirm() / decrement)
+                self._certify(decrement * self._short)
             if callback is not None:
                 state = len(self.curve) - 1, self.curve[-1], self.gradient_norm
                 model, above = self.objective.to_model(self._theta), self.certificate.bound

@@ -17,6 +17,11 @@ from xent.linear_model.descent import Descent, Progress
 from xent.linear_model.objective import Objective
 from xent.linear_model.solvers import choose
 
+COMPARED = 10.0
+"""Times ``tol`` within which the strengths of a path are fitted to be compared; the best is fitted again.
+
+Bounds are ten times what is estimated, so that losses along the path are off by about ``tol``."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Point:

@@ -21,7 +21,7 @@ from xent.data.rows import blocks
 from xent.linear_model.inputs import stays_tensor
 from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.objective import Objective
-from xent.linear_model.path import Point, regularisation_path
+from xent.linear_model.path import COMPARED, Point, regularisation_path
 from xent.linear_model.softmax_regression import SoftmaxRegression
 from xent.linear_model.workers import workers
 
@@ -48,7 +48,9 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         scikit-learn, such as "accuracy", or ``scoring(estimator, X, y)``.
     refit : bool, default True
         Fit all rows at the best strength. False averages the folds' coefficients there.
-    tol, max_iter, fit_intercept, class_weight, solver, stopping, random_state, verbose :
+    tol : float, default 1e-4
+        As in ``SoftmaxRegression``, for the fit to all rows; folds are fitted within 10·tol.
+    max_iter, fit_intercept, class_weight, solver, stopping, random_state, verbose :
         As in ``SoftmaxRegression``.
 
     Attributes
@@ -170,7 +172,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 objective,
                 Cs,
                 solver=parameters.solver,
-                tol=parameters.tol,
+                tol=parameters.tol * (COMPARED if parameters.refit else 1.0),
                 max_iter=parameters.max_iter,
                 stopping=parameters.stopping,
             ):

@@ -50,7 +50,7 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
     shape = objective.n_vectors, objective.n_features + 1
     inverse = InverseHessian(shape, whitening, objective.device)
     blocks_at = FIRST_BLOCKS if ClassBlocks.pay(objective) else 0
-    best, since = objective.gradient_norm, 0
+    best, lowest, since = objective.gradient_norm, value, 0
     recent: deque[float] = deque(maxlen=RECENT)
     step = -inverse(gradient)
     for iteration in range(1, max_iter + 1):
@@ -69,9 +69,13 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
             blocks_at *= LATER
         step = -inverse(gradient)
         decrement = -0.5 * float(gradient @ step)
-        resolved = decrement > 64 * np.finfo(objective.dtype).eps * abs(value)
-        since = 0 if resolved or objective.gradient_norm < 0.9 * best else since + 1
-        best = min(best, objective.gradient_norm)
+        unit = float(np.finfo(objective.dtype).eps) * abs(value)
+        fallen = decrement > 64 * unit or value < lowest - 8 * unit or objective.gradient_norm < 0.9 * best
+        best, lowest, since = (
+            min(best, objective.gradient_norm),
+            min(lowest, value),
+            0 if fallen else since + 1,
+        )
         recent.append(decrement)
 
         base = inverse.base
