@@ -14,8 +14,8 @@ from xent._processes.leader import Leader
 from xent.cli.checkpoints import Saved, Stage
 from xent.errors import needs
 from xent.linear_model.labelled_rows import LabelledRows
-from xent.linear_model.objective import Objective
 from xent.linear_model.solvers import choose
+from xent.linear_model.wide import make_objective
 
 if TYPE_CHECKING:
     from xent.linear_model.descent import Descent, Progress
@@ -103,7 +103,7 @@ def solve(
         from xent.linear_model.descent import Descent
     leader, (n_training, n_validation) = Leader(ranks), counts
     C = 1 / settings.l2 if settings.l2 else np.inf
-    objective = Objective(
+    objective = make_objective(
         training, n_classes, C, fit_intercept=True, leader=leader, workers=threads, standardisation=scaling
     )
     # not to be interrupted, so that both curves have a point

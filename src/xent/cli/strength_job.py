@@ -71,9 +71,9 @@ def along_the_path(
     stopping.
     """
     with needs("probe"):
-        from xent.linear_model.objective import Objective
         from xent.linear_model.path import regularisation_path
-    objective = Objective(
+        from xent.linear_model.wide import make_objective
+    objective = make_objective(
         training, n_classes, 1 / float(l2[0]), True, workers=threads, standardisation=standardisation
     )
     n_validation = len(validation.target)

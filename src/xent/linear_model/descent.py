@@ -63,10 +63,10 @@ class Descent:
         self.stopping = stopping
         self.certificate = Certificate()
         self.curve: list[float] = []  # the objective, at the start and after each iteration
-        self.gradient_norm = np.inf
         self.stopped_by_callback = False
         self.stalled = False  # the arithmetic resolved no further decrease
         self._short = 1.0  # how many times the estimated decrements were too small, where that was seen
+        self._norm: float | None = np.inf
         self._theta = np.zeros(objective.n_vectors * (objective.n_features + 1))
 
     @property
@@ -83,6 +83,14 @@ class Descent:
     def intercept(self) -> np.ndarray:
         """The biases b reached, (K,)."""
         return self.objective.to_model(self._theta)[1]
+
+    @property
+    def gradient_norm(self) -> float:
+        """The largest component of the gradient in (W, b) at the point reached."""
+        if self._norm is None:
+            self.objective(self._theta)
+            self._norm = self.objective.gradient_norm
+        return self._norm
 
     @property
     def remaining(self) -> float:
@@ -142,7 +150,7 @@ class Descent:
     def _arrive(self, theta: np.ndarray, decrement: float | None = None) -> None:
         """Take a point as the one reached, with all that is known of it."""
         value, _ = self.objective(theta)
-        self._theta, self.gradient_norm = theta, self.objective.gradient_norm
+        self._theta, self._norm = theta, None
         self.curve.append(value)
         self._certify(decrement)
 

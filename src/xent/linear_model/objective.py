@@ -99,7 +99,7 @@ class Objective:
                 "nothing is left to fit: sample_weight times class_weight times label mass sums to 0"
             )
         self.center = found.mean.astype(self.dtype).astype(np.float64) if self.fit_intercept else m
-        self._own_scale, self.mean = s, (self.center - m) / s
+        self.own_scale, self.mean = s, (self.center - m) / s
         with np.errstate(over="ignore"):  # a scale that is not finite is replaced
             self._variance = found.about(self.center) / s**2
 
@@ -114,12 +114,13 @@ class Objective:
         h = (self.n_classes - 1) / self.n_classes**2
         scale = np.sqrt(self._variance + self.penalty / h)
         self.scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
-        self.unit = self.scale * self._own_scale
+        self.unit = self.scale * self.own_scale
         self._hessian.forget()
         self._theta: np.ndarray | None = None
-        self.gradient_norm = self.duality_gap = np.inf  # at the last θ; see `__call__`
+        self.duality_gap = np.inf  # at the last θ; see `__call__`
+        self._norm: float | None = np.inf
         if self._last is not None:
-            self._arrive(self.to_solver(*self._last[:2]).ravel(), *self._last)
+            self._arrive(self.scaled(*self._last[:2]).ravel(), *self._last)
 
     def mass(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return s·a of some rows, (n,): their weights times the sums of their targets."""
@@ -194,7 +195,11 @@ class Objective:
         return dataclasses.replace(self.rows, source=standardised(self.rows.source, self.center, self.unit))
 
     def to_solver(self, coef: np.ndarray, intercept: np.ndarray) -> np.ndarray:
-        """Return θ (K, D + 1) of W and b."""
+        """Return θ (K, D + 1) of W and b, a model's."""
+        return self.scaled(coef, intercept)
+
+    def scaled(self, coef: np.ndarray, intercept: np.ndarray) -> np.ndarray:
+        """Return θ (K, D + 1) of W and b; the inverse of ``unscaled``."""
         W = coef.astype(np.float64)
         return np.concatenate([W * self.scale, (intercept + W @ self.mean)[:, None]], axis=1)
 
@@ -212,12 +217,12 @@ class Objective:
     def __call__(self, theta: np.ndarray) -> tuple[float, np.ndarray]:
         """Return the value, and the gradient (P,), at θ (P,), P = K·(D + 1).
 
-        Set ``gradient_norm``, the largest component of the gradient in (W, b), and ``duality_gap``. With the
-        dual variables t − p(W, b) the gap is the bound of strong convexity,
+        Set ``gradient_norm`` and ``duality_gap``. With the dual variables t − p(W, c) the gap is the bound of
+        strong convexity,
 
-            F − F* ≤ ‖∂F/∂W‖² / 2λ        where ∂F/∂b = 0
+            F − F* ≤ ‖∂F/∂W‖² / 2λ        where ∂F/∂c = 0
 
-        An intercept is not penalised. Its gradient is taken to reach over 1 + max|b| at most.
+        An intercept is not penalised. Its gradient is taken to reach over 1 + max|c| at most.
         """
         if self._theta is not None and np.array_equal(theta, self._theta):
             return self._value, self._gradient
@@ -240,14 +245,28 @@ class Objective:
         """Set the value and what belongs to it; ``of_loss`` is the loss's gradient in W where c stays."""
         self._theta, self._last = theta, (W, b, loss, of_loss, to_b)
         to_W = of_loss + np.outer(to_b, self.mean) + self.penalty * W
-        self.gradient_norm = float(max(np.abs(to_W).max(), np.abs(to_b).max()))
+        self._of_model = to_W, to_b
+        self._norm = None
         self.duality_gap = np.inf
         if self.penalty:
-            reach = float(np.abs(to_b).sum()) * (1 + float(np.abs(b).max()))
-            self.duality_gap = float(np.vdot(to_W, to_W)) / (2 * self.penalty) + reach
+            of_centred = of_loss + self.penalty * W
+            reach = float(np.abs(to_b).sum()) * (1 + float(np.abs(b + W @ self.mean).max()))
+            self.duality_gap = float(np.vdot(of_centred, of_centred)) / (2 * self.penalty) + reach
         self._value = loss + 0.5 * self.penalty * float(np.vdot(W, W))
         to_V = (of_loss + self.penalty * W) / self.scale
         self._gradient = np.concatenate([to_V, to_b[:, None]], axis=1).ravel()
+
+    @property
+    def gradient_norm(self) -> float:
+        """The largest component of the gradient in (W, b) at the last point."""
+        if self._norm is None:
+            to_W, to_b = self._outward(*self._of_model)
+            self._norm = float(max(np.abs(to_W).max(), np.abs(to_b).max()))
+        return self._norm
+
+    def _outward(self, to_W: np.ndarray, to_b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return a gradient in (W, b) of the model; they are what the objective is over."""
+        return to_W, to_b
 
     @property
     def last_loss(self) -> float:

@@ -52,7 +52,10 @@ def regularisation_path(
     ``after`` are minima at stronger penalties, from the last two of which it goes on; ``start``, (W, b), is
     the point where the first fit begins, if it has begun before.
     """
-    done = list(after[-2:])
+    done = []
+    for point in after[-2:]:
+        W, b = objective.unscaled(objective.to_solver(point.coef, point.intercept))
+        done.append(dataclasses.replace(point, coef=W, intercept=b))
     for C in sorted(Cs):
         objective.penalise(C)
         chosen, _ = choose(objective, solver, tol, stopping)
@@ -74,10 +77,10 @@ def _start(objective: Objective, done: list[Point], C: float) -> np.ndarray | No
     """
     if not done:
         return None
-    last = objective.to_solver(done[-1].coef, done[-1].intercept).ravel()
+    last = objective.scaled(done[-1].coef, done[-1].intercept).ravel()
     if len(done) == 1 or not np.isfinite(C) or done[0].C == done[1].C:
         return last
-    before = objective.to_solver(done[0].coef, done[0].intercept).ravel()
+    before = objective.scaled(done[0].coef, done[0].intercept).ravel()
     share = np.log(C / done[1].C) / np.log(done[1].C / done[0].C)
     ahead, here = last + share * (last - before), objective(last)[0]  # which is known
     return ahead if objective(ahead)[0] < here else last

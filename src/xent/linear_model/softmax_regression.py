@@ -46,8 +46,8 @@ from xent.linear_model.inputs import (
     stays_tensor,
 )
 from xent.linear_model.labelled_rows import HOST, LabelledRows
-from xent.linear_model.objective import Objective
 from xent.linear_model.solvers import choose, solver_names
+from xent.linear_model.wide import make_objective
 from xent.linear_model.workers import Workers, workers
 
 FLOATING = [np.float64, np.float32, np.float16]
@@ -248,9 +248,11 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         callback: Callable[[Progress], None] | None,
         threads: Workers,
     ) -> None:
-        objective = Objective(rows, len(classes), parameters.C, parameters.fit_intercept, workers=threads)
+        objective = make_objective(
+            rows, len(classes), parameters.C, parameters.fit_intercept, workers=threads
+        )
         _, n_features = rows.source.shape
-        start = np.zeros((objective.n_vectors, n_features + 1))
+        start = None
         if parameters.warm_start and hasattr(self, "coef_"):
             shape = (objective.n_vectors, n_features)
             if self.coef_.shape != shape or not np.array_equal(self.classes_, classes):
@@ -276,7 +278,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
             print(f"solver {solver.name}: {why}\n{threads}")
         descent = Descent(objective, solver, tol, parameters.max_iter, stopping)
         try:
-            descent.run(start, watch)
+            descent.run(start, watch if callback is not None or parameters.verbose > 0 else None)
         finally:  # also on Ctrl-C: what has been reached is kept
             self.coef_, self.intercept_ = descent.coef, descent.intercept
             self.n_iter_ = max(0, len(descent.curve) - 1)

@@ -20,9 +20,9 @@ from xent._core.validators import valid
 from xent.data.rows import blocks
 from xent.linear_model.inputs import stays_tensor
 from xent.linear_model.labelled_rows import LabelledRows
-from xent.linear_model.objective import Objective
 from xent.linear_model.path import COMPARED, Point, regularisation_path
 from xent.linear_model.softmax_regression import SoftmaxRegression
+from xent.linear_model.wide import make_objective
 from xent.linear_model.workers import workers
 
 LOSS = "neg_log_loss"
@@ -164,7 +164,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         shape = (*rows.source.shape, len(self.classes_))
         at_work = workers(*shape, device=rows.device.type)
         with torch.inference_mode(False), torch.enable_grad(), at_work as threads:
-            objective = Objective(
+            objective = make_objective(
                 rows, len(self.classes_), float(Cs[0]), parameters.fit_intercept, workers=threads
             )
             late = []

@@ -50,7 +50,7 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
     shape = objective.n_vectors, objective.n_features + 1
     inverse = InverseHessian(shape, whitening, objective.device)
     blocks_at = FIRST_BLOCKS if ClassBlocks.pay(objective) else 0
-    best, lowest, since = objective.gradient_norm, value, 0
+    best, lowest, since = _size(gradient), value, 0
     recent: deque[float] = deque(maxlen=RECENT)
     step = -inverse(gradient)
     for iteration in range(1, max_iter + 1):
@@ -70,9 +70,9 @@ def lbfgs(objective: Objective, theta: np.ndarray, max_iter: int, after_iteratio
         step = -inverse(gradient)
         decrement = -0.5 * float(gradient @ step)
         unit = float(np.finfo(objective.dtype).eps) * abs(value)
-        fallen = decrement > 64 * unit or value < lowest - 8 * unit or objective.gradient_norm < 0.9 * best
+        fallen = decrement > 64 * unit or value < lowest - 8 * unit or _size(gradient) < 0.9 * best
         best, lowest, since = (
-            min(best, objective.gradient_norm),
+            min(best, _size(gradient)),
             min(lowest, value),
             0 if fallen else since + 1,
         )
@@ -92,6 +92,10 @@ def _confirmed(
     """Return half the Newton decrement by the class blocks at theta alone, with which B begins now."""
     inverse.base = ClassBlocks(objective, theta)
     return 0.5 * float(gradient @ inverse.alone(gradient))
+
+
+def _size(gradient: np.ndarray) -> float:
+    return float(np.abs(gradient).max())
 
 
 class InverseHessian:

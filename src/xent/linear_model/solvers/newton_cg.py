@@ -44,7 +44,7 @@ def newton_cg(
     if not np.isfinite(start):
         return True
     for _ in range(max_iter):
-        norm = objective.gradient_norm
+        size = float(np.abs(gradient).max())
         forcing = min(0.5, np.sqrt(np.linalg.norm(gradient) / start))
         while True:
             step = _step(objective, theta, gradient, float(forcing), damping)
@@ -57,8 +57,9 @@ def newton_cg(
             return True
         if not resolved:
             # Newton's steps shrink the gradient manyfold, or what is left is rounding
-            slow = slow + 1 if objective.gradient_norm > norm / 2 else 0
-            if objective.gradient_norm >= norm or slow == 3:
+            left = float(np.abs(objective(found[0])[1]).max())
+            slow = slow + 1 if left > size / 2 else 0
+            if left >= size or slow == 3:
                 return True
         theta, length = found
         decrement = -0.5 * float(gradient @ step)
