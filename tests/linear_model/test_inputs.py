@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import os
+import subprocess
+import sys
 import tracemalloc
 
 import numpy as np
@@ -343,3 +346,35 @@ def test_half_features_are_not_copied():
 def test_numbers_beyond_float32_are_named(options, y, weight, message):
     with pytest.raises(ValueError, match=message):
         SoftmaxRegression(**options).fit(X.astype(np.float32), y, weight)
+
+
+DISPATCH = """
+import numpy as np, sklearn, torch
+from sklearn.datasets import load_digits
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from xent import SoftmaxRegression, SoftmaxRegressionCV
+
+X, y = load_digits(return_X_y=True)
+X, t = X.astype(np.float32), torch.from_numpy(y)
+plain = SoftmaxRegression().fit(X, y)
+with sklearn.config_context(array_api_dispatch=True):
+    for dtype in (torch.float32, torch.bfloat16):  # of whole numbers up to 16, which both hold
+        model = SoftmaxRegression().fit(torch.from_numpy(X).to(dtype), t)
+        assert np.array_equal(model.coef_, plain.coef_), dtype
+        assert model.score(torch.from_numpy(X).to(dtype), t) == plain.score(X, y)
+    assert SoftmaxRegressionCV(Cs=[0.1, 1.0], cv=2).fit(torch.from_numpy(X), t).C_ in (0.1, 1.0)
+    scaled = make_pipeline(StandardScaler(), SoftmaxRegression()).fit(torch.from_numpy(X), t)
+    assert scaled.score(torch.from_numpy(X), t) > 0.99
+"""
+
+
+def test_tensors_under_the_array_api_of_scikit_learn():
+    """SciPy reads its environment once, so it is another process."""
+    done = subprocess.run(
+        [sys.executable, "-c", DISPATCH],
+        env=os.environ | {"SCIPY_ARRAY_API": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
