@@ -18,8 +18,9 @@ from typing import Any
 
 from xent._processes.group import Share
 from xent._util.text import quoted
+from xent.data.columns import choose_columns
 from xent.data.limits import MOST_CELL, MOST_NAME, check_columns, check_names
-from xent.data.parquet import choose_columns, from_arrow, within
+from xent.data.parquet import from_arrow, within
 from xent.data.table import Table, Wanted, bad_number
 from xent.errors import BadInput, needs
 
@@ -57,8 +58,8 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
             raise BadInput(f"{path}: the file has columns but no rows")
         _check_cells(path, head)
         _no_number_spoiled(path, wanted, head)
-        columns = choose_columns(path, wanted, schema)
-        column_types = {name: pa.float64() for name in columns.features}
+        columns = choose_columns(path, wanted, schema, no_lists)
+        column_types = {name: pa.float64() for name in columns.read}
         if columns.label is not None:
             column_types[columns.label] = pa.string()
         wanted_types = types(column_types, list(column_types))
@@ -76,6 +77,11 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
     except (pa.ArrowInvalid, OSError) as error:
         raise _diagnose_csv(path, wanted, parse, error) from error
     return from_arrow(path, wanted, arrow, columns, start)
+
+
+def no_lists(name: str) -> int:
+    """Raise an error: a column of text holds no lists."""
+    raise AssertionError(f"column {name} of a file of text is none of lists")
 
 
 def _check_header(path: Path, delimiter: str) -> None:
@@ -152,7 +158,7 @@ def _diagnose_csv(path: Path, wanted: Wanted, parse: Any, error: Exception) -> B
     try:
         with csv.open_csv(path, **given) as head:
             schema = head.schema
-        features = choose_columns(path, wanted, schema).features
+        features = choose_columns(path, wanted, schema, no_lists).read
         texts = csv.ConvertOptions(column_types=dict.fromkeys(schema.names, pa.string()))
         with csv.open_csv(path, convert_options=texts, **given) as blocks:
             first = 0

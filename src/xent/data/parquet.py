@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 
 from xent._processes.group import Share
 from xent._util.text import quoted
+from xent.data.columns import Columns, check_numbers, choose_columns, matrix, width_of
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
 from xent.data.reading import reading
-from xent.data.rows import BATCH, Batch, computed_dtype, row_source
-from xent.data.table import Table, Wanted, bad_number, check_finite, choose, no_label
+from xent.data.rows import BATCH, Batch, as_tensor, computed_dtype, row_source
+from xent.data.table import Table, Wanted, check_finite, no_label
 from xent.errors import BadInput, needs
 
 MOST_ROWS = 1 << 16
@@ -33,28 +33,6 @@ IN_MEMORY = 384 << 20
 """Bytes of features up to which a file's rows are decoded once, and kept."""
 
 
-class Columns(NamedTuple):
-    """The wanted columns of an Arrow table."""
-
-    features: list[str]
-    label: str | None
-    skipped: tuple[str, ...]  # those that are neither features nor excluded nor the label
-
-    @property
-    def names(self) -> list[str]:
-        """The names of those that are read, the label last."""
-        return self.features if self.label is None else [*self.features, self.label]
-
-
-def choose_columns(path: Path, wanted: Wanted, schema: Any) -> Columns:
-    """Choose among the columns of an Arrow schema."""
-    features = choose(path, wanted, schema.names, [is_number(field.type) for field in schema])
-    label = wanted.label if wanted.label in schema.names else None
-    passed_over = {*features, wanted.label, *wanted.exclude}
-    others = [name for name in schema.names if wanted.features is None and name not in passed_over]
-    return Columns(features, label, tuple(others))
-
-
 def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
     """Return the share's rows of a Parquet file."""
     with needs("probe"):
@@ -64,22 +42,20 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
         about, schema = file.metadata, file.schema_arrow
         check_columns(path, len(schema.names))
         check_names(path, schema.names)
-        columns = choose_columns(path, wanted, schema)
+        columns = choose_columns(path, wanted, schema, lambda name: _first_width(path, file, name))
+    check_numbers(path, wanted, columns, schema)
     rows = share.of(about.num_rows)
-    count, size = rows.stop - rows.start, len(columns.features)
+    count, names = rows.stop - rows.start, columns.names
     # every label takes eight bytes at least, as does the memory of a position
     check_memory(path, 16 * count, f"{count:,} rows")
-    kinds = [schema.field(name).type for name in columns.features]
-    source = ParquetRows(path, wanted, columns.features, rows, matrix_type(kinds))
-    for name, kind in zip(columns.features, kinds, strict=True):
-        _check_number(path, wanted, name, kind)
+    source = ParquetRows(path, wanted, columns, rows)
     features: np.ndarray | ParquetRows = source
-    if count * size * source.stored.itemsize <= IN_MEMORY // wanted.parts:
-        features = np.empty((count, size), source.stored)
+    if count * len(names) * source.stored.itemsize <= IN_MEMORY // wanted.parts:
+        features = np.empty((count, len(names)), source.stored)
         for here, batch in source.batches():
             features[here] = batch[:].numpy()
-    check_finite(path, wanted, row_source(features), columns.features, rows.start)
-    table = Table(str(path), features, tuple(columns.features), skipped=columns.skipped, start=rows.start)
+    check_finite(path, wanted, row_source(features), names, rows.start, columns.bases)
+    table = Table(str(path), features, tuple(names), skipped=columns.skipped, start=rows.start)
     if columns.label is None:
         return table
     # text of the file's dictionary is there once, however many rows have it
@@ -101,36 +77,40 @@ def count_parquet(path: Path) -> int:
 
 
 class ParquetRows:
-    """Numeric columns of a file, decoded a batch at a time, whenever they are gone through.
+    """The features of a file, decoded a batch at a time, whenever they are gone through.
 
     Args:
-        features: the columns.
         rows: positions in the file, of all its rows.
-        stored: the type that a batch is decoded into.
     """
 
     in_memory = False
 
-    def __init__(
-        self, path: Path, wanted: Wanted, features: Sequence[str], rows: slice, stored: np.dtype
-    ) -> None:
-        self._path, self._wanted, self._features, self._rows = path, wanted, features, rows
-        self.stored, self.dtype = stored, computed_dtype(stored)
-        self.shape = (rows.stop - rows.start, len(features))
+    def __init__(self, path: Path, wanted: Wanted, columns: Columns, rows: slice) -> None:
+        self._path, self._wanted, self._columns, self._rows = path, wanted, columns, rows
+        self.stored = columns.dtype  # that a batch is decoded into
+        self.dtype = computed_dtype(self.stored)
+        self.shape = (rows.stop - rows.start, len(columns.names))
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the decoded rows; raise ``BadInput`` where the file does not hold what it did."""
         from pyarrow import parquet
 
-        size, start = max(1, min(MOST_ROWS, BATCH // len(self._features))), 0
+        columns, size, start = self._columns, max(1, min(MOST_ROWS, BATCH // self.shape[1])), 0
         # Arrow would else hold all that is to be read of the file, and decode no sooner
         how = {"pre_buffer": False, "buffer_size": PIECE}
         with reading(self._path, "Parquet"), parquet.ParquetFile(self._path, **how) as file:
-            for part in _batches_of(file, self._features, self._rows, size):
+            for part in _batches_of(file, columns.read, self._rows, size):
                 at = self._rows.start + start
-                made = matrix(self._path, self._wanted, part, self._features, at, self.stored)
-                yield slice(start, start + len(made)), Batch(torch.from_numpy(made))
+                made = matrix(self._path, self._wanted, part, columns.features, at, self.stored)
+                yield slice(start, start + len(made)), Batch(as_tensor(made))
                 start += len(made)
+
+
+def _first_width(path: Path, file: Any, name: str) -> int:
+    """Return the length of the first list in a column."""
+    for batch in file.iter_batches(1, columns=[name]):
+        return width_of(path, batch.column(0), name)
+    return 0
 
 
 def _batches_of(file: Any, columns: Sequence[str], rows: slice, size: int) -> Iterator[Any]:
@@ -155,13 +135,6 @@ def within(batches: Iterable[Any], rows: slice, position: int = 0) -> Iterator[A
         position += len(batch)
 
 
-def is_number(kind: Any) -> bool:
-    """Return whether an Arrow type is one of real numbers."""
-    import pyarrow as pa
-
-    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
-
-
 def is_text(kind: Any) -> bool:
     """Return whether an Arrow type is one of text."""
     import pyarrow as pa
@@ -177,66 +150,26 @@ def table_from_arrow(path: Path, wanted: Wanted, arrow: Any, share: Share) -> Ta
     """
     check_columns(path, len(arrow.schema.names))
     check_names(path, arrow.schema.names)
-    columns, rows = choose_columns(path, wanted, arrow.schema), share.of(arrow.num_rows)
-    part = arrow.select(columns.names).slice(rows.start, rows.stop - rows.start)
+    columns = choose_columns(
+        path, wanted, arrow.schema, lambda name: width_of(path, arrow.column(name).slice(0, 1), name)
+    )
+    rows = share.of(arrow.num_rows)
+    names = [*columns.read, columns.label] if columns.label is not None else columns.read
+    part = arrow.select(names).slice(rows.start, rows.stop - rows.start)
     return from_arrow(path, wanted, part, columns, rows.start)
 
 
 def from_arrow(path: Path, wanted: Wanted, arrow: Any, columns: Columns, start: int) -> Table:
     """Return some rows of a file as a table, the first at ``start``."""
-
-    features, label, left_out = columns
-    kinds = [arrow.schema.field(name).type for name in features]
-    for name, kind in zip(features, kinds, strict=True):
-        _check_number(path, wanted, name, kind)
-    made = matrix(path, wanted, arrow, features, start, matrix_type(kinds))
-    check_finite(path, wanted, row_source(made), features, start)
+    check_numbers(path, wanted, columns, arrow.schema)
+    names, label = columns.names, columns.label
+    made = matrix(path, wanted, arrow, columns.features, start, columns.dtype)
+    check_finite(path, wanted, row_source(made), names, start, columns.bases)
+    table = Table(str(path), made, tuple(names), skipped=columns.skipped, start=start)
     if label is None:
-        return Table(str(path), made, tuple(features), skipped=left_out, start=start)
+        return table
     codes, classes = _arrow_labels(path, wanted, arrow.column(label), label, start)
-    return Table(str(path), made, tuple(features), label, codes, classes, left_out, start)
-
-
-def matrix_type(kinds: Sequence[Any]) -> np.dtype:
-    """Return the type that columns of some Arrow types are decoded into: the narrowest that holds them."""
-    import pyarrow as pa
-
-    if not all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds):
-        return np.dtype(np.float64)
-    return np.dtype(np.float32 if any(pa.types.is_float32(kind) for kind in kinds) else np.float16)
-
-
-def _check_number(path: Path, wanted: Wanted, name: str, kind: Any) -> None:
-    import pyarrow as pa
-
-    if not (is_number(kind) or pa.types.is_boolean(kind)):
-        raise BadInput(
-            f"{path}: column {quoted(name)} ({wanted.origin}) holds {kind}, not numbers; "
-            f"{wanted.without(name)}"
-        )
-
-
-def matrix(
-    path: Path, wanted: Wanted, arrow: Any, features: Sequence[str], start: int, dtype: np.dtype
-) -> np.ndarray:
-    """Return columns of an Arrow table or batch as (rows, columns); the first is at ``start`` of the file.
-
-    Raises ``BadInput`` for a number that is missing.
-    """
-    import pyarrow as pa
-
-    made = np.empty((arrow.num_rows, len(features)), dtype)
-    for j, name in enumerate(features):
-        column = arrow.column(name)
-        if column.null_count:
-            row = start + int(np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0])
-            raise bad_number(path, wanted, name, row, None)
-        if pa.types.is_boolean(column.type):
-            column = column.cast(pa.int8())
-        if pa.types.is_decimal(column.type):
-            column = column.cast(pa.float64())
-        made[:, j] = column.to_numpy(zero_copy_only=False)
-    return made
+    return dataclasses.replace(table, label_name=label, codes=codes, classes=classes)
 
 
 def _is_blank(column: Any) -> bool:

@@ -105,11 +105,7 @@ def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[b
     for name, count in times.items():
         if count > 1:
             raise BadInput(f"{path}: column {quoted(name)} is there {count} times; rename all but one")
-    for name, count in collections.Counter(wanted.features or ()).items():
-        if count > 1:
-            raise BadInput(
-                f"{path}: column {quoted(name)} is asked for {count} times ({wanted.origin}); once is enough"
-            )
+    check_once(path, wanted)
     if wanted.label is not None and wanted.label not in times and not wanted.label_optional:
         raise BadInput(f"{path}: no column {quoted(wanted.label)} for --label; {_there_are(names)}")
     for option, names_wanted in (("--exclude", wanted.exclude), (wanted.origin, wanted.features or ())):
@@ -132,6 +128,15 @@ def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[b
     return chosen
 
 
+def check_once(path: Path, wanted: Wanted) -> None:
+    """Raise ``BadInput`` for a feature that is named twice."""
+    for name, count in collections.Counter(wanted.features or ()).items():
+        if count > 1:
+            raise BadInput(
+                f"{path}: column {quoted(name)} is asked for {count} times ({wanted.origin}); once is enough"
+            )
+
+
 def some(names: Sequence[str], most: int = 8) -> str:
     """Return a list of names for a message, cut where it is long."""
     shown = ", ".join(quoted(name) for name in itertools.islice(names, most))
@@ -146,12 +151,17 @@ def _there_are(names: Sequence[str]) -> str:
     return f"its columns are {some(names)}"
 
 
-def bad_number(path: Path, wanted: Wanted, column: str, row: int, value: object) -> BadInput:
-    """Return the error for a cell, of a row counted from 0, that is no finite number."""
+def bad_number(
+    path: Path, wanted: Wanted, name: str, row: int, value: object, column: str | None = None
+) -> BadInput:
+    """Return the error for a feature, of a row counted from 0, that is no finite number.
+
+    ``column`` is the column that it lies in, where that has another name.
+    """
     said = "is missing" if value is None else f"holds {quoted(value)}"
     return BadInput(
-        f"{path}: row {row + 1}, column {quoted(column)} {said} where a finite number is needed; "
-        f"correct or drop the row, or {wanted.without(column)}"
+        f"{path}: row {row + 1}, column {quoted(name)} {said} where a finite number is needed; "
+        f"correct or drop the row, or {wanted.without(column or name)}"
     )
 
 
@@ -168,10 +178,18 @@ def _as_option(name: str) -> str:
     return shlex.quote(row.getvalue())
 
 
-def check_finite(path: Path, wanted: Wanted, source: RowSource, names: Sequence[str], start: int) -> None:
-    """Raise ``BadInput`` for the first number that is not finite."""
+def check_finite(
+    path: Path,
+    wanted: Wanted,
+    source: RowSource,
+    names: Sequence[str],
+    start: int,
+    columns: Sequence[str] | None = None,
+) -> None:
+    """Raise ``BadInput`` for the first number that is not finite; ``columns`` are those of the features."""
     for here, x in blocks(source):
         finite = x.isfinite()
         if not finite.all():
             row, j = (~finite).nonzero()[0].tolist()
-            raise bad_number(path, wanted, names[j], start + here.start + row, x[row, j].item())
+            at, column = start + here.start + row, None if columns is None else columns[j]
+            raise bad_number(path, wanted, names[j], at, x[row, j].item(), column)

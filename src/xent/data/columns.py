@@ -1,0 +1,259 @@
+"""The columns of an Arrow table that are features: numbers, or lists of as many numbers in every row.
+
+    a column x of numbers            x
+    a column emb of lists of 768     emb[0], emb[1], ..., emb[767]
+
+Lists are of any of Arrow's kinds: ``list``, ``large_list``, ``fixed_size_list`` and fixed-shape tensors,
+which are taken flat.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xent._util.text import quoted
+from xent.data.limits import check_columns
+from xent.data.table import Wanted, bad_number, check_once, choose
+from xent.errors import BadInput
+
+_ENTRY = re.compile(r"(.+)\[([0-9]+)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """A column of features, or some entries of the lists in it."""
+
+    name: str
+    kind: Any  # its Arrow type
+    width: int | None = None  # numbers in each row's list; None for a column of numbers
+    entries: tuple[int, ...] | None = None  # those that are meant; None is all, in their order
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the features in it."""
+        if self.width is None:
+            return [self.name]
+        return [f"{self.name}[{i}]" for i in self.entries or range(self.width)]
+
+    @property
+    def number(self) -> Any:
+        """The Arrow type of its numbers."""
+        return self.kind if self.width is None else list_of(self.kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The wanted columns of an Arrow table."""
+
+    features: tuple[Column, ...]
+    label: str | None
+    skipped: tuple[str, ...]  # those that are neither features nor excluded nor the label
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the features, in their order."""
+        return [name for column in self.features for name in column.names]
+
+    @property
+    def bases(self) -> list[str]:
+        """The column that each of the features lies in."""
+        return [column.name for column in self.features for _ in column.names]
+
+    @property
+    def read(self) -> list[str]:
+        """The columns of the file that hold features, each once."""
+        return list(dict.fromkeys(column.name for column in self.features))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The type that they are decoded into: the narrowest that holds them all."""
+        import pyarrow as pa
+
+        kinds = [column.number for column in self.features]
+        if not all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds):
+            return np.dtype(np.float64)
+        return np.dtype(np.float32 if any(pa.types.is_float32(kind) for kind in kinds) else np.float16)
+
+
+def choose_columns(path: Path, wanted: Wanted, schema: Any, width: Callable[[str], int]) -> Columns:
+    """Choose among the columns of an Arrow schema; ``width(name)`` is the length of a column's first list.
+
+    Raises ``BadInput`` for columns that are not there, and for too many of them.
+    """
+    kinds = dict(zip(schema.names, (field.type for field in schema), strict=True))
+    lists = {name for name, kind in kinds.items() if is_number(list_of(kind))}
+    asked = None if wanted.features is None else [_entry(name, lists) for name in wanted.features]
+    bases = wanted
+    if asked is not None and _entries(asked):
+        bases = dataclasses.replace(wanted, features=list(dict.fromkeys(name for name, _ in asked)))
+        check_once(path, wanted)
+    others = {wanted.label, *wanted.exclude} if bases.features is None else lists - {*bases.features}
+    widths = {name: width(name) if name in lists else None for name in kinds if name not in others}
+    usable = [is_number(kind) or bool(widths.get(name)) for name, kind in kinds.items()]
+    chosen = choose(path, bases, schema.names, usable)
+    if asked is None or not _entries(asked):
+        features = [Column(name, kinds[name], widths[name]) for name in chosen]
+    else:
+        features = [_column(path, wanted, kinds, widths, *group) for group in _groups(asked)]
+    check_columns(path, sum(column.width or 1 for column in features))
+    label = wanted.label if wanted.label in schema.names else None
+    passed_over = {*chosen, wanted.label, *wanted.exclude}
+    skipped = [name for name in schema.names if wanted.features is None and name not in passed_over]
+    return Columns(tuple(features), label, tuple(skipped))
+
+
+def _entry(name: str, lists: set[str]) -> tuple[str, int | None]:
+    """Return the column of a feature, and its position in the lists there."""
+    found = _ENTRY.fullmatch(name)
+    return (found[1], int(found[2])) if found is not None and found[1] in lists else (name, None)
+
+
+def _entries(asked: Sequence[tuple[str, int | None]]) -> bool:
+    return any(position is not None for _, position in asked)
+
+
+def _groups(asked: Sequence[tuple[str, int | None]]) -> list[tuple[str, list[int | None]]]:
+    """Return neighbouring features of one column together."""
+    return [
+        (name, [i for _, i in group]) for name, group in itertools.groupby(asked, key=lambda entry: entry[0])
+    ]
+
+
+def _column(
+    path: Path,
+    wanted: Wanted,
+    kinds: dict[str, Any],
+    widths: dict[str, int | None],
+    name: str,
+    positions: list[int | None],
+) -> Column:
+    width = widths[name]
+    if width is None or None in positions:
+        return Column(name, kinds[name], width)
+    entries = tuple(position for position in positions if position is not None)
+    beyond = [position for position in entries if position >= width]
+    if beyond:
+        raise BadInput(
+            f"{path}: no {quoted(f'{name}[{beyond[0]}]')} ({wanted.origin}): the lists of column "
+            f"{quoted(name)} hold {width} numbers"
+        )
+    return Column(name, kinds[name], width, None if entries == tuple(range(width)) else entries)
+
+
+def check_numbers(path: Path, wanted: Wanted, columns: Columns, schema: Any) -> None:
+    """Raise ``BadInput`` for a column of features that holds none, by its type in an Arrow schema."""
+    import pyarrow as pa
+
+    for column in columns.features:
+        kind = schema.field(column.name).type
+        number = kind if column.width is None else list_of(kind)
+        if column.width == 0:
+            why = "holds an empty list in the first row"
+        elif not (is_number(number) or pa.types.is_boolean(number)):
+            why = f"holds {kind}, not numbers"
+        else:
+            continue
+        raise BadInput(
+            f"{path}: column {quoted(column.name)} ({wanted.origin}) {why}; {wanted.without(column.name)}"
+        )
+
+
+def is_number(kind: Any) -> bool:
+    """Return whether an Arrow type is one of real numbers."""
+    import pyarrow as pa
+
+    return kind is not None and bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    )
+
+
+def list_of(kind: Any) -> Any:
+    """Return the type of the entries of an Arrow type of lists, None for another."""
+    import pyarrow as pa
+
+    if isinstance(kind, pa.FixedShapeTensorType):
+        return kind.value_type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return kind.value_type if is_list else None
+
+
+def width_of(path: Path, first: Any, name: str) -> int:
+    """Return the length of the first list of a column, given as an array of that row alone."""
+    value = first[0].as_py() if len(first) else []
+    if value is None:
+        raise BadInput(f"{path}: row 1, column {quoted(name)} is missing where a list of numbers is needed")
+    return int(np.size(value))
+
+
+def matrix(
+    path: Path, wanted: Wanted, arrow: Any, features: Sequence[Column], start: int, dtype: np.dtype
+) -> np.ndarray:
+    """Return columns of an Arrow table or batch as (rows, features); the first is at ``start`` of the file.
+
+    Raises ``BadInput`` for a number that is missing, and for lists of another length.
+    """
+    parts = [_numbers(path, wanted, arrow.column(column.name), column, start) for column in features]
+    if len(parts) == 1 and parts[0].dtype == dtype and parts[0].ndim == 2:
+        return np.ascontiguousarray(parts[0])
+    made = np.empty((arrow.num_rows, sum(part.shape[1] if part.ndim == 2 else 1 for part in parts)), dtype)
+    at = 0
+    for part in parts:
+        here = made[:, at : at + part.shape[1]] if part.ndim == 2 else made[:, at]
+        here[...] = part
+        at += part.shape[1] if part.ndim == 2 else 1
+    return made
+
+
+def _numbers(path: Path, wanted: Wanted, given: Any, column: Column, start: int) -> np.ndarray:
+    """Return the numbers of a column, (rows,), or (rows, entries) of lists."""
+    import pyarrow as pa
+
+    array = given.combine_chunks() if isinstance(given, pa.ChunkedArray) else given
+    if isinstance(array, pa.ChunkedArray):  # of no chunk
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    if array.null_count:
+        row = start + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+        raise bad_number(path, wanted, column.name, row, None)
+    if column.width is None:
+        return _plain(array)
+    array = array.storage if isinstance(array, pa.ExtensionArray) else array
+    count, width = len(array), column.width
+    if not pa.types.is_fixed_size_list(array.type):
+        lengths = array.value_lengths().to_numpy(zero_copy_only=False)
+        odd = np.flatnonzero(lengths != width)
+        if len(odd):
+            raise _uneven(path, wanted, column, start + int(odd[0]), int(lengths[odd[0]]))
+    elif array.type.list_size != width:
+        raise _uneven(path, wanted, column, start, array.type.list_size)
+    values = array.flatten()
+    if values.null_count:
+        at = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+        name, row = f"{column.name}[{at % width}]", start + at // width
+        raise bad_number(path, wanted, name, row, None, column.name)
+    numbers = _plain(values).reshape(count, width)
+    return numbers if column.entries is None else numbers[:, list(column.entries)]
+
+
+def _uneven(path: Path, wanted: Wanted, column: Column, row: int, length: int) -> BadInput:
+    return BadInput(
+        f"{path}: row {row + 1}, column {quoted(column.name)} holds a list of {length} numbers and the first "
+        f"row one of {column.width}; correct or drop the row, or {wanted.without(column.name)}"
+    )
+
+
+def _plain(array: Any) -> np.ndarray:
+    """Return an Arrow array of numbers or booleans without nulls."""
+    import pyarrow as pa
+
+    if pa.types.is_boolean(array.type):
+        array = array.cast(pa.int8())
+    if pa.types.is_decimal(array.type):
+        array = array.cast(pa.float64())
+    return array.to_numpy(zero_copy_only=False)
