@@ -44,6 +44,19 @@ def a_parquet(**options: object) -> bytes:
     return file.getvalue()
 
 
+def a_parquet_of_lists() -> bytes:
+    """Lists of any length and of a fixed one beside each other; null in the lists of neither."""
+    sizes = np.arange(0, X.size + 1, X.shape[1], dtype=np.int32)
+    flat = pa.array(X.ravel().astype(np.float32))
+    lists = {
+        "of any length": pa.ListArray.from_arrays(sizes, flat),
+        "of one": pa.FixedSizeListArray.from_arrays(flat, X.shape[1]),
+    }
+    written = io.BytesIO()
+    parquet.write_table(pa.table(lists | {"y": table().column("y")}), written, row_group_size=11)
+    return written.getvalue()
+
+
 def an_npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)

@@ -25,6 +25,7 @@ FORMATS = {  # name: the file that is damaged, its bytes, the command
         lambda: m.a_parquet(row_group_size=7, compression="zstd", use_dictionary=False),
         ["fit", "d.parquet", *FIT],
     ),
+    "parquet of lists": ("d.parquet", m.a_parquet_of_lists, ["fit", "d.parquet", *FIT]),
     "npy": ("X.npy", lambda: m.an_npy(m.X), ["fit", "X.npy", *FIT, "--label", "y.npy"]),
     "npy labels": ("y.npy", lambda: m.an_npy(m.TEXT), ["fit", "X.npy", *FIT, *LABELS]),
     "npz": ("d.npz", lambda: m.an_npz(np.savez, m.TEXT), ["fit", "d.npz", *FIT]),
