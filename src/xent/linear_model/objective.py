@@ -92,7 +92,9 @@ class Objective:
         """
         zero, one = np.zeros(self.n_features), np.ones(self.n_features)
         m, s = (zero, one) if standardisation is None else (v.astype(np.float64) for v in standardisation)
-        found = moments(self._blocks(), self.n_features, self.ranks)
+        found = moments(self._blocks(self.dtype), self.n_features, self.ranks)
+        if self.dtype == np.float32 and not (np.isfinite(found.squares) & (found.squares > 0)).all():
+            found = moments(self._blocks(np.dtype(np.float64)), self.n_features, self.ranks)
         self.total = found.mass
         if not self.total > 0:
             raise ValueError(
@@ -128,10 +130,13 @@ class Objective:
         mass = np.ones(len(target)) if weight is None else weight[rows].astype(np.float64)
         return mass if target.ndim == 1 else mass * target.sum(axis=1, dtype=np.float64)
 
-    def _blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the masses (n,) and the features (n, D) of some rows at a time, on the device."""
+    def _blocks(self, dtype: np.dtype) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the masses (n,) and the features (n, D) of some rows at a time, on the device, in a type."""
         for here, x in blocks(self.rows.source):
-            yield torch.from_numpy(self.mass(here)).to(self.device), x.to(self.device)
+            yield (
+                torch.from_numpy(self.mass(here)).to(self.device),
+                x.to(self.device, getattr(torch, dtype.name)),
+            )
 
     def second_moment(self, most: int) -> Tensor:
         """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1) float32, of about as many rows of all ranks.

@@ -45,19 +45,20 @@ class Moments:
 def moments(parts: Iterable[tuple[Tensor, Tensor]], n_features: int, ranks: Ranks = ALONE) -> Moments:
     """Return the moments of all ranks' rows, handed over as masses (n,) and features (n, D) of a few each.
 
-    Columns whose mean is beyond the largest number have mean 0.
+    Those of a part are formed in the type of its features. Columns whose mean is beyond the largest number
+    have mean 0.
     """
     zero = np.zeros(n_features)
     found = Moments(0.0, zero, zero)
     with np.errstate(all="ignore"):  # numbers whose squares leave the range are the caller's to judge
         for mass, x in parts:
-            mass, x = mass.double(), x.double()
-            total = float(mass.sum())
+            total = float(mass.sum(dtype=torch.float64))
             if not total:
                 continue
-            center = (mass @ x) / total
-            squares = (mass @ (x - center).square_()) / total
-            found += Moments(total, center.cpu().numpy(), squares.cpu().numpy())
+            share = (mass / total).to(x.dtype)
+            center = share @ x
+            squares = share @ (x - center).square_()
+            found += Moments(total, center.double().cpu().numpy(), squares.double().cpu().numpy())
         if ranks.size > 1 and (total := float(ranks.sum(found.mass))):
             of_all = ranks.sum(found.mean * found.mass) / total
             found = Moments(total, of_all, ranks.sum(found.about(of_all) * found.mass) / total)
@@ -85,7 +86,7 @@ def standardisation(source: RowSource, wanted: bool, ranks: Ranks) -> tuple[np.n
     n_features, dtype = source.shape[1], source.dtype
     if not wanted:
         return np.zeros(n_features, dtype), np.ones(n_features, dtype)
-    found = moments(((torch.ones(len(x)), x) for _, x in blocks(source)), n_features, ranks)
+    found = moments(((torch.ones(len(x)), x.double()) for _, x in blocks(source)), n_features, ranks)
     scale = np.sqrt(found.squares)
     # a constant feature's deviation is rounding; dividing by it would make noise of size 1
     constant = scale <= 10 * np.finfo(dtype).eps * np.abs(found.mean)
