@@ -514,3 +514,21 @@ def test_masses_of_any_size_have_a_score():
     model = SoftmaxRegression().fit(X, y)
     T = np.eye(3)[y]
     assert model.score(X, T * 1e308) == pytest.approx(model.score(X, T), rel=1e-12)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_raw_features_of_any_scale(classes, dtype):
+    """Columns of deviation 1e-18 to 1e18: what all classes have in common is divided by no ridge of 1e-38."""
+    rng = np.random.default_rng(1)
+    X, y = rng.normal(size=(200, 6)), np.arange(200) % classes
+    scales = np.array([1e-18, 1e-6, 1, 1e6, 1e12, 1e18])
+    model = SoftmaxRegression(tol=1e-6).fit((X * scales).astype(dtype), y)
+    right = SoftmaxRegression(tol=1e-9).fit(X * scales.clip(1e-6, 1e6), y)
+    assert model.converged_
+    assert model.loss_curve_[-1] == pytest.approx(right.loss_curve_[-1], rel=2e-6)
+    np.testing.assert_allclose(
+        model.predict_proba((X * scales).astype(dtype)),
+        right.predict_proba(X * scales.clip(1e-6, 1e6)),
+        atol=1e-3,
+    )

@@ -51,6 +51,8 @@ def read_table(path: str | Path | Sequence[str | Path], wanted: Wanted, ranks: R
             table = read_share(files[0], wanted, ranks.share)
         else:
             table = read_parts(files, wanted, ranks.share, read_share)
+            if len(paths) == 1:
+                table = dataclasses.replace(table, source=str(paths[0]))
     ranks.check_equal(f"copy of {table.source}", [file.stat().st_size for file in files])
     return merge_classes(table, ranks)
 

@@ -36,6 +36,9 @@ WIDEST = 1 << 12
 ROWS = 16
 """Rows of which the second moment is formed, in multiples of D."""
 
+UNFELT = 1e-7
+"""Share of the loss's curvature below which float32 does not feel a ridge."""
+
 Preconditioner: TypeAlias = Callable[[Tensor], Tensor]
 """A symmetric positive map of (K, D + 1), applied to several at once: (V, K, D + 1), in float32."""
 
@@ -104,12 +107,18 @@ def apart(gradient: Tensor, inverse: Preconditioner, ridges: Tensor) -> Tensor:
     """Return the inverse times (V, K, D + 1), of what all K classes have in common by the ridges alone.
 
     Adding the same to all classes moves no probability. One vector, of two classes, has no such direction.
+    A ridge below rounding of 1/K, the curvature of the loss, would divide nothing but rounding: what all
+    classes have in common stays there.
     """
     if gradient.shape[1] == 1:
         return inverse(gradient)
     common = gradient.mean(1, keepdim=True)
     made = inverse(gradient - common)
-    return made - made.mean(1, keepdim=True) + common / torch.where(ridges > 0, ridges, torch.inf)
+    return (
+        made
+        - made.mean(1, keepdim=True)
+        + common / torch.where(ridges > UNFELT / gradient.shape[1], ridges, torch.inf)
+    )
 
 
 def ridge(objective: Objective) -> Tensor:
