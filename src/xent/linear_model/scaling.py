@@ -55,7 +55,7 @@ def moments(parts: Iterable[tuple[Tensor, Tensor]], n_features: int, ranks: Rank
             total = float(mass.sum(dtype=torch.float64))
             if not total:
                 continue
-            share = (mass / total).to(x.dtype)
+            share = (mass.double() / total).to(x.dtype)
             center = share @ x
             squares = share @ (x - center).square_()
             found += Moments(total, center.double().cpu().numpy(), squares.double().cpu().numpy())
