@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 from sklearn.datasets import load_breast_cancer, load_digits, load_iris, load_wine
 from sklearn.preprocessing import StandardScaler
 
@@ -90,3 +91,42 @@ def test_rows_that_a_hyperplane_separates_are_said_to_have_no_minimum(fit_interc
     model = SoftmaxRegression(**options).fit(*planted(600, 5, 3))
     assert model.converged_
     assert np.isfinite(model.objective_gap_)
+
+
+def raised(by):
+    """Features whose mean is as many deviations, which without an intercept is a direction like any other."""
+    X, y = planted(1500, 20, 5)
+    return X + by, y, {"fit_intercept": False}
+
+
+def nearly_alike(distance):
+    """Pairs of columns that differ by as much; classes are told apart by the differences as well."""
+    X, y = planted(1500, 20, 5)
+    return np.hstack([X[:, :10], X[:, :10] + distance * X[:, 10:]]), y, {"C": 1e3 / distance**2}
+
+
+ILL_CONDITIONED = {
+    **{f"mean {by:g}": lambda by=by: raised(by) for by in (10, 1e3, 1e4, 1e6, 1e7)},
+    **{f"differences {of:g}": lambda of=of: nearly_alike(of) for of in (1e-2, 1e-4, 1e-6)},
+}
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+@pytest.mark.parametrize("solver", ["lbfgs", "newton-cg"])
+@pytest.mark.parametrize("name", ILL_CONDITIONED)
+def test_directions_that_float32_hides_are_in_the_bound(name, solver, dtype):
+    X, y, options = ILL_CONDITIONED[name]()
+    if dtype == np.float32 and name in ("mean 1e+06", "mean 1e+07"):
+        pytest.skip("coef_ in float32 has no digits for it")
+    X = X.astype(dtype)
+    best = SoftmaxRegression(solver="lbfgs", tol=1e-7, max_iter=300, **options).fit(X.astype(float), y)
+    for tol in (1e-4, 1e-8):
+        model = SoftmaxRegression(solver=solver, tol=tol, **options).fit(X, y)
+        z = model.decision_function(X.astype(float))
+        W = model.coef_.astype(float)
+        loss = logsumexp(z, axis=1) - z[np.arange(len(y)), y]
+        away = loss.mean() + 0.5 / options.get("C", 1.0) / len(y) * np.vdot(W, W) - best.loss_curve_[-1]
+        assert away <= model.objective_gap_ + 1e-6 * best.loss_curve_[-1]
+        if dtype == np.float64 and solver == "lbfgs":
+            assert away <= 1e-4 * best.loss_curve_[-1]

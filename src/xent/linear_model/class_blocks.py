@@ -27,7 +27,7 @@ class Sample:
     Without an intercept the column is of zeros.
     """
 
-    x: Tensor  # (n, D + 1) float32
+    x: Tensor  # (n, D + 1)
     mass: Tensor  # (n,), of mean 1 over all rows of all ranks
 
     def second_moment(self) -> Tensor:
@@ -38,7 +38,7 @@ class Sample:
 def class_blocks(
     sample: Sample,
     second_moment: Tensor,  # (D + 1, D + 1)
-    theta: Tensor,  # (K, D + 1) float32
+    theta: Tensor,  # (K, D + 1)
     binary: bool,
     workers: Workers,
 ) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -66,6 +67,7 @@ class Descent:
         self.stopped_by_callback = False
         self.stalled = False  # the arithmetic resolved no further decrease
         self._short = 1.0  # how many times the estimated decrements were too small, where that was seen
+        self._confirm: Callable[[], None] | None = None  # brings a more careful certificate of the last point
         self._norm: float | None = np.inf
         self._theta = np.zeros(objective.n_vectors * (objective.n_features + 1))
 
@@ -128,9 +130,9 @@ class Descent:
             theta: np.ndarray, decrement: float | None = None, confirm: Callable[[], float] | None = None, /
         ) -> None:
             self._arrive(np.array(theta), None if decrement is None else decrement * self._short)
-            if decrement and confirm is not None and self.stopping == "objective" and self.converged:
-                self._short = max(self._short, confirm() / decrement)
-                self._certify(decrement * self._short)
+            self._confirm = partial(self._confirmed, decrement, confirm) if decrement and confirm else None
+            if self._confirm and self.stopping == "objective" and self.converged:
+                self._confirm()
             if callback is not None:
                 state = len(self.curve) - 1, self.curve[-1], self.gradient_norm
                 model, above = self.objective.to_model(self._theta), self.certificate.bound
@@ -146,6 +148,13 @@ class Descent:
             return
         with contextlib.suppress(StopIteration):
             self.stalled = self.solver.minimize(self.objective, self._theta, self.max_iter, after_iteration)
+        if self._confirm and not self.converged:
+            self._confirm()
+
+    def _confirmed(self, decrement: float, confirm: Callable[[], float]) -> None:
+        """Replace an estimate of the decrement by a more careful one, if that is larger."""
+        self._short = max(self._short, confirm() / decrement)
+        self._certify(decrement * self._short)
 
     def _arrive(self, theta: np.ndarray, decrement: float | None = None) -> None:
         """Take a point as the one reached, with all that is known of it."""

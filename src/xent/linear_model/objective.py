@@ -81,14 +81,16 @@ class Objective:
         self._hessian = HessianSums(self._standardised, shape, self.binary, fit_intercept, self.total, leader)
         self._value, self._gradient = 0.0, np.empty(0)
         self._second: tuple[np.ndarray, np.ndarray] | None = None
+        self.sampled = torch.float32  # the type of a sample of the rows, and of what is made of it
         self._last: tuple[np.ndarray, np.ndarray, float, np.ndarray, np.ndarray] | None = None
         self.penalise(C)
 
     def _place(self, standardisation: tuple[np.ndarray, np.ndarray] | None) -> None:
         """Set what lies between the rows as they are stored, x, and the features x̃ that W is of.
 
-        m and s are given; the center is the mean of x in the type of the features, so that x less it is exact
-        where it matters; without an intercept it is m. μ is the center in x̃.
+        m and s are given. Products are with rows less their mean, the anchor, rounded to the type of the
+        features, so that the difference is exact where it matters. The center is where c is the logits: the
+        anchor, and without an intercept m. μ is the center in x̃.
         """
         zero, one = np.zeros(self.n_features), np.ones(self.n_features)
         m, s = (zero, one) if standardisation is None else (v.astype(np.float64) for v in standardisation)
@@ -100,7 +102,9 @@ class Objective:
             raise ValueError(
                 "nothing is left to fit: sample_weight times class_weight times label mass sums to 0"
             )
-        self.center = found.mean.astype(self.dtype).astype(np.float64) if self.fit_intercept else m
+        self.anchor = found.mean.astype(self.dtype).astype(np.float64)
+        self.center = self.anchor if self.fit_intercept else m
+        self._shift = self.anchor - self.center  # 0 with an intercept
         self.own_scale, self.mean = s, (self.center - m) / s
         with np.errstate(over="ignore"):  # a scale that is not finite is replaced
             self._variance = found.about(self.center) / s**2
@@ -138,34 +142,40 @@ class Objective:
                 x.to(self.device, getattr(torch, dtype.name)),
             )
 
-    def second_moment(self, most: int) -> Tensor:
-        """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1) float32, of about as many rows of all ranks.
+    def second_moment(self, most: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1), of about as many rows of all ranks.
 
-        It is formed once; another σ, of another penalty, scales it.
+        It is formed once, and again where a wider type is asked for, in which class blocks are formed from
+        then on; another σ, of another penalty, scales it.
         """
         side = self.n_features + 1
-        if self._second is None:
-            self._second = self._moments(np.array([most])).reshape(side, side), self.scale
+        if self._second is None or dtype.itemsize > self.sampled.itemsize:
+            self.sampled = max(dtype, self.sampled, key=lambda kind: kind.itemsize)
+            asked = np.array([most, self.sampled.itemsize])
+            self._second = self._moments(asked).reshape(side, side), self.scale
         moment, scale = self._second
         ratio = np.append(scale / self.scale, 1.0)
-        return torch.from_numpy(moment * np.outer(ratio, ratio)).float().to(self.device)
+        return torch.from_numpy(moment * np.outer(ratio, ratio)).to(self.device, self.sampled)
 
-    def _own_moments(self, most: np.ndarray) -> np.ndarray:
-        return self._own_share(self._sample(int(most[0])).second_moment())
+    def _own_moments(self, asked: np.ndarray) -> np.ndarray:
+        most, size = asked.astype(np.int64).tolist()
+        self.sampled = torch.float64 if size == torch.float64.itemsize else torch.float32
+        return self._own_share(self._sample(most).second_moment())
 
     def class_blocks(self, theta: np.ndarray) -> Tensor:
         """Return the diagonal blocks of the Hessian at θ (P,), without the penalty, (K, D + 1, D + 1)."""
         if self.ranks.size == 1:
             return self._formed(theta)
         side = self.n_features + 1
-        return torch.from_numpy(self._blocks_of(theta)).float().reshape(-1, side, side).to(self.device)
+        formed = torch.from_numpy(self._blocks_of(theta)).reshape(-1, side, side)
+        return formed.to(self.device, self.sampled)
 
     def _formed(self, theta: np.ndarray) -> Tensor:
         most = SAMPLE // max(self.n_features + 1, self.n_vectors) * max(1, self.n_rows // self._own_rows)
         sample = self._sample(most)
         alone = self.ranks.size == 1 and self._second is not None
         moment = self.second_moment(0) if alone else sample.second_moment()
-        at = torch.from_numpy(theta.reshape(self.n_vectors, -1)).float().to(self.device)
+        at = torch.from_numpy(theta.reshape(self.n_vectors, -1)).to(self.device, self.sampled)
         return class_blocks(sample, moment, at, self.binary, self.workers)
 
     @property
@@ -186,14 +196,15 @@ class Objective:
         """Return at most as many rows of this process."""
         n_rows, n_features = self.rows.source.shape
         chosen = np.linspace(0, n_rows - 1, min(n_rows, most)).round().astype(np.int64)
-        x = torch.full((len(chosen), n_features + 1), float(self.fit_intercept), device=self.device).float()
+        shape, ones = (len(chosen), n_features + 1), float(self.fit_intercept)
+        x = torch.full(shape, ones, device=self.device, dtype=self.sampled)
         center, unit = (
             torch.from_numpy(v.astype(self.dtype)).to(self.device) for v in (self.center, self.unit)
         )
         for here, picked in blocks(SelectedRows(self.rows.source, chosen)):
-            x[here, :-1] = (picked.to(self.device) - center).div_(unit)
+            x[here, :-1] = (picked.to(self.device) - center).to(self.sampled).div_(unit)
         mass = self.mass(chosen) * (self.n_rows / self.total)
-        return Sample(x, torch.from_numpy(mass).float().to(self.device))
+        return Sample(x, torch.from_numpy(mass).to(x))
 
     def _standardised(self) -> LabelledRows:
         """Return the rows as the solver sees them, (x̃ − μ)/σ."""
@@ -297,7 +308,11 @@ class Objective:
         for loss, gradient in self.workers.map(part, self._chunks(self.rows)):
             total[0] += loss
             total[1:] += gradient
-        total[1:].reshape(self.n_vectors, -1)[:, :-1] /= self.unit
+        gradient = total[1:].reshape(self.n_vectors, -1)
+        if not self.fit_intercept:
+            gradient[:, :-1] += np.outer(gradient[:, -1], self._shift)
+            gradient[:, -1] = 0
+        gradient[:, :-1] /= self.unit
         return total
 
     def loss(self, model: np.ndarray, rows: LabelledRows) -> np.ndarray:
@@ -322,13 +337,18 @@ class Objective:
                 yield z, target[here], None if weight is None else weight[here]
 
     def _head(self, theta: np.ndarray) -> Tensor:
-        """Return what rows less the center are multiplied with, (V/unit | c), (K, D + 1), in their type."""
+        """Return what rows less the anchor are multiplied with, (K, D + 1), in their type.
+
+        It is (V/unit | c), and without an intercept (V/unit | the logits of the anchor).
+        """
         head = theta.reshape(self.n_vectors, -1).copy()
         head[:, :-1] /= self.unit
+        if not self.fit_intercept:
+            head[:, -1] = head[:, :-1] @ self._shift
         return torch.from_numpy(head.astype(self.dtype)).to(self.device)
 
     def _centred(self, x: Tensor, head: Tensor) -> Tensor:
-        return x - torch.from_numpy(self.center).to(head)
+        return x - torch.from_numpy(self.anchor).to(head)
 
     def _chunks(self, rows: LabelledRows) -> Iterator[Chunk]:
         """Yield the rows in the parts that workers take."""
@@ -369,14 +389,12 @@ class Objective:
         self, head: Tensor, x: Batch, target: Tensor, weight: Tensor | None, with_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         logits = self._of_all_classes(head)
-        bias = logits[:, -1] if self.fit_intercept else None
-        center = torch.from_numpy(self.center).to(head) if self.center.any() else None
-        rows = RowPass(logits[:, :-1].contiguous(), bias, center)
+        anchor = torch.from_numpy(self.anchor).to(head) if self.anchor.any() else None
+        rows = RowPass(logits[:, :-1].contiguous(), logits[:, -1], anchor)
         with fast_products(self.device, logits.dtype, len(x) * self.n_features * len(logits)):
             if not with_gradient:
                 return rows.loss(x, target, weight), head
             loss, to_W, to_b = rows.loss_and_gradient(x, target, weight)
-        to_b = to_b if self.fit_intercept else torch.zeros_like(to_b)
         return loss, torch.cat([to_W, to_b[:, None]], dim=1)[-self.n_vectors :]
 
     def _of_all_classes(self, head: Tensor) -> Tensor:
@@ -384,14 +402,14 @@ class Objective:
         return torch.cat([torch.zeros_like(head), head]) if self.binary else head
 
     def _fused(self, head: Tensor, x: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        """Return the sum of the losses of rows less the center, of any targets and of classes in slices."""
+        """Return the sum of the losses of rows less the anchor, of any targets and of classes in slices."""
         head = self._of_all_classes(head)
         head = head[Share(self.ranks.slice, self.ranks.slices).of(len(head))]
         return linear_cross_entropy(
             x,
             head[:, :-1].contiguous(),
             target,
-            linear_bias=head[:, -1] if self.fit_intercept else None,
+            linear_bias=head[:, -1],
             sample_weight=weight,
             reduction="sum",
             group=self.ranks.group,

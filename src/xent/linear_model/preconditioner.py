@@ -9,13 +9,15 @@ At W = 0 every row has p = 1/C, and the Hessian of the mean loss is exactly
     H_cc = Σ_n m_n p_nc (1 − p_nc) x̃_n x̃_nᵀ / Σ_n m_n + λ/σ²
 
 (`ClassBlocks`: the largest terms of each sum as they are, the rest as their weight times A). Both are formed
-from a sample of the rows, in float32: an approximate inverse costs iterations, not digits.
+from a sample of the rows, in float32: an approximate inverse costs iterations, not digits. Only directions
+that the rounding of float32 hides must be seen, for what is left to gain along them would go unnoticed; of
+such features both are formed in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -39,8 +41,18 @@ ROWS = 16
 UNFELT = 1e-7
 """Share of the loss's curvature below which float32 does not feel a ridge."""
 
-Preconditioner: TypeAlias = Callable[[Tensor], Tensor]
-"""A symmetric positive map of (K, D + 1), applied to several at once: (V, K, D + 1), in float32."""
+RESOLVED = 1e-5
+"""Least pivot of a float32 matrix, relative to its diagonal, that is no rounding."""
+
+
+class Preconditioner(Protocol):
+    """A symmetric positive map of (K, D + 1), applied to several at once: (V, K, D + 1), in its type."""
+
+    dtype: torch.dtype
+
+    def __call__(self, gradient: Tensor, /) -> Tensor:
+        """Return the map of each of (V, K, D + 1)."""
+        ...
 
 
 class Whitening:
@@ -49,8 +61,12 @@ class Whitening:
     def __init__(self, objective: Objective) -> None:
         h = 1 / 4 if objective.binary else 1 / objective.n_vectors
         self.ridge = ridge(objective)
-        moment = objective.second_moment(ROWS * (objective.n_features + 1))  # A
-        self.inverse = invert_(h * moment, self.ridge)
+        most = ROWS * (objective.n_features + 1)
+        self.inverse = h * objective.second_moment(most)  # h·A
+        if not invert_(self.inverse, self.ridge) and objective.sampled == torch.float32:
+            self.inverse = h * objective.second_moment(most, torch.float64)
+            invert_(self.inverse, self.ridge)
+        self.dtype = self.inverse.dtype
 
     @staticmethod
     def pays(objective: Objective) -> bool:
@@ -79,6 +95,7 @@ class ClassBlocks:
         self.workers = objective.workers
         self.ridge = ridge(objective)
         self.inverses = objective.class_blocks(theta)
+        self.dtype = self.inverses.dtype
         self.groups = self.workers.shares(len(self.inverses), 0)
 
         def invert(classes: slice) -> None:
@@ -103,7 +120,7 @@ class ClassBlocks:
         return apart(gradient, of_all, self.ridge)
 
 
-def apart(gradient: Tensor, inverse: Preconditioner, ridges: Tensor) -> Tensor:
+def apart(gradient: Tensor, inverse: Callable[[Tensor], Tensor], ridges: Tensor) -> Tensor:
     """Return the inverse times (V, K, D + 1), of what all K classes have in common by the ridges alone.
 
     Adding the same to all classes moves no probability. One vector, of two classes, has no such direction.
@@ -114,33 +131,37 @@ def apart(gradient: Tensor, inverse: Preconditioner, ridges: Tensor) -> Tensor:
         return inverse(gradient)
     common = gradient.mean(1, keepdim=True)
     made = inverse(gradient - common)
-    return (
-        made
-        - made.mean(1, keepdim=True)
-        + common / torch.where(ridges > UNFELT / gradient.shape[1], ridges, torch.inf)
-    )
+    felt = torch.where(ridges > UNFELT / gradient.shape[1], ridges, torch.inf)
+    return made - made.mean(1, keepdim=True) + common / felt.to(common)
 
 
 def ridge(objective: Objective) -> Tensor:
     """Return λ/σ² of the weights and 0 of the intercept, 1 where there is none, (D + 1,)."""
     of_weights = torch.from_numpy(objective.penalty / objective.scale**2)
     of_intercept = of_weights.new_full((1,), float(not objective.fit_intercept))
-    return torch.cat([of_weights, of_intercept]).float().to(objective.device)
+    return torch.cat([of_weights, of_intercept]).to(objective.device)
 
 
-def invert_(block: Tensor, ridges: Tensor) -> Tensor:
-    """Return the inverse of a positive semidefinite block + diag(ridges + what it takes), in its memory.
+def invert_(block: Tensor, ridges: Tensor) -> bool:
+    """Replace a positive semidefinite block by the inverse of block + diag(ridges + what it takes).
 
-    Of a block that is not finite it is the identity, from which L-BFGS begins as well.
+    Return whether float32 resolves it. A block that is not finite is replaced by the identity, from which
+    L-BFGS begins as well.
     """
     diagonal = block.diagonal()
     if not block.isfinite().all():
-        return block.zero_().fill_diagonal_(1.0)
-    least = 1e-6 * float(diagonal.mean()) + torch.finfo(block.dtype).tiny
+        block.zero_().fill_diagonal_(1.0)
+        return True
+    least = 8 * torch.finfo(block.dtype).eps * float(diagonal.mean()) + torch.finfo(block.dtype).tiny
     diagonal += ridges
+    usual = float(diagonal.median())
+    resolved = True
     while True:
         factor, failed = torch.linalg.cholesky_ex(block)
         if not failed:
-            return torch.cholesky_inverse(factor, out=block)
+            resolved &= float(factor.diagonal().min()) ** 2 > RESOLVED * usual
+            torch.cholesky_inverse(factor, out=block)
+            return resolved
+        resolved = False
         diagonal += least
         least *= 10

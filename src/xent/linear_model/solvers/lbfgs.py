@@ -103,7 +103,7 @@ class InverseHessian:
 
     Args:
         shape: (K, D + 1) of theta.
-        base: M, a function of (V, K, D + 1) of float32; None is the identity.
+        base: M; None is the identity.
         device: where M is.
     """
 
@@ -145,9 +145,9 @@ class InverseHessian:
         stacked = torch.stack(vectors)
         if self.base is None:
             return stacked
-        size = stacked.abs().amax(1, keepdim=True)  # a small gradient leaves the range of float32
+        size = stacked.abs().amax(1, keepdim=True)  # a small gradient may leave the range of M's type
         size = torch.where(size > 0, size, 1.0)
-        made = self.base((stacked / size).view(-1, *self.shape).float())
+        made = self.base((stacked / size).view(-1, *self.shape).to(self.base.dtype))
         return made.reshape(len(vectors), -1).double() * size
 
 

@@ -16,6 +16,7 @@ Kronecker factors precondition: they see which features go together, in all clas
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ import torch
 from xent.curvature import _cg
 from xent.curvature._kronecker import HeadKronecker
 from xent.curvature._newton import NewtonSystem, Preconditioner
+from xent.linear_model.preconditioner import Whitening
 from xent.linear_model.solvers._line_search import line_search
 from xent.linear_model.solvers._registry import AfterIteration, Solver
 
@@ -68,8 +70,24 @@ def newton_cg(
         elif length == 1.0:
             damping = damping / 10 if damping > LEAST_DAMPING else 0.0
         value, gradient = objective(theta)
-        after_iteration(theta, decrement)  # of the point before: the next is no farther from the minimum
+        careful = partial(_whitened, objective, gradient) if Whitening.pays(objective) else None
+        after_iteration(
+            theta, decrement, careful
+        )  # of the point before: the next is no farther from the minimum
     return False
+
+
+def _whitened(objective: Objective, gradient: np.ndarray) -> float:
+    """Return half the decrement by the Hessian at W = 0, whose precision is that which the features ask for.
+
+    Products with features whose mean is a million deviations, in their own type, say that nothing is left.
+    """
+    whitening = Whitening(objective)
+    shape = 1, objective.n_vectors, objective.n_features + 1
+    slope = torch.from_numpy(gradient).to(objective.device)
+    size = slope.abs().max().clamp(min=torch.finfo(slope.dtype).tiny)
+    made = whitening((slope / size).view(shape).to(whitening.dtype))
+    return 0.5 * float(slope @ made.to(slope).ravel()) * float(size)
 
 
 def _step(
