@@ -17,7 +17,7 @@ VERB = re.compile(
     r"(Add|Apply|Check|Choose|Compare|Compute|Connect|Convert|Cut|Decode|Describe|"
     r"Disable|Do|Draw|Find|Fit|Flatten|Format|Gather|Handle|Hash|Have|Hold|Iterate|"
     r"Join|Load|Make|Match|Maximise|Minimise|Move|Multiply|Name|Note|Number|Open|"
-    r"Print|Put|Raise|Read|Register|Remove|Resolve|Return|Run|Say|Scatter|Send|Set|"
+    r"Print|Put|Raise|Read|Register|Remove|Replace|Resolve|Return|Run|Say|Scatter|Send|Set|"
     r"Shift|Show|Solve|Split|Start|Subtract|Sum|Summarise|Take|Turn|Use|Validate|"
     r"Warn|Write|Yield)\b"
 )

@@ -99,7 +99,12 @@ REFUSED = {
         [8.0, 9.0],
     ],
     r"no numeric column is left": [[], [], [], []],
-    r"no numeric column is left for features; its columns are 'emb', 'y'": [["a"], ["b"], ["c"], ["d"]],
+    r"its columns are 'emb' \(list<element: string>\), 'y' \(string\)": [
+        ["a"],
+        ["b"],
+        ["c"],
+        ["d"],
+    ],
 }
 
 

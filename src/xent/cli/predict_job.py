@@ -73,9 +73,10 @@ def score(model: Model, table: Table, ranks: Ranks = ALONE) -> Scored | None:
     if not ranks.sum(len(rows)):
         found = table.label_name is not None and table.label_name == model.label_name
         where = "" if table.label_name is None else f" in column {quoted(table.label_name)}"
+        classes = some([class_text(value) for value in model.classes], most=3)
         raise BadInput(
-            f"{table.source}: none of its labels{where} is a class of the model: they are {some(texts, 3)}, "
-            f"and the classes {some([class_text(value) for value in model.classes], 3)}; name other labels "
+            f"{table.source}: none of its labels{where} is a class of the model: they are "
+            f"{some(texts, most=3)}, and the classes {classes}; name other labels "
             f"with --label, or {'rename the column' if found else 'leave --label out'} to predict without any"
         )
     return Scored(

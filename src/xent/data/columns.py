@@ -20,7 +20,7 @@ import numpy as np
 
 from xent._util.text import quoted
 from xent.data.limits import check_columns
-from xent.data.table import Wanted, bad_number, check_once, choose
+from xent.data.table import NoRows, Wanted, bad_number, check_once, choose
 from xent.errors import BadInput
 
 _ENTRY = re.compile(r"(.+)\[([0-9]+)\]")
@@ -97,7 +97,9 @@ def choose_columns(path: Path, wanted: Wanted, schema: Any, width: Callable[[str
     others = {wanted.label, *wanted.exclude} if bases.features is None else lists - {*bases.features}
     widths = {name: width(name) if name in lists else None for name in kinds if name not in others}
     usable = [is_number(kind) or bool(widths.get(name)) for name, kind in kinds.items()]
-    chosen = choose(path, bases, schema.names, usable)
+    chosen = choose(
+        path, bases, schema.names, usable, [_described(kind, widths.get(n)) for n, kind in kinds.items()]
+    )
     if asked is None or not _entries(asked):
         features = [Column(name, kinds[name], widths[name]) for name in chosen]
     else:
@@ -107,6 +109,10 @@ def choose_columns(path: Path, wanted: Wanted, schema: Any, width: Callable[[str
     passed_over = {*chosen, wanted.label, *wanted.exclude}
     skipped = [name for name in schema.names if wanted.features is None and name not in passed_over]
     return Columns(tuple(features), label, tuple(skipped))
+
+
+def _described(kind: Any, width: int | None) -> str:
+    return "empty lists" if width == 0 else str(kind)
 
 
 def _entry(name: str, lists: set[str]) -> tuple[str, int | None]:
@@ -186,7 +192,9 @@ def list_of(kind: Any) -> Any:
 
 def width_of(path: Path, first: Any, name: str) -> int:
     """Return the length of the first list of a column, given as an array of that row alone."""
-    value = first[0].as_py() if len(first) else []
+    if not len(first):
+        raise NoRows(path)
+    value = first[0].as_py()
     if value is None:
         raise BadInput(f"{path}: row 1, column {quoted(name)} is missing where a list of numbers is needed")
     return int(np.size(value))

@@ -21,7 +21,7 @@ from xent._util.text import quoted
 from xent.data.columns import choose_columns
 from xent.data.limits import MOST_CELL, MOST_NAME, check_columns, check_names
 from xent.data.parquet import from_arrow, within
-from xent.data.table import Table, Wanted, bad_number
+from xent.data.table import NoRows, Table, Wanted, bad_number
 from xent.errors import BadInput, needs
 
 BLOCK = 8 << 20
@@ -55,7 +55,7 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
             schema = file.schema
             head = next(iter(file), None)
         if head is None:
-            raise BadInput(f"{path}: the file has columns but no rows")
+            raise NoRows(path)
         _check_cells(path, head)
         _no_number_spoiled(path, wanted, head)
         columns = choose_columns(path, wanted, schema, no_lists)

@@ -133,6 +133,22 @@ def array_of_texts(where: str, texts: Sequence[str]) -> np.ndarray:
     return np.array(texts, dtype=str)
 
 
+def whole_alike(each: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    """Return the classes of several parts, all whole numbers as such where one part writes them as 3.0.
+
+    A part is written so where a label was missing once. Where all parts write 3.0, that is the class.
+
+    >>> [own.tolist() for own in whole_alike([np.array(["0", "1"]), np.array(["0.0", "2.0"])])]
+    [['0', '1'], ['0', '2']]
+    """
+    if not any(own.dtype.kind == "U" and len(own) and kind_of(own) == "whole" for own in each):
+        return each
+    values = [[meaning(label, "whole") for label in own.tolist()] for own in each]
+    if not all(None not in own and len(set(own)) == len(own) for own in values):
+        return each
+    return [np.array([str(value) for value in own], dtype=str) for own in values]
+
+
 def union(each: Sequence[np.ndarray]) -> np.ndarray:
     """Return the classes of several parts of some rows, sorted."""
     found = [classes for classes in each if len(classes)]

@@ -163,7 +163,12 @@ def _claims(file: IO[bytes], size: int, path: Path, inside: str) -> tuple[tuple[
 
 def _from_arrays(path: Path, wanted: Wanted, share: Share, stored: _Stored, labels: _Stored | None) -> Table:
     shape, kind = stored.shape, stored.dtype.kind
-    if len(shape) != 2:
+    if stored.dtype.names is not None:
+        raise BadInput(
+            f"{path}: is an array of records with the fields {some(stored.dtype.names)}; save the numbers as "
+            "an array (rows, columns), or the records as Parquet"
+        )
+    if len(shape) != 2 or not shape[1]:
         raise BadInput(f"{path}: the features are to be (rows, columns); this array has shape {shape}")
     if kind not in "fiub":
         raise BadInput(f"{path}: the features are of type {stored.dtype}, not real numbers")

@@ -20,7 +20,7 @@ from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
 from xent.data.reading import reading
 from xent.data.rows import BATCH, Batch, as_tensor, computed_dtype, row_source
-from xent.data.table import Table, Wanted, check_finite, no_label
+from xent.data.table import NoRows, Table, Wanted, check_finite, no_label
 from xent.errors import BadInput, needs
 
 MOST_ROWS = 1 << 16
@@ -110,7 +110,7 @@ def _first_width(path: Path, file: Any, name: str) -> int:
     """Return the length of the first list in a column."""
     for batch in file.iter_batches(1, columns=[name]):
         return width_of(path, batch.column(0), name)
-    return 0
+    raise NoRows(path)
 
 
 def _batches_of(file: Any, columns: Sequence[str], rows: slice, size: int) -> Iterator[Any]:

@@ -10,16 +10,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data._registry import format_of, known_suffixes
-from xent.data.labels import recoded, union
+from xent.data.labels import recoded, union, whole_alike
 from xent.data.rows import ConcatenatedRows, SelectedRows
-from xent.data.table import Table, Wanted
+from xent.data.table import NoRows, Table, Wanted
 from xent.errors import BadInput
+
+_Found = TypeVar("_Found")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +56,12 @@ def files_of(paths: Sequence[Path]) -> list[Path]:
         found = [each for each in sorted(path.iterdir()) if each.name[0] not in "._" and format_of(each)]
         if not found:
             known = ", ".join(known_suffixes())
-            raise BadInput(f"{path}: the folder holds no file that is read, which end in one of {known}")
+            below = (
+                "; folders in it are not searched" if any(each.is_dir() for each in path.iterdir()) else ""
+            )
+            raise BadInput(
+                f"{path}: the folder holds no file that is read, which end in one of {known}{below}"
+            )
         files += found
     formats = {getattr(format_of(file), "name", None): file for file in reversed(files)}
     if len(formats) > 1:
@@ -73,13 +81,13 @@ def read_parts(
     apart = found is not None and found.labels is not None and wanted.label and not wanted.label_optional
     label = None if apart else wanted.label
     of_part = dataclasses.replace(wanted, label=label, parts=len(files))
-    tables, counts = [], []
+    tables: list[Table] = []
     if share.whole:
-        tables = [read(file, of_part, share) for file in files]
+        files, tables = _with_rows(files, lambda file: read(file, of_part, share))
         counts = [table.rows.shape[0] for table in tables]
         start = 0
     else:
-        counts = [_count(file, of_part, read) for file in files]
+        files, counts = _with_rows(files, lambda file: _count(file, of_part, read))
         rows, before = share.of(sum(counts)), 0
         start = rows.start
         for file, count in zip(files, counts, strict=True):
@@ -95,11 +103,27 @@ def read_parts(
     return dataclasses.replace(joined, codes=codes, classes=classes)
 
 
+def _with_rows(files: Sequence[Path], read: Callable[[Path], _Found]) -> tuple[list[Path], list[_Found]]:
+    """Return the files that have rows, and what was read of them; raise ``NoRows`` if none has."""
+    there, found, empty = [], [], None
+    for file in files:
+        try:
+            found.append(read(file))
+            there.append(file)
+        except NoRows as error:
+            empty = empty or error
+    if not there and empty is not None:
+        raise empty
+    return there, found
+
+
 def _count(file: Path, wanted: Wanted, read: Callable[[Path, Wanted, Share], Table]) -> int:
     found = format_of(file)
-    if found is not None and found.count is not None:
-        return found.count(file)
-    return read(file, wanted, Share()).rows.shape[0]
+    if found is None or found.count is None:
+        return read(file, wanted, Share()).rows.shape[0]
+    if not (count := found.count(file)):
+        raise NoRows(file)
+    return count
 
 
 def _part(file: Path, wanted: Wanted, read: Callable[[Path, Wanted, Share], Table], rows: slice) -> Table:
@@ -134,12 +158,14 @@ def _joined(files: Sequence[Path], tables: Sequence[Table], start: int) -> Table
     if not named:
         return joined
     _check_types(named)
-    classes = union([own for _, own in named])
+    own = whole_alike([found for _, found in named])
+    classes = union(own)
+    of_table = dict(zip([file for file, _ in named], own, strict=True))
     codes = [
         np.full(t.rows.shape[0], -1)
         if t.codes is None or t.classes is None
-        else recoded(t.codes, t.classes, classes)
-        for t in tables
+        else recoded(t.codes, of_table[file], classes)
+        for file, t in zip(files, tables, strict=True)
     ]
     label = next(table.label_name for table in tables if table.classes is not None)
     return dataclasses.replace(joined, label_name=label, codes=np.concatenate(codes), classes=classes)

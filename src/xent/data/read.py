@@ -18,7 +18,7 @@ from xent.data.numpy import count_npy, labels_of_npy, read_npy, read_npz
 from xent.data.parquet import count_parquet, read_parquet
 from xent.data.parts import files_of, read_parts
 from xent.data.reading import reading
-from xent.data.table import Table, Wanted
+from xent.data.table import NoRows, Table, Wanted
 from xent.errors import BadInput
 
 register_reader(".csv", read_csv, name="CSV")
@@ -60,6 +60,8 @@ def read_table(path: str | Path | Sequence[str | Path], wanted: Wanted, ranks: R
 def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
     """Return a share of the rows, with the classes that occur in it."""
     found = format_of(path)
+    if found is None and not path.exists():
+        raise BadInput(f"{path}: no such file")
     if found is None:
         known = ", ".join(known_suffixes())
         raise BadInput(f"{path}: files are told by their suffix, which is to be one of {known}")
@@ -77,7 +79,7 @@ def merge_classes(table: Table, ranks: Ranks) -> Table:
         f"view of {table.source}", (table.feature_names, table.label_name, table.rows.dtype.str)
     )
     if not ranks.sum(table.rows.shape[0]):
-        raise BadInput(f"{table.source}: the file has columns but no rows")
+        raise NoRows(table.source)
     if table.classes is None or table.codes is None:
         return table
     classes = union(ranks.gather(table.classes))

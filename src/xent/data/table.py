@@ -53,6 +53,13 @@ class Table:
         return rows[low:high] - self.start if self.start else rows[low:high]
 
 
+class NoRows(BadInput):
+    """A file that has columns but no rows; among several it is passed over."""
+
+    def __init__(self, source: object) -> None:
+        super().__init__(f"{source}: the file has columns but no rows")
+
+
 @dataclasses.dataclass(frozen=True)
 class Wanted:
     """The columns to read.
@@ -99,8 +106,10 @@ class Wanted:
         return f"leave the column out with --exclude {option if len(option) <= 200 else 'and its name'}"
 
 
-def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[bool]) -> list[str]:
-    """Return the feature columns, in the order wanted, else the file's."""
+def choose(
+    path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[bool], kinds: Sequence[str] = ()
+) -> list[str]:
+    """Return the feature columns, in the order wanted, else the file's; ``kinds`` are for messages."""
     times = collections.Counter(names)
     for name, count in times.items():
         if count > 1:
@@ -124,7 +133,7 @@ def choose(path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[b
         name for name, is_number in zip(names, numeric, strict=True) if is_number and name not in passed_over
     ]
     if not chosen:
-        raise BadInput(f"{path}: no numeric column is left for features; {_there_are(names)}")
+        raise BadInput(f"{path}: no numeric column is left for features; {_there_are(names, kinds)}")
     return chosen
 
 
@@ -137,18 +146,19 @@ def check_once(path: Path, wanted: Wanted) -> None:
             )
 
 
-def some(names: Sequence[str], most: int = 8) -> str:
-    """Return a list of names for a message, cut where it is long."""
-    shown = ", ".join(quoted(name) for name in itertools.islice(names, most))
+def some(names: Sequence[str], kinds: Sequence[str] = (), most: int = 8) -> str:
+    """Return a list of names for a message, and of their kinds, cut where it is long."""
+    pairs = itertools.zip_longest(names[:most], kinds[:most])
+    shown = ", ".join(quoted(name) + (f" ({kind})" if kind else "") for name, kind in pairs)
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def _there_are(names: Sequence[str]) -> str:
+def _there_are(names: Sequence[str], kinds: Sequence[str] = ()) -> str:
     if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
         return (
             f"the header is one column, {quoted(names[0])}: separate columns by commas (.csv) or tabs (.tsv)"
         )
-    return f"its columns are {some(names)}"
+    return f"its columns are {some(names, kinds)}"
 
 
 def bad_number(

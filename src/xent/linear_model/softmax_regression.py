@@ -199,7 +199,7 @@ class SoftmaxRegression(ClassifierMixin, BaseEstimator):
         else:
             classes, target = np.unique(y, return_inverse=True)
             if len(classes) < 2:
-                only = f"the labels hold one class: {classes[0]!r}"
+                only = f"the labels hold one class: {classes.tolist()[0]!r}"
                 raise ValueError(f"{type(self).__name__} needs at least 2 classes; {only}")
         weight = read_sample_weight(sample_weight, n_rows, dtype)  # (N,) or None
         if class_weight is not None:
