@@ -221,10 +221,13 @@ def test_archives_and_arrays_are_told_apart(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("größe,y\n1,a\n".encode("latin-1"), "the text is not UTF-8; convert it first"),
-        ("u,y\n1,größe\n".encode("latin-1"), "the text is not UTF-8; convert it first"),
-        ("u,y\n1,a\n".encode("utf-16"), "the text is UTF-16; save it as UTF-8"),
-        ("u,y\n1,a\n".encode("utf-16-le"), "the header holds NUL bytes; if it is UTF-16, save it as UTF-8"),
+        ("größe,y\n1,a\n".encode("latin-1"), "the text is not UTF-8; name its encoding"),
+        ("u,y\n1,größe\n".encode("latin-1"), "the text is not UTF-8; name its encoding"),
+        ("u,y\n1,a\n".encode("utf-16"), "the text is UTF-16; read it with --encoding utf-16"),
+        (
+            "u,y\n1,a\n".encode("utf-16-le"),
+            "the header holds NUL bytes; if it is UTF-16, read it with --encoding utf-16",
+        ),
         ("u,y\n1,a\n".encode("utf-16-be"), "the header holds NUL bytes"),
         ("u,y\n1,a\n".encode("utf-32"), "the text is UTF-16"),
         (b"u,y\n1,a\0\n2,a\n", r"the label 'a\\x00' holds a NUL character; rename it"),

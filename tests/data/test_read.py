@@ -210,7 +210,7 @@ BAD_TEXT = {
         Wanted("y", ["u"]),
         r"row 2, column 'u' holds '2.{57}…",
     ),
-    "utf16": (CSV.encode("utf-16"), Wanted("y"), r"the text is UTF-16; save it as UTF-8"),
+    "utf16": (CSV.encode("utf-16"), Wanted("y"), r"the text is UTF-16; read it with --encoding utf-16"),
     "quoted_name": ('"u,v",y\nnan,a\n', Wanted("y"), r"--exclude '\"u,v\"'"),
     "no_numeric": ("n,y\nann,a\nbob,b\n", Wanted("y"), r"no numeric column is left"),
     "text_feature": ("n,y\nann,a\n", Wanted("y", ["n"]), r"row 1, column 'n' holds 'ann'"),
@@ -221,7 +221,7 @@ BAD_TEXT = {
     "missing_label": ("u,y\n1,a\n2, \n", Wanted("y"), r"row 2 has no label in column 'y'"),
     "twice": ("u,u,y\n1,2,a\n", Wanted("y"), r"column 'u' is there 2 times"),
     "ragged": ("u,y\n1,a\n2\n", Wanted("y"), r"not readable as CSV: .*row 2: Expected 2 columns"),
-    "semicolons": ("u;y\n1;a\n", Wanted("y"), r"one column, 'u;y': separate columns by commas"),
+    "semicolons": ("u;y\n1;a\n", Wanted("y"), r"one column, 'u;y': .* --delimiter ';'"),
     "latin1": ("u,y\n1,caf\xe9\n".encode("latin-1"), Wanted("y"), r"not UTF-8"),
 }
 
@@ -285,14 +285,16 @@ def test_bad_arrays(tmp_path):
     (tmp_path / "t.npz").write_bytes(b"PK\x03\x04 not a zip")
     refused(r"t\.npz: not readable as NPZ", name="t.npz", label="y")
     np.savez(tmp_path / "two.npz", a=np.eye(3), b=np.eye(3), y=np.arange(3))
-    refused(r"which array holds the features\? Name it X", name="two.npz", label="y")
+    refused(r"which array holds the features\? Name it with --array", name="two.npz", label="y")
     refused(r"no array 'k' for --label; its arrays are 'a', 'b', 'y'", name="two.npz", label="k")
     np.savez(tmp_path / "o.npz", X=np.eye(3), y=np.array([1, "a", None], dtype=object))
     refused(r"o\.npz: holds Python objects", name="o.npz", label="y")
 
 
 def test_other_suffixes_and_directories(tmp_path):
-    with pytest.raises(BadInput, match=r"told by their suffix.*\.csv, \.tsv, \.parquet, \.npz, \.npy"):
+    with pytest.raises(
+        BadInput, match=r"told by their suffix.*\.csv, \.tsv, \.parquet, \.npz, \.safetensors, \.npy"
+    ):
         read_table(written(tmp_path / "a.xlsx", "x"), Wanted("y"))
     (tmp_path / "a.csv").mkdir()
     with pytest.raises(BadInput, match=r"a\.csv: the folder holds no file that is read, which end in one of"):

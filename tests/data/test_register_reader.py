@@ -83,7 +83,9 @@ def test_what_is_wrong_with_a_file_is_bad_input(tmp_path, text, message):
 
 def test_messages_list_the_suffixes(tmp_path):
     (tmp_path / "f.xlsx").write_bytes(b"PK")
-    with pytest.raises(BadInput, match=r"one of \.csv, \.tsv, \.parquet, \.npz, \.npy, \.jsonl$"):
+    with pytest.raises(
+        BadInput, match=r"one of \.csv, \.tsv, \.parquet, \.npz, \.safetensors, \.npy, \.jsonl$"
+    ):
         read_table(tmp_path / "f.xlsx", Wanted("kind"))
 
 

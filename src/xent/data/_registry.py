@@ -10,6 +10,7 @@ from typing import TypeAlias
 import numpy as np
 
 from xent._processes.group import Share
+from xent.data.layout import is_compressed, suffix_of
 from xent.data.table import Table, Wanted
 
 Reader: TypeAlias = Callable[[Path, Wanted, Share], Table]
@@ -22,13 +23,14 @@ class Format:
 
     ``count(path)`` returns the number of rows without reading them; formats without it are read for that.
     ``labels(folder, wanted, share, rows)`` returns the codes and classes of several files with as many rows,
-    of formats whose labels are a file of their own.
+    of formats whose labels are a file of their own. ``compressed`` formats are read from compressed files.
     """
 
     name: str
     reader: Reader
     count: Callable[[Path], int] | None = None
     labels: Callable[[Path, Wanted, Share, int], tuple[np.ndarray, np.ndarray]] | None = None
+    compressed: bool = False
 
 
 _FORMATS: dict[str, Format] = {}
@@ -41,6 +43,7 @@ def register_reader(
     name: str | None = None,
     count: Callable[[Path], int] | None = None,
     labels: Callable[[Path, Wanted, Share, int], tuple[np.ndarray, np.ndarray]] | None = None,
+    compressed: bool = False,
 ) -> None:
     """Make a file format known by the suffix of its files.
 
@@ -55,6 +58,8 @@ def register_reader(
             it, if several files are shared by several processes.
         labels: for formats whose labels are a file of their own, called as ``labels(folder, wanted, share,
             rows)`` for several files with as many rows; returns codes (n,) and classes of the share.
+        compressed: whether the reader takes files with ``.gz``, ``.zst`` or ``.bz2`` after the suffix, which
+            ``xent.data.layout.opened`` decompresses.
 
     Raises:
         ValueError: the suffix has no dot or is not in lower case; it is another reader's.
@@ -69,12 +74,13 @@ def register_reader(
         raise ValueError(f"a suffix is a dot and lower-case letters, such as '.csv'; got {suffix!r}")
     if suffix in _FORMATS:
         raise ValueError(f"files called {suffix} have a reader already; choose another suffix")
-    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader, count, labels)
+    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader, count, labels, compressed)
 
 
 def format_of(path: Path) -> Format | None:
     """Return the format of a file by its suffix, None if it has no reader."""
-    return _FORMATS.get(path.suffix.lower())
+    found = _FORMATS.get(suffix_of(path))
+    return found if found is None or found.compressed or not is_compressed(path) else None
 
 
 def known_suffixes() -> list[str]:

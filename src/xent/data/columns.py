@@ -9,8 +9,10 @@ which are taken flat.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +26,7 @@ from xent.data.table import NoRows, Wanted, bad_number, check_once, choose
 from xent.errors import BadInput
 
 _ENTRY = re.compile(r"(.+)\[([0-9]+)\]")
+_UNNAMED = re.compile(r"Unnamed: [0-9]+|__index_level_[0-9]+__")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,9 @@ class Columns:
 
     features: tuple[Column, ...]
     label: str | None
-    skipped: tuple[str, ...]  # those that are neither features nor excluded nor the label
+    unused: dict[str, str]  # those that are neither features nor excluded nor the label, and why
+    categorical: tuple[str, ...] = ()  # those whose values are numbered, unless they have too many
+    beside: tuple[Column, ...] = ()  # weights, then masses of classes
 
     @property
     def names(self) -> list[str]:
@@ -67,6 +72,12 @@ class Columns:
         return [column.name for column in self.features for _ in column.names]
 
     @property
+    def every(self) -> list[str]:
+        """The columns of the file that are read, each once."""
+        label = [] if self.label is None else [self.label]
+        return list(dict.fromkeys([*self.read, *self.categorical, *(c.name for c in self.beside), *label]))
+
+    @property
     def read(self) -> list[str]:
         """The columns of the file that hold features, each once."""
         return list(dict.fromkeys(column.name for column in self.features))
@@ -77,7 +88,7 @@ class Columns:
         import pyarrow as pa
 
         kinds = [column.number for column in self.features]
-        if not all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds):
+        if not kinds or not all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds):
             return np.dtype(np.float64)
         return np.dtype(np.float32 if any(pa.types.is_float32(kind) for kind in kinds) else np.float16)
 
@@ -94,21 +105,79 @@ def choose_columns(path: Path, wanted: Wanted, schema: Any, width: Callable[[str
     if asked is not None and _entries(asked):
         bases = dataclasses.replace(wanted, features=list(dict.fromkeys(name for name, _ in asked)))
         check_once(path, wanted)
-    others = {wanted.label, *wanted.exclude} if bases.features is None else lists - {*bases.features}
-    widths = {name: width(name) if name in lists else None for name in kinds if name not in others}
-    usable = [is_number(kind) or bool(widths.get(name)) for name, kind in kinds.items()]
-    chosen = choose(
-        path, bases, schema.names, usable, [_described(kind, widths.get(n)) for n, kind in kinds.items()]
+    index = (
+        index_columns(schema) - {wanted.label, *wanted.exclude, *wanted.beside} - {*(bases.features or ())}
     )
+    others = {wanted.label, *wanted.exclude, *index} if bases.features is None else lists - {*bases.features}
+    widths = {
+        name: width(name) if name in lists and (name not in others or name in wanted.soft) else None
+        for name in kinds
+    }
+    usable = [is_number(kind) or bool(widths.get(name)) for name, kind in kinds.items()]
+    categorical = _categorical(path, bases, kinds, index)
+    about = [_described(kind, widths.get(name)) for name, kind in kinds.items()]
+    chosen = choose(path, bases, schema.names, usable, about, {*categorical, *index})
     if asked is None or not _entries(asked):
         features = [Column(name, kinds[name], widths[name]) for name in chosen]
     else:
-        features = [_column(path, wanted, kinds, widths, *group) for group in _groups(asked)]
+        entries = [entry for entry in asked if entry[0] not in categorical]
+        features = [_column(path, wanted, kinds, widths, *group) for group in _groups(entries)]
     check_columns(path, sum(column.width or 1 for column in features))
     label = wanted.label if wanted.label in schema.names else None
-    passed_over = {*chosen, wanted.label, *wanted.exclude}
-    skipped = [name for name in schema.names if wanted.features is None and name not in passed_over]
-    return Columns(tuple(features), label, tuple(skipped))
+    beside = tuple(Column(name, kinds[name], widths[name]) for name in wanted.beside)
+    passed_over = {*chosen, *categorical, wanted.label, *wanted.exclude, *wanted.beside}
+    unused = {
+        name: "the index of the data frame" if name in index else kind
+        for name, kind in zip(schema.names, about, strict=True)
+        if wanted.features is None and name not in passed_over
+    }
+    return Columns(tuple(features), label, unused, tuple(categorical), beside)
+
+
+def index_columns(schema: Any) -> set[str]:
+    """Return the columns that were the index of a data frame: by what pandas wrote, or without a name."""
+    found = {name for name in schema.names if not name.strip() or _UNNAMED.fullmatch(name)}
+    about = (schema.metadata or {}).get(b"pandas")
+    with contextlib.suppress(ValueError, TypeError, AttributeError):  # metadata may hold anything
+        index = json.loads(about or b"{}").get("index_columns", [])
+        found |= {name for name in index if isinstance(name, str)}
+    return found & {*schema.names}
+
+
+def _categorical(path: Path, wanted: Wanted, kinds: dict[str, Any], index: set[str]) -> list[str]:
+    """Return the columns whose values are numbered."""
+    if wanted.categorical != "auto":
+        names = list(dict.fromkeys(wanted.categorical))
+        for name in names:
+            if name in kinds and not may_be_numbered(kinds[name]):
+                raise BadInput(
+                    f"{path}: column {quoted(name)} (--categorical) holds {kinds[name]}, "
+                    "not text, booleans or whole numbers; cast it first"
+                )
+        return names
+    passed_over = {wanted.label, *wanted.exclude, *wanted.beside, *index}
+    names = list(kinds) if wanted.features is None else [name for name in wanted.features if name in kinds]
+    return [
+        name
+        for name in names
+        if name not in passed_over and may_be_numbered(kinds[name]) and not is_number(kinds[name])
+    ]
+
+
+def may_be_numbered(kind: Any) -> bool:
+    """Return whether a column of an Arrow type can be one of categories."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return may_be_numbered(kind.value_type)
+    return bool(is_text(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind))
+
+
+def is_text(kind: Any) -> bool:
+    """Return whether an Arrow type is one of text."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view")
 
 
 def _described(kind: Any, width: int | None) -> str:
@@ -164,6 +233,8 @@ def check_numbers(path: Path, wanted: Wanted, columns: Columns, schema: Any) -> 
             why = "holds an empty list in the first row"
         elif not (is_number(number) or pa.types.is_boolean(number)):
             why = f"holds {kind}, not numbers"
+            if may_be_numbered(kind) and wanted.model is None:
+                why += f"; --categorical {quoted(column.name)} makes indicators of its values"
         else:
             continue
         raise BadInput(
@@ -226,11 +297,15 @@ def _numbers(path: Path, wanted: Wanted, given: Any, column: Column, start: int)
     array = given.combine_chunks() if isinstance(given, pa.ChunkedArray) else given
     if isinstance(array, pa.ChunkedArray):  # of no chunk
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    null = None
     if array.null_count:
-        row = start + int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-        raise bad_number(path, wanted, column.name, row, None)
+        null = array.is_null().to_numpy(zero_copy_only=False)
+        if wanted.missing == "error":
+            raise bad_number(path, wanted, column.name, start + int(np.flatnonzero(null)[0]), None)
     if column.width is None:
         return _plain(array)
+    if null is not None:
+        return _with_gaps(path, wanted, array, column, start, null)
     array = array.storage if isinstance(array, pa.ExtensionArray) else array
     count, width = len(array), column.width
     if not pa.types.is_fixed_size_list(array.type):
@@ -241,12 +316,71 @@ def _numbers(path: Path, wanted: Wanted, given: Any, column: Column, start: int)
     elif array.type.list_size != width:
         raise _uneven(path, wanted, column, start, array.type.list_size)
     values = array.flatten()
-    if values.null_count:
+    if values.null_count and wanted.missing == "error":
         at = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
         name, row = f"{column.name}[{at % width}]", start + at // width
         raise bad_number(path, wanted, name, row, None, column.name)
     numbers = _plain(values).reshape(count, width)
     return numbers if column.entries is None else numbers[:, list(column.entries)]
+
+
+def _with_gaps(
+    path: Path, wanted: Wanted, array: Any, column: Column, start: int, null: np.ndarray
+) -> np.ndarray:
+    """Return the lists of a column, (rows, entries), nan where there is none."""
+    there = np.flatnonzero(~null)
+    made = np.full((len(null), len(column.names)), np.nan, np.float64)
+    for row, count in zip(there, array.take(there).value_lengths().to_pylist(), strict=True):
+        if count != column.width:
+            raise _uneven(path, wanted, column, start + int(row), count)
+    made[there] = _numbers(path, wanted, array.take(there), column, start)
+    return made
+
+
+def numbers_beside(
+    path: Path, wanted: Wanted, arrow: Any, columns: Columns, start: int
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the weights (rows,) and the masses of the classes (rows, C) in columns of an Arrow table.
+
+    Raises ``BadInput`` for one that is missing, negative or not finite, and for a row without any mass.
+    """
+    strict = dataclasses.replace(wanted, missing="error")
+    for column in columns.beside:
+        if not is_number(column.number):
+            option = "--soft-labels" if column.name in wanted.soft else "--weight"
+            raise BadInput(
+                f"{path}: column {quoted(column.name)} ({option}) holds {column.kind}, not numbers"
+            )
+    made = [_numbers(path, strict, arrow.column(column.name), column, start) for column in columns.beside]
+    stacked = [array.reshape(len(array), -1).astype(np.float64) for array in made]
+    for column, array in zip(columns.beside, stacked, strict=True):
+        check_mass(path, column.name, array, start)
+    weight = stacked.pop(0)[:, 0] if wanted.weight is not None else None
+    soft = np.concatenate(stacked, axis=1) if stacked else None
+    if soft is not None:
+        check_rows(path, soft, start)
+    return weight, soft
+
+
+def check_mass(path: object, name: str, array: np.ndarray, start: int) -> None:
+    """Raise ``BadInput`` for a weight or a mass (rows, k) that is negative or not finite."""
+    bad = ~(np.isfinite(array) & (array >= 0))
+    if bad.any():
+        row, j = np.argwhere(bad)[0].tolist()
+        raise BadInput(
+            f"{path}: row {start + row + 1}, column {quoted(name)} holds {array[row, j]:g} where a weight, "
+            "0 or more, is needed; correct or drop the row"
+        )
+
+
+def check_rows(path: object, soft: np.ndarray, start: int) -> None:
+    """Raise ``BadInput`` for masses (rows, C) of fewer than two classes, and for a row without any."""
+    if soft.shape[1] < 2:
+        raise BadInput(f"{path}: --soft-labels names one class; a classifier needs two")
+    none = soft.sum(1) == 0
+    if none.any():
+        row = start + int(np.flatnonzero(none)[0]) + 1
+        raise BadInput(f"{path}: row {row} has no mass in any of --soft-labels; correct or drop the row")
 
 
 def _uneven(path: Path, wanted: Wanted, column: Column, row: int, length: int) -> BadInput:
@@ -257,7 +391,7 @@ def _uneven(path: Path, wanted: Wanted, column: Column, row: int, length: int) -
 
 
 def _plain(array: Any) -> np.ndarray:
-    """Return an Arrow array of numbers or booleans without nulls."""
+    """Return an Arrow array of numbers or booleans, nan where one is missing."""
     import pyarrow as pa
 
     if pa.types.is_boolean(array.type):

@@ -10,7 +10,9 @@ block by block: once for the count, then up to the share's last row.
 
 from __future__ import annotations
 
+import codecs
 import csv as python_csv
+import dataclasses
 import io
 import re
 from pathlib import Path
@@ -18,7 +20,9 @@ from typing import Any
 
 from xent._processes.group import Share
 from xent._util.text import quoted
-from xent.data.columns import choose_columns
+from xent.data.categories import TooMany, numbered
+from xent.data.columns import Columns, choose_columns
+from xent.data.layout import Layout, opened
 from xent.data.limits import MOST_CELL, MOST_NAME, check_columns, check_names
 from xent.data.parquet import from_arrow, within
 from xent.data.table import NoRows, Table, Wanted, bad_number
@@ -30,6 +34,8 @@ BLOCK = 8 << 20
 MISSING = ["", "NA", "N/A", "n/a", "#N/A", "NULL", "null"]
 """Cells that are a missing number. (As a label, all but the empty text are text like any other.)"""
 
+_COMMA = re.compile(r"\s*[+-]?[0-9]+,[0-9]+\s*")
+
 SAMPLE = 1000
 """Cells that say whether a column of text is one of numbers with something else in between."""
 
@@ -38,81 +44,151 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
     """Return the share's rows of a file of text with commas or, called ``.tsv``, tabs."""
     with needs("probe"):
         import pyarrow as pa
-        from pyarrow import csv
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    _check_header(path, delimiter)
-    parse = csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
-    given = {"parse_options": parse, "read_options": csv.ReadOptions(block_size=BLOCK)}
-
-    def types(columns: dict[str, Any], include: list[str] | None = None) -> csv.ConvertOptions:
-        return csv.ConvertOptions(
-            column_types=columns, include_columns=include, null_values=MISSING, strings_can_be_null=False
-        )
-
+    text = TextFile(path, wanted.layout)
+    text.check_header()
     try:
-        as_text = {} if wanted.label is None else {wanted.label: pa.string()}
-        with csv.open_csv(path, convert_options=types(as_text), **given) as file:
-            schema = file.schema
-            head = next(iter(file), None)
+        with text.open(types(text, as_text(wanted))) as file:
+            schema, head = file.schema, next(iter(file), None)
         if head is None:
             raise NoRows(path)
         _check_cells(path, head)
         _no_number_spoiled(path, wanted, head)
-        columns = choose_columns(path, wanted, schema, no_lists)
-        column_types = {name: pa.float64() for name in columns.read}
+        columns = _without_many(path, wanted, head, choose_columns(path, wanted, schema, no_lists))
+        column_types = {name: pa.float64() for name in (*columns.read, *(c.name for c in columns.beside))}
+        column_types |= dict.fromkeys(columns.categorical, pa.dictionary(pa.int32(), pa.string()))
         if columns.label is not None:
             column_types[columns.label] = pa.string()
-        wanted_types = types(column_types, list(column_types))
+        convert = types(text, column_types, list(column_types))
         start = 0
         if share.whole:
-            arrow = csv.read_csv(path, convert_options=wanted_types, **given)
+            arrow = text.read(convert)
         else:
-            with csv.open_csv(path, convert_options=types({}, schema.names[:1]), **given) as file:
+            with text.open(types(text, {}, schema.names[:1])) as file:
                 rows = share.of(sum(len(block) for block in file))
             start = rows.start
-            with csv.open_csv(path, convert_options=wanted_types, **given) as file:
+            with text.open(convert) as file:
                 arrow = pa.Table.from_batches(list(within(file, rows)), file.schema)
     except BadInput:
         raise
-    except (pa.ArrowInvalid, OSError) as error:
-        raise _diagnose_csv(path, wanted, parse, error) from error
-    return from_arrow(path, wanted, arrow, columns, start)
+    except (pa.ArrowInvalid, OSError, UnicodeError) as error:
+        raise _diagnose_csv(text, wanted, error) from error
+    return from_arrow(path, wanted, arrow, columns, start, MISSING)
+
+
+class TextFile:
+    """A file of text with a delimiter, opened by Arrow."""
+
+    def __init__(self, path: Path, layout: Layout) -> None:
+        from pyarrow import csv
+
+        self.path, self.layout, self.delimiter = path, layout, layout.delimiter_of(path)
+        self._parse = csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
+
+    def _how(self, threads: bool) -> dict[str, Any]:
+        from pyarrow import csv
+
+        header = self.layout.header
+        read = csv.ReadOptions(
+            block_size=BLOCK,
+            use_threads=threads,
+            encoding=self.layout.encoding,
+            autogenerate_column_names=not header,
+        )
+        return {"parse_options": self._parse, "read_options": read}
+
+    def open(self, convert: Any, threads: bool = True) -> Any:
+        """Return a reader of the file, a batch at a time."""
+        from pyarrow import csv
+
+        return csv.open_csv(opened(self.path), convert_options=convert, **self._how(threads))
+
+    def read(self, convert: Any) -> Any:
+        """Return the file as an Arrow table."""
+        from pyarrow import csv
+
+        return csv.read_csv(opened(self.path), convert_options=convert, **self._how(True))
+
+    def check_header(self) -> None:
+        """Raise ``BadInput`` for a header that is no text, or that names more columns than are read.
+
+        Before Arrow sees it, which makes room for each column in each block. The bytes are read as Latin-1,
+        which every byte is, so that a quote is found before it is known whether they are in the encoding.
+        """
+        path, encoding = self.path, codecs.lookup(self.layout.encoding).name
+        start = _start(path)
+        if encoding.startswith(("utf-16", "utf-32")):
+            return
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise BadInput(f"{path}: the text is UTF-16; read it with --encoding utf-16")
+        if b"\0" in start.partition(b"\n")[0]:
+            raise BadInput(
+                f"{path}: the header holds NUL bytes; if it is UTF-16, read it with --encoding utf-16"
+            )
+        text = io.StringIO(start.removeprefix(b"\xef\xbb\xbf").decode("latin-1"), newline="")
+        try:
+            rows = python_csv.reader(text, delimiter=self.delimiter)
+            header = next((row for row in rows if row), [])
+        except python_csv.Error as error:
+            if text.tell() > BLOCK:
+                raise _long_line(path) from error
+            raise BadInput(
+                f"{path}: a column's name in the header takes more than {MOST_NAME:,} bytes; "
+                "is a quote in it left open?"
+            ) from error
+        if text.tell() > BLOCK:
+            raise _long_line(path)
+        check_columns(path, len(header))
+        try:
+            check_names(path, [name.encode("latin-1").decode(encoding) for name in header])
+        except UnicodeDecodeError as error:
+            raise not_encoded(path, encoding) from error
+
+
+def _start(path: Path) -> bytes:
+    """Return the first bytes of a file, decompressed."""
+    with opened(path) as file:
+        return bytes(file.read(BLOCK + 1))
+
+
+def types(text: TextFile, columns: dict[str, Any], include: list[str] | None = None) -> Any:
+    """Return how Arrow converts cells: columns in the types given, others as they look."""
+    from pyarrow import csv
+
+    return csv.ConvertOptions(
+        column_types=columns,
+        include_columns=include,
+        null_values=MISSING,
+        strings_can_be_null=False,
+        decimal_point=text.layout.decimal,
+    )
+
+
+def as_text(wanted: Wanted) -> dict[str, Any]:
+    """Return the columns that are text whatever they look like: labels and categories."""
+    import pyarrow as pa
+
+    names = [] if wanted.categorical == "auto" else [*wanted.categorical]
+    return dict.fromkeys([*names, *([] if wanted.label is None else [wanted.label])], pa.string())
+
+
+def _without_many(path: Path, wanted: Wanted, head: Any, columns: Columns) -> Columns:
+    """Return the columns without those whose first rows alone have too many values to be numbered."""
+    if wanted.categorical != "auto":
+        return columns
+    unused, kept = dict(columns.unused), []
+    for name in columns.categorical:
+        try:
+            numbered(path, name, [head.column(name)], wanted.most, MISSING)
+        except TooMany:
+            unused[name] = f"text of more than {wanted.most} values"
+        else:
+            kept.append(name)
+    return dataclasses.replace(columns, unused=unused, categorical=tuple(kept))
 
 
 def no_lists(name: str) -> int:
     """Raise an error: a column of text holds no lists."""
     raise AssertionError(f"column {name} of a file of text is none of lists")
-
-
-def _check_header(path: Path, delimiter: str) -> None:
-    """Raise ``BadInput`` for a header that is no text, or that names more columns than are read.
-
-    Before Arrow sees it, which makes room for each column in each block. The bytes are read as Latin-1, which
-    every byte is, so that a quote is found before it is known whether they are UTF-8.
-    """
-    with open(path, "rb") as file:
-        start = file.read(BLOCK + 1)
-    if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise BadInput(f"{path}: the text is UTF-16; save it as UTF-8, for example with iconv")
-    if b"\0" in start.partition(b"\n")[0]:
-        raise BadInput(f"{path}: the header holds NUL bytes; if it is UTF-16, save it as UTF-8, with iconv")
-    text = io.StringIO(start.removeprefix(b"\xef\xbb\xbf").decode("latin-1"), newline="")
-    try:
-        header = next((row for row in python_csv.reader(text, delimiter=delimiter) if row), [])
-    except python_csv.Error as error:
-        if text.tell() > BLOCK:
-            raise _long_line(path) from error
-        raise BadInput(
-            f"{path}: a column's name in the header takes more than {MOST_NAME:,} bytes; "
-            "is a quote in it left open?"
-        ) from error
-    if text.tell() > BLOCK:
-        raise _long_line(path)
-    check_columns(path, len(header))
-    try:
-        check_names(path, [name.encode("latin-1").decode() for name in header])
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path) from error
 
 
 def _check_cells(path: Path, head: Any) -> None:
@@ -137,62 +213,77 @@ def _no_number_spoiled(path: Path, wanted: Wanted, head: Any) -> None:
     passed_over = {wanted.label, *wanted.exclude}
     if wanted.features is not None or not passed_over <= {None, *head.schema.names}:  # `choose` names these
         return
+    categorical = () if wanted.categorical == "auto" else wanted.categorical
+    passed_over |= {*categorical, *wanted.beside}
+    decimal = wanted.layout.decimal
     for name, column in zip(head.schema.names, head.columns, strict=True):
         if name in passed_over or not pa.types.is_string(column.type):
             continue
-        sample = [_is_bad(text) for text in column.slice(0, SAMPLE).to_pylist() if text not in MISSING]
-        if 2 * sum(sample) < len(sample):
+        sample = [text for text in column.slice(0, SAMPLE).to_pylist() if text not in MISSING]
+        if decimal == "." and sample and all(_COMMA.fullmatch(text) for text in sample):
+            raise BadInput(
+                f"{path}: column {quoted(name)} holds {quoted(sample[0])}: if the comma is the decimal mark, "
+                f"read it with --decimal ,; else {wanted.without(name)}"
+            )
+        if 2 * sum(_is_bad(text, decimal) for text in sample) < len(sample):
             texts = column.to_pylist()
-            row = next((i for i, text in enumerate(texts) if _is_bad(text)), None)
+            row = next((i for i, text in enumerate(texts) if _is_bad(text, decimal)), None)
             if row is not None:
                 raise bad_number(path, wanted, name, row, texts[row])
 
 
-def _diagnose_csv(path: Path, wanted: Wanted, parse: Any, error: Exception) -> BadInput:
+def _diagnose_csv(text: TextFile, wanted: Wanted, error: Exception) -> BadInput:
     """Return why Arrow could not read the file: reads it again as text, for the first bad number."""
     import pyarrow as pa
-    from pyarrow import csv
 
-    one_thread = csv.ReadOptions(block_size=BLOCK, use_threads=False)  # so that messages carry row numbers
-    given = {"parse_options": parse, "read_options": one_thread}
+    path, decimal = text.path, text.layout.decimal
     try:
-        with csv.open_csv(path, **given) as head:
+        with text.open(types(text, as_text(wanted)), threads=False) as head:  # so that messages name rows
             schema = head.schema
-        features = choose_columns(path, wanted, schema, no_lists).read
-        texts = csv.ConvertOptions(column_types=dict.fromkeys(schema.names, pa.string()))
-        with csv.open_csv(path, convert_options=texts, **given) as blocks:
+        columns = choose_columns(path, wanted, schema, no_lists)
+        numbers = [*columns.read, *(column.name for column in columns.beside)]
+        with text.open(types(text, dict.fromkeys(schema.names, pa.string())), threads=False) as blocks:
             first = 0
             for block in blocks:
-                for name in features:
-                    for i, text in enumerate(block.column(name).to_pylist()):
-                        if _is_bad(text):
-                            return bad_number(path, wanted, name, first + i, text)
+                for name in numbers:
+                    for i, cell in enumerate(block.column(name).to_pylist()):
+                        if _is_bad(cell, decimal):
+                            return bad_number(path, wanted, name, first + i, cell)
                 first += len(block)
     except BadInput as found:
         return found
-    except (pa.ArrowInvalid, OSError) as again:
+    except (pa.ArrowInvalid, OSError, UnicodeError) as again:
         error = again
     why = " ".join(str(error).split())
-    if "UTF" in why:
-        return _not_utf8(path)
+    if "UTF" in why or isinstance(error, UnicodeError):
+        return not_encoded(path, text.layout.encoding)
     if "straddl" in why or ("Empty CSV" in why and path.stat().st_size > BLOCK):
         return _long_line(path)
-    why = re.sub(r"Row #(\d+)", lambda found: f"row {int(found[1]) - 1}", why)  # Arrow counts the header
+    why = re.sub(r"Row #(\d+)", lambda found: f"row {int(found[1]) - text.layout.header}", why)
+    if "row" in why and "Expected" in why and text.layout.delimiter is None:
+        why = f"{why[:250]}; is {text.delimiter!r} what lies between the columns (--delimiter)?"
     return BadInput(f"{path}: not readable as CSV: {why[:300]}")
 
 
-def _not_utf8(path: Path) -> BadInput:
-    return BadInput(f"{path}: the text is not UTF-8; convert it first, for example with iconv")
+def not_encoded(path: Path, encoding: str) -> BadInput:
+    """Return the error for text that is not in the encoding."""
+    name = codecs.lookup(encoding).name
+    return BadInput(
+        f"{path}: the text is not {'UTF-8' if name == 'utf-8' else encoding}; name its encoding, as "
+        "--encoding latin-1 or cp1252"
+    )
 
 
 def _long_line(path: Path) -> BadInput:
     return BadInput(f"{path}: a line is longer than {BLOCK:,} bytes; is a quote in it left open?")
 
 
-def _is_bad(text: str) -> bool:
+def _is_bad(text: str, decimal: str) -> bool:
     """Return whether Arrow reads the cell neither as a number nor as a missing one."""
     if text in MISSING:
         return False
+    if decimal != ".":
+        text = text.replace(".", "?").replace(decimal, ".")
     try:
         float(text)
     except ValueError:

@@ -7,7 +7,8 @@ gone through. Of a share of the rows only the row groups are opened that hold so
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,31 @@ import numpy as np
 
 from xent._processes.group import Share
 from xent._util.text import quoted
-from xent.data.columns import Columns, check_numbers, choose_columns, matrix, width_of
+from xent.data.categories import Category, TooMany, numbered
+from xent.data.columns import (
+    Columns,
+    check_numbers,
+    choose_columns,
+    is_text,
+    matrix,
+    numbers_beside,
+    width_of,
+)
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
 from xent.data.reading import reading
 from xent.data.rows import BATCH, Batch, as_tensor, computed_dtype, row_source
-from xent.data.table import NoRows, Table, Wanted, check_finite, no_label
+from xent.data.table import (
+    NoRows,
+    Table,
+    Wanted,
+    check_finite,
+    no_category,
+    no_label,
+    some_unused,
+    too_many,
+    with_masses,
+)
 from xent.errors import BadInput, needs
 
 MOST_ROWS = 1 << 16
@@ -50,23 +70,79 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
     check_memory(path, 16 * count, f"{count:,} rows")
     source = ParquetRows(path, wanted, columns, rows)
     features: np.ndarray | ParquetRows = source
-    if count * len(names) * source.stored.itemsize <= IN_MEMORY // wanted.parts:
+    if not names:
+        features = np.empty((count, 0))
+    elif count * len(names) * source.stored.itemsize <= IN_MEMORY // wanted.parts:
         features = np.empty((count, len(names)), source.stored)
         for here, batch in source.batches():
             features[here] = batch[:].numpy()
     check_finite(path, wanted, row_source(features), names, rows.start, columns.bases)
-    table = Table(str(path), features, tuple(names), skipped=columns.skipped, start=rows.start)
+    table = Table(str(path), features, tuple(names), unused=columns.unused, start=rows.start)
+
+    def column(name: str) -> Iterator[Any]:
+        # text of the file's dictionary is there once, however many rows have it
+        encoded = [name] if is_text(schema.field(name).type) else []
+        with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded) as file:
+            for batch in _batches_of(file, [name], rows, MOST_ROWS):
+                batch.validate(full=True)  # text is UTF-8, and what points into a dictionary lies in it
+                yield batch.column(0)
+
+    table = with_categories(path, wanted, columns, table, column)
+    if columns.beside:
+        with parquet.ParquetFile(path, metadata=about) as file:
+            read = list(dict.fromkeys(each.name for each in columns.beside))
+            batches = list(_batches_of(file, read, rows, MOST_ROWS))
+        arrow = pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in read]))
+        table = with_numbers_beside(path, wanted, arrow, columns, table)
     if columns.label is None:
         return table
-    # text of the file's dictionary is there once, however many rows have it
-    encoded = [columns.label] if is_text(schema.field(columns.label).type) else []
-    with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded) as file:
-        wanted_schema = pa.schema([file.schema_arrow.field(columns.label)])
-        batches = _batches_of(file, [columns.label], rows, MOST_ROWS)
-        arrow = pa.Table.from_batches(batches, wanted_schema)
-    arrow.validate(full=True)  # text is UTF-8, and what points into a dictionary lies in it
-    codes, classes = _arrow_labels(path, wanted, arrow.column(0), columns.label, rows.start)
+    of_label = schema.field(columns.label).type
+    parts = list(column(columns.label))
+    kind = parts[0].type if parts else of_label
+    codes, classes = _arrow_labels(path, wanted, pa.chunked_array(parts, kind), columns.label, rows.start)
     return dataclasses.replace(table, label_name=columns.label, codes=codes, classes=classes)
+
+
+def with_categories(
+    path: Path,
+    wanted: Wanted,
+    columns: Columns,
+    table: Table,
+    column: Callable[[str], Iterable[Any]],
+    blank: Sequence[str] = (),
+) -> Table:
+    """Return a table with its columns of categories; ``column(name)`` are the Arrow arrays of one.
+
+    Those with too many values are left out, which is an error for one that is named.
+    """
+    found: list[Category] = []
+    unused = dict(table.unused)
+    for name in columns.categorical:
+        most = wanted.most if wanted.model is None else sys.maxsize
+        try:
+            made = numbered(path, name, column(name), most, blank)
+        except TooMany:
+            if wanted.categorical != "auto":
+                raise too_many(path, name, most) from None
+            unused[name] = f"text of more than {most} values"
+            continue
+        lacking = np.flatnonzero(made.codes < 0)
+        if len(lacking) and wanted.missing == "error":
+            raise no_category(path, wanted, name, table.start + int(lacking[0]))
+        found.append(made)
+    if not found and not table.feature_names:
+        raise BadInput(f"{path}: no column is left for features; {some_unused(unused)}")
+    return dataclasses.replace(table, categories=tuple(found), unused=unused)
+
+
+def with_numbers_beside(path: Path, wanted: Wanted, arrow: Any, columns: Columns, table: Table) -> Table:
+    """Return a table with weights and masses of classes, the names of whose columns are the classes."""
+    weight, soft = numbers_beside(path, wanted, arrow, columns, table.start)
+    table = dataclasses.replace(table, weight=weight)
+    if soft is None:
+        return table
+    masses = columns.beside[wanted.weight is not None :]
+    return with_masses(path, table, soft, [name for column in masses for name in column.names])
 
 
 def count_parquet(path: Path) -> int:
@@ -95,7 +171,8 @@ class ParquetRows:
         """Yield the decoded rows; raise ``BadInput`` where the file does not hold what it did."""
         from pyarrow import parquet
 
-        columns, size, start = self._columns, max(1, min(MOST_ROWS, BATCH // self.shape[1])), 0
+        columns, start = self._columns, 0
+        size = max(1, min(MOST_ROWS, BATCH // max(1, self.shape[1])))
         # Arrow would else hold all that is to be read of the file, and decode no sooner
         how = {"pre_buffer": False, "buffer_size": PIECE}
         with reading(self._path, "Parquet"), parquet.ParquetFile(self._path, **how) as file:
@@ -135,13 +212,6 @@ def within(batches: Iterable[Any], rows: slice, position: int = 0) -> Iterator[A
         position += len(batch)
 
 
-def is_text(kind: Any) -> bool:
-    """Return whether an Arrow type is one of text."""
-    import pyarrow as pa
-
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or str(kind) == "string_view")
-
-
 def table_from_arrow(path: Path, wanted: Wanted, arrow: Any, share: Share) -> Table:
     """Return the rows of a share, and the columns that are wanted, of an Arrow table of a whole file.
 
@@ -154,18 +224,22 @@ def table_from_arrow(path: Path, wanted: Wanted, arrow: Any, share: Share) -> Ta
         path, wanted, arrow.schema, lambda name: width_of(path, arrow.column(name).slice(0, 1), name)
     )
     rows = share.of(arrow.num_rows)
-    names = [*columns.read, columns.label] if columns.label is not None else columns.read
-    part = arrow.select(names).slice(rows.start, rows.stop - rows.start)
+    part = arrow.select(columns.every).slice(rows.start, rows.stop - rows.start)
     return from_arrow(path, wanted, part, columns, rows.start)
 
 
-def from_arrow(path: Path, wanted: Wanted, arrow: Any, columns: Columns, start: int) -> Table:
-    """Return some rows of a file as a table, the first at ``start``."""
+def from_arrow(
+    path: Path, wanted: Wanted, arrow: Any, columns: Columns, start: int, blank: Sequence[str] = ()
+) -> Table:
+    """Return some rows of a file as a table, the first at ``start``; ``blank`` are texts of no category."""
     check_numbers(path, wanted, columns, arrow.schema)
     names, label = columns.names, columns.label
     made = matrix(path, wanted, arrow, columns.features, start, columns.dtype)
     check_finite(path, wanted, row_source(made), names, start, columns.bases)
-    table = Table(str(path), made, tuple(names), skipped=columns.skipped, start=start)
+    table = Table(str(path), made, tuple(names), unused=columns.unused, start=start)
+    table = with_categories(path, wanted, columns, table, lambda name: [arrow.column(name)], blank)
+    if columns.beside:
+        table = with_numbers_beside(path, wanted, arrow, columns, table)
     if label is None:
         return table
     codes, classes = _arrow_labels(path, wanted, arrow.column(label), label, start)

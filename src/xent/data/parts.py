@@ -17,9 +17,10 @@ import numpy as np
 from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data._registry import format_of, known_suffixes
+from xent.data.categories import Category, united
 from xent.data.labels import recoded, union, whole_alike
-from xent.data.rows import ConcatenatedRows, SelectedRows
-from xent.data.table import NoRows, Table, Wanted
+from xent.data.rows import ConcatenatedRows
+from xent.data.table import NoRows, Table, Wanted, too_many
 from xent.errors import BadInput
 
 _Found = TypeVar("_Found")
@@ -80,6 +81,11 @@ def read_parts(
     found = format_of(files[0])
     apart = found is not None and found.labels is not None and wanted.label and not wanted.label_optional
     label = None if apart else wanted.label
+    if found is not None and found.labels is not None and wanted.beside:
+        raise BadInput(
+            f"{files[0]} and {len(files) - 1} more: weights and masses of several {found.name} files are not "
+            "read; save the arrays as one file"
+        )
     of_part = dataclasses.replace(wanted, label=label, parts=len(files))
     tables: list[Table] = []
     if share.whole:
@@ -94,7 +100,7 @@ def read_parts(
             low, high = (min(max(at - before, 0), count) for at in (rows.start, rows.stop))
             tables.append(_part(file, of_part, read, slice(low, high)))
             before += count
-    joined = _joined(files, tables, start)
+    joined = _joined(files, tables, start, wanted)
     if not apart:
         return joined
     assert found is not None
@@ -133,13 +139,22 @@ def _part(file: Path, wanted: Wanted, read: Callable[[Path, Wanted, Share], Tabl
         return read(file, wanted, Span(start=rows.start, stop=rows.stop))
     whole = read(file, wanted, Share())
     chosen = np.arange(rows.start, rows.stop)
-    codes = None if whole.codes is None else whole.codes[rows]
-    return dataclasses.replace(whole, features=SelectedRows(whole.rows, chosen), codes=codes)
+    return whole.taken(chosen)
 
 
-def _joined(files: Sequence[Path], tables: Sequence[Table], start: int) -> Table:
+def _joined(files: Sequence[Path], tables: Sequence[Table], start: int, wanted: Wanted) -> Table:
     """Return the tables of some parts as one."""
     first = tables[0]
+    unused = {name: why for table in tables for name, why in table.unused.items()}
+    categories: list[Category] = []
+    for name, columns in united([table.categories for table in tables], wanted.most):
+        if columns is not None:
+            of_all = np.concatenate([column.codes for column in columns])
+            categories.append(dataclasses.replace(columns[0], codes=of_all))
+        elif wanted.categorical != "auto":
+            raise too_many(f"{files[0]} and {len(files) - 1} more", name, wanted.most)
+        else:
+            unused[name] = f"text of more than {wanted.most} values"
     for file, table in zip(files, tables, strict=True):
         if table.feature_names != first.feature_names:
             odd = sorted(set(table.feature_names) ^ set(first.feature_names))
@@ -152,15 +167,28 @@ def _joined(files: Sequence[Path], tables: Sequence[Table], start: int) -> Table
     source = f"{files[0]} and {len(files) - 1} more"
     features = ConcatenatedRows([table.rows for table in tables])
     joined = dataclasses.replace(
-        first, source=source, features=features, start=start, codes=None, classes=None
+        first,
+        source=source,
+        features=features,
+        start=start,
+        codes=None,
+        classes=None,
+        unused=unused,
+        categories=tuple(categories),
+        weight=_stacked([table.weight for table in tables]),
+        soft=None,
     )
+    if first.soft is not None:
+        soft = _stacked([table.soft for table in tables])
+        assert soft is not None
+        return dataclasses.replace(joined, soft=soft, codes=soft.argmax(1), classes=first.classes)
     named = [(file, t.classes) for file, t in zip(files, tables, strict=True) if t.classes is not None]
     if not named:
         return joined
     _check_types(named)
-    own = whole_alike([found for _, found in named])
-    classes = union(own)
-    of_table = dict(zip([file for file, _ in named], own, strict=True))
+    alike = whole_alike([found for _, found in named])
+    classes = union(alike)
+    of_table = dict(zip([file for file, _ in named], alike, strict=True))
     codes = [
         np.full(t.rows.shape[0], -1)
         if t.codes is None or t.classes is None
@@ -169,6 +197,11 @@ def _joined(files: Sequence[Path], tables: Sequence[Table], start: int) -> Table
     ]
     label = next(table.label_name for table in tables if table.classes is not None)
     return dataclasses.replace(joined, label_name=label, codes=np.concatenate(codes), classes=classes)
+
+
+def _stacked(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    there = [array for array in arrays if array is not None]
+    return np.concatenate(there) if there else None
 
 
 def _check_types(named: Sequence[tuple[Path, np.ndarray]]) -> None:

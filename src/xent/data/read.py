@@ -10,21 +10,28 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from xent._processes.group import ALONE, Ranks, Share
 from xent.data._registry import format_of, known_suffixes, register_reader
+from xent.data.categories import Category, united
 from xent.data.csv import read_csv
 from xent.data.labels import recoded, union
+from xent.data.layout import matching
 from xent.data.numpy import count_npy, labels_of_npy, read_npy, read_npz
 from xent.data.parquet import count_parquet, read_parquet
 from xent.data.parts import files_of, read_parts
 from xent.data.reading import reading
-from xent.data.table import NoRows, Table, Wanted
+from xent.data.rows import blocks
+from xent.data.safetensors import read_safetensors
+from xent.data.table import NoRows, Table, Wanted, too_many
 from xent.errors import BadInput
 
-register_reader(".csv", read_csv, name="CSV")
-register_reader(".tsv", read_csv, name="CSV")
+register_reader(".csv", read_csv, name="CSV", compressed=True)
+register_reader(".tsv", read_csv, name="CSV", compressed=True)
 register_reader(".parquet", read_parquet, name="Parquet", count=count_parquet)
 register_reader(".npz", read_npz)
+register_reader(".safetensors", read_safetensors, name="safetensors")
 register_reader(".npy", read_npy, count=count_npy, labels=labels_of_npy)
 
 
@@ -44,17 +51,19 @@ def read_table(path: str | Path | Sequence[str | Path], wanted: Wanted, ranks: R
     >>> table.feature_names, table.features.tolist(), table.classes[table.codes].tolist()
     (('petal',), [[0.5], [1.5]], ['rose', 'iris'])
     """
-    paths = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
+    given = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
     with ranks.raise_together():
+        paths = [file for each in given for file in matching(each)]
         files = files_of(paths)
         if len(files) == 1:
             table = read_share(files[0], wanted, ranks.share)
         else:
             table = read_parts(files, wanted, ranks.share, read_share)
-            if len(paths) == 1:
-                table = dataclasses.replace(table, source=str(paths[0]))
+            if len(given) == 1:
+                table = dataclasses.replace(table, source=str(given[0]))
     ranks.check_equal(f"copy of {table.source}", [file.stat().st_size for file in files])
-    return merge_classes(table, ranks)
+    table = merge_categories(merge_classes(table, ranks), wanted, ranks)
+    return complete(table, ranks) if wanted.missing == "drop" else table
 
 
 def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
@@ -71,6 +80,43 @@ def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
         if path.stat().st_size == 0:
             raise BadInput(f"{path}: the file is empty")
         return found.reader(path, wanted, share)
+
+
+def merge_categories(table: Table, wanted: Wanted, ranks: Ranks) -> Table:
+    """Return the share's table with the categories of all shares."""
+    if ranks.size == 1:
+        return table
+    empty = np.empty(0, np.int32)
+    of_shares = ranks.gather([dataclasses.replace(column, codes=empty) for column in table.categories])
+    own = {column.name: column for column in table.categories}
+    made, unused = [], dict(table.unused)
+    for name, columns in united(of_shares, wanted.most):
+        if columns is None:
+            if wanted.categorical != "auto":
+                raise too_many(table.source, name, wanted.most)
+            unused[name] = f"text of more than {wanted.most} values"
+        else:
+            values = columns[0].values
+            made.append(Category(name, values, own[name].recoded(values)))
+    return dataclasses.replace(table, categories=tuple(made), unused=unused)
+
+
+def complete(table: Table, ranks: Ranks = ALONE) -> Table:
+    """Return the table of the rows that lack no number and no category; the rest is counted."""
+    kept = np.ones(len(table), dtype=bool)
+    for here, x in blocks(table.rows):
+        kept[here] = ~x.isnan().any(1).numpy()
+    for column in table.categories:
+        kept &= column.codes >= 0
+    counts = ranks.gather((int(kept.sum()), len(table)))
+    total, left = sum(rows for _, rows in counts), sum(rows for rows, _ in counts)
+    if not left:
+        raise BadInput(f"{table.source}: every row lacks a number or a category; --missing impute keeps them")
+    if left == total:
+        return table
+    start = sum(rows for rows, _ in counts[: ranks.share.index]) if ranks.share.count > 1 else 0
+    made = table.taken(np.flatnonzero(kept))
+    return dataclasses.replace(made, start=start, dropped=total - left)
 
 
 def merge_classes(table: Table, ranks: Ranks) -> Table:

@@ -11,14 +11,20 @@ import dataclasses
 import io
 import itertools
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 
 from xent._util.text import quoted
-from xent.data.rows import RowSource, blocks, row_source
+from xent.data.categories import MOST, Category
+from xent.data.layout import Layout
+from xent.data.rows import RowSource, SelectedRows, blocks, row_source
 from xent.errors import BadInput
+
+Missing: TypeAlias = Literal["error", "drop", "impute"]
+"""The ways with a row that lacks a number or a category."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +41,38 @@ class Table:
     label_name: str | None = None  # the column; None too for labels that are a file of their own
     codes: np.ndarray | None = None  # (N,) int64, positions in classes
     classes: np.ndarray | None = None  # (C,) str, int or bool, sorted
-    skipped: tuple[str, ...] = ()  # columns that are neither, for not being numeric
+    unused: dict[str, str] = dataclasses.field(default_factory=dict)  # columns that are neither, and why
     start: int = 0  # the first row's position in the file
     width: int | None = None  # columns of the array that the features are from; None where columns have names
+    categories: tuple[Category, ...] = ()  # columns of few values, which are not yet features
+    unknown: dict[str, int] = dataclasses.field(default_factory=dict)  # rows whose category no model knows
+    weight: np.ndarray | None = None  # (N,) float64, how much each row counts
+    soft: np.ndarray | None = None  # (N, C) float64, the mass of each class; codes are of the largest
+    dropped: int = 0  # rows left out, of all ranks, for what they lack
+
+    def __len__(self) -> int:
+        """Return N."""
+        return self.rows.shape[0]
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """The columns that are not used."""
+        return tuple(self.unused)
+
+    def taken(self, rows: np.ndarray) -> Table:
+        """Return the table of some of its rows, ascending positions; ``start`` stays."""
+
+        def of(array: np.ndarray | None) -> np.ndarray | None:
+            return None if array is None else array[rows]
+
+        return dataclasses.replace(
+            self,
+            features=SelectedRows(self.rows, rows),
+            codes=of(self.codes),
+            weight=of(self.weight),
+            soft=of(self.soft),
+            categories=tuple(column.at(rows) for column in self.categories),
+        )
 
     @property
     def rows(self) -> RowSource:
@@ -69,6 +104,11 @@ class Wanted:
     features these are, in its order; labels are then there to be compared with its classes, so that a row may
     lack one and numbers may be floats. ``width`` is that of the arrays it was fitted on. ``parts`` is the
     number of files that make up the table: each may take that part of the memory.
+
+    ``categorical`` names columns whose values are numbered, "auto" every column of text or booleans that has
+    at most ``most`` of them. ``missing`` says what becomes of a row that lacks a number or a category: an
+    error, or it is dropped, or it keeps nan. ``weight`` names the column of rows' weights, ``soft`` those of
+    the classes' masses, which stand in the place of labels.
     """
 
     label: str | None = None
@@ -78,6 +118,17 @@ class Wanted:
     model: Path | None = None
     width: int | None = None
     parts: int = 1
+    layout: Layout = dataclasses.field(default_factory=Layout)
+    categorical: Sequence[str] | Literal["auto"] = ()
+    most: int = MOST
+    missing: Missing = "error"
+    weight: str | None = None
+    soft: Sequence[str] = ()
+
+    @property
+    def beside(self) -> list[str]:
+        """The columns of numbers that are not features: weights and masses."""
+        return [*([] if self.weight is None else [self.weight]), *self.soft]
 
     @property
     def origin(self) -> str:
@@ -106,10 +157,8 @@ class Wanted:
         return f"leave the column out with --exclude {option if len(option) <= 200 else 'and its name'}"
 
 
-def choose(
-    path: Path, wanted: Wanted, names: Sequence[str], numeric: Sequence[bool], kinds: Sequence[str] = ()
-) -> list[str]:
-    """Return the feature columns, in the order wanted, else the file's; ``kinds`` are for messages."""
+def check_names_wanted(path: Path, wanted: Wanted, names: Sequence[str]) -> None:
+    """Raise ``BadInput`` for a column that is there twice, and for one that is named and not there."""
     times = collections.Counter(names)
     for name, count in times.items():
         if count > 1:
@@ -117,23 +166,63 @@ def choose(
     check_once(path, wanted)
     if wanted.label is not None and wanted.label not in times and not wanted.label_optional:
         raise BadInput(f"{path}: no column {quoted(wanted.label)} for --label; {_there_are(names)}")
-    for option, names_wanted in (("--exclude", wanted.exclude), (wanted.origin, wanted.features or ())):
+    named = [] if wanted.categorical == "auto" else wanted.categorical
+    for option, names_wanted in (
+        ("--exclude", wanted.exclude),
+        (wanted.origin, wanted.features or ()),
+        ("--categorical" if wanted.model is None else wanted.origin, named),
+        ("--weight", [] if wanted.weight is None else [wanted.weight]),
+        ("--soft-labels", wanted.soft),
+    ):
         lacking = [name for name in names_wanted if name not in times]
         if lacking:
             raise BadInput(f"{path}: no column {some(lacking)} ({option}); {_there_are(names)}")
+    if wanted.features is not None and wanted.label in wanted.features:
+        raise BadInput(
+            f"{path}: the label column {quoted(wanted.label)} cannot be a feature; "
+            + ("drop it from --features" if wanted.model is None else "name another column with --label")
+        )
+    _check_apart(path, wanted)
+
+
+def _check_apart(path: Path, wanted: Wanted) -> None:
+    """Raise ``BadInput`` for a column that two options take for two things."""
+    uses = {"--weight": wanted.beside[: wanted.weight is not None], "--soft-labels": wanted.soft}
+    others = {"--label": [wanted.label], "--features": wanted.features or (), "--categorical": ()}
+    if wanted.categorical != "auto":
+        others["--categorical"] = wanted.categorical
+        both = [name for name in wanted.categorical if name == wanted.label]
+        if both:
+            raise BadInput(f"{path}: the label column {quoted(both[0])} cannot be in --categorical")
+    for option, columns in uses.items():
+        for other, taken in (*others.items(), *((o, c) for o, c in uses.items() if o != option)):
+            both = [name for name in columns if name in taken]
+            if both:
+                raise BadInput(f"{path}: column {quoted(both[0])} is named in {option} and in {other}")
+
+
+def choose(
+    path: Path,
+    wanted: Wanted,
+    names: Sequence[str],
+    numeric: Sequence[bool],
+    kinds: Sequence[str] = (),
+    others: Collection[str] = (),
+) -> list[str]:
+    """Return the feature columns, in the order wanted, else the file's, without ``others``.
+
+    ``kinds`` are for messages.
+    """
+    check_names_wanted(path, wanted, names)
     if wanted.features is not None:
-        if wanted.label in wanted.features:
-            raise BadInput(
-                f"{path}: the label column {quoted(wanted.label)} cannot be a feature; "
-                + ("drop it from --features" if wanted.model is None else "name another column with --label")
-            )
-        return list(wanted.features)
-    passed_over = {wanted.label, *wanted.exclude}
+        return [name for name in wanted.features if name not in others]
+    passed_over = {wanted.label, *wanted.exclude, *wanted.beside, *others}
     chosen = [
         name for name, is_number in zip(names, numeric, strict=True) if is_number and name not in passed_over
     ]
-    if not chosen:
-        raise BadInput(f"{path}: no numeric column is left for features; {_there_are(names, kinds)}")
+    if not chosen and wanted.categorical == ():
+        hint = "; --categorical auto makes indicators of text" if "string" in kinds else ""
+        raise BadInput(f"{path}: no numeric column is left for features; {_there_are(names, kinds)}{hint}")
     return chosen
 
 
@@ -154,11 +243,23 @@ def some(names: Sequence[str], kinds: Sequence[str] = (), most: int = 8) -> str:
 
 
 def _there_are(names: Sequence[str], kinds: Sequence[str] = ()) -> str:
-    if len(names) == 1 and any(mark in names[0] for mark in ";\t|"):
+    marks = [mark for mark in ";\t|," if len(names) == 1 and mark in names[0]]
+    if marks:
         return (
-            f"the header is one column, {quoted(names[0])}: separate columns by commas (.csv) or tabs (.tsv)"
+            f"the header is one column, {quoted(names[0])}: say what lies between the columns, as "
+            f"--delimiter {quoted(marks[0])}"
         )
+    if names and all(_is_number(name) for name in names):
+        return f"its header holds numbers, {some(names)}: a file without one is read with --no-header"
     return f"its columns are {some(names, kinds)}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def bad_number(
@@ -168,11 +269,47 @@ def bad_number(
 
     ``column`` is the column that it lies in, where that has another name.
     """
+    lacks = value is None or value != value or value == ""
     said = "is missing" if value is None else f"holds {quoted(value)}"
+    mend = "correct or drop the row"
+    if lacks and wanted.model is None:
+        mend = "correct the row, or let --missing drop or impute it"
     return BadInput(
         f"{path}: row {row + 1}, column {quoted(name)} {said} where a finite number is needed; "
-        f"correct or drop the row, or {wanted.without(column or name)}"
+        f"{mend}, or {wanted.without(column or name)}"
     )
+
+
+def no_category(path: object, wanted: Wanted, name: str, row: int) -> BadInput:
+    """Return the error for a category that is missing in a row, counted from 0."""
+    mend = "correct or drop the row" if wanted.model is not None else "let --missing drop or impute it"
+    return BadInput(
+        f"{path}: row {row + 1}, column {quoted(name)} is missing where a category is needed; "
+        f"{mend}, or {wanted.without(name)}"
+    )
+
+
+def too_many(path: object, name: str, most: int) -> BadInput:
+    """Return the error for a column of too many values to be numbered."""
+    return BadInput(
+        f"{path}: column {quoted(name)} (--categorical) has more than {most} values; "
+        "raise --max-categories, or leave the column out"
+    )
+
+
+def some_unused(unused: dict[str, str], most: int = 6) -> str:
+    """Return which columns are not used, and why, cut where they are many."""
+    shown = [f"{quoted(name)} ({why})" for name, why in itertools.islice(unused.items(), most)]
+    more = f" and {len(unused) - most} more" if len(unused) > most else ""
+    return f"not used: {', '.join(shown)}{more}"
+
+
+def with_masses(path: object, table: Table, soft: np.ndarray, names: Sequence[str]) -> Table:
+    """Return a table whose labels are masses of classes (N, C), called by the names of their columns."""
+    order = np.argsort(np.array(names, dtype=str), kind="stable")
+    soft = soft[:, order]
+    classes = np.array(names, dtype=str)[order]
+    return dataclasses.replace(table, soft=soft, codes=soft.argmax(1), classes=classes, label_name=None)
 
 
 def no_label(where: object, row: int, column: str | None = None) -> BadInput:
@@ -198,7 +335,7 @@ def check_finite(
 ) -> None:
     """Raise ``BadInput`` for the first number that is not finite; ``columns`` are those of the features."""
     for here, x in blocks(source):
-        finite = x.isfinite()
+        finite = x.isfinite() if wanted.missing == "error" else ~x.isinf()
         if not finite.all():
             row, j = (~finite).nonzero()[0].tolist()
             at, column = start + here.start + row, None if columns is None else columns[j]
