@@ -103,7 +103,7 @@ def test_demo_and_predict(tmp_path):
 def test_fit_and_predict_a_csv(tmp_path):
     done = run("fit", flowers(tmp_path / "f.csv"), "--label", "kind", "--exclude", "id", "--out", "m")
     assert "f.csv: 3 classes, 2 features" in done.stdout
-    assert "not numeric, so not used: name" in done.stdout
+    assert "not used: name (string)" in done.stdout
     assert "in m/: model.safetensors" in done.stdout
     (tmp_path / "g.csv").write_text("v,extra,u\n-2,x,4\n0,y,0\n")  # another order, another column, no label
     assert "2 rows, 3 classes: p.csv" in run("predict", "m/model.safetensors", "g.csv", "-o", "p.csv").stdout
@@ -309,20 +309,26 @@ def test_advice_can_be_followed_with_the_command_that_gives_it(tmp_path):
     (tmp_path / "f.csv").write_text(GOOD)
     (tmp_path / "g.csv").write_text("u,v,kind\n1,2,a\n1,,b\n")
     run("fit", "f.csv", "--label", "kind", "--out", "m", "--quiet")
-    start = (
-        "xent: g.csv: row 2, column 'v' is missing where a finite number is needed; correct or drop the row, "
-    )
+    start = "xent: g.csv: row 2, column 'v' is missing where a finite number is needed; "
+    impute = "correct the row, or let --missing drop or impute it, "
     for command, advice in (
-        (["fit", "g.csv", "--label", "kind"], "or leave the column out with --exclude v\n"),
-        (["fit", "g.csv", "--label", "kind", "--features", "u,v"], "or leave the column out of --features\n"),
-        (["predict", "m/model.safetensors", "g.csv", "-o", "p.csv"], "or fit a model without the column\n"),
+        (["fit", "g.csv", "--label", "kind"], f"{impute}or leave the column out with --exclude v\n"),
+        (
+            ["fit", "g.csv", "--label", "kind", "--features", "u,v"],
+            f"{impute}or leave the column out of --features\n",
+        ),
+        (
+            ["predict", "m/model.safetensors", "g.csv", "-o", "p.csv"],
+            "correct or drop the row, or fit a model without the column\n",
+        ),
     ):
         assert run(*command, code=2).stderr == start + advice
+    run("fit", "g.csv", "--label", "kind", "--missing", "drop", "--validation", 0, code=2)
     parquet.write_table(csv.read_csv("f.csv").drop_columns("v").append_column("v", [["x"] * 20]), "t.parquet")
     for command, advice in (
         (
             ["fit", "t.parquet", "--label", "kind", "--features", "u,v"],
-            "leave the column out of --features\n",
+            "--categorical 'v' makes indicators of its values; leave the column out of --features\n",
         ),
         (["predict", "m/model.safetensors", "t.parquet", "-o", "p.csv"], "fit a model without the column\n"),
     ):
@@ -409,7 +415,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     run("fit", "f.csv", "--label", "kind", "--out", "m", "--quiet")
     before = sorted(tmp_path.rglob("*"))
     times = [path.stat().st_mtime_ns for path in before]
-    monkeypatch.setattr("xent.report.evaluation.log_proba", fail)
+    monkeypatch.setattr("xent.report.predictions.log_proba", fail)
     assert (
         "disk full" in run("predict", "m/model.safetensors", "f.csv", "-o", "new/deeper/p.csv", code=1).stderr
     )
@@ -447,7 +453,7 @@ def test_figures_that_fail_leave_the_model(tmp_path, monkeypatch, error, code, s
 
     monkeypatch.setattr("xent.report.figures.loss_curve", fail)
     flowers(tmp_path / "f.csv")
-    done = run("fit", "f.csv", "--label", "kind", "--out", "m", code=code)
+    done = run("fit", "f.csv", "--label", "kind", "--exclude", "id", "--out", "m", code=code)
     assert done.stderr == f"xent: {said}\n"
     assert model_file.load(tmp_path / "m" / "model.safetensors").classes.tolist() == ["iris", "rose", "tulip"]
 
@@ -458,7 +464,7 @@ def test_control_characters_are_shown_as_escapes(tmp_path):
     done = run("fit", "f.csv", "--label", "kind", "--out", "m")
     assert "\x1b" not in done.output
     assert r"\x1b[31mb" in done.stdout
-    assert r"not numeric, so not used: \x1b[1mname" in done.stdout
+    assert r"not used: \x1b[1mname (string)" in done.stdout
 
 
 # Processes: extras that are missing, terminals, Ctrl-C
@@ -482,7 +488,7 @@ def process(*arguments: str, without: tuple[str, ...] = (), **options) -> subpro
 )
 def test_a_missing_extra_is_one_line(tmp_path, package, said):
     flowers(tmp_path / "f.csv")
-    done = process("fit", "f.csv", "--label", "kind", without=(package,))
+    done = process("fit", "f.csv", "--label", "kind", "--exclude", "id", without=(package,))
     assert done.returncode == 1
     assert done.stderr == f"xent: {said}\n"
     assert [path.name for path in tmp_path.iterdir()] == ["f.csv"]
@@ -490,7 +496,9 @@ def test_a_missing_extra_is_one_line(tmp_path, package, said):
 
 def test_without_matplotlib_there_are_no_figures(tmp_path):
     flowers(tmp_path / "f.csv")
-    done = process("fit", "f.csv", "--label", "kind", "--out", "m", without=("matplotlib",))
+    done = process(
+        "fit", "f.csv", "--label", "kind", "--exclude", "id", "--out", "m", without=("matplotlib",)
+    )
     assert done.returncode == 0
     assert (
         done.stderr
@@ -503,7 +511,8 @@ def test_a_closed_pipe_is_no_failure(tmp_path):
     flowers(tmp_path / "f.csv")
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "xent", "fit", "f.csv", "--label", "kind", "--out", "m"]
+    fit = ["fit", "f.csv", "--label", "kind", "--exclude", "id", "--out", "m"]
+    command = [sys.executable, "-m", "xent", *fit]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert (done.returncode, done.stderr) == (0, "")

@@ -19,7 +19,8 @@ from xent.data import Table, sources
 from xent.data.split import split
 from xent.errors import BadInput
 from xent.report import figures
-from xent.report.evaluation import Evaluation, evaluate, write_predictions
+from xent.report.evaluation import Evaluation, evaluate
+from xent.report.predictions import write_predictions
 
 
 def table(counts=(30, 20, 10), features=3, seed=0, classes=("a", "b", "c"), dtype=np.float64) -> Table:
@@ -150,7 +151,7 @@ def test_chunks_change_nothing(monkeypatch):
     t = table((60, 50, 40), seed=3)
     model = job.fit(t, Settings(validation=0)).model
     whole = evaluate(model, t, t.codes, np.arange(150))
-    monkeypatch.setattr("xent.report.evaluation.CHUNK", 21)
+    monkeypatch.setattr("xent.report.predictions.CHUNK", 21)
     parts = evaluate(model, t, t.codes, np.arange(150))
     assert parts.loss == pytest.approx(whole.loss, rel=1e-14)
     np.testing.assert_array_equal(parts.errors, whole.errors)

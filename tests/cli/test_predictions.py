@@ -13,7 +13,7 @@ from xent import metrics
 from xent.cli import fit_job as job
 from xent.cli.solve_job import Settings
 from xent.data import Table
-from xent.report.evaluation import write_predictions
+from xent.report.predictions import write_predictions
 
 
 def table(dtype, classes, rows=120):

@@ -171,6 +171,8 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_weights_and_masses_that_are_none(tmp_path, name):
     options, w, message = BAD[name]
-    parquet.write_table(pa.table({"u": [1.0, 0.0], "v": [1, 2], "w": w, "kind": ["a", "b"]}), tmp_path / "a.parquet")
+    parquet.write_table(
+        pa.table({"u": [1.0, 0.0], "v": [1, 2], "w": w, "kind": ["a", "b"]}), tmp_path / "a.parquet"
+    )
     with pytest.raises(BadInput, match=message):
         read_table(tmp_path / "a.parquet", Wanted(features=["v"], **options))

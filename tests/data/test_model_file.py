@@ -100,7 +100,7 @@ def changed(path, change_about=None, change_tensors=None) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"change_about": lambda a: a.update(version=2)}, "format version 2.*upgrade xent"),
+        ({"change_about": lambda a: a.update(version=3)}, "format version 3.*upgrade xent"),
         ({"change_about": lambda a: a.update(version=-3)}, "not a model that `xent fit` wrote"),
         ({"change_about": lambda a: a.update(version=True)}, "not a model that `xent fit` wrote"),
         ({"change_about": lambda a: a.update(label=7)}, "not a model that `xent fit` wrote"),

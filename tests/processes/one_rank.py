@@ -24,7 +24,7 @@ from xent.cli import commands, fit, fit_job
 from xent.data.model_file import Model
 from xent.linear_model.objective import Objective
 from xent.linear_model.solvers import Solver, register_solver
-from xent.report import evaluation
+from xent.report import predictions
 
 
 def endless(objective, theta, max_iter, after_iteration):
@@ -48,7 +48,7 @@ def run(job: dict) -> dict:
             die = before(job["die"][1], lambda: os.kill(os.getpid(), job["die"][2]), Model.log_proba)
             stack.enter_context(replaced(Model, "log_proba", die))
         if "die" in job:
-            stack.enter_context(replaced(evaluation, "CHUNK", 40))
+            stack.enter_context(replaced(predictions, "CHUNK", 40))
         if job.get("fail", [-1])[0] == rank:
             failing = before(job["fail"][1], lambda: 1 / 0, Objective._loss_and_gradient)
             stack.enter_context(replaced(Objective, "_loss_and_gradient", failing))

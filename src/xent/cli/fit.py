@@ -7,21 +7,34 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table as Grid
-from rich.text import Text
 
 from xent._processes.start import join
 from xent._util.atomic_write import check_writable
-from xent._util.text import class_text, json_text, printable
-from xent.cli.options import AUTO_PATH, Finite, SolverName, Strength, StrengthPath, column_names, keep_inputs
+from xent._util.text import quoted
+from xent.cli.fit_report import report
+from xent.cli.grouped import GroupedCommand
+from xent.cli.options import (
+    AUTO_PATH,
+    Finite,
+    SolverName,
+    Strength,
+    StrengthPath,
+    categorical_columns,
+    column_names,
+    keep_inputs,
+)
 from xent.cli.options import device as device_option
 from xent.cli.options import timeout as timeout_option
 from xent.cli.output import complain
+from xent.cli.reading_options import NAMES, check_standard_input, reading_options
+from xent.data.categories import MOST
+from xent.data.layout import Layout, spooled
+from xent.data.table import Wanted, as_option
 from xent.errors import MissingExtra
 from xent.linear_model.descent import STOPPING
 from xent.linear_model.solvers import AUTO, all_solvers
@@ -31,14 +44,85 @@ if TYPE_CHECKING:
     from xent.linear_model.descent import Progress as Now
 
 
-@click.command()
+GROUPS = {
+    "Common options": [
+        "--label",
+        "--features",
+        "--exclude",
+        "--categorical",
+        "--missing",
+        "--validation",
+        "--test",
+        "--l2",
+        "--calibrate",
+        "--out",
+    ],
+    "Rows and columns": [
+        "--demo",
+        "--max-categories",
+        "--weight",
+        "--class-weight",
+        "--soft-labels",
+        "--test-label",
+        "--seed",
+        "--standardize",
+    ],
+    "Files": NAMES,
+    "Solver": ["--l2-path", "--solver", "--max-iter", "--tol", "--stopping", "--checkpoint", "--resume"],
+    "Machine": ["--device", "--class-parallel", "--timeout"],
+    "Output": ["--verbose", "--json", "--quiet", "--help"],
+}
+
+
+@click.command(cls=GroupedCommand, groups=GROUPS)
 @click.argument("data", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--demo", is_flag=True, help="Fit scikit-learn's handwritten digits instead of a file.")
 @click.option("--label", metavar="COLUMN", help="The column to learn. NPZ: the array; NPY: the second file.")
 @click.option(
     "--features", callback=column_names, metavar="A,B", help="Columns to learn from [all numeric ones]."
 )
-@click.option("--exclude", callback=column_names, metavar="A,B", help="Numeric columns not to learn from.")
+@click.option("--exclude", callback=column_names, metavar="A,B", help="Columns not to learn from.")
+@click.option(
+    "--categorical",
+    callback=categorical_columns,
+    metavar="auto|A,B",
+    help="Learn from columns of few values, by an indicator for each; auto: all of text and booleans.",
+)
+@click.option(
+    "--max-categories",
+    type=click.IntRange(1, 100_000),
+    default=MOST,
+    show_default=True,
+    help="Most values of such a column.",
+)
+@click.option(
+    "--missing",
+    type=click.Choice(["error", "drop", "impute"]),
+    default="error",
+    show_default=True,
+    help="Rows that lack a value: drop them, or impute the median and add an indicator.",
+)
+@click.option("--weight", metavar="COLUMN", help="How much each row counts. NPY: a second file.")
+@click.option(
+    "--class-weight", type=click.Choice(["balanced"]), help="balanced: every class weighs alike in the fit."
+)
+@click.option(
+    "--soft-labels",
+    "soft",
+    callback=column_names,
+    metavar="A,B",
+    help="Columns with the mass of each class, in the place of --label. Arrays: one of rows × classes.",
+)
+@click.option(
+    "--test",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Rows that take no part in the fit, to judge the model by.",
+)
+@click.option("--test-label", metavar="COLUMN", help="Where its labels are, if not under --label.")
+@click.option(
+    "--calibrate", is_flag=True, help="Fit the temperature of the probabilities to the validation rows."
+)
 @click.option(
     "--validation",
     type=Finite(0, 1, max_open=True),
@@ -112,6 +196,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on from the last checkpoint in DIR.")
 @device_option
 @timeout_option
+@reading_options
 @click.option("--verbose", "-v", is_flag=True, help="Say which solver and threads were chosen, and why.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
@@ -121,6 +206,14 @@ def fit(
     label: str | None,
     features: tuple[str, ...],
     exclude: tuple[str, ...],
+    categorical: tuple[str, ...] | Literal["auto"],
+    max_categories: int,
+    weight: str | None,
+    soft: tuple[str, ...],
+    test: Path | None,
+    test_label: str | None,
+    layout: Layout,
+    form: str,
     out: Path,
     slices: int,
     device: str,
@@ -132,14 +225,16 @@ def fit(
     quiet: bool,
     **settings: Any,
 ) -> None:
-    """Fit a softmax classifier to DATA: .csv, .tsv, .parquet, .npz, or .npy with --label labels.npy.
+    """Fit a softmax classifier to DATA: .csv, .tsv, .parquet, .npz, .safetensors, or .npy with
+    --label labels.npy.
 
-    Several files, or a folder of them, are one table. Of .npy and large .parquet files rows are read when
-    they are used, so that the memory that a fit takes does not grow with them.
+    Several files, a pattern or a folder of them, are one table; - is standard input. Text may be compressed,
+    .csv.gz or .csv.zst. Rows of .npy, .safetensors and large .parquet files are read when they are used, so
+    that the memory that a fit takes does not grow with them.
 
     \b
     xent fit --demo
-    xent fit flowers.csv --label species
+    xent fit flowers.csv --label species --categorical auto --missing impute
     xent fit embeddings.npy --label labels.npy --l2 0.1
     torchrun --nproc-per-node 4 -m xent fit rows.parquet --label species
     """
@@ -147,15 +242,25 @@ def fit(
     from xent.cli.checkpoints import Checkpoints
     from xent.cli.solve_job import Settings
     from xent.data import sources
+    from xent.data.identifiers import look_like_identifiers
+    from xent.data.read import read_table
 
     if demo == bool(data):
         raise click.UsageError("name a file or --demo, not both" if demo else "name a file to fit, or --demo")
-    if demo and (label or features or exclude):
-        raise click.UsageError("--demo knows its label and features: drop --label, --features and --exclude")
+    if demo and (label or features or exclude or categorical or weight or soft or test):
+        raise click.UsageError(
+            "--demo knows its label and features: drop --label and all others that name columns"
+        )
     if features and exclude:
         raise click.UsageError("--features and --exclude do not go together: the first already chooses")
-    if not demo and label is None:
+    if not demo and label is None and not soft:
         raise click.UsageError("which column is to be learned? Name it with --label")
+    if label is not None and soft:
+        raise click.UsageError("--label and --soft-labels do not go together: name one of them")
+    if test_label is not None and test is None:
+        raise click.UsageError("--test-label names the labels of --test, which is not there")
+    if test is not None and soft:
+        raise click.UsageError("--test needs the classes of its rows; --soft-labels names none")
     if resume and checkpoint is None:
         raise click.UsageError("--resume goes on from a checkpoint: name its folder with --checkpoint")
     if settings["l2"] == "auto":
@@ -163,23 +268,43 @@ def fit(
     if settings["l2_path"] is not None:
         settings["l2"] = 1.0  # until the best of the path is known
     chosen = Settings(**settings)
-    with join(timeout, slices) as ranks:
+    wanted = Wanted(
+        label=label,
+        features=features or None,
+        exclude=exclude,
+        layout=layout,
+        categorical=categorical,
+        most=max_categories,
+        missing=chosen.missing,
+        weight=weight,
+        soft=soft,
+    )
+    with join(timeout, slices) as ranks, spooled(data, form) as files:
         quiet = quiet or not ranks.is_main
         with ranks.raise_together():
             if ranks.is_main:
                 check_writable(out)
                 if checkpoint is not None:
                     check_writable(checkpoint)
-            keep_inputs(out / job.VALIDATION, *data)
+            check_standard_input(data, ranks.size)
+            keep_inputs(out / job.VALIDATION, *files, *([] if test is None else [test]))
         if demo:
             table = sources.digits(ranks)
         else:
-            table = sources.read_labelled(data, str(label), features, exclude, ranks)
+            table = read_table(files, wanted, ranks)
+        if not quiet and features == ():
+            for name in look_like_identifiers(table, ranks):
+                complain(f"column {quoted(name)} looks like an id: --exclude {as_option(name)} leaves it out")
+        judged_by = None
+        if test is not None:
+            judged_by = job.read_test(test, test_label or str(label), table, wanted, ranks)
         kept = None
         if checkpoint is not None:
             kept = Checkpoints(checkpoint, resume, lambda line: None if quiet else complain(line))
         with _bar(chosen.tol, chosen.stopping, chosen.max_iter, quiet) as advance:
             fitted = job.fit(table, chosen, advance, ranks, device, kept)
+        if judged_by is not None:
+            fitted = job.with_test(fitted, judged_by, ranks)
         if fitted.interrupted and ranks.is_main:
             complain(f"interrupted: saving the best model so far, of iteration {fitted.iterations}")
         paths = job.write(fitted, table, out, ranks)
@@ -194,7 +319,7 @@ def fit(
     if ranks.is_main:
         if verbose and not quiet:
             click.echo(f"solver {fitted.how.name}: {fitted.how.why}\n{fitted.how.threads}", err=True)
-        _report(fitted, chosen.tol, table.source, paths, out, as_json, quiet)
+        report(fitted, chosen.tol, table.source, paths, out, as_json, quiet)
     if fitted.interrupted:
         sys.exit(130)
     if not drawn:
@@ -217,22 +342,6 @@ def _draw(fitted: Fitted, out: Path, paths: list[Path], quiet: bool) -> bool:
         complain(f"no figures, but the model is saved: {type(error).__name__}: {error}")
         return False
     return True
-
-
-def _report(
-    fitted: Fitted, tol: float, source: str, paths: list[Path], out: Path, as_json: bool, quiet: bool
-) -> None:
-    """Print how the fit ended, as a table or as JSON."""
-    if not fitted.converged and not fitted.interrupted and not quiet:
-        complain(
-            f"not converged in {fitted.iterations} iterations: {_reached(fitted)} is above --tol {tol:g}: "
-            f"{fitted.advice}"
-        )
-    if as_json:
-        files = [str(path) for path in paths]
-        click.echo(json_text({"source": source, **fitted.summary(), "files": files}))
-    elif not quiet:
-        _print_fit(fitted, source, paths, out)
 
 
 @contextlib.contextmanager
@@ -269,61 +378,3 @@ def _bar(tol: float, stopping: str, max_iter: int, quiet: bool) -> Iterator[Call
             )
 
         yield advance
-
-
-def _print_fit(fitted: Fitted, source: str, paths: list[Path], out: Path) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    with console.capture() as printed:  # printed by click: rich ends the process, with 1, on a closed pipe
-        _say_fit(console, fitted, source, paths, out)
-    click.echo(printed.get(), nl=False)
-
-
-def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], out: Path) -> None:
-    parts = [("training", fitted.training)]
-    if fitted.validation is not None:
-        parts.append(("validation", fitted.validation))
-    grid = Grid(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    grid.add_column("")
-    for name, _ in parts:
-        grid.add_column(name, justify="right")
-    grid.add_row("rows", *(f"{part.rows:,}" for _, part in parts))
-    grid.add_row("loss", *(f"{part.loss:.4f} nats" for _, part in parts))
-    grid.add_row("  knowing only class frequencies", *(f"{part.baseline:.4f} nats" for _, part in parts))
-    grid.add_row("accuracy", *(f"{100 * part.accuracy:.2f} %" for _, part in parts))
-    about = f"{source}: {len(fitted.model.classes)} classes, {len(fitted.model.feature_names)} features"
-    console.print(Text(printable(about)))
-    if skipped := fitted.skipped:
-        shown = ", ".join(skipped[:6]) + (f" and {len(skipped) - 6} more" if len(skipped) > 6 else "")
-        console.print(Text(f"not numeric, so not used: {printable(shown)}"))
-    console.print()
-    console.print(grid)
-    console.print()
-    how = "converged" if fitted.converged else "interrupted" if fitted.interrupted else "not converged"
-    console.print(
-        f"{how} after {fitted.iterations} iterations in {fitted.seconds:.2f} s, "
-        f"{_reached(fitted)} (tol {fitted.model.settings['tol']:g})"
-    )
-    if (path := fitted.strengths) is not None:
-        edge = ", an end of the path: a wider one may hold a better" if path.at_an_end else ""
-        console.print(
-            f"l2 {path.l2[path.best]:.3g} is the best of {len(path.l2)} on the validation rows{edge}; "
-            "the model in the file is fitted at it to all rows"
-        )
-    names = [printable(class_text(value)[:60]) for value in fitted.model.classes]
-    confused = fitted.judged.most_confused(3)
-    console.print(f"most confused on {parts[-1][0]} rows{':' if confused else ': none'}")
-    for a, b, ab, ba, rows in confused:
-        back = f", {names[b]} taken for {names[a]} {_times(ba)}" if ba else ""
-        console.print(Text(f"  {names[a]} taken for {names[b]} {_times(ab)}{back} (of {rows} rows)"))
-    console.print(Text(f"\nin {printable(str(out))}/: " + ", ".join(path.name for path in paths)))
-
-
-def _reached(fitted: Fitted) -> str:
-    """Return the number that ``--tol`` bounds, with its name."""
-    if fitted.model.settings["stopping"] == "gradient":
-        return f"gradient {fitted.gradient_norm:.1e}"
-    return f"at most {fitted.gap.relative:.1e} above the minimum by its {fitted.gap.by}"
-
-
-def _times(count: int) -> str:
-    return {1: "once", 2: "twice"}.get(count, f"{count} times")

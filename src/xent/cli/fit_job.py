@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,25 +19,34 @@ import numpy as np
 from xent._processes.group import ALONE, Ranks
 from xent._util.atomic_write import atomic_write, folder
 from xent._util.text import class_text, json_text, printable
+from xent.cli.calibration import Calibration, calibrated
 from xent.cli.checkpoints import Checkpoints, Stage, identity
+from xent.cli.predict_job import score
 from xent.cli.solve_job import Gap, How, Outcome, Settings, solve
 from xent.cli.strength_job import Strengths, along_the_path, spaced
 from xent.data import model_file
+from xent.data.encoding import Encoding
 from xent.data.labels import kind_of
 from xent.data.model_file import Model
+from xent.data.read import read_table
 from xent.data.split import split
-from xent.data.table import Table
+from xent.data.table import Table, Wanted
 from xent.errors import BadInput, needs
 from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.scaling import check_range, standardisation
 from xent.linear_model.solvers import AUTO, solver_named
-from xent.report.evaluation import COLUMNS, Evaluation, check_names, evaluate, write_predictions
+from xent.report import evaluation
+from xent.report.evaluation import Evaluation, evaluate
+from xent.report.predictions import COLUMNS, check_names, write_predictions
 
 if TYPE_CHECKING:
     from xent.linear_model.descent import Progress
 
 VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png", "strength.png")
 """Files that not every fit writes."""
+
+CONFUSED = 10
+"""Pairs of classes in the summary, those that are confused most often."""
 
 MOST_SHOWN = 24
 """Classes in the confusion figure; with more it shows the most confused."""
@@ -62,12 +72,25 @@ class Fitted:
     converged: bool
     advice: str  # why it has not converged, and what helps; empty where it has
     interrupted: bool
-    skipped: tuple[str, ...]  # columns left out for not being numeric
+    unused: dict[str, str]  # columns that are no features, and why
+    dropped: int = 0  # rows left out for what they lack
+    calibration: Calibration | None = None
+    test: Evaluation | None = None  # of ``model``, on a file of its own
+    test_unknown: dict[str, int] = dataclasses.field(default_factory=dict)  # its labels that are no class
 
     @property
     def judged(self) -> Evaluation:
         """The evaluation on the validation rows where there are some, else on the training rows."""
         return self.training if self.validation is None else self.validation
+
+    def _of_test(self) -> dict[str, Any] | None:
+        if self.test is None:
+            return None
+        return self.test.summary() | {
+            "unknown_labels": self.test_unknown,
+            "per_class": self.test.classes(self.model.classes),
+            "reliability": self.test.reliability(),
+        }
 
     def summary(self) -> dict[str, Any]:
         """Return everything worth reading, as plain JSON values."""
@@ -75,9 +98,13 @@ class Fitted:
         return {
             "classes": len(text),
             "features": len(self.model.feature_names),
-            "skipped": list(self.skipped),
+            "skipped": list(self.unused),
+            "unused": [{"column": name, "why": why} for name, why in self.unused.items()],
+            "dropped_rows": self.dropped,
             "training": self.training.summary(),
             "validation": None if self.validation is None else self.validation.summary(),
+            "test": self._of_test(),
+            "calibration": None if self.calibration is None else self.calibration.summary(),
             "iterations": self.iterations,
             "seconds": self.seconds,
             "gradient_norm": self.gradient_norm,
@@ -88,8 +115,10 @@ class Fitted:
             "strengths": None if self.strengths is None else self.strengths.summary(),
             "most_confused": [
                 {"classes": [text[a], text[b]], "a_as_b": ab, "b_as_a": ba, "rows": rows}
-                for a, b, ab, ba, rows in self.judged.most_confused(3)
+                for a, b, ab, ba, rows in self.judged.most_confused(CONFUSED)
             ],
+            "per_class": self.judged.classes(self.model.classes),
+            "reliability": self.judged.reliability(),
             "settings": self.model.settings,
         }
 
@@ -134,17 +163,28 @@ def fit(
     _check(settings, n_classes, device, ranks)
     training, validation = split(table, settings.validation, settings.seed, ranks)
     check_names(table.classes, COLUMNS, table.source)
-    check_range(table, ranks)
     own, held = table.own(training), table.own(validation)
+    encoding = Encoding.learnt(table, own, settings.missing == "impute", ranks)
+    table = encoding.encoded(table)
+    check_range(table, ranks)
     if checkpoints is not None:
         of = identity(table, settings, ranks)
         with ranks.raise_together():
             if ranks.is_main:
                 checkpoints.open(of)
-    every = LabelledRows(table.rows, codes, None, torch.device(device))
+    targets, weight = codes if table.soft is None else table.soft.astype(table.rows.dtype), table.weight
+    every = LabelledRows(
+        table.rows,
+        targets,
+        None if weight is None else weight.astype(table.rows.dtype),
+        torch.device(device),
+    )
     rows_own, rows_held = every.take(own), every.take(held)
+    class_masses = ranks.sum(evaluation.class_masses(table, codes, own, n_classes))
+    _check_masses(table, class_masses, float(ranks.sum(rows_held.mass(slice(None)).sum())), len(validation))
+    if settings.class_weight == "balanced":
+        rows_own = balanced(rows_own, class_masses)
     scaling = standardisation(rows_own.source, settings.standardize, ranks)
-    counts = len(training), len(validation)
     shape = (*rows_own.source.shape, n_classes)
     with workers(*shape, device=device, class_parallel=ranks.slices > 1) as threads:
         strengths = None
@@ -158,7 +198,7 @@ def fit(
         done = solve(
             rows_own,
             rows_held,
-            counts,
+            (_total(rows_own, ranks), _total(rows_held, ranks)),
             n_classes,
             settings,
             scaling,
@@ -168,14 +208,17 @@ def fit(
             Stage("fit", checkpoints),
         )
 
-        judge = model = _model(table, settings, done, scaling)
+        judge = model = _model(table, settings, done, scaling, encoding)
         if strengths is not None and not done.interrupted:  # again, on all rows
             of_all = standardisation(table.rows, settings.standardize, ranks)
-            none = every.take(np.empty(0, np.int64))
+            rows = every
+            if settings.class_weight == "balanced":
+                everyone = np.arange(len(table))
+                rows = balanced(every, ranks.sum(evaluation.class_masses(table, codes, everyone, n_classes)))
             again = solve(
-                every,
-                none,
-                (len(codes), 0),
+                rows,
+                every.take(np.empty(0, np.int64)),
+                (_total(rows, ranks), 0.0),
                 n_classes,
                 settings,
                 of_all,
@@ -184,15 +227,25 @@ def fit(
                 threads,
                 Stage("refit", checkpoints),
             )
-            model = _model(table, settings, again, of_all)
+            model = _model(table, settings, again, of_all, encoding)
+    frequencies = class_masses / class_masses.sum()
+
+    def judged(by: Model, rows: np.ndarray) -> Evaluation:
+        return evaluate(by, table, codes, rows, frequencies, ranks)
+
+    calibration = None
+    if settings.calibrate:
+        calibration = calibrated(judge, table, held, judged(judge, held))
+        judge = dataclasses.replace(judge, temperature=calibration.temperature)
+        model = dataclasses.replace(model, temperature=calibration.temperature)
     at_start = math.log(n_classes)  # W = 0: every class alike
-    frequencies = ranks.sum(np.bincount(codes[own], minlength=n_classes)) / len(training)
     return Fitted(
         model=model,
         judge=judge,
         strengths=strengths,
-        training=evaluate(judge, table, codes, own, frequencies, ranks),
-        validation=evaluate(judge, table, codes, held, frequencies, ranks) if len(validation) else None,
+        training=judged(judge, own),
+        validation=judged(judge, held) if len(validation) else None,
+        calibration=calibration,
         validation_rows=validation,
         training_curve=np.array([at_start, *done.training_curve]),
         validation_curve=np.array([at_start, *done.validation_curve] if len(validation) else []),
@@ -204,8 +257,56 @@ def fit(
         converged=done.converged,
         advice=done.advice,
         interrupted=done.interrupted,
-        skipped=table.skipped,
+        unused=table.unused,
+        dropped=table.dropped,
     )
+
+
+def balanced(rows: LabelledRows, class_masses: np.ndarray) -> LabelledRows:
+    """Return the rows with weights that give every class the same mass, and all together what they had.
+
+    s_c = Σ_k m_k / (C·m_c), scikit-learn's class_weight="balanced".
+    """
+    scale = class_masses.sum() / (len(class_masses) * np.where(class_masses > 0, class_masses, np.inf))
+    scale = scale.astype(rows.source.dtype)
+    if rows.target.ndim == 2:
+        return dataclasses.replace(rows, target=rows.target * scale)
+    each = scale[rows.target]
+    return dataclasses.replace(rows, weight=each if rows.weight is None else each * rows.weight)
+
+
+def _total(rows: LabelledRows, ranks: Ranks) -> float:
+    return float(ranks.sum(rows.mass(slice(None)).sum()))
+
+
+def _check_masses(table: Table, class_masses: np.ndarray, held: float, validation: int) -> None:
+    """Raise ``BadInput`` for weights that leave nothing to fit, or to judge."""
+    assert table.classes is not None
+    if (class_masses > 0).sum() < 2:
+        raise BadInput(f"{table.source}: the weights leave fewer than two classes in the training rows")
+    if validation and not held:
+        raise BadInput(f"{table.source}: the weights of all validation rows are 0; choose another --seed")
+
+
+def read_test(path: Path, label: str, table: Table, wanted: Wanted, ranks: Ranks = ALONE) -> Table:
+    """Return the rows of another file that are to judge the model of a table."""
+    columns = dataclasses.replace(
+        wanted,
+        label=label,
+        features=table.feature_names,
+        exclude=(),
+        categorical=[column.name for column in table.categories],
+        most=sys.maxsize,
+        width=table.width,
+    )
+    return read_table(path, columns, ranks)
+
+
+def with_test(fitted: Fitted, table: Table, ranks: Ranks = ALONE) -> Fitted:
+    """Return a fit with what another table makes of its model."""
+    found = score(fitted.model, fitted.model.encoded(table), ranks)
+    assert found is not None
+    return dataclasses.replace(fitted, test=found.evaluation, test_unknown=found.unknown)
 
 
 def _check(settings: Settings, n_classes: int, device: str, ranks: Ranks) -> None:
@@ -222,11 +323,21 @@ def _check(settings: Settings, n_classes: int, device: str, ranks: Ranks) -> Non
         )
     if settings.l2_path is not None and ranks.size > 1:
         raise BadInput("a path of strengths is fitted by one process; run it without torchrun")
+    if settings.calibrate and not settings.validation:
+        raise BadInput("--calibrate fits the temperature to validation rows; give --validation a share")
+    if settings.calibrate and ranks.size > 1:
+        raise BadInput("--calibrate is done by one process; run it without torchrun")
     if settings.solver != AUTO:
         solver_named(settings.solver, ranks.slices)  # an error before the work
 
 
-def _model(table: Table, settings: Settings, done: Outcome, scaling: tuple[np.ndarray, np.ndarray]) -> Model:
+def _model(
+    table: Table,
+    settings: Settings,
+    done: Outcome,
+    scaling: tuple[np.ndarray, np.ndarray],
+    encoding: Encoding,
+) -> Model:
     assert table.classes is not None
     return Model(
         weight=done.coef,
@@ -239,6 +350,7 @@ def _model(table: Table, settings: Settings, done: Outcome, scaling: tuple[np.nd
         settings=dataclasses.asdict(settings),
         kind=kind_of(table.classes),
         width=table.width,
+        encoding=None if encoding.plain else encoding,
     )
 
 
@@ -263,7 +375,7 @@ def write(fitted: Fitted, table: Table, out: Path, ranks: Ranks = ALONE) -> list
             target = ranks.broadcast(temporary_of[out / VALIDATION] if ranks.is_main else None)
             assert target is not None
             rows = table.own(fitted.validation_rows)
-            write_predictions(fitted.judge, table, target, rows, ranks)
+            write_predictions(fitted.judge, fitted.judge.encoded(table), target, rows, ranks)
         with ranks.raise_together():
             if ranks.is_main:
                 for name in (VALIDATION, *FIGURES):

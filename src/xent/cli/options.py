@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -87,6 +87,13 @@ def column_names(_: click.Context, __: click.Parameter, value: str | None) -> tu
         return tuple(name for row in csv.reader([value or ""], strict=True) for name in row)
     except csv.Error as error:
         raise click.BadParameter(f"{value!r} is no row of CSV: {error}") from error
+
+
+def categorical_columns(
+    context: click.Context, parameter: click.Parameter, value: str | None
+) -> tuple[str, ...] | Literal["auto"]:
+    """Return names given as a row of CSV, or "auto"."""
+    return "auto" if value == "auto" else column_names(context, parameter, value)
 
 
 def keep_inputs(output: Path, *inputs: Path) -> None:

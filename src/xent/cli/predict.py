@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from xent._util.atomic_write import check_file, check_writable, folder
 from xent._util.text import json_text, printable, quoted
 from xent.cli.options import keep_inputs
 from xent.cli.options import timeout as timeout_option
+from xent.cli.reading_options import check_standard_input, reading_options
+from xent.data.layout import Layout, spooled
 
 if TYPE_CHECKING:
     from xent.cli.predict_job import Scored
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     "--label", metavar="COLUMN", help="Where the labels are, if not under the name the model was fitted on."
 )
 @timeout_option
+@reading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def predict(
@@ -34,6 +38,8 @@ def predict(
     output: Path,
     label: str | None,
     timeout: float,
+    layout: Layout,
+    form: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -47,35 +53,41 @@ def predict(
     """
     from xent.cli import predict_job as job
     from xent.data import model_file
-    from xent.report import evaluation
+    from xent.report import predictions
 
-    with join(timeout) as ranks:
+    with join(timeout) as ranks, spooled(data, form) as files:
         with ranks.raise_together():
-            evaluation.check_suffix(output)
+            predictions.check_suffix(output)
             check_file(output)
-            keep_inputs(output, model, *data, *([Path(label)] if label else []))
+            check_standard_input(data, ranks.size)
+            keep_inputs(output, model, *files, *([Path(label)] if label else []))
             if ranks.is_main:
                 check_writable(output.parent)
             fitted = model_file.load(model)
         ranks.check_equal(f"model in {model}", fitted.fingerprint)
-        table = job.read_for(fitted, model, data, label, ranks)
+        table = job.read_for(fitted, model, files, label, ranks, layout)
         scored = job.score(fitted, table, ranks)
+        unknown: dict[str, int] = dict(sum((Counter(own) for own in ranks.gather(table.unknown)), Counter()))
         rows = int(ranks.sum(table.rows.shape[0]))
         with contextlib.ExitStack() as stack:
             with ranks.raise_together():
                 if ranks.is_main:
                     stack.enter_context(folder(output.parent))
-            evaluation.write_predictions(fitted, table, output, ranks=ranks)
+            predictions.write_predictions(fitted, table, output, ranks=ranks)
     if not ranks.is_main:
         return
     if as_json:
         found = None if scored is None else scored.evaluation.summary()
         about = {"source": table.source, "rows": rows, "evaluation": found, "file": str(output)}
+        about["unknown_categories"] = unknown
         if scored is not None:
             about |= {"unlabelled": scored.unlabelled, "unknown_labels": scored.unknown}
         click.echo(json_text(about))
     elif not quiet:
         _print_predict(rows, len(fitted.classes), scored, label or table.label_name, output)
+        if unknown:
+            shown = ", ".join(f"{name} in {count:,} rows" for name, count in unknown.items())
+            click.echo(printable(f"unknown categories: {shown}"))
 
 
 def _print_predict(rows: int, classes: int, scored: Scored | None, label: str | None, output: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import class_text, quoted
 from xent.data.labels import comparison_kind, meaning
+from xent.data.layout import PLAIN, Layout
 from xent.data.model_file import Model
 from xent.data.read import read_table
 from xent.data.table import Table, Wanted, some
@@ -28,23 +29,33 @@ class Scored:
 
 
 def read_for(
-    model: Model, model_path: Path, path: Path | Sequence[Path], label: str | None, ranks: Ranks = ALONE
+    model: Model,
+    model_path: Path,
+    path: Path | Sequence[Path],
+    label: str | None,
+    ranks: Ranks = ALONE,
+    layout: Layout = PLAIN,
 ) -> Table:
     """Read the columns that the model needs, in its order, and the label's where it is there.
 
     ``label`` names another label column than the model's; it must then be there, with labels in it.
     """
+    encoding = model.encoding
     table = read_table(
         path,
         Wanted(
             label=label or model.label_name,
-            features=model.feature_names,
+            features=model.feature_names if encoding is None else encoding.numbers,
             label_optional=label is None,
             model=model_path,
             width=model.array_width,
+            layout=layout,
+            categorical=[] if encoding is None else list(encoding.categories),
+            missing="error" if encoding is None or encoding.fill is None else "impute",
         ),
         ranks,
     )
+    table = model.encoded(table)
     if label is not None and table.codes is None:
         raise BadInput(
             f"{table.source}: no row has a label in {quoted(label)}; name other labels with --label, or "

@@ -12,6 +12,7 @@ import numpy as np
 from xent._processes.group import Ranks
 from xent._processes.leader import Leader
 from xent.cli.checkpoints import Saved, Stage
+from xent.data.table import Missing
 from xent.errors import needs
 from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.solvers import choose
@@ -39,6 +40,9 @@ class Settings:
     stopping: str = "objective"  # what tol bounds; or "gradient"
     seed: int = 0  # of the split
     standardize: bool = True
+    missing: Missing = "error"
+    class_weight: str | None = None  # "balanced": every class weighs alike
+    calibrate: bool = False  # whether the temperature is fitted to the validation rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Outcome:
 def solve(
     training: LabelledRows,
     validation: LabelledRows,
-    counts: tuple[int, int],  # training and validation rows of all ranks
+    masses: tuple[float, float],  # of training and validation rows of all ranks: their weights
     n_classes: int,
     settings: Settings,
     scaling: tuple[np.ndarray, np.ndarray],  # mean and scale of the features, (D,) each
@@ -101,7 +105,7 @@ def solve(
     with needs("probe"):
         from xent.linear_model.advice import advice, command_words
         from xent.linear_model.descent import Descent
-    leader, (n_training, n_validation) = Leader(ranks), counts
+    leader, (training_mass, validation_mass) = Leader(ranks), masses
     C = 1 / settings.l2 if settings.l2 else np.inf
     objective = make_objective(
         training, n_classes, C, fit_intercept=True, leader=leader, workers=threads, standardisation=scaling
@@ -119,10 +123,10 @@ def solve(
     descent = Descent(objective, solver, settings.tol, left, settings.stopping)
 
     def watch(now: Progress) -> None:
-        if n_validation:
+        if validation_mass:
             model = np.concatenate([now.coef, now.intercept[:, None]], axis=1)
-            validation_curve.append(float(validation_loss(model.ravel())[0]) / n_validation)
-        penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / n_training
+            validation_curve.append(float(validation_loss(model.ravel())[0]) / validation_mass)
+        penalty = settings.l2 * 0.5 * float(np.vdot(now.coef, now.coef)) / training_mass
         training_curve.append(now.objective - penalty)
         stage.keep(lambda: Saved(arrays(now.coef, now.intercept), {"seconds": seconds()}))
         if on_iteration is not None:

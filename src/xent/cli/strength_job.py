@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from xent.cli.checkpoints import Saved, Stage
 from xent.errors import needs
@@ -76,7 +77,7 @@ def along_the_path(
     objective = make_objective(
         training, n_classes, 1 / float(l2[0]), True, workers=threads, standardisation=standardisation
     )
-    n_validation = len(validation.target)
+    total = float(validation.mass(slice(None)).sum())
     done = _Done.of(stage.saved, 1 / l2)
     path = regularisation_path(
         objective,
@@ -89,10 +90,13 @@ def along_the_path(
     )
     for point in path:
         loss = right = 0.0
-        for z, y, _ in objective.logits(point.coef, point.intercept, validation):
-            loss += float(cross_entropy(z, y, reduction="sum"))
-            right += int((z.argmax(1) == y).sum())
-        done.add(point, loss / n_validation, right / n_validation)
+        for z, y, weight in objective.logits(point.coef, point.intercept, validation):
+            loss += float(cross_entropy(z, y, sample_weight=weight, reduction="sum"))
+            mass = torch.ones(len(y)) if weight is None else weight.cpu()
+            mass = mass if y.ndim == 1 else mass * y.sum(1).cpu()
+            best = y if y.ndim == 1 else y.argmax(1)
+            right += float(mass[(z.argmax(1) == best).cpu()].sum(dtype=torch.float64))
+        done.add(point, loss / total, right / total)
         stage.keep(done.saved_with(None), now=len(done.rows) == len(l2))
     return Strengths(l2, *(np.array(column) for column in zip(*done.rows, strict=True)))
 

@@ -112,7 +112,7 @@ def from_arrays(path: Path, wanted: Wanted, share: Share, stored: Stored, beside
     if kind not in "fiub":
         raise BadInput(f"{path}: the features are of type {stored.dtype}, not real numbers")
     check_columns(path, shape[1])
-    if wanted.categorical not in ((), "auto"):
+    if wanted.categorical and wanted.categorical != "auto":
         raise BadInput(f"{path}: an array has no columns of text; drop --categorical")
     for other in beside:
         if other is not None:

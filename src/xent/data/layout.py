@@ -61,6 +61,10 @@ class Layout:
         return self.delimiter or ("\t" if suffix_of(path) == ".tsv" else ",")
 
 
+PLAIN = Layout()
+"""Text in UTF-8 with a header, commas and points."""
+
+
 def suffix_of(path: Path) -> str:
     """Return the suffix of a file's format, in lower case, before that of its compression.
 

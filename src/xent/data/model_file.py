@@ -1,11 +1,13 @@
 """A fitted model as one ``.safetensors`` file: numbers as tensors, the rest as JSON, nothing that can run.
 
-    z = W (x − mean)/scale + b            W (C, D), b (C,); for two classes W (1, D), b (1,) and logits (0, z)
+    z = (W (x − mean)/scale + b)/T        W (C, D), b (C,); for two classes W (1, D), b (1,) and logits (0, z)
 
 Tensors ``weight``, ``bias``, ``mean``, ``scale``; the metadata's one entry ``xent`` is a JSON object with the
 format version, the classes, their type and kind, the feature names, the width of the arrays fitted on, the
-label's name and the settings of the fit. Files without kind and width are of earlier versions of xent: what
-their text means is text, and their width is known where their features are x0, x1, ... without a gap.
+label's name, the settings of the fit, the temperature T and the encoding that makes x of a table's columns.
+Version 1 has neither of the last two, and is written where T is 1 and the columns are the features. Files
+without kind and width are of earlier versions of xent: what their text means is text, and their width is
+known where their features are x0, x1, ... without a gap.
 """
 
 from __future__ import annotations
@@ -22,12 +24,14 @@ import numpy as np
 
 from xent._util.atomic_write import atomic_write
 from xent._util.text import json_text, quoted
+from xent.data.encoding import Encoding
 from xent.data.labels import Kind, array_of_texts, kind_of
 from xent.data.limits import text_fault
 from xent.data.reading import reading
+from xent.data.table import Table
 from xent.errors import BadInput, needs
 
-VERSION = 1
+VERSION = 2
 TENSORS = ("weight", "bias", "mean", "scale")
 HEADER_LIMIT = 16 << 20
 """Bytes of header read at most: room for a million short names. A file that claims more is refused."""
@@ -53,6 +57,12 @@ class Model:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     kind: Kind = "text"  # of the labels, which decides what of a file's labels is a class
     width: int | None = None  # columns of the arrays it was fitted on; None for columns with names
+    temperature: float = 1.0  # T, by which logits are divided
+    encoding: Encoding | None = None  # the way from columns to features; None where they are the same
+
+    def encoded(self, table: Table) -> Table:
+        """Return a table of the model's features, of one of the columns that it was fitted on."""
+        return table if self.encoding is None else self.encoding.encoded(table)
 
     @property
     def array_width(self) -> int | None:
@@ -65,6 +75,8 @@ class Model:
     def fingerprint(self) -> str:
         """A text that is equal for equal numbers, classes and features."""
         found = hashlib.sha256()
+        about = None if self.encoding is None else self.encoding.about()
+        found.update(f"{self.temperature!r} {about}".encode())
         for array in (self.weight, self.bias, self.mean, self.scale, self.classes):
             found.update(f"{array.dtype} {array.shape}".encode() + array.tobytes())
         return found.hexdigest() + repr((self.feature_names, self.kind, self.width))
@@ -72,6 +84,7 @@ class Model:
     def logits(self, x: np.ndarray) -> np.ndarray:  # (N, D) -> (N, C)
         """Return the logits of features that are not yet standardised."""
         z = ((x - self.mean) / self.scale) @ self.weight.T + self.bias
+        z = z if self.temperature == 1 else z / z.dtype.type(self.temperature)
         return np.concatenate([np.zeros_like(z), z], axis=1) if z.shape[1] == 1 else z
 
     def log_proba(self, x: np.ndarray) -> np.ndarray:  # (N, D) -> (N, C), nats
@@ -94,15 +107,18 @@ def save(model: Model, path: Path) -> None:
             f"{path}: not written, because {fault}; raise --l2, standardise or rescale the features"
         )
     kind = {"U": "str", "i": "int", "u": "int", "b": "bool"}[model.classes.dtype.kind]
-    about = {
+    about: dict[str, Any] = {
         "format": "xent.softmax_regression",
-        "version": VERSION,
+        "version": 1 if model.encoding is None and model.temperature == 1 else VERSION,
         "classes": {"type": kind, "kind": model.kind, "values": model.classes.tolist()},
         "features": list(model.feature_names),
         "width": model.width,
         "label": model.label_name,
         "settings": model.settings,
     }
+    if about["version"] > 1:
+        about["temperature"] = float(model.temperature)
+        about["encoding"] = None if model.encoding is None else model.encoding.about()
     # one entry, because safetensors writes several in an order that changes from run to run
     text = json_text(about)
     if len(text.encode()) > HEADER_LIMIT // 2:
@@ -159,6 +175,8 @@ def _model(path: Path) -> Model:
             settings=dict(about["settings"]),
             kind=_kind(about["classes"].get("kind"), classes),
             width=_width(about.get("width"), len(about["features"])),
+            temperature=float(about.get("temperature", 1.0)),
+            encoding=None if about.get("encoding") is None else Encoding.of(about["encoding"]),
         )
     except BadInput:
         raise
@@ -238,6 +256,10 @@ def _fault(model: Model) -> str | None:
         return "it has a scale that is not positive"
     if classes < 2:
         return "it has one class"
+    if not (np.isfinite(model.temperature) and model.temperature > 0):
+        return f"its temperature is {model.temperature}, not a positive number"
+    if model.encoding is not None and model.encoding.names != tuple(model.feature_names):
+        return "its encoding is of other features"
     for what, names in (("class", model.classes.tolist()), ("feature", model.feature_names)):
         name, times = collections.Counter(names).most_common(1)[0] if len(names) else ("", 1)
         if times > 1:

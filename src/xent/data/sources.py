@@ -1,29 +1,16 @@
-"""Labelled tables: from a file, or the digits that scikit-learn ships."""
+"""The table of handwritten digits that scikit-learn ships, and tables written to files."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks
 from xent._util.atomic_write import atomic_write
-from xent.data.read import read_table
 from xent.data.rows import SelectedRows, blocks
-from xent.data.table import Table, Wanted
+from xent.data.table import Table
 from xent.errors import needs
-
-
-def read_labelled(
-    path: str | Path | Sequence[str | Path],
-    label: str,
-    features: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    ranks: Ranks = ALONE,
-) -> Table:
-    """Return a table of which every row has a label; see ``xent.data.read_table``."""
-    return read_table(path, Wanted(label=label, features=features or None, exclude=exclude), ranks)
 
 
 def digits(ranks: Ranks = ALONE) -> Table:

@@ -19,7 +19,7 @@ import numpy as np
 
 from xent._util.text import quoted
 from xent.data.categories import MOST, Category
-from xent.data.layout import Layout
+from xent.data.layout import PLAIN, Layout
 from xent.data.rows import RowSource, SelectedRows, blocks, row_source
 from xent.errors import BadInput
 
@@ -118,7 +118,7 @@ class Wanted:
     model: Path | None = None
     width: int | None = None
     parts: int = 1
-    layout: Layout = dataclasses.field(default_factory=Layout)
+    layout: Layout = PLAIN
     categorical: Sequence[str] | Literal["auto"] = ()
     most: int = MOST
     missing: Missing = "error"
@@ -151,9 +151,11 @@ class Wanted:
         """Return the advice to a command that is to go on without a column."""
         if self.model is not None:
             return "fit a model without the column"
+        if column in self.beside:
+            return f"name another column with {'--weight' if column == self.weight else '--soft-labels'}"
         if self.features is not None:
             return "leave the column out of --features"
-        option = _as_option(column)
+        option = as_option(column)
         return f"leave the column out with --exclude {option if len(option) <= 200 else 'and its name'}"
 
 
@@ -220,7 +222,7 @@ def choose(
     chosen = [
         name for name, is_number in zip(names, numeric, strict=True) if is_number and name not in passed_over
     ]
-    if not chosen and wanted.categorical == ():
+    if not chosen and not wanted.categorical:
         hint = "; --categorical auto makes indicators of text" if "string" in kinds else ""
         raise BadInput(f"{path}: no numeric column is left for features; {_there_are(names, kinds)}{hint}")
     return chosen
@@ -318,7 +320,7 @@ def no_label(where: object, row: int, column: str | None = None) -> BadInput:
     return BadInput(f"{where}: row {row + 1} has no label{of}; fill it in or drop the row")
 
 
-def _as_option(name: str) -> str:
+def as_option(name: str) -> str:
     """Return a name as a shell and ``--exclude``, whose value is a row of CSV, read it."""
     row = io.StringIO()
     csv.writer(row, lineterminator="").writerow([name])

@@ -33,6 +33,12 @@ class LabelledRows:
         weight = None if self.weight is None else self.weight[rows]
         return LabelledRows(SelectedRows(self.source, rows), self.target[rows], weight, self.device)
 
+    def mass(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Return the weights of some rows times the sums of their targets, (n,)."""
+        target, weight = self.target[rows], self.weight
+        mass = np.ones(len(target)) if weight is None else weight[rows].astype(np.float64)
+        return mass if target.ndim == 1 else mass * target.sum(axis=1, dtype=np.float64)
+
     def chunks(self, shares: Sequence[slice] | None = None) -> Iterator[Chunk]:
         """Yield the rows a chunk at a time; of rows in memory each chunk is one of ``shares``."""
         if not self.source.in_memory:

@@ -130,9 +130,7 @@ class Objective:
 
     def mass(self, rows: slice | np.ndarray) -> np.ndarray:
         """Return s·a of some rows, (n,): their weights times the sums of their targets."""
-        target, weight = self.rows.target[rows], self.rows.weight
-        mass = np.ones(len(target)) if weight is None else weight[rows].astype(np.float64)
-        return mass if target.ndim == 1 else mass * target.sum(axis=1, dtype=np.float64)
+        return self.rows.mass(rows)
 
     def _blocks(self, dtype: np.dtype) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the masses (n,) and the features (n, D) of some rows at a time, on the device, in a type."""

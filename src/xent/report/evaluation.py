@@ -1,33 +1,29 @@
-"""A model over the rows of a table, a chunk at a time: its loss, its errors, its predictions in a file.
+"""A model judged over the rows of a table: its loss, what it takes for what, how far it can be believed.
 
-loss = mean −log p_y            baseline = mean −log f_y, f the class frequencies of the training rows
+    loss = Σ m −log p_y / Σ m          baseline = Σ m −log f_y / Σ m, f the training rows' class frequencies
+    precision_c = right_c / predicted_c     recall_c = right_c / mass_c     F1 = their harmonic mean
+    reliability: of the rows whose largest probability lies in a bin, its mean, and how many are right
 
-Of several ranks each sees the rows of its share; sums and counts are merged, and rank 0 writes.
+m is a row's weight, 1 where there is none; of a row with masses of classes t, −Σ_c t_c log p_c stands for
+−log p_y, and y is the class of the largest. Of several ranks each sees the rows of its share.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import itertools
 from typing import Any
 
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks
-from xent._util.atomic_write import atomic_write
 from xent._util.text import class_text
 from xent.data.model_file import Model
-from xent.data.rows import SelectedRows, slices, steps
 from xent.data.table import Table
-from xent.errors import BadInput, needs
+from xent.report.predictions import log_proba
 
-CHUNK = 1 << 22
-"""Numbers (rows × features, rows × classes) that exist at a time."""
-
-COLUMNS = ("prediction", "row_number", "true_label")
-"""Columns of predictions beside those named after the classes; the last two where some rows are written."""
+BINS = 15
+"""Bins of equal width of the reliability curve, from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +36,70 @@ class Evaluation:
     accuracy: float
     errors: np.ndarray  # (E, 3): true class, class predicted for it, how often; the most frequent first
     per_class: np.ndarray  # (C,) rows of each class
+    mass: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))  # (C,) weight of its rows
+    class_loss: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))  # (C,) nats, their sum
+    predicted: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))  # (C,) weight predicted
+    right: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))  # (C,) weight rightly so
+    bins: np.ndarray = dataclasses.field(default_factory=lambda: np.empty((0, 3)))  # see `reliability`
+
+    @property
+    def precision(self) -> np.ndarray:
+        """The share of the rows predicted as a class that are of it, (C,); 0 where none is."""
+        return _ratio(self.right, self.predicted)
+
+    @property
+    def recall(self) -> np.ndarray:
+        """The share of a class's rows that are predicted as it, (C,); 0 where it has none."""
+        return _ratio(self.right, self.mass)
+
+    @property
+    def f1(self) -> np.ndarray:
+        """The harmonic mean of precision and recall, (C,); 0 where no row is right."""
+        return _ratio(2 * self.right, self.predicted + self.mass)
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean of F1 over the classes that have rows or are predicted."""
+        there = (self.mass > 0) | (self.predicted > 0)
+        return float(self.f1[there].mean()) if there.any() else 0.0
+
+    @property
+    def calibration_error(self) -> float:
+        """The mean distance of confidence from accuracy over the bins, each by its weight (ECE)."""
+        mass, confidence, right = self.bins.T
+        return float(np.abs(confidence - right).sum() / mass.sum())
+
+    def reliability(self) -> list[dict[str, float]]:
+        """Return, of each bin that has rows, its ends, weight, mean confidence and accuracy."""
+        edges = np.linspace(0, 1, len(self.bins) + 1).tolist()
+        return [
+            {
+                "from": low,
+                "to": high,
+                "weight": float(mass),
+                "confidence": float(confidence / mass),
+                "accuracy": float(right / mass),
+            }
+            for (low, high), (mass, confidence, right) in zip(
+                itertools.pairwise(edges), self.bins, strict=True
+            )
+            if mass > 0
+        ]
+
+    def classes(self, names: np.ndarray) -> list[dict[str, Any]]:
+        """Return the figures of each class as plain JSON values; the loss is null of one without rows."""
+        columns = (self.per_class, self.mass, self.class_loss, self.precision, self.recall, self.f1)
+        return [
+            {
+                "class": class_text(name),
+                "rows": int(rows),
+                "loss": float(loss / mass) if mass > 0 else None,
+                "precision": float(precision),
+                "recall": float(recall),
+                "f1": float(f1),
+            }
+            for name, rows, mass, loss, precision, recall, f1 in zip(names, *columns, strict=True)
+        ]
 
     def summary(self) -> dict[str, Any]:
         """Return the numbers worth reading, as plain JSON values."""
@@ -48,6 +108,8 @@ class Evaluation:
             "loss": self.loss,
             "label_entropy": self.baseline,
             "accuracy": self.accuracy,
+            "macro_f1": self.macro_f1,
+            "calibration_error": self.calibration_error,
         }
 
     def most_confused(self, most: int) -> list[tuple[int, int, int, int, int]]:
@@ -85,33 +147,6 @@ class Evaluation:
         return counts, shown
 
 
-def step(model: Model) -> int:
-    """Return the number of rows whose features, logits, and labels as text each fit the chunk."""
-    widest = max(len(model.feature_names), len(model.classes), model.classes.dtype.itemsize // 8)
-    return max(1, CHUNK // widest)
-
-
-def log_proba(
-    model: Model, table: Table, rows: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:  # (n,), (n, C)
-    """Yield some positions in the table, ascending, and the log-probabilities of their rows.
-
-    Raises ``BadInput`` for a row whose numbers are too large.
-    """
-    for here, x in steps(SelectedRows(table.rows, rows), step(model)):
-        with np.errstate(over="ignore", invalid="ignore"):
-            log_p = model.log_proba(x.numpy())
-        finite = np.isfinite(log_p).all(axis=1)
-        if not finite.all():
-            at = int(np.flatnonzero(~finite)[0])
-            peak = x[at].abs().max()
-            raise BadInput(
-                f"{table.source}: row {table.start + int(rows[here][at]) + 1} has no probabilities: its "
-                f"numbers, up to {peak:.3g}, are too large for the model; correct or drop the row"
-            )
-        yield rows[here], log_p
-
-
 def evaluate(
     model: Model,
     table: Table,
@@ -120,121 +155,86 @@ def evaluate(
     frequencies: np.ndarray | None = None,  # (C,) of the training rows
     ranks: Ranks = ALONE,
 ) -> Evaluation:
-    """Return loss, accuracy and errors of the model on the given rows of all ranks."""
+    """Return how good the model is on the given rows of all ranks.
+
+    Weights and masses of classes are the table's, where it has them.
+    """
     classes = len(model.classes)
     with ranks.raise_together():
-        total = 0.0
+        sums = np.zeros((4, classes))  # mass, loss, predicted, right
+        bins = np.zeros((3, BINS))  # mass, confidence, right
         wrong = [np.empty(0, dtype=np.int64)]
         for part, log_p in log_proba(model, table, rows if ranks.counts else rows[:0]):
-            y = codes[part]
-            with np.errstate(over="ignore"):  # of rows wrong beyond the largest number the sum is infinite
-                total -= float(log_p[np.arange(len(y)), y].sum(dtype=np.float64))
+            y, mass = codes[part], _mass(table, part)
             predicted = log_p.argmax(axis=1)
             wrong.append(y[predicted != y] * classes + predicted[predicted != y])
-        own = (total, *np.unique(np.concatenate(wrong), return_counts=True))
-    totals, found, times = zip(*ranks.gather(own), strict=True)
+            right = np.where(predicted == y, mass, 0.0)
+            with np.errstate(over="ignore"):  # of rows wrong beyond the largest number the sum is infinite
+                losses = _losses(table, part, log_p, y)
+            added = (mass, losses, mass, right)
+            for row, code, value in zip(sums, (y, y, predicted, y), added, strict=True):
+                row += np.bincount(code, value, classes)
+            confidence = np.exp(log_p[np.arange(len(y)), predicted], dtype=np.float64)
+            place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+            for row, value in zip(bins, (mass, mass * confidence, right), strict=True):
+                row += np.bincount(place, value, BINS)
+        own = (sums, bins, *np.unique(np.concatenate(wrong), return_counts=True))
+    all_sums, all_bins, found, times = zip(*ranks.gather(own), strict=True)
     pairs, place = np.unique(np.concatenate(found), return_inverse=True)
     counts = np.zeros(len(pairs), dtype=np.int64)
     np.add.at(counts, place, np.concatenate(times))
     order = np.argsort(-counts, kind="stable")
     errors = np.stack([pairs // classes, pairs % classes, counts], axis=1)[order]
     per_class = ranks.sum(np.bincount(codes[rows], minlength=classes)).astype(np.int64)
-    count = int(per_class.sum())
+    mass, class_loss, predicted, right = sum(all_sums)
+    total, count = mass.sum(), int(per_class.sum())
     baseline = None
     if frequencies is not None:
-        there = per_class > 0
-        baseline = float(-(per_class[there] @ np.log(frequencies[there])) / count)
-    return Evaluation(count, sum(totals) / count, baseline, 1 - int(counts.sum()) / count, errors, per_class)
+        masses = ranks.sum(class_masses(table, codes, rows, classes))
+        there = masses > 0
+        with np.errstate(divide="ignore"):  # a class that the training rows lack costs inf
+            baseline = float(-(masses[there] @ np.log(frequencies[there])) / total)
+    accuracy = float(right.sum() / total)
+    loss = float(class_loss.sum() / total)
+    return Evaluation(
+        count,
+        loss,
+        baseline,
+        accuracy,
+        errors,
+        per_class,
+        mass,
+        class_loss,
+        predicted,
+        right,
+        sum(all_bins).T,
+    )
 
 
-def write_predictions(
-    model: Model, table: Table, path: Path, rows: np.ndarray | None = None, ranks: Ranks = ALONE
-) -> None:
-    """Write a column of probabilities a class, and ``prediction``; ``.parquet`` or ``.csv`` by the suffix.
-
-    Probabilities are of the model's type, and read back from either as the same numbers.
-    With ``rows`` (positions in the table) only these are written, led by ``row_number``, counted from 1, and
-    ``true_label``. Shares follow each other in the file: while rank 0 writes a chunk, the next is computed.
-    """
-    chosen = np.arange(table.rows.shape[0]) if rows is None else rows
-    classes, dtype = len(model.classes), model.weight.dtype
-    with contextlib.ExitStack() as stack:
-        with ranks.raise_together():
-            check_suffix(path)
-            check_names(model.classes, COLUMNS[:1] if rows is None else COLUMNS, table.source)
-            write: _Write = (
-                stack.enter_context(_opened(model, path, rows is not None)) if ranks.is_main else _no
-            )
-        ready = np.empty((0, classes), dtype), np.empty((0, 2), np.int64)
-        own = log_proba(model, table, chosen)
-        for share, count in enumerate(ranks.gather(len(chosen))):
-            for each in slices((count, 1), step(model)):
-                p = about = None
-                with ranks.raise_together():
-                    write(*ready)
-                    if ranks.counts and share == ranks.share.index:
-                        part, log_p = next(own)
-                        p = np.exp(log_p).astype(dtype, copy=False)
-                        true = np.zeros(len(part), np.int64) if table.codes is None else table.codes[part]
-                        about = np.stack([table.start + part, true], axis=1)
-                size = each.stop - each.start
-                ready = (
-                    ranks.send(p, share, (size, classes), dtype),
-                    ranks.send(about, share, (size, 2), np.int64),
-                )
-        with ranks.raise_together():
-            write(*ready)
-            stack.close()
+def class_masses(table: Table, codes: np.ndarray, rows: np.ndarray, classes: int) -> np.ndarray:
+    """Return the weight of each class among some rows, (C,)."""
+    if table.soft is None:
+        return np.bincount(codes[rows], _mass(table, rows), classes)
+    weight = np.ones(len(rows)) if table.weight is None else table.weight[rows]
+    return weight @ table.soft[rows]
 
 
-_Write = Callable[[np.ndarray, np.ndarray], None]  # of probabilities (n, C); of rows and true classes (n, 2)
+def _mass(table: Table, rows: np.ndarray) -> np.ndarray:
+    """Return the weight of some rows, (n,), times the sum of their masses of classes."""
+    mass = np.ones(len(rows)) if table.weight is None else table.weight[rows]
+    return mass if table.soft is None else mass * table.soft[rows].sum(axis=1)
 
 
-def _no(p: np.ndarray, about: np.ndarray) -> None:
-    """Write nothing, as ranks other than rank 0 do."""
+def _losses(table: Table, rows: np.ndarray, log_p: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the weighted losses of some rows, (n,), of log-probabilities (n, C); weight 0 costs 0."""
+    weight = np.ones(len(rows)) if table.weight is None else table.weight[rows]
+    if table.soft is None:
+        loss = -log_p[np.arange(len(y)), y].astype(np.float64)
+    else:
+        masses = table.soft[rows]
+        loss = -(masses * np.where(masses > 0, log_p, 0.0)).sum(axis=1)
+    return weight * np.where(weight > 0, loss, 0.0)
 
 
-@contextlib.contextmanager
-def _opened(model: Model, path: Path, with_rows: bool) -> Iterator[_Write]:
-    """Open a file of predictions, whole when the block ends."""
-    with needs("probe"):
-        import pyarrow as pa
-        from pyarrow import csv, parquet
-    kind = {"U": pa.string(), "b": pa.bool_()}.get(model.classes.dtype.kind, pa.int64())
-    text = path.suffix.lower() == ".csv"
-    # text is read as float64: the shortest text of a float32 is then another number
-    number = pa.float32() if model.weight.dtype == np.float32 and not text else pa.float64()
-    fields = [pa.field(class_text(value), number) for value in model.classes]
-    fields.append(pa.field("prediction", kind))
-    if with_rows:
-        fields = [pa.field("row_number", pa.int64()), pa.field("true_label", kind), *fields]
-    schema = pa.schema(fields)
-    make = csv.CSVWriter if text else parquet.ParquetWriter
-
-    with atomic_write(path) as temporary, make(temporary, schema) as writer:
-
-        def write(p: np.ndarray, about: np.ndarray) -> None:
-            columns = [pa.array(p[:, c], number) for c in range(p.shape[1])]
-            columns.append(pa.array(model.classes[p.argmax(axis=1)].tolist(), kind))
-            if with_rows:
-                true = pa.array(model.classes[about[:, 1]].tolist(), kind)
-                columns = [pa.array(about[:, 0] + 1, pa.int64()), true, *columns]
-            if len(p):
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
-
-        yield write
-
-
-def check_suffix(path: Path) -> None:
-    """Raise ``BadInput`` for a suffix that is neither ``.parquet`` nor ``.csv``."""
-    if path.suffix.lower() not in (".parquet", ".csv"):
-        raise BadInput(f"{path}: predictions are written as .parquet or .csv; choose one of these suffixes")
-
-
-def check_names(classes: np.ndarray, extra: tuple[str, ...], source: str) -> None:
-    """Raise ``BadInput`` for a class called like another column of the predictions."""
-    taken = [name for name in map(class_text, classes) if name in extra]
-    if taken:
-        raise BadInput(
-            f"{source}: a class is called {taken[0]!r}, as is a column of the predictions; rename it"
-        )
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros(len(whole)), where=whole > 0)

@@ -1,0 +1,63 @@
+"""The options that say how a file is to be read, which `xent fit` and `xent predict` share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from xent.data._registry import known_suffixes
+from xent.data.layout import STANDARD_INPUT, Layout
+from xent.errors import BadInput
+
+OPTIONS = (
+    click.option("--delimiter", metavar="MARK", help="Between the columns of text [, or, of .tsv, a tab]."),
+    click.option("--decimal", metavar="MARK", default=".", show_default=True, help="The decimal mark."),
+    click.option("--encoding", metavar="NAME", default="utf-8", show_default=True, help="Of text."),
+    click.option("--no-header", is_flag=True, help="The first line is a row; columns are f0, f1, ..."),
+    click.option("--array", metavar="NAME", help="NPZ, safetensors: the array of features."),
+    click.option(
+        "--format",
+        "form",
+        metavar="SUFFIX",
+        help="Of standard input, -: csv, tsv, parquet, npz, npy or safetensors [csv].",
+    ),
+)
+
+NAMES = ["--delimiter", "--decimal", "--encoding", "--no-header", "--array", "--format"]
+
+
+def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options to a command, which is called with ``layout`` and ``form``, a suffix."""
+
+    @functools.wraps(command)
+    def called(
+        *arguments: Any,
+        delimiter: str | None,
+        decimal: str,
+        encoding: str,
+        no_header: bool,
+        array: str | None,
+        form: str | None,
+        **others: Any,
+    ) -> Any:
+        mark = "\t" if delimiter in ("\\t", "tab") else delimiter
+        layout = Layout(mark, decimal, encoding, not no_header, array)
+        suffix = "." + (form or "csv").lstrip(".").lower()
+        if suffix not in known_suffixes():
+            known = ", ".join(known.lstrip(".") for known in known_suffixes())
+            raise click.UsageError(f"--format {form}: no such format; there are {known}")
+        return command(*arguments, layout=layout, form=suffix, **others)
+
+    for option in reversed(OPTIONS):
+        called = option(called)
+    return called
+
+
+def check_standard_input(paths: tuple[Path, ...], ranks: int) -> None:
+    """Raise ``BadInput`` for standard input where several processes share the rows."""
+    if STANDARD_INPUT in paths and ranks > 1:
+        raise BadInput("standard input is one process's; write it to a file to share it with torchrun")
