@@ -390,6 +390,8 @@ def test_a_file_in_place_survives_what_fails(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full(self, data):
+        with open(self, "wb") as file:
+            file.write(data[:50])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
