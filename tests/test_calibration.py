@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import xent
 from xent import _calibration
+from xent._calibration_inputs import read_held_out
 from xent._core import reference
 from xent.errors import NoBestTemperature
 
@@ -431,7 +432,8 @@ def test_arrays_of_any_type(dtype):
     dtype = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
     rounded = z.numpy().astype(dtype)
     same = torch.from_numpy(rounded.astype(np.float64))
-    assert xent.fit_temperature(rounded, y.numpy().astype(np.uint16)) == xent.fit_temperature(same, y)
+    for integers in (np.uint16, np.int64, object):
+        assert xent.fit_temperature(rounded, y.numpy().astype(integers)) == xent.fit_temperature(same, y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -526,6 +528,14 @@ def test_rows_left_out_may_have_no_label():
 def test_no_rows_are_none_with_labels_too():
     with pytest.warns(UserWarning, match="no row counts"):
         assert xent.fit_temperature(np.empty((0, 2)), np.empty(0, dtype="U1"), classes=["a", "b"]) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3,)])
+@pytest.mark.parametrize(("target", "classes"), [([0, 1, 0], None), (["a", "b", "a"], ["a", "b"])])
+def test_arrays_go_to_the_device_of_the_logits(shape, target, classes):
+    given = read_held_out(torch.empty(shape, device="meta"), target, classes, -100, np.ones(3))
+    assert {each.device.type for each in (given.logits, given.target, given.sample_weight)} == {"meta"}
+    assert given.logits.shape == (3, 2)
 
 
 def test_the_caller_s_arrays_are_left_alone():

@@ -57,8 +57,8 @@ def fit_temperature(
             in float64, some rows at a time. Masked classes are −inf. With N labels, (N,) are the logits of
             two classes, (0, s), as ``decision_function`` of scikit-learn returns them.
         target: class indices, (), (N,) or (N, d1, ...), or labels of ``classes``; or probabilities, the shape
-            of ``logits``; or a :class:`TopKTarget`. No row's mass may be negative. Floating numbers are
-            labels only with ``classes``: without, numbers as many as logits (C,) are those of one row.
+            of ``logits``; or a :class:`TopKTarget`. No row's mass may be negative. Floating numbers
+            are labels only with ``classes``: beside logits (C,), C of them are the probabilities of one row.
         classes: (C,) the labels of the columns, in their order: text, whole numbers or bools; two of them for
             (0, s). None: the target holds the positions of the columns.
         ignore_index: rows with this target are left out. None means −100.
