@@ -8,6 +8,8 @@ import warnings
 from itertools import pairwise
 
 import mpmath
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 
 import xent
 from xent import _calibration
+from xent._calibration_inputs import read_held_out
 from xent._core import reference
 from xent.errors import NoBestTemperature
 
@@ -367,3 +370,266 @@ def test_targets_are_checked_as_by_the_losses():
         xent.fit_temperature(z, torch.tensor([0, 1]))
     with pytest.raises(TypeError, match="floating type"):
         xent.fit_temperature(z.long(), torch.tensor([0, 1, 1]))
+
+
+# Arrays, lists and labels of other libraries
+
+KINDS = {
+    "array": lambda t: t.numpy(),
+    "list": lambda t: t.tolist(),
+    "rows of tensors": list,
+    "read-only": lambda t: read_only(t.numpy()),
+    "backwards": lambda t: t.flip(0).numpy()[::-1],
+    "big-endian": lambda t: t.numpy().astype(t.numpy().dtype.newbyteorder(">")),
+    "columns": lambda t: np.asfortranarray(t.numpy()),
+    "data frame": lambda t: pd.DataFrame(t.numpy()) if t.ndim == 2 else pd.Series(t.numpy()),
+}
+NAMES = {
+    "text": ["zwei", "eins", "", "drei"],
+    "objects": np.array(["zwei", "eins", "", "drei"], dtype=object),
+    "whole": np.array([7, -3, 2**40, 0]),
+    "small": np.array([3, 200, 1, 0], dtype=np.uint8),
+    "float": [2.0, 0.0, 1.0, 5.0],
+    "positions": [0, 1, 2, 3],
+    "tensor": torch.tensor([7, -3, 2, 0]),
+}
+
+
+def read_only(array):
+    array = array.copy()
+    array.flags.writeable = False
+    return array
+
+
+def labelled(names, y):
+    """Return labels as arrays of the names' type, or as a tensor."""
+    return names[y] if isinstance(names, torch.Tensor) else np.asarray(names)[y.numpy()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arrays_and_lists_are_as_tensors(kind):
+    as_kind = KINDS[kind]
+    z, y = drawn(rows=50, classes=4)
+    q = 0.7 * torch.nn.functional.one_hot(y, 4) + 0.3 * torch.rand(50, 4, dtype=torch.float64)
+    s = torch.randint(0, 3, (50,)).double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for target in (y, q):
+            for options in ({}, {"sample_weight": s}):
+                given = {name: as_kind(value) for name, value in options.items()}
+                found = xent.fit_temperature(as_kind(z), as_kind(target), **given)
+                assert type(found) is float
+                assert found == xent.fit_temperature(z, target, **options)
+        ignored = torch.where(torch.arange(50) % 3 == 0, 9, y)
+        assert xent.fit_temperature(as_kind(z), as_kind(ignored), ignore_index=9) == xent.fit_temperature(
+            z, ignored, ignore_index=9
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble, np.int16, "bfloat16"])
+def test_arrays_of_any_type(dtype):
+    z, y = drawn(rows=50, classes=4)
+    dtype = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else dtype
+    rounded = z.numpy().astype(dtype)
+    same = torch.from_numpy(rounded.astype(np.float64))
+    for integers in (np.uint16, np.int64, object):
+        assert xent.fit_temperature(rounded, y.numpy().astype(integers)) == xent.fit_temperature(same, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_computed_in_float64(dtype):
+    z, y = drawn(rows=50, classes=2, dtype=dtype)
+    assert xent.fit_temperature(z, y) == xent.fit_temperature(z.double(), y)
+    s = z[:, 1] - z[:, 0]
+    assert xent.fit_temperature(s, y) == xent.fit_temperature(s.double(), y)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_labels_are_the_positions_of_their_classes(kind, as_list):
+    names = NAMES[kind]
+    z, y = drawn(rows=60, classes=4)
+    expected = xent.fit_temperature(z, y)
+    labels = labelled(names, y)
+    given = labels.tolist() if as_list else labels
+    assert xent.fit_temperature(z, given, classes=names) == expected
+    assert xent.fit_temperature(z.numpy(), given, classes=list(names)) == expected
+    order = torch.tensor([2, 0, 3, 1])
+    moved = np.asarray(names)[order.numpy()]
+    assert xent.fit_temperature(z[:, order], given, classes=moved) == pytest.approx(expected, rel=1e-14)
+    deep = z.reshape(3, 20, 4).movedim(-1, 1)
+    assert xent.fit_temperature(deep, labels.reshape(3, 20), classes=names) == expected
+    s = torch.rand(60, dtype=torch.float64)
+    assert xent.fit_temperature(z, given, classes=names, sample_weight=s.numpy()) == xent.fit_temperature(
+        z, y, sample_weight=s
+    )
+
+
+@pytest.mark.parametrize("container", [torch.as_tensor, np.asarray, list])
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ([0, 1], None),
+        ([False, True], None),
+        ([False, True], [False, True]),
+        ([-1, 1], [-1, 1]),
+        ([1, 0], [1, 0]),
+        ([1.0, 0.0], [1, 0]),
+        (["yes", "no"], ["yes", "no"]),
+    ],
+)
+def test_one_logit_a_row_is_that_of_two_classes(names, classes, container):
+    z, y = drawn(rows=60, classes=2)
+    s = z[:, 1] - z[:, 0]
+    expected = xent.fit_temperature(torch.stack([torch.zeros_like(s), s], dim=1), y)
+    labels = [names[c] for c in y.tolist()]
+    labels = labels if isinstance(labels[0], str) else container(labels)
+    given = s if container is torch.as_tensor else container(s.numpy())
+    assert xent.fit_temperature(given, labels, classes=classes) == expected
+    weight = torch.rand(60, dtype=torch.float64)
+    assert xent.fit_temperature(s, labels, classes=classes, sample_weight=weight) == check_best(
+        torch.stack([torch.zeros_like(s), s], dim=1), y, sample_weight=weight
+    )
+
+
+def test_one_row_is_still_one_row():
+    """Logits (C,) with a label or with probabilities, of which there are as many, are no binary logits."""
+    z, t = torch.tensor([3.0, 1.0, -1.0]), torch.tensor([0.7, 0.2, 0.1])
+    found = check_best(z[None], t[None])
+    assert xent.fit_temperature(z.tolist(), t.tolist()) == pytest.approx(found, rel=1e-6)
+    with pytest.raises(NoBestTemperature) as raised:
+        xent.fit_temperature(z, "a", classes=["a", "b", "c"])
+    assert raised.value.limit == 0.0
+    with pytest.raises(NoBestTemperature):
+        xent.fit_temperature(z.numpy(), np.str_("a"), classes=["a", "b", "c"])
+
+
+def test_rows_left_out_may_have_no_label():
+    z, y = drawn(rows=30, classes=4)
+    kept = torch.arange(30) % 4 != 0
+    expected = xent.fit_temperature(z[kept], y[kept])
+    for names in (np.array([10, 20, 30, 40]), np.array(["a", "b", "c", "d"], dtype=object)):
+        for ignored, options in (
+            (-100, {}),
+            (-100, {"ignore_index": None}),
+            (20_000, {"ignore_index": 20_000}),
+        ):
+            labels = names[y.numpy()]
+            labels[~kept.numpy()] = ignored
+            before = labels.copy()
+            assert xent.fit_temperature(z, labels, classes=names, **options) == expected
+            assert (labels == before).all()
+    chosen = torch.where(kept, y, 2).numpy()  # a class may be what is left out
+    assert xent.fit_temperature(z, chosen, classes=range(4), ignore_index=2) == xent.fit_temperature(
+        z, chosen, ignore_index=2
+    )
+
+
+def test_no_rows_are_none_with_labels_too():
+    with pytest.warns(UserWarning, match="no row counts"):
+        assert xent.fit_temperature(np.empty((0, 2)), np.empty(0, dtype="U1"), classes=["a", "b"]) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3,)])
+@pytest.mark.parametrize(("target", "classes"), [([0, 1, 0], None), (["a", "b", "a"], ["a", "b"])])
+def test_arrays_go_to_the_device_of_the_logits(shape, target, classes):
+    given = read_held_out(torch.empty(shape, device="meta"), target, classes, -100, np.ones(3))
+    assert {each.device.type for each in (given.logits, given.target, given.sample_weight)} == {"meta"}
+    assert given.logits.shape == (3, 2)
+
+
+def test_the_caller_s_arrays_are_left_alone():
+    z, y = (value.numpy() for value in drawn(rows=30, classes=4))
+    y[::5] = -100
+    before = z.copy(), y.copy()
+    for options in ({}, {"classes": [0, 1, 2, 3]}, {"classes": [3, 1, 2, 0]}):
+        xent.fit_temperature(z, y, **options)
+        assert (z == before[0]).all()
+        assert (y == before[1]).all()
+
+
+Z32 = np.arange(6.0).reshape(3, 2) % 4
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "options", "kind", "said"),
+    [
+        (
+            Z32,
+            ["a", "b", "c"],
+            {"classes": ["a", "b"]},
+            ValueError,
+            "target is 'c' at row 2, .*leave the row out",
+        ),
+        (Z32, [0, 1, 5], {"classes": [0, 1]}, ValueError, r"target is 5 at row 2, .* classes \[0, 1\]"),
+        (Z32, [0, 1, -1], {"classes": [0, 1]}, ValueError, "target is -1 at row 2"),
+        (
+            Z32,
+            ["0", "1", "0"],
+            {"classes": [0, 1]},
+            ValueError,
+            "target is '0' at row 0, .*as the labels are",
+        ),
+        (Z32, [0, 1, None], {"classes": [0, 1]}, ValueError, "target is None at row 2"),
+        (Z32, [0, 1, 0.5], {"classes": [0, 1]}, ValueError, "target is 0.5 at row 2"),
+        (
+            Z32,
+            ["a", "b"],
+            {"classes": ["a", "b"]},
+            ValueError,
+            r"must have shape \(3,\), a label for each row",
+        ),
+        (Z32, [["a"]] * 3, {"classes": ["a", "b"]}, ValueError, r"must have shape \(3,\)"),
+        (
+            Z32,
+            ["a"] * 3,
+            {"classes": ["a", "b", "c"]},
+            ValueError,
+            "the 2 columns of the logits.*got 3 labels",
+        ),
+        (Z32[:, 0], ["a"] * 3, {"classes": ["a"]}, ValueError, "the 2 columns of the logits.*got 1 labels"),
+        (Z32, ["a"] * 3, {"classes": [["a", "b"]]}, ValueError, r"got shape \(1, 2\)"),
+        (Z32, ["a"] * 3, {"classes": "ab"}, TypeError, "classes must be .* a list, got str"),
+        (Z32, ["a"] * 3, {"classes": ["a", "a"]}, ValueError, "classes names 'a' twice; give each"),
+        (Z32, [0, 1, -100], {"classes": [-100, 1]}, ValueError, "classes names -100, .*another ignore_index"),
+        (Z32, Z32, {"classes": ["a", "b"]}, ValueError, "leave classes out"),
+        (
+            Z32,
+            xent.TopKTarget(torch.zeros(3, 1).long(), torch.ones(3, 1)),
+            {"classes": [0, 1]},
+            ValueError,
+            "leave",
+        ),
+        (Z32, [0, 1, 0], {"classes": [0, 1], "ignore_index": "a"}, TypeError, "ignore_index must be"),
+        (Z32, ["a", "b", "a"], {}, TypeError, "target holds text, .*pass classes="),
+        (Z32, np.array(["a", 1, None], dtype=object), {}, TypeError, "target holds values of object"),
+        (Z32, [[0, 1]] * 3, {}, TypeError, "holds probabilities and must be floating"),
+        (Z32, [0, 1], {}, ValueError, r"target must have shape \(3,\)"),
+        (Z32, [0, 1, 2], {}, IndexError, r"target 2 at row 2 is outside 0\.\.1"),
+        (Z32[:, 0], [0, 1, 2], {}, IndexError, r"target 2 at row 2 is outside 0\.\.1"),
+        (
+            Z32[:, 0],
+            [0, 1],
+            {},
+            ValueError,
+            r"logits of shape \(3,\) are one a row.* target has 2 labels; give",
+        ),
+        ([[1.0, 2.0], [1.0]], [0, 1], {}, ValueError, "logits is no array"),
+        ([["a", "b"]], [0], {}, TypeError, "logits must hold real numbers"),
+        (Z32 * 1j, [0, 1, 0], {}, TypeError, "logits must hold real numbers"),
+        (None, [0, 1, 0], {}, TypeError, "logits must be a tensor, an array or a list, got NoneType"),
+        ({"a": 1}, [0, 1, 0], {}, TypeError, "logits must be .* got dict"),
+        (Z32, None, {}, TypeError, "target must be"),
+        (np.ma.masked_less(Z32, 1), [0, 1, 0], {}, TypeError, "logits is an array with masked entries"),
+        (Z32, [0, 1, 0], {"sample_weight": [1, 1]}, ValueError, "sample_weight"),
+        (Z32, [0, 1, 0], {"sample_weight": "abc"}, TypeError, "sample_weight must be"),
+        (1.0, [0], {}, ValueError, "logits need a class dimension"),
+        ("abc", [0], {}, TypeError, "logits must be .* got str"),
+        (Z32, "a", {}, TypeError, "target holds text"),
+        (torch.ones(3, 2).long(), [0, 1, 0], {}, TypeError, "logits must be of a floating type"),
+    ],
+)
+def test_bad_arrays_and_labels_are_named(logits, target, options, kind, said):
+    with pytest.raises(kind, match=said) as raised:
+        xent.fit_temperature(logits, target, **options)
+    assert "\n" not in str(raised.value)

@@ -48,6 +48,7 @@ def test_importing_xent_imports_no_extra():
         "matplotlib",
         "jinja2",
         "pandas",
+        "onnx",
     }
     assert not extras & set(loaded)
 

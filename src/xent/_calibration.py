@@ -19,11 +19,12 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from xent._arguments.call import require_target, resolve_logits
 from xent._arguments.options import Options
-from xent._arguments.validation import require_tensors
+from xent._calibration_inputs import read_held_out
 from xent._core.problem import Problem
 from xent._core.target import TopKTarget
 from xent._core.targets import Targets
@@ -36,11 +37,12 @@ MAX_LOG_BETA = 690.0  # the range of float64
 
 
 def fit_temperature(
-    logits: Tensor,
-    target: Tensor | TopKTarget,
+    logits: Tensor | ArrayLike,
+    target: Tensor | TopKTarget | ArrayLike,
     *,
+    classes: Tensor | ArrayLike | None = None,
     ignore_index: int | None = -100,
-    sample_weight: Tensor | None = None,
+    sample_weight: Tensor | ArrayLike | None = None,
 ) -> float:
     r"""Return the temperature T > 0 that minimises ``cross_entropy(logits, target, temperature=T)``.
 
@@ -51,10 +53,14 @@ def fit_temperature(
     (2017), *On calibration of modern neural networks*.
 
     Args:
-        logits: (C,), (N, C) or (N, C, d1, ...), of any floating type; computed in float64, some rows at a
-            time. Masked classes are −inf.
-        target: class indices, (), (N,) or (N, d1, ...); or probabilities, the shape of ``logits``; or a
-            :class:`TopKTarget`. No row's mass may be negative.
+        logits: (C,), (N, C) or (N, C, d1, ...), a tensor of any floating type, an array or a list; computed
+            in float64, some rows at a time. Masked classes are −inf. With N labels, (N,) are the logits of
+            two classes, (0, s), as ``decision_function`` of scikit-learn returns them.
+        target: class indices, (), (N,) or (N, d1, ...), or labels of ``classes``; or probabilities, the shape
+            of ``logits``; or a :class:`TopKTarget`. No row's mass may be negative. Floating numbers
+            are labels only with ``classes``: beside logits (C,), C of them are the probabilities of one row.
+        classes: (C,) the labels of the columns, in their order: text, whole numbers or bools; two of them for
+            (0, s). None: the target holds the positions of the columns.
         ignore_index: rows with this target are left out. None means −100.
         sample_weight: the shape of an index target, not negative. A row of weight 0 is left out.
 
@@ -66,8 +72,9 @@ def fit_temperature(
         NoBestTemperature: a ValueError; ``limit``, 0.0 or ``math.inf``, is the temperature towards which the
             loss keeps falling.
         ValueError: shapes that do not fit; a row with nan, +inf, masked classes alone, or a target on a
-            masked class; a weight or mass that is negative or not finite; each by its row.
-        IndexError, TypeError: as :func:`cross_entropy`.
+            masked class; a weight or mass that is negative or not finite; a label that is not among
+            ``classes``; each by its row. ``classes`` of another number than the columns, or not distinct.
+        IndexError, TypeError: as :func:`cross_entropy`; text without ``classes``.
 
     Example:
         >>> import torch, xent
@@ -75,13 +82,15 @@ def fit_temperature(
         >>> temperature = xent.fit_temperature(logits, target)  # three of four are right: log 3 apart
         >>> round(10 / temperature, 6), round((logits / temperature).softmax(1)[0, 0].item(), 6)
         (1.098612, 0.75)
+        >>> scores, labels = [5.0, 5.0, 5.0, 5.0], ["no", "yes", "yes", "yes"]  # of "yes" against "no"
+        >>> round(5 / xent.fit_temperature(scores, labels, classes=["no", "yes"]), 6)
+        1.098612
     """
-    require_tensors(logits=logits)
     with torch.no_grad():
-        call = resolve_logits(
-            Options.of(ignore_index=ignore_index, sample_weight=sample_weight), logits, target
-        )
-        require_target(target)
+        given = read_held_out(logits, target, classes, ignore_index, sample_weight)
+        options = Options.of(ignore_index=given.ignore_index, sample_weight=given.sample_weight)
+        call = resolve_logits(options, given.logits, given.target)
+        require_target(given.target)
         (problem,) = call.problems
         return _solve(_read(problem))
 

@@ -12,6 +12,7 @@ EXTRAS = {
     "probe": ("sklearn", "scipy", "pyarrow", "safetensors", "threadpoolctl"),
     "cli": ("click", "rich"),
     "report": ("matplotlib",),
+    "onnx": ("onnx",),
 }
 """The packages, by import name, that each extra installs."""
 

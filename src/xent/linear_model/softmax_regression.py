@@ -36,6 +36,7 @@ from xent._core.validators import OneOf, valid
 from xent.data.rows import RowSource, blocks, is_mapped, row_source
 from xent.linear_model.advice import advice, estimator_words
 from xent.linear_model.descent import Descent, Progress
+from xent.linear_model.exports import Exports
 from xent.linear_model.inputs import (
     BLOCK,
     cast_to,
@@ -54,7 +55,7 @@ FLOATING = [np.float64, np.float32, np.float16]
 """Types of features that are left as they are; others become the first."""
 
 
-class SoftmaxRegression(ClassifierMixin, BaseEstimator):
+class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
     """Multinomial logistic regression with scikit-learn's parameters and objective, for hard and soft labels.
 
     Parameters
