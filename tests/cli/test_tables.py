@@ -122,8 +122,9 @@ def test_weights_are_those_of_the_estimator(solver):
 def test_balanced_classes_are_those_of_the_estimator():
     frame = penguins().dropna().query("kind != 'Gentoo' or mass < -2.5")
     frame.to_parquet("a.parquet")
-    run("fit", "a.parquet", "--label", "kind", "--features", "bill,mass", "--class-weight", "balanced",
-        "--validation", 0, "--no-standardize", "--tol", 1e-10, "--stopping", "gradient", "--out", "m")  # fmt: skip
+    options = ["--features", "bill,mass", "--no-standardize", "--tol", 1e-10, "--stopping", "gradient"]
+    run("fit", "a.parquet", "--label", "kind", "--class-weight", "balanced", "--validation", 0, *options,
+        "--out", "m")  # fmt: skip
     X = frame[["bill", "mass"]].to_numpy()
     weights = compute_class_weight("balanced", classes=np.unique(frame.kind), y=frame.kind)
     of_class = dict(zip(np.unique(frame.kind), weights, strict=True))

@@ -162,6 +162,7 @@ def they_predict_what_one_process_does(runs: Runs) -> None:
     said, expected = json.loads(first["out"]), json.loads(said)
     assert (said.pop("file"), expected.pop("file")) == ("3.parquet", "1.parquet")
     assert said["evaluation"].pop("loss") == pytest.approx(expected["evaluation"].pop("loss"), rel=1e-12)
+    assert said.pop("evaluation") == pytest.approx(expected.pop("evaluation"), rel=1e-12)
     assert said == expected
     same_predictions(Path("3.parquet"), Path("1.parquet"), 1e-20)
     assert runs.of("predict new")[0]["out"] == "500 rows, 4 classes: 3.csv\n"

@@ -292,8 +292,8 @@ def fit(
             table = sources.digits(ranks)
         else:
             table = read_table(files, wanted, ranks)
-        if not quiet and features == ():
-            for name in look_like_identifiers(table, ranks):
+        for name in () if features else look_like_identifiers(table, ranks):
+            if not quiet:
                 complain(f"column {quoted(name)} looks like an id: --exclude {as_option(name)} leaves it out")
         judged_by = None
         if test is not None:
