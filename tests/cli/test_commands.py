@@ -293,7 +293,7 @@ def test_bad_predictions(tmp_path):
         ("m/none.safetensors", "f.csv", "p.parquet", "no such model file"),
         ("cut.safetensors", "f.csv", "p.parquet", "not a whole safetensors file"),
         ("foreign.safetensors", "f.csv", "p.parquet", "not a safetensors file"),
-        ("m/model.safetensors", "f.csv", "p.xlsx", "written as .parquet or .csv"),
+        ("m/model.safetensors", "f.csv", "p.xlsx", "written as .parquet, .csv or .jsonl"),
         ("m/model.safetensors", "f.csv", "f.csv/p.parquet", "is a file, not a directory"),
         ("m/model.safetensors", "none.csv", "p.parquet", "none.csv: no such file"),
         ("m/model.safetensors", "f.csv", "m/../f.csv", "is read by this command and would be overwritten"),
@@ -415,7 +415,7 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
     run("fit", "f.csv", "--label", "kind", "--out", "m", "--quiet")
     before = sorted(tmp_path.rglob("*"))
     times = [path.stat().st_mtime_ns for path in before]
-    monkeypatch.setattr("xent.report.predictions.log_proba", fail)
+    monkeypatch.setattr("xent.cli.predict_job.log_proba", fail)
     assert (
         "disk full" in run("predict", "m/model.safetensors", "f.csv", "-o", "new/deeper/p.csv", code=1).stderr
     )

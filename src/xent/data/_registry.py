@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -15,6 +15,10 @@ from xent.data.table import Table, Wanted
 
 Reader: TypeAlias = Callable[[Path, Wanted, Share], Table]
 """``reader(path, wanted, share) -> table``; see :func:`register_reader`."""
+
+
+Batches: TypeAlias = Callable[[Path, Wanted, Sequence[str]], Iterator[tuple[Table, Any]]]
+"""``batches(path, wanted, keep)`` yields tables of the next rows, and Arrow tables of columns to keep."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Format:
     count: Callable[[Path], int] | None = None
     labels: Callable[[Path, Wanted, Share, int], tuple[np.ndarray, np.ndarray]] | None = None
     compressed: bool = False
+    batches: Batches | None = None
 
 
 _FORMATS: dict[str, Format] = {}
@@ -44,6 +49,7 @@ def register_reader(
     count: Callable[[Path], int] | None = None,
     labels: Callable[[Path, Wanted, Share, int], tuple[np.ndarray, np.ndarray]] | None = None,
     compressed: bool = False,
+    batches: Batches | None = None,
 ) -> None:
     """Make a file format known by the suffix of its files.
 
@@ -60,6 +66,8 @@ def register_reader(
             rows)`` for several files with as many rows; returns codes (n,) and classes of the share.
         compressed: whether the reader takes files with ``.gz``, ``.zst`` or ``.bz2`` after the suffix, which
             ``xent.data.layout.opened`` decompresses.
+        batches: called as ``batches(path, wanted, keep)``, yields tables of some rows each and an Arrow table
+            of their columns to keep; predictions for formats with it take constant memory.
 
     Raises:
         ValueError: the suffix has no dot or is not in lower case; it is another reader's.
@@ -74,7 +82,7 @@ def register_reader(
         raise ValueError(f"a suffix is a dot and lower-case letters, such as '.csv'; got {suffix!r}")
     if suffix in _FORMATS:
         raise ValueError(f"files called {suffix} have a reader already; choose another suffix")
-    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader, count, labels, compressed)
+    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader, count, labels, compressed, batches)
 
 
 def format_of(path: Path) -> Format | None:

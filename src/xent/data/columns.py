@@ -300,13 +300,21 @@ def _numbers(path: Path, wanted: Wanted, given: Any, column: Column, start: int)
     null = None
     if array.null_count:
         null = array.is_null().to_numpy(zero_copy_only=False)
-        if wanted.missing == "error":
+        if wanted.missing == "error" and not wanted.skip_bad:
             raise bad_number(path, wanted, column.name, start + int(np.flatnonzero(null)[0]), None)
     if column.width is None:
         return _plain(array)
+    array = array.storage if isinstance(array, pa.ExtensionArray) else array
+    if wanted.skip_bad and not pa.types.is_fixed_size_list(array.type):
+        lengths = array.value_lengths().to_numpy(zero_copy_only=False)  # nan for null
+        odd = (lengths != column.width) if null is None else (lengths != column.width) & ~null
+        if odd.any():
+            left_out = odd if null is None else odd | null
+            made = _with_gaps(path, wanted, array, column, start, left_out)
+            made[odd] = np.inf
+            return made
     if null is not None:
         return _with_gaps(path, wanted, array, column, start, null)
-    array = array.storage if isinstance(array, pa.ExtensionArray) else array
     count, width = len(array), column.width
     if not pa.types.is_fixed_size_list(array.type):
         lengths = array.value_lengths().to_numpy(zero_copy_only=False)
@@ -316,7 +324,7 @@ def _numbers(path: Path, wanted: Wanted, given: Any, column: Column, start: int)
     elif array.type.list_size != width:
         raise _uneven(path, wanted, column, start, array.type.list_size)
     values = array.flatten()
-    if values.null_count and wanted.missing == "error":
+    if values.null_count and wanted.missing == "error" and not wanted.skip_bad:
         at = int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
         name, row = f"{column.name}[{at % width}]", start + at // width
         raise bad_number(path, wanted, name, row, None, column.name)
@@ -328,9 +336,11 @@ def _with_gaps(
     path: Path, wanted: Wanted, array: Any, column: Column, start: int, null: np.ndarray
 ) -> np.ndarray:
     """Return the lists of a column, (rows, entries), nan where there is none."""
+    import pyarrow.compute as pc
+
     there = np.flatnonzero(~null)
     made = np.full((len(null), len(column.names)), np.nan, np.float64)
-    for row, count in zip(there, array.take(there).value_lengths().to_pylist(), strict=True):
+    for row, count in zip(there, pc.list_value_length(array.take(there)).to_pylist(), strict=True):
         if count != column.width:
             raise _uneven(path, wanted, column, start + int(row), count)
     made[there] = _numbers(path, wanted, array.take(there), column, start)

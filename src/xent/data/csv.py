@@ -15,6 +15,7 @@ import csv as python_csv
 import dataclasses
 import io
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from xent.data.categories import TooMany, numbered
 from xent.data.columns import Columns, choose_columns
 from xent.data.layout import Layout, opened
 from xent.data.limits import MOST_CELL, MOST_NAME, check_columns, check_names
-from xent.data.parquet import from_arrow, within
+from xent.data.parquet import check_kept, from_arrow, within
 from xent.data.table import NoRows, Table, Wanted, bad_number
 from xent.errors import BadInput, needs
 
@@ -35,6 +36,8 @@ MISSING = ["", "NA", "N/A", "n/a", "#N/A", "NULL", "null"]
 """Cells that are a missing number. (As a label, all but the empty text are text like any other.)"""
 
 _COMMA = re.compile(r"\s*[+-]?[0-9]+,[0-9]+\s*")
+
+_NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?$|^nan$"
 
 SAMPLE = 1000
 """Cells that say whether a column of text is one of numbers with something else in between."""
@@ -75,14 +78,73 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
     return from_arrow(path, wanted, arrow, columns, start, MISSING)
 
 
+def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tuple[Table, Any]]:
+    """Yield the rows of a file of text, some at a time, with the columns that are kept, as text.
+
+    Where bad rows are to be passed over, a cell that is no number is read as inf, and a line of too many or
+    too few cells is left out.
+    """
+    with needs("probe"):
+        import pyarrow as pa
+    text = TextFile(path, wanted.layout, wanted.skip_bad)
+    text.check_header()
+    try:
+        with text.open(types(text, as_text(wanted))) as file:
+            schema, head = file.schema, next(iter(file), None)
+        if head is None:
+            raise NoRows(path)
+        _check_cells(path, head)
+        columns = choose_columns(path, wanted, schema, no_lists)
+        check_kept(path, keep, schema.names)
+        numbers = [*columns.read, *(each.name for each in columns.beside)]
+        column_types = dict.fromkeys([*keep, *([columns.label] if columns.label else [])], pa.string())
+        column_types |= dict.fromkeys(numbers, pa.string() if wanted.skip_bad else pa.float64())
+        column_types |= dict.fromkeys(columns.categorical, pa.dictionary(pa.int32(), pa.string()))
+        read = list(dict.fromkeys([*columns.every, *keep]))
+        with text.open(types(text, column_types, read)) as file:
+            start = 0
+            for batch in file:
+                part = pa.Table.from_batches([batch])
+                kept = part.select(list(keep))
+                if wanted.skip_bad:
+                    for name in numbers:
+                        place = part.schema.get_field_index(name)
+                        part = part.set_column(
+                            place, name, _numbers_of(part.column(name), text.layout.decimal)
+                        )
+                yield from_arrow(path, wanted, part, columns, start, MISSING), kept
+                start += len(batch)
+    except BadInput:
+        raise
+    except (pa.ArrowInvalid, OSError, UnicodeError) as error:
+        raise _diagnose_csv(text, wanted, error) from error
+
+
+def _numbers_of(column: Any, decimal: str) -> Any:
+    """Return text as numbers: null where one is missing, inf where there is something else."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    cells = pc.utf8_trim_whitespace(column)
+    missing = pc.or_(pc.is_in(column, pa.array(MISSING)), pc.is_null(column))
+    if decimal != ".":
+        cells = pc.replace_substring(pc.replace_substring(cells, ".", "?"), decimal, ".")
+    number = pc.match_substring_regex(cells, _NUMBER, ignore_case=True)
+    values = pc.cast(pc.if_else(number, cells, None), pa.float64())
+    return pc.if_else(pc.or_(number, missing), values, float("inf"))
+
+
 class TextFile:
     """A file of text with a delimiter, opened by Arrow."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
+    def __init__(self, path: Path, layout: Layout, skip_bad: bool = False) -> None:
         from pyarrow import csv
 
         self.path, self.layout, self.delimiter = path, layout, layout.delimiter_of(path)
-        self._parse = csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
+        skip = (lambda row: "skip") if skip_bad else None
+        self._parse = csv.ParseOptions(
+            delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=skip
+        )
 
     def _how(self, threads: bool) -> dict[str, Any]:
         from pyarrow import csv

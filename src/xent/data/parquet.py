@@ -37,6 +37,7 @@ from xent.data.table import (
     check_finite,
     no_category,
     no_label,
+    some,
     some_unused,
     too_many,
     with_masses,
@@ -127,7 +128,7 @@ def with_categories(
             unused[name] = f"text of more than {most} values"
             continue
         lacking = np.flatnonzero(made.codes < 0)
-        if len(lacking) and wanted.missing == "error":
+        if len(lacking) and wanted.missing == "error" and not wanted.skip_bad:
             raise no_category(path, wanted, name, table.start + int(lacking[0]))
         found.append(made)
     if not found and not table.feature_names:
@@ -143,6 +144,38 @@ def with_numbers_beside(path: Path, wanted: Wanted, arrow: Any, columns: Columns
         return table
     masses = columns.beside[wanted.weight is not None :]
     return with_masses(path, table, soft, [name for column in masses for name in column.names])
+
+
+def parquet_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tuple[Table, Any]]:
+    """Yield the rows of a Parquet file, some at a time, with the columns that are kept."""
+    with needs("probe"):
+        import pyarrow as pa
+        from pyarrow import parquet
+    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
+        about, schema = file.metadata, file.schema_arrow
+        check_columns(path, len(schema.names))
+        check_names(path, schema.names)
+        columns = choose_columns(path, wanted, schema, lambda name: _first_width(path, file, name))
+        check_numbers(path, wanted, columns, schema)
+        check_kept(path, keep, schema.names)
+        if not about.num_rows:
+            raise NoRows(path)
+        read = list(dict.fromkeys([*columns.every, *keep]))
+        size, start = max(1, min(MOST_ROWS, BATCH // max(1, len(columns.names)))), 0
+        for batch in file.iter_batches(size, columns=read):
+            batch.validate(full=True)
+            part = pa.Table.from_batches([batch])
+            yield from_arrow(path, wanted, part, columns, start), part.select(list(keep))
+            start += len(batch)
+
+
+def check_kept(path: Path, keep: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ``BadInput`` for a column to keep that is not there, or that is named twice."""
+    for name in keep:
+        if name not in names:
+            raise BadInput(f"{path}: no column {quoted(name)} (--keep); its columns are {some(names)}")
+    if len({*keep}) < len(keep):
+        raise BadInput(f"{path}: a column is named twice in --keep; once is enough")
 
 
 def count_parquet(path: Path) -> int:

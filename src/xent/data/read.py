@@ -15,11 +15,11 @@ import numpy as np
 from xent._processes.group import ALONE, Ranks, Share
 from xent.data._registry import format_of, known_suffixes, register_reader
 from xent.data.categories import Category, united
-from xent.data.csv import read_csv
+from xent.data.csv import csv_batches, read_csv
 from xent.data.labels import recoded, union
 from xent.data.layout import matching
 from xent.data.numpy import count_npy, labels_of_npy, read_npy, read_npz
-from xent.data.parquet import count_parquet, read_parquet
+from xent.data.parquet import count_parquet, parquet_batches, read_parquet
 from xent.data.parts import files_of, read_parts
 from xent.data.reading import reading
 from xent.data.rows import blocks
@@ -27,9 +27,9 @@ from xent.data.safetensors import read_safetensors
 from xent.data.table import NoRows, Table, Wanted, too_many
 from xent.errors import BadInput
 
-register_reader(".csv", read_csv, name="CSV", compressed=True)
-register_reader(".tsv", read_csv, name="CSV", compressed=True)
-register_reader(".parquet", read_parquet, name="Parquet", count=count_parquet)
+register_reader(".csv", read_csv, name="CSV", compressed=True, batches=csv_batches)
+register_reader(".tsv", read_csv, name="CSV", compressed=True, batches=csv_batches)
+register_reader(".parquet", read_parquet, name="Parquet", count=count_parquet, batches=parquet_batches)
 register_reader(".npz", read_npz)
 register_reader(".safetensors", read_safetensors, name="safetensors")
 register_reader(".npy", read_npy, count=count_npy, labels=labels_of_npy)

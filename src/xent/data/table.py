@@ -108,7 +108,8 @@ class Wanted:
     ``categorical`` names columns whose values are numbered, "auto" every column of text or booleans that has
     at most ``most`` of them. ``missing`` says what becomes of a row that lacks a number or a category: an
     error, or it is dropped, or it keeps nan. ``weight`` names the column of rows' weights, ``soft`` those of
-    the classes' masses, which stand in the place of labels.
+    the classes' masses, which stand in the place of labels. With ``skip_bad`` rows whose numbers cannot be
+    used are read as nan or inf, and it is left to the caller to pass them over.
     """
 
     label: str | None = None
@@ -124,6 +125,7 @@ class Wanted:
     missing: Missing = "error"
     weight: str | None = None
     soft: Sequence[str] = ()
+    skip_bad: bool = False
 
     @property
     def beside(self) -> list[str]:
@@ -336,6 +338,8 @@ def check_finite(
     columns: Sequence[str] | None = None,
 ) -> None:
     """Raise ``BadInput`` for the first number that is not finite; ``columns`` are those of the features."""
+    if wanted.skip_bad:
+        return
     for here, x in blocks(source):
         finite = x.isfinite() if wanted.missing == "error" else ~x.isinf()
         if not finite.all():

@@ -11,7 +11,9 @@ m is a row's weight, 1 where there is none; of a row with masses of classes t, â
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import operator
 from typing import Any
 
 import numpy as np
@@ -147,6 +149,81 @@ class Evaluation:
         return counts, shown
 
 
+class Sums:
+    """The sums over rows of which an evaluation is made; rows are added some at a time."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.rows = np.zeros(classes, dtype=np.int64)
+        self.masses = np.zeros(classes)  # of each class, which with masses of classes is not that of its rows
+        self.sums = np.zeros((4, classes))  # mass, loss, predicted, right
+        self.bins = np.zeros((3, BINS))  # mass, confidence, right
+        self.wrong: dict[int, int] = {}  # true class Â· classes + class predicted: how often
+
+    def add(self, table: Table, rows: np.ndarray, codes: np.ndarray, log_p: np.ndarray) -> None:
+        """Add some rows of a table: their positions (n,), class numbers (n,) and log-probabilities (n, C)."""
+        classes, mass = self.classes, _mass(table, rows)
+        predicted = log_p.argmax(axis=1)
+        right = np.where(predicted == codes, mass, 0.0)
+        with np.errstate(over="ignore"):  # of rows wrong beyond the largest number the sum is infinite
+            losses = _losses(table, rows, log_p, codes)
+        added = (mass, losses, mass, right)
+        for row, code, value in zip(self.sums, (codes, codes, predicted, codes), added, strict=True):
+            row += np.bincount(code, value, classes)
+        confidence = np.exp(log_p[np.arange(len(codes)), predicted], dtype=np.float64)
+        place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
+        for row, value in zip(self.bins, (mass, mass * confidence, right), strict=True):
+            row += np.bincount(place, value, BINS)
+        self.rows += np.bincount(codes, minlength=classes)
+        if table.soft is None:
+            self.masses += np.bincount(codes, mass, classes)
+        else:
+            weight = np.ones(len(rows)) if table.weight is None else table.weight[rows]
+            self.masses += weight @ table.soft[rows]
+        pairs = codes[predicted != codes] * classes + predicted[predicted != codes]
+        for pair, times in zip(
+            *(each.tolist() for each in np.unique(pairs, return_counts=True)), strict=True
+        ):
+            self.wrong[pair] = self.wrong.get(pair, 0) + times
+
+    def __add__(self, other: Sums) -> Sums:
+        """Return the sums over both."""
+        both = Sums(self.classes)
+        for name in ("rows", "masses", "sums", "bins"):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        both.wrong = dict(self.wrong)
+        for pair, times in other.wrong.items():
+            both.wrong[pair] = both.wrong.get(pair, 0) + times
+        return both
+
+    def evaluation(self, frequencies: np.ndarray | None = None) -> Evaluation:
+        """Return the evaluation; ``frequencies`` (C,) are those of the training rows."""
+        mass, class_loss, predicted, right = self.sums
+        total, classes = mass.sum(), self.classes
+        baseline = None
+        if frequencies is not None:
+            there = self.masses > 0
+            with np.errstate(divide="ignore"):  # a class that the training rows lack costs inf
+                baseline = float(-(self.masses[there] @ np.log(frequencies[there])) / total)
+        pairs = np.array(sorted(self.wrong), dtype=np.int64)
+        counts = np.array([self.wrong[pair] for pair in pairs.tolist()], dtype=np.int64)
+        order = np.argsort(-counts, kind="stable")
+        errors = np.stack([pairs // classes, pairs % classes, counts], axis=1)[order]
+        return Evaluation(
+            rows=int(self.rows.sum()),
+            loss=float(class_loss.sum() / total),
+            baseline=baseline,
+            accuracy=float(right.sum() / total),
+            errors=errors,
+            per_class=self.rows,
+            mass=mass,
+            class_loss=class_loss,
+            predicted=predicted,
+            right=right,
+            bins=self.bins.T,
+        )
+
+
 def evaluate(
     model: Model,
     table: Table,
@@ -159,56 +236,11 @@ def evaluate(
 
     Weights and masses of classes are the table's, where it has them.
     """
-    classes = len(model.classes)
+    own = Sums(len(model.classes))
     with ranks.raise_together():
-        sums = np.zeros((4, classes))  # mass, loss, predicted, right
-        bins = np.zeros((3, BINS))  # mass, confidence, right
-        wrong = [np.empty(0, dtype=np.int64)]
         for part, log_p in log_proba(model, table, rows if ranks.counts else rows[:0]):
-            y, mass = codes[part], _mass(table, part)
-            predicted = log_p.argmax(axis=1)
-            wrong.append(y[predicted != y] * classes + predicted[predicted != y])
-            right = np.where(predicted == y, mass, 0.0)
-            with np.errstate(over="ignore"):  # of rows wrong beyond the largest number the sum is infinite
-                losses = _losses(table, part, log_p, y)
-            added = (mass, losses, mass, right)
-            for row, code, value in zip(sums, (y, y, predicted, y), added, strict=True):
-                row += np.bincount(code, value, classes)
-            confidence = np.exp(log_p[np.arange(len(y)), predicted], dtype=np.float64)
-            place = np.minimum((confidence * BINS).astype(np.int64), BINS - 1)
-            for row, value in zip(bins, (mass, mass * confidence, right), strict=True):
-                row += np.bincount(place, value, BINS)
-        own = (sums, bins, *np.unique(np.concatenate(wrong), return_counts=True))
-    all_sums, all_bins, found, times = zip(*ranks.gather(own), strict=True)
-    pairs, place = np.unique(np.concatenate(found), return_inverse=True)
-    counts = np.zeros(len(pairs), dtype=np.int64)
-    np.add.at(counts, place, np.concatenate(times))
-    order = np.argsort(-counts, kind="stable")
-    errors = np.stack([pairs // classes, pairs % classes, counts], axis=1)[order]
-    per_class = ranks.sum(np.bincount(codes[rows], minlength=classes)).astype(np.int64)
-    mass, class_loss, predicted, right = sum(all_sums)
-    total, count = mass.sum(), int(per_class.sum())
-    baseline = None
-    if frequencies is not None:
-        masses = ranks.sum(class_masses(table, codes, rows, classes))
-        there = masses > 0
-        with np.errstate(divide="ignore"):  # a class that the training rows lack costs inf
-            baseline = float(-(masses[there] @ np.log(frequencies[there])) / total)
-    accuracy = float(right.sum() / total)
-    loss = float(class_loss.sum() / total)
-    return Evaluation(
-        count,
-        loss,
-        baseline,
-        accuracy,
-        errors,
-        per_class,
-        mass,
-        class_loss,
-        predicted,
-        right,
-        sum(all_bins).T,
-    )
+            own.add(table, part, codes[part], log_p)
+    return functools.reduce(operator.add, ranks.gather(own)).evaluation(frequencies)
 
 
 def class_masses(table: Table, codes: np.ndarray, rows: np.ndarray, classes: int) -> np.ndarray:

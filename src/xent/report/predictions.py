@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks
-from xent._util.atomic_write import atomic_write
 from xent._util.text import class_text
 from xent.data.model_file import Model
 from xent.data.rows import SelectedRows, slices, steps
 from xent.data.table import Table
-from xent.errors import BadInput, needs
+from xent.errors import BadInput
+from xent.report.prediction_file import PredictionFile, check_suffix
 
 CHUNK = 1 << 22
 """Numbers (rows × features, rows × classes) that exist at a time."""
@@ -56,7 +56,7 @@ def log_proba(
 def write_predictions(
     model: Model, table: Table, path: Path, rows: np.ndarray | None = None, ranks: Ranks = ALONE
 ) -> None:
-    """Write a column of probabilities a class, and ``prediction``; ``.parquet`` or ``.csv`` by the suffix.
+    """Write a column of probabilities a class, and ``prediction``, in the form that the suffix names.
 
     Probabilities are of the model's type, and read back from either as the same numbers.
     With ``rows`` (positions in the table) only these are written, led by ``row_number``, counted from 1, and
@@ -103,38 +103,20 @@ def _no(p: np.ndarray, about: np.ndarray) -> None:
 @contextlib.contextmanager
 def _opened(model: Model, path: Path, with_rows: bool) -> Iterator[_Write]:
     """Open a file of predictions, whole when the block ends."""
-    with needs("probe"):
-        import pyarrow as pa
-        from pyarrow import csv, parquet
-    kind = {"U": pa.string(), "b": pa.bool_()}.get(model.classes.dtype.kind, pa.int64())
-    text = path.suffix.lower() == ".csv"
-    # text is read as float64: the shortest text of a float32 is then another number
-    number = pa.float32() if model.weight.dtype == np.float32 and not text else pa.float64()
-    fields = [pa.field(class_text(value), number) for value in model.classes]
-    fields.append(pa.field("prediction", kind))
-    if with_rows:
-        fields = [pa.field("row_number", pa.int64()), pa.field("true_label", kind), *fields]
-    schema = pa.schema(fields)
-    make = csv.CSVWriter if text else parquet.ParquetWriter
+    import pyarrow as pa
 
-    with atomic_write(path) as temporary, make(temporary, schema) as writer:
+    file = PredictionFile(model, path)
+    if with_rows:
+        kind = file.labels(np.empty(0, np.int64)).type
+        before = [pa.field("row_number", pa.int64()), pa.field("true_label", kind)]
+        file = PredictionFile(model, path, before)
+    with file.opened():
 
         def write(p: np.ndarray, about: np.ndarray) -> None:
-            columns = [pa.array(p[:, c], number) for c in range(p.shape[1])]
-            columns.append(pa.array(model.classes[p.argmax(axis=1)].tolist(), kind))
-            if with_rows:
-                true = pa.array(model.classes[about[:, 1]].tolist(), kind)
-                columns = [pa.array(about[:, 0] + 1, pa.int64()), true, *columns]
-            if len(p):
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+            rows = [pa.array(about[:, 0] + 1, pa.int64()), file.labels(about[:, 1])] if with_rows else []
+            file.write(p, rows)
 
         yield write
-
-
-def check_suffix(path: Path) -> None:
-    """Raise ``BadInput`` for a suffix that is neither ``.parquet`` nor ``.csv``."""
-    if path.suffix.lower() not in (".parquet", ".csv"):
-        raise BadInput(f"{path}: predictions are written as .parquet or .csv; choose one of these suffixes")
 
 
 def check_names(classes: np.ndarray, extra: tuple[str, ...], source: str) -> None:

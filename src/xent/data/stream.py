@@ -1,0 +1,79 @@
+"""Files as tables of some rows each, one after the other, so that memory does not grow with the rows.
+
+    file → (table of the next rows, other columns of them as they are), ...
+
+A format without ``batches`` is read as one table, whose rows are then taken in turn: arrays are mapped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from xent._processes.group import Share
+from xent._util.text import quoted
+from xent.data._registry import format_of
+from xent.data.layout import matching
+from xent.data.parts import files_of
+from xent.data.read import read_share
+from xent.data.reading import reading
+from xent.data.rows import BATCH, steps
+from xent.data.table import NoRows, Table, Wanted
+from xent.errors import BadInput
+
+ROWS = 1 << 16
+"""Rows of a table at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The next rows of some files."""
+
+    table: Table
+    kept: Any  # an Arrow table of the columns that are kept, with as many rows
+    start: int  # of its first row among the rows of all files
+
+
+def stream(paths: Sequence[Path], wanted: Wanted, keep: Sequence[str] = ()) -> Iterator[Part]:
+    """Yield the rows of some files; files without rows are passed over, unless all are.
+
+    Raises ``BadInput`` as ``read_table`` does, and for columns to keep that are not there.
+    """
+    start, empty = 0, None
+    for file in files_of([each for path in paths for each in matching(path)]):
+        try:
+            for table, kept in _parts(file, wanted, keep):
+                yield Part(table, kept, start)
+                start += len(table)
+        except NoRows as error:
+            empty = empty or error
+    if not start and empty is not None:
+        raise empty
+
+
+def _parts(file: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tuple[Table, Any]]:
+    import pyarrow as pa
+
+    found = format_of(file)
+    if found is not None and found.batches is not None and file.is_file():
+        with reading(file, found.name):
+            yield from found.batches(file, wanted, keep)
+        return
+    if keep:
+        raise BadInput(
+            f"{file}: has no columns with names, of which {quoted(keep[0])} could be kept (--keep)"
+        )
+    whole = read_share(file, wanted, Share())
+    none = pa.table({})
+    if not len(whole):
+        raise NoRows(file)
+    step = min(ROWS, max(1, BATCH // max(1, whole.rows.shape[1])))
+    for rows, x in steps(whole.rows, step):
+        codes = None if whole.codes is None else whole.codes[rows]
+        categories = tuple(column.at(rows) for column in whole.categories)
+        part = dataclasses.replace(
+            whole, features=x.numpy(), codes=codes, categories=categories, start=rows.start
+        )
+        yield part, none

@@ -1,0 +1,235 @@
+"""Predictions as rows are read: columns kept, most probable classes, bad rows, standard output, memory."""
+
+from __future__ import annotations
+
+import io
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+from pyarrow import parquet
+
+from xent.cli.commands import cli
+from xent.data import csv as csv_files
+from xent.data import model_file, stream
+from xent.data import parquet as parquet_files
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: object, code: int = 0, **options):
+    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], **options)
+    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
+    return done
+
+
+def table(rows: int = 200, seed: int = 0) -> pd.DataFrame:
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 4, rows)
+    frame = pd.DataFrame(rng.normal(size=(rows, 3)) + rng.normal(size=(4, 3))[y], columns=["u", "v", "w"])
+    return frame.assign(name=[f"row {i}" for i in range(rows)], kind=np.array(list("abcd"))[y])
+
+
+@pytest.fixture
+def model():
+    table().to_csv("a.csv", index=False)
+    run("fit", "a.csv", "--label", "kind", "--out", "m", "--quiet")
+    return model_file.load("m/model.safetensors")
+
+
+def written(frame: pd.DataFrame, form: str) -> str:
+    if form == "parts":
+        Path("parts").mkdir()
+        for i in range(3):
+            frame[i::3].to_parquet(f"parts/{i}.parquet", index=False)
+        return "parts"
+    if form == "csv":
+        frame.to_csv("b.csv", index=False)
+    elif form == "parquet":
+        frame.to_parquet("b.parquet", index=False)
+    return f"b.{form}"
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet", "parts"])
+@pytest.mark.parametrize("small", [False, True])
+def test_rows_are_predicted_as_they_are_read(monkeypatch, model, form, small):
+    if small:
+        monkeypatch.setattr(csv_files, "BLOCK", 300)
+        monkeypatch.setattr(parquet_files, "MOST_ROWS", 7)
+        monkeypatch.setattr("xent.report.predictions.CHUNK", 24)
+    frame = table(seed=1)
+    data = written(frame, form)
+    frame = pd.concat([frame[i::3] for i in range(3)]) if form == "parts" else frame
+    done = run("predict", "m/model.safetensors", data, "-o", "p.parquet", "--keep", "name,u")
+    found = pd.read_parquet("p.parquet")
+    assert list(found) == ["name", "u", "a", "b", "c", "d", "prediction"]
+    assert found.name.tolist() == frame.name.tolist()
+    np.testing.assert_allclose(found.u, frame.u, rtol=1e-15)
+    p = np.exp(model.log_proba(frame[["u", "v", "w"]].to_numpy()))
+    np.testing.assert_allclose(found[list("abcd")], p, rtol=1e-12)
+    accuracy = (model.classes[p.argmax(1)] == frame.kind).mean()
+    assert f"accuracy {100 * accuracy:.2f} %" in done.stdout
+
+
+def test_arrays_are_predicted_in_parts(monkeypatch):
+    monkeypatch.setattr(stream, "ROWS", 7)
+    frame = table()
+    X, y = frame[["u", "v", "w"]].to_numpy(np.float32), frame.kind.to_numpy(str)
+    np.save("X.npy", X)
+    np.save("y.npy", y)
+    run("fit", "X.npy", "--label", "y.npy", "--out", "m", "--quiet")
+    done = run("predict", "m/model.safetensors", "X.npy", "-o", "p.csv", "--label", "y.npy", "--json")
+    assert json.loads(done.stdout)["evaluation"]["rows"] == 200
+    found = pd.read_csv("p.csv")
+    log_p = model_file.load("m/model.safetensors").log_proba(X)
+    np.testing.assert_allclose(found[list("abcd")], np.exp(log_p), rtol=1e-5)
+    assert (
+        "--keep"
+        in run("predict", "m/model.safetensors", "X.npy", "-o", "q.csv", "--keep", "u", code=2).stderr
+    )
+    assert not Path("q.csv").exists()
+
+
+def test_the_most_probable_classes(model):
+    frame = table(seed=1)
+    frame.to_csv("b.csv", index=False)
+    run("predict", "m/model.safetensors", "b.csv", "-o", "p.csv", "--top", 2)
+    found = pd.read_csv("p.csv")
+    assert list(found) == ["class_1", "probability_1", "class_2", "probability_2", "prediction"]
+    p = np.exp(model.log_proba(frame[["u", "v", "w"]].to_numpy()))
+    order = np.argsort(-p, axis=1)
+    assert found.class_1.tolist() == found.prediction.tolist() == model.classes[order[:, 0]].tolist()
+    assert found.class_2.tolist() == model.classes[order[:, 1]].tolist()
+    np.testing.assert_allclose(found.probability_2, np.sort(p, axis=1)[:, -2], rtol=1e-12)
+    assert (
+        "more than the 4 classes"
+        in run("predict", "m/model.safetensors", "b.csv", "-o", "q.csv", "--top", 5, code=2).stderr
+    )
+
+
+BAD_ROWS = "u,v,w,kind\n1,2,3,a\nx,2,3,b\n1,,3,a\n1,2,inf,b\n1,2\n1,2,3,4,5,6\n1,2,1e308,c\n0,-1,+.5e1,d\n"
+
+
+def test_bad_rows_are_left_out_and_counted(model):
+    Path("b.csv").write_text(BAD_ROWS)
+    done = run("predict", "m/model.safetensors", "b.csv", "-o", "p.csv", "--skip-bad")
+    found = pd.read_csv("p.csv")
+    # lines of another length are no rows
+    assert found.row_number.tolist() in ([1, 6], [1, 5, 6])
+    assert "rows that cannot be predicted: 2, 3, 4" in done.stdout
+    assert (
+        "row 2, column 'u' holds 'x'"
+        in run("predict", "m/model.safetensors", "b.csv", "-o", "q.csv", code=2).stderr
+    )
+    assert not Path("q.csv").exists()
+    Path("c.csv").write_text("u,v,w\nx,y,z\n")
+    assert (
+        "every row is bad"
+        in run("predict", "m/model.safetensors", "c.csv", "-o", "q.csv", "--skip-bad", code=2).stderr
+    )
+    assert not Path("q.csv").exists()
+
+
+def test_bad_lists_are_left_out():
+    rng = np.random.default_rng(0)
+    lists = pa.array(rng.normal(size=(40, 3)).astype(np.float32).tolist(), pa.list_(pa.float32()))
+    kinds = pa.array([*"ab"] * 20)
+    parquet.write_table(pa.table({"emb": lists, "kind": kinds}), "a.parquet")
+    run("fit", "a.parquet", "--label", "kind", "--out", "m", "--quiet")
+    bad = [[1.0, 2.0, 3.0], [1.0], None, [1.0, None, 2.0], [1.0, float("nan"), 2.0], [4.0, 5.0, 6.0]]
+    parquet.write_table(pa.table({"emb": pa.array(bad, pa.list_(pa.float32()))}), "b.parquet")
+    run("predict", "m/model.safetensors", "b.parquet", "-o", "p.csv", "--skip-bad")
+    assert pd.read_csv("p.csv").row_number.tolist() == [1, 6]
+    said = run("predict", "m/model.safetensors", "b.parquet", "-o", "p.csv", code=2).stderr
+    assert "row 2, column 'emb' holds a list of 1 numbers" in said
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_standard_output(model, lines):
+    table(seed=1).to_csv("b.csv", index=False)
+    how = ["--lines"] if lines else []
+    done = run("predict", "m/model.safetensors", "b.csv", "-o", "-", "--keep", "name", "--top", 1, *how)
+    assert "accuracy" in done.stderr
+    if lines:
+        found = pd.DataFrame([json.loads(line) for line in done.stdout.splitlines()])
+    else:
+        found = pd.read_csv(io.StringIO(done.stdout))
+    assert found.name.tolist() == table().name.tolist()
+    assert list(found) == ["name", "class_1", "probability_1", "prediction"]
+
+
+def test_rows_before_a_fault_are_out(monkeypatch, model):
+    monkeypatch.setattr(csv_files, "BLOCK", 64)
+    Path("b.csv").write_text("u,v,w\n" + "1,2,3\n" * 50 + "x,2,3\n")
+    done = run("predict", "m/model.safetensors", "b.csv", "-o", "-", code=2)
+    assert 10 < len(done.stdout.splitlines()) <= 51
+    assert "row 51, column 'u' holds 'x'" in done.stderr
+
+
+USAGE = {
+    "keep": (["--keep", "none"], "no column 'none' (--keep)"),
+    "twice": (["--keep", "u,u"], "would be called 'u'"),
+    "a class": (["--keep", "a"], "would be called 'a'"),
+    "lines": (["--lines"], "files are called .jsonl"),
+    "top": (["--top", 0], "0 is not in the range"),
+}
+
+
+@pytest.mark.parametrize("name", USAGE)
+def test_options_that_do_not_go_together(model, name):
+    options, message = USAGE[name]
+    done = run("predict", "m/model.safetensors", "a.csv", "-o", "p.csv", *options, code=2)
+    assert message in done.stderr
+    assert not Path("p.csv").exists()
+    if name == "lines":
+        assert (
+            "--json prints"
+            in run("predict", "m/model.safetensors", "a.csv", "-o", "-", "--json", code=2).stderr
+        )
+
+
+RESIDENT = """
+import sys, resource
+from xent.cli.commands import cli
+try:
+    cli(sys.argv[1:])
+finally:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["parquet", "csv"])
+def test_memory_does_not_grow_with_the_rows(model, form):
+    frame = table(100_000)
+    if form == "csv":
+        text = frame.to_csv(index=False)
+        with open("b.csv", "w") as file:
+            file.write(text)
+            for _ in range(29):
+                file.write(text.partition("\n")[2])
+    else:
+        arrow = pa.Table.from_pandas(frame, preserve_index=False)
+        with parquet.ParquetWriter("b.parquet", arrow.schema) as file:
+            for _ in range(50):
+                file.write_table(arrow)
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, "predict", "m/model.safetensors", f"b.{form}", "-o", "p.parquet",
+         "--keep", "name"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )  # fmt: skip
+    most = int(done.stderr.splitlines()[-1]) * 1024
+    assert resource.getpagesize()
+    assert most < 500e6, f"{most / 1e6:.0f} MB"
