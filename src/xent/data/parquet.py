@@ -15,11 +15,12 @@ import numpy as np
 
 from xent._processes.group import Share
 from xent._util.text import quoted
+from xent.data.batches import Batch, DenseBatch, as_tensor, computed_dtype
 from xent.data.columns import Columns, check_numbers, choose_columns, matrix, width_of
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
 from xent.data.reading import reading
-from xent.data.rows import BATCH, Batch, as_tensor, computed_dtype, row_source
+from xent.data.rows import BATCH, row_source
 from xent.data.table import NoRows, Table, Wanted, check_finite, no_label
 from xent.errors import BadInput, needs
 
@@ -90,6 +91,7 @@ class ParquetRows:
         self.stored = columns.dtype  # that a batch is decoded into
         self.dtype = computed_dtype(self.stored)
         self.shape = (rows.stop - rows.start, len(columns.names))
+        self.width = self.shape[1]
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the decoded rows; raise ``BadInput`` where the file does not hold what it did."""
@@ -102,7 +104,7 @@ class ParquetRows:
             for part in _batches_of(file, columns.read, self._rows, size):
                 at = self._rows.start + start
                 made = matrix(self._path, self._wanted, part, columns.features, at, self.stored)
-                yield slice(start, start + len(made)), Batch(as_tensor(made))
+                yield slice(start, start + len(made)), DenseBatch(as_tensor(made))
                 start += len(made)
 
 

@@ -25,14 +25,13 @@ import torch
 from xent.curvature import _cg
 from xent.curvature._kronecker import HeadKronecker
 from xent.curvature._newton import NewtonSystem, Preconditioner
-from xent.linear_model.preconditioner import Whitening
+from xent.linear_model.preconditioner import Whitening, widest
 from xent.linear_model.solvers._line_search import line_search
 from xent.linear_model.solvers._registry import AfterIteration, Solver
 
 if TYPE_CHECKING:
     from xent.linear_model.objective import Objective
 
-FACTOR = 1 << 12  # rows of a Kronecker factor up to which these precondition
 MOST_PRODUCTS = 1000  # with the Hessian, in one iteration
 LEAST_DAMPING, MOST_DAMPING = 1e-8, 1e4  # of features of deviation 1, whose Hessian is at most ½·D
 
@@ -106,18 +105,18 @@ def _step(
     with torch.no_grad():
         size = slope.abs().max()  # squares of a small gradient leave the range of float32
         right = -slope[:, :columns] / size
-        preconditioner = _preconditioner(objective.n_vectors, columns)
+        preconditioner = _preconditioner(objective.n_vectors, columns, widest(objective) + 1)
         found = _cg.solve(*system.for_cg(right, preconditioner, forcing, MOST_PRODUCTS))
     step = np.zeros((objective.n_vectors, objective.n_features + 1))
     step[:, :columns] = (found.solution * size).cpu().numpy()
     return step.ravel()
 
 
-def _preconditioner(classes: int, columns: int) -> Preconditioner:
+def _preconditioner(classes: int, columns: int, widest: int) -> Preconditioner:
     """Return the best one that is small beside the data."""
     if classes == 1:
-        return "class-blocks"  # the Hessian itself
-    return "kronecker" if max(classes, columns) <= FACTOR else "diagonal"
+        return "class-blocks" if columns <= widest else "diagonal"  # the Hessian itself
+    return "kronecker" if max(classes, columns) <= widest else "diagonal"
 
 
 NEWTON_CG = Solver(
