@@ -60,7 +60,7 @@ class FilledRows:
 
 
 def sparse_source(X: Any) -> RowSource:
-    """Return the rows of a SciPy matrix or array in CSR, of float32 or float64; it is read, and never changed.
+    """Return the rows of a SciPy matrix or array in CSR, of float32 or float64, which is never changed.
 
     Entries of the same place are added up, in a copy.
     """

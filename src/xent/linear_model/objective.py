@@ -178,6 +178,11 @@ class Objective:
         return class_blocks(sample, moment, at, self.binary, self.workers)
 
     @property
+    def is_sparse(self) -> bool:
+        """Whether rows store less than all their features, so that a pass is cheap beside the features."""
+        return self.rows.source.width < self.n_features
+
+    @property
     def _own_rows(self) -> int:
         return max(1, len(self.rows.target))
 

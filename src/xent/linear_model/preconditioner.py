@@ -35,9 +35,6 @@ SUMMED = 1 << 22
 WIDEST = 1 << 12
 """Features up to which a (D, D) inverse is formed."""
 
-WIDEST_SPARSE = 1 << 10
-"""As ``WIDEST``, of sparse rows, whose pass is cheap beside a dense (D, D) product."""
-
 ROWS = 16
 """Rows of which the second moment is formed, in multiples of D."""
 
@@ -73,20 +70,17 @@ class Whitening:
 
     @staticmethod
     def pays(objective: Objective) -> bool:
-        """Return whether it is worth its cost: not where features are more than half as many as the rows.
+        """Return whether it is worth its cost: not of sparse rows, nor of less than two rows a feature.
 
         The penalty alone fixes most of W then.
         """
-        return objective.n_features <= widest(objective) and objective.n_rows >= 2 * objective.n_features
+        if objective.is_sparse:  # its pass is cheap beside a dense (D, D) product
+            return False
+        return objective.n_features <= WIDEST and objective.n_rows >= 2 * objective.n_features
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Return the inverse times each of (V, K, D + 1)."""
         return apart(gradient, lambda g: g @ self.inverse, self.ridge)
-
-
-def widest(objective: Objective) -> int:
-    """Return the features up to which a (D, D) inverse is formed."""
-    return WIDEST if objective.rows.source.width == objective.n_features else WIDEST_SPARSE
 
 
 class ClassBlocks:
