@@ -8,6 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from scipy import sparse
 from scipy.special import softmax
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -15,8 +16,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 
 from xent.data import sparse_rows
+from xent.data.batches import DenseBatch
+from xent.data.rows import ArrayRows
 from xent.data.sparse_rows import FilledRows, SparseRows, sparse_source
 from xent.linear_model import SoftmaxRegression, SoftmaxRegressionCV, preconditioner
+from xent.linear_model.labelled_rows import LabelledRows
+from xent.linear_model.objective import Objective
 from xent.linear_model.solvers import _newton_step
 
 FORMATS = ["csr", "csc", "coo", "lil", "dok", "bsr", "dia"]
@@ -270,3 +275,38 @@ def resident():
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_moments_are_those_of_dense_rows(native, twice, monkeypatch):
+    monkeypatch.setattr(sparse_rows, "ENTRIES", 30)
+    X, _ = problem()
+    if twice:
+        data, indices = np.repeat(X.data / 2, 2), np.repeat(X.indices, 2)
+        X = sparse.csr_array((data, indices, 2 * X.indptr), shape=X.shape)
+    share = torch.rand(X.shape[0], dtype=torch.float64)
+    share /= share.sum()
+    dense = torch.from_numpy(X.toarray())
+    ((_, batch),) = sparse_source(X).batches()
+    for found, right in zip(
+        batch.moments(share, torch.float64), DenseBatch(dense).moments(share, torch.float64), strict=True
+    ):
+        np.testing.assert_allclose(found, right, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("fit_intercept", [False, True])
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_hessian_is_that_of_dense_rows(native, fit_intercept, soft):
+    X, y = problem(4, soft=soft)
+    weight = np.linspace(0.5, 2, len(y))
+    sides = []
+    for source in (sparse_source(X), ArrayRows(X.toarray())):
+        objective = Objective(LabelledRows(source, y, weight), 4, 1.0, fit_intercept)
+        theta = np.random.default_rng(1).normal(size=4 * 13)
+        hessian = objective.hessian(theta)
+        v = torch.randn(hessian.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        diagonal, factors = hessian.diagonal(), hessian.kronecker()
+        parts = diagonal if isinstance(diagonal, tuple) else (diagonal,)
+        sides.append([hessian @ v, *parts, hessian.block(2), factors.A, factors.G * factors.total])
+    for found, right in zip(*sides, strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-12)
