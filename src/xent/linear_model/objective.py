@@ -179,7 +179,7 @@ class Objective:
 
     @property
     def is_sparse(self) -> bool:
-        """Whether rows store less than all their features, so that a pass is cheap beside the features."""
+        """Return whether rows store less than all their features, so that a pass is cheap beside these."""
         return self.rows.source.width < self.n_features
 
     @property

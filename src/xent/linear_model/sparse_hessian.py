@@ -22,7 +22,7 @@ FILLED = 1 << 21
 
 
 class SparseHessian:
-    """What `HeadHessian` is of a tensor, as far as sums over rows ask for it.
+    """The Hessian over compressed rows; sums ask it what they ask `HeadHessian` of a tensor.
 
     Args:
         x: (n, D).
