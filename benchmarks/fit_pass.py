@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from xent._core.matmul import fast_products
-from xent.data.rows import Batch
+from xent.data.batches import DenseBatch
 from xent.linear_model.row_pass import RowPass
 
 SHAPES = ["20000,256,10", "20000,256,100", "50000,384,200", "20000,1024,1000"]
@@ -54,7 +54,7 @@ def ways(n: int, d: int, c: int) -> dict[str, tuple[int, Callable[[], object]]]:
         "float16": (n, lambda: RowPass(W, b, center).loss_and_gradient(half, y, None)),
         "gathered": (
             len(chosen),
-            lambda: RowPass(W, b, center).loss_and_gradient(Batch(x, chosen), y[chosen], None),
+            lambda: RowPass(W, b, center).loss_and_gradient(DenseBatch(x, chosen), y[chosen], None),
         ),
     }
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from xent._processes.group import Share
 from xent._util.text import quoted
+from xent.data.batches import computed_dtype
 from xent.data.columns import check_mass, check_rows
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import MOST_NAME, check_columns, check_memory
-from xent.data.rows import MappedRows, RowSource, computed_dtype, is_mapped, row_source
+from xent.data.rows import MappedRows, RowSource, is_mapped, row_source
 from xent.data.table import Table, Wanted, check_finite, choose, no_label, some
 from xent.errors import BadInput
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import quoted
-from xent.data.rows import BATCH, Batch, RowSource, blocks, shifted, slices
+from xent.data.batches import Batch, DenseBatch, slices
+from xent.data.rows import BATCH, RowSource, blocks, shifted
 from xent.data.table import Table
 from xent.errors import BadInput
 
@@ -137,7 +138,8 @@ class EncodedRows:
     def __init__(self, numbers: RowSource, codes: np.ndarray, encoding: Encoding) -> None:
         self._numbers, self._encoding, self.dtype = numbers, encoding, numbers.dtype
         self._codes = torch.from_numpy(codes.astype(np.int64))
-        self.shape = (numbers.shape[0], len(encoding.names))
+        self.width = len(encoding.names)
+        self.shape = (numbers.shape[0], self.width)
         place = {name: j for j, name in enumerate((*encoding.numbers, *encoding.categories))}
         self._gaps = torch.tensor([place[name] for name in encoding.gaps], dtype=torch.int64)
         widths = [len(values) for values in encoding.categories.values()]
@@ -149,7 +151,7 @@ class EncodedRows:
         for here, batch in self._numbers.batches():
             for part in slices((len(batch), self.shape[1]), BATCH):
                 rows = shifted(part, here.start)
-                yield rows, Batch(self._formed(batch[part], self._codes[rows]))
+                yield rows, DenseBatch(self._formed(batch[part], self._codes[rows]))
 
     def _formed(self, x: Tensor, codes: Tensor) -> Tensor:
         made = x.new_zeros((len(x), self.shape[1]), dtype=getattr(torch, self.dtype.name))

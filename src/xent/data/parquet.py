@@ -16,6 +16,7 @@ import numpy as np
 
 from xent._processes.group import Share
 from xent._util.text import quoted
+from xent.data.batches import Batch, DenseBatch, as_tensor, computed_dtype
 from xent.data.categories import Category, TooMany, numbered
 from xent.data.columns import (
     Columns,
@@ -29,7 +30,7 @@ from xent.data.columns import (
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
 from xent.data.reading import reading
-from xent.data.rows import BATCH, Batch, as_tensor, computed_dtype, row_source
+from xent.data.rows import BATCH, row_source
 from xent.data.table import (
     NoRows,
     Table,
@@ -199,6 +200,7 @@ class ParquetRows:
         self.stored = columns.dtype  # that a batch is decoded into
         self.dtype = computed_dtype(self.stored)
         self.shape = (rows.stop - rows.start, len(columns.names))
+        self.width = self.shape[1]
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the decoded rows; raise ``BadInput`` where the file does not hold what it did."""
@@ -212,7 +214,7 @@ class ParquetRows:
             for part in _batches_of(file, columns.read, self._rows, size):
                 at = self._rows.start + start
                 made = matrix(self._path, self._wanted, part, columns.features, at, self.stored)
-                yield slice(start, start + len(made)), Batch(as_tensor(made))
+                yield slice(start, start + len(made)), DenseBatch(as_tensor(made))
                 start += len(made)
 
 

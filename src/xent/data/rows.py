@@ -7,49 +7,25 @@ copied. So neither a split into training and validation rows nor another type ev
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeAlias, TypeGuard
+from typing import Protocol, TypeGuard
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from xent.data.batches import (
+    BLOCK,
+    Array,
+    Batch,
+    DenseBatch,
+    as_tensor,
+    computed_dtype,
+    slices,
+)
+
 BATCH = 1 << 22
 """Numbers in a batch of a source that is not in memory."""
-
-BLOCK = 1 << 20
-"""Numbers of which float64 intermediates are formed at a time."""
-
-Array: TypeAlias = np.ndarray | Tensor
-
-
-class Batch:
-    """Rows of a tensor (M, D): all of them, or those at some positions, (n,) int64."""
-
-    def __init__(self, x: Tensor, rows: Tensor | None = None) -> None:
-        self._x, self._rows = x, rows
-
-    def __len__(self) -> int:
-        """Return n."""
-        return len(self._x if self._rows is None else self._rows)
-
-    def __getitem__(self, here: slice) -> Tensor:
-        """Return some of the rows, a view where all rows of the tensor are meant."""
-        return self._x[here] if self._rows is None else self._x.index_select(0, self._rows[here])
-
-    def part(self, here: slice) -> Batch:
-        """Return some of the rows, not yet gathered."""
-        return Batch(self._x[here]) if self._rows is None else Batch(self._x, self._rows[here])
-
-    def at(self, positions: np.ndarray) -> Batch:
-        """Return the rows at some positions, (n,), not yet gathered."""
-        chosen = torch.from_numpy(positions).to(self._x.device)
-        return Batch(self._x, chosen if self._rows is None else self._rows[chosen])
-
-    def to(self, device: torch.device) -> Batch:
-        """Return the rows on a device, themselves where they are on it."""
-        return self if self._x.device == device else Batch(self[:].to(device))
 
 
 class RowSource(Protocol):
@@ -58,6 +34,7 @@ class RowSource(Protocol):
     shape: tuple[int, int]
     dtype: np.dtype  # float32 or float64, in which they are computed with
     in_memory: bool  # then the only batch is the whole
+    width: int  # numbers that a row stores: D, or of sparse rows their average
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield which rows they are, and their features, of ``dtype`` or a half type."""
@@ -70,12 +47,27 @@ class ArrayRows:
     in_memory = True
 
     def __init__(self, features: Array) -> None:
-        self._batch = Batch(as_tensor(features).contiguous())
+        self._batch = DenseBatch(as_tensor(features).contiguous())
         rows, columns = features.shape
+        self.width = columns
         self.shape, self.dtype = (rows, columns), computed_dtype(features.dtype)
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the whole array, also where it has no rows."""
+        yield slice(0, self.shape[0]), self._batch
+
+
+class BatchRows:
+    """A batch as the whole of a source."""
+
+    in_memory = True
+
+    def __init__(self, batch: Batch, like: RowSource) -> None:
+        self._batch = batch
+        self.shape, self.dtype, self.width = like.shape, like.dtype, like.width
+
+    def batches(self) -> Iterator[tuple[slice, Batch]]:
+        """Yield the whole."""
         yield slice(0, self.shape[0]), self._batch
 
 
@@ -93,6 +85,7 @@ class MappedRows:
         self._features, self.dtype = features, computed_dtype(features.dtype)
         self._columns = None if columns is None else np.array(columns)
         self.shape = (len(features), features.shape[1] if columns is None else len(columns))
+        self.width = self.shape[1]
         native = features.dtype.isnative and features.dtype.itemsize <= self.dtype.itemsize
         self._stored = features.dtype if native and features.dtype.kind == "f" else self.dtype
 
@@ -102,7 +95,7 @@ class MappedRows:
             part = self._features[rows]
             part = part if self._columns is None else part[:, self._columns]
             with np.errstate(over="ignore"):  # what leaves the type is infinite, which a check finds
-                yield rows, Batch(as_tensor(np.ascontiguousarray(part, dtype=self._stored)))
+                yield rows, DenseBatch(as_tensor(np.ascontiguousarray(part, dtype=self._stored)))
 
 
 class SelectedRows:
@@ -111,7 +104,7 @@ class SelectedRows:
     def __init__(self, source: RowSource, rows: np.ndarray) -> None:
         self._source, self._rows = source, rows
         self.shape, self.dtype = (len(rows), source.shape[1]), source.dtype
-        self.in_memory = source.in_memory
+        self.in_memory, self.width = source.in_memory, source.width
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the chosen rows of each of the source's batches."""
@@ -129,13 +122,14 @@ class ConcatenatedRows:
         self._sources = sources
         self.shape = (sum(source.shape[0] for source in sources), sources[0].shape[1])
         self.dtype = max(source.dtype for source in sources)
+        self.width = max(source.width for source in sources)
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the sources' batches, those of sources in memory in parts."""
         start = 0
         for source in self._sources:
             for here, batch in source.batches():
-                for part in slices((len(batch), self.shape[1]), BATCH):
+                for part in batch.parts(BATCH):
                     yield shifted(part, start + here.start), batch.part(part)
             start += source.shape[0]
 
@@ -147,14 +141,13 @@ class StandardisedRows:
 
     def __init__(self, source: RowSource, mean: np.ndarray, scale: np.ndarray) -> None:
         self._source, self._mean, self._scale = source, mean, scale
-        self.shape, self.dtype = source.shape, source.dtype
+        self.shape, self.dtype, self.width = source.shape, source.dtype, source.width
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the source's rows, standardised."""
         for here, batch in self._source.batches():
-            for part in slices((len(batch), self.shape[1]), BATCH):
-                made = standardise(batch[part], self._mean, self._scale)
-                yield shifted(part, here.start), Batch(made)
+            for part in batch.parts(BATCH):
+                yield shifted(part, here.start), batch.part(part).standardised(self._mean, self._scale)
 
 
 def row_source(features: Array | RowSource) -> RowSource:
@@ -174,13 +167,6 @@ def is_mapped(features: object) -> TypeGuard[np.ndarray]:
     )
 
 
-def computed_dtype(dtype: np.dtype | torch.dtype) -> np.dtype:
-    """Return the type in which features are computed with: float32 for it and half types, else float64."""
-    if isinstance(dtype, torch.dtype):
-        return np.dtype(np.float32 if dtype.itemsize <= 4 else np.float64)
-    return np.dtype(np.float32 if dtype.kind == "f" and dtype.itemsize <= 4 else np.float64)
-
-
 def blocks(source: RowSource) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of a source as tensors of at most ``BLOCK`` numbers."""
     for here, batch in source.batches():
@@ -188,50 +174,29 @@ def blocks(source: RowSource) -> Iterator[tuple[slice, Tensor]]:
             yield shifted(part, here.start), batch[part]
 
 
+def parts(source: RowSource) -> Iterator[tuple[slice, Batch]]:
+    """Yield the rows of a source as batches of at most ``BLOCK`` stored numbers."""
+    for here, batch in source.batches():
+        for part in batch.parts(BLOCK):
+            yield shifted(part, here.start), batch.part(part)
+
+
 def steps(source: RowSource, count: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield the rows of a source as tensors of exactly ``count`` rows each, the last one shorter."""
-    parts: list[Tensor] = []
+    taken: list[Tensor] = []
     start = have = 0
     for _, batch in source.batches():
         at = 0
         while at < len(batch):
-            parts.append(batch[at : at + count - have])
-            at, have = at + len(parts[-1]), have + len(parts[-1])
+            taken.append(batch[at : at + count - have])
+            at, have = at + len(taken[-1]), have + len(taken[-1])
             if have == count:
-                yield slice(start, start + have), parts[0] if len(parts) == 1 else torch.cat(parts)
-                start, have, parts = start + have, 0, []
+                yield slice(start, start + have), taken[0] if len(taken) == 1 else torch.cat(taken)
+                start, have, taken = start + have, 0, []
     if have:
-        yield slice(start, start + have), torch.cat(parts)
-
-
-def standardise(x: Tensor, mean: np.ndarray, scale: np.ndarray) -> Tensor:
-    """Return (x − mean)/scale in the type that x is computed with, formed some rows at a time, in float64."""
-    made = x.new_empty(x.shape, dtype=getattr(torch, computed_dtype(x.dtype).name))
-    center, unit = (torch.from_numpy(v.astype(np.float64)).to(x.device) for v in (mean, scale))
-    for rows in slices(x.shape, BLOCK):
-        made[rows] = (x[rows] - center) / unit
-    return made
-
-
-def slices(shape: tuple[int, ...], numbers: int) -> Iterator[slice]:
-    """Yield consecutive ranges of the rows of an array, each of at most as many numbers, or of one row."""
-    count, step = shape[0], max(1, numbers // max(1, shape[1]))
-    for start in range(0, count, step):
-        yield slice(start, min(start + step, count))
+        yield slice(start, start + have), torch.cat(taken)
 
 
 def shifted(rows: slice, start: int) -> slice:
     """Return a range of rows, counted from another row."""
     return slice(rows.start + start, rows.stop + start)
-
-
-def as_tensor(array: Array) -> Tensor:
-    """Return a tensor on the array's memory, which is only read."""
-    if isinstance(array, Tensor):
-        return array
-    array = np.ascontiguousarray(array)
-    if array.flags.writeable:
-        return torch.from_numpy(array)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-        return torch.from_numpy(array)

@@ -13,7 +13,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from xent.data.rows import BLOCK, slices
+from xent.data.batches import BLOCK, slices
 from xent.linear_model.workers import Workers
 
 TERMS = 2

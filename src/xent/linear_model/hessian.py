@@ -20,8 +20,10 @@ from torch import Tensor
 from xent._processes.leader import Leader
 from xent.curvature._heads import HeadHessian
 from xent.curvature._kronecker import HeadKronecker
-from xent.data.rows import ArrayRows, RowSource, StandardisedRows
+from xent.data.rows import ArrayRows, BatchRows, RowSource, StandardisedRows
+from xent.data.sparse_rows import SparseBatch
 from xent.linear_model.labelled_rows import LabelledRows
+from xent.linear_model.sparse_hessian import SparseHessian
 
 KEPT = 1 << 27
 """Bytes of standardised features that are kept, at most."""
@@ -53,7 +55,7 @@ class HessianSums:
         self._head: dict[str, Any] = {}
         self._operator: SummedHessian | None = None
         self._moves = 0
-        self._kept: list[HeadHessian] | None = None
+        self._kept: list[HeadHessian | SparseHessian] | None = None
         self.move = leader.register(self._move)
         self.product = leader.register(lambda v: self._sum(h @ self.tensor(v) for h in self._each()))
         self.diagonal = leader.register(lambda _: self._sum(h.diagonal() for h in self._each()))
@@ -100,26 +102,33 @@ class HessianSums:
             "wrt": ("weight", "bias") if self._fit_intercept else ("weight",),
             "denominator": self._total,
         }
-        self._kept = list(self._made(HeadHessian)) if self._labelled.source.in_memory else None
+        self._kept = list(self._made()) if self._labelled.source.in_memory else None
         return np.empty(0)
 
-    def _each(self) -> Iterable[HeadHessian]:
+    def _each(self) -> Iterable[HeadHessian | SparseHessian]:
         """Return the operator of each chunk."""
-        return self._made(HeadHessian) if self._kept is None else self._kept
+        return self._made() if self._kept is None else self._kept
 
-    def _made(self, kind: Any, **options: Any) -> Iterator[Any]:
+    def _made(self) -> Iterator[HeadHessian | SparseHessian]:
         for x, target, weight in self._labelled.chunks():
-            yield kind(x[:], target=target, sample_weight=weight, **self._head, **options)
+            about = {"target": target, "sample_weight": weight, **self._head}
+            yield SparseHessian(x, **about) if isinstance(x, SparseBatch) else HeadHessian(x[:], **about)
 
     def _factors(self, _: np.ndarray) -> np.ndarray:
         """Return Σ γ·tr M·x̃ x̃ᵀ, Σ γ·M and Σ γ, flat."""
 
-        def sums(k: HeadKronecker) -> tuple[Tensor, ...]:
-            curved = k.G * k.total
-            total = torch.tensor(k.total, dtype=torch.float64, device=curved.device)
-            return (k.A * curved.trace()).double(), curved.double(), total
+        def sums() -> Iterator[tuple[Tensor, ...]]:
+            for x, target, weight in self._labelled.chunks():
+                about = {"target": target, "sample_weight": weight, **self._head}
+                if isinstance(x, SparseBatch):
+                    yield SparseHessian(x, **about).factor_sums()
+                    continue
+                k = HeadKronecker(x[:], weighting="curvature", **about)
+                curved = k.G * k.total
+                total = torch.tensor(k.total, dtype=torch.float64, device=curved.device)
+                yield (k.A * curved.trace()).double(), curved.double(), total
 
-        return self._sum(sums(k) for k in self._made(HeadKronecker, weighting="curvature"))
+        return self._sum(sums())
 
     @staticmethod
     def _sum(parts: Iterable[Tensor | tuple[Tensor, ...]]) -> np.ndarray:
@@ -135,11 +144,12 @@ class HessianSums:
 def standardised(source: RowSource, mean: np.ndarray, scale: np.ndarray) -> RowSource:
     """Return (x − mean)/scale for the rows of a source: kept where they are few, else a batch at a time."""
     made = StandardisedRows(source, mean, scale)
-    if source.shape[0] * source.shape[1] * source.dtype.itemsize > KEPT:
+    if source.shape[0] * source.width * source.dtype.itemsize > KEPT:
         return made
-    none = torch.empty((0, source.shape[1]), dtype=getattr(torch, source.dtype.name))
-    parts = [batch[:] for _, batch in made.batches()]
-    return ArrayRows(torch.cat(parts) if parts else none)
+    parts = [batch for _, batch in made.batches()]
+    if not parts:
+        return ArrayRows(torch.empty((0, source.shape[1]), dtype=getattr(torch, source.dtype.name)))
+    return BatchRows(parts[0].joined(parts[1:]), source)
 
 
 class Factors(NamedTuple):

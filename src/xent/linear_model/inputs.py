@@ -50,6 +50,15 @@ def check_finite(X: Tensor) -> None:  # (N, D)
             raise ValueError(f"X is {value} at row {start + row}, column {column}; features are finite")
 
 
+def check_finite_sparse(X: Any) -> None:  # (N, D) in CSR
+    """Raise ``ValueError`` for the first stored entry that is nan or infinite."""
+    if bool(np.isfinite(X.data).all()):
+        return
+    at = int(np.flatnonzero(~np.isfinite(X.data))[0])
+    row = int(np.searchsorted(X.indptr, at, side="right")) - 1
+    raise ValueError(f"X is {X.data[at]} at row {row}, column {X.indices[at]}; features are finite")
+
+
 def read_labels(y: Any, rows: int) -> np.ndarray:
     """Return labels (N,), or soft labels (N, C ≥ 2) as masses that are finite and not negative."""
     if issparse(y):

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent.data.rows import Batch, RowSource, SelectedRows, as_tensor
+from xent.data.batches import Batch, as_tensor
+from xent.data.rows import RowSource, SelectedRows
 
 HOST = torch.device("cpu")
 

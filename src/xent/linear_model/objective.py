@@ -23,7 +23,9 @@ from torch import Tensor
 from xent._core.matmul import fast_products
 from xent._processes.group import Share
 from xent._processes.leader import Leader
-from xent.data.rows import BATCH, BLOCK, Batch, SelectedRows, blocks, slices
+from xent.data.batches import BLOCK, Batch, slices
+from xent.data.rows import BATCH, SelectedRows, blocks, parts
+from xent.data.sparse_rows import SparseBatch
 from xent.linear_model.class_blocks import Sample, class_blocks
 from xent.linear_model.hessian import HessianSums, SummedHessian, standardised
 from xent.linear_model.labelled_rows import Chunk, LabelledRows
@@ -94,9 +96,9 @@ class Objective:
         """
         zero, one = np.zeros(self.n_features), np.ones(self.n_features)
         m, s = (zero, one) if standardisation is None else (v.astype(np.float64) for v in standardisation)
-        found = moments(self._blocks(self.dtype), self.n_features, self.ranks)
+        found = moments(self._masses(), self.n_features, self.dtype, self.ranks)
         if self.dtype == np.float32 and not (np.isfinite(found.squares) & (found.squares > 0)).all():
-            found = moments(self._blocks(np.dtype(np.float64)), self.n_features, self.ranks)
+            found = moments(self._masses(), self.n_features, np.dtype(np.float64), self.ranks)
         self.total = found.mass
         if not self.total > 0:
             raise ValueError(
@@ -132,13 +134,10 @@ class Objective:
         """Return s·a of some rows, (n,): their weights times the sums of their targets."""
         return self.rows.mass(rows)
 
-    def _blocks(self, dtype: np.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the masses (n,) and the features (n, D) of some rows at a time, on the device, in a type."""
-        for here, x in blocks(self.rows.source):
-            yield (
-                torch.from_numpy(self.mass(here)).to(self.device),
-                x.to(self.device, getattr(torch, dtype.name)),
-            )
+    def _masses(self) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield the masses (n,) and the features (n, D) of some rows at a time, on the device."""
+        for here, x in parts(self.rows.source):
+            yield torch.from_numpy(self.mass(here)).to(self.device), x.to(self.device)
 
     def second_moment(self, most: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return Σ m x̃ x̃ᵀ / Σ m, (D + 1, D + 1), of about as many rows of all ranks.
@@ -175,6 +174,11 @@ class Objective:
         moment = self.second_moment(0) if alone else sample.second_moment()
         at = torch.from_numpy(theta.reshape(self.n_vectors, -1)).to(self.device, self.sampled)
         return class_blocks(sample, moment, at, self.binary, self.workers)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Return whether rows store less than all their features, so that a pass is cheap beside these."""
+        return self.rows.source.width < self.n_features
 
     @property
     def _own_rows(self) -> int:
@@ -328,10 +332,11 @@ class Objective:
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Yield logits (n, C), targets and weights of some rows at a time, for W (K, D) and b (K,)."""
         head = self._of_all_classes(self._head(self.to_solver(coef, intercept)))
-        weights, bias = head[:, :-1].t(), head[:, -1]
+        weights, bias = head[:, :-1].contiguous(), head[:, -1]
         for x, target, weight in rows.chunks():
-            for here in slices((len(x), sum(weights.shape)), BLOCK):
-                z = torch.addmm(bias, self._centred(x[here], head), weights)
+            step = max(1, BLOCK // (rows.source.width + len(head)))
+            for here, tile in x.tiles(step, head.dtype, torch.from_numpy(self.anchor).to(head)):
+                z = tile.times(weights, 1, head.new_empty(len(tile) * len(head))) + bias
                 yield z, target[here], None if weight is None else weight[here]
 
     def _head(self, theta: np.ndarray) -> Tensor:
@@ -350,8 +355,8 @@ class Objective:
 
     def _chunks(self, rows: LabelledRows) -> Iterator[Chunk]:
         """Yield the rows in the parts that workers take."""
-        n_rows, n_features = rows.source.shape
-        return rows.chunks(self.workers.shares(n_rows, n_rows * n_features * self.n_vectors))
+        n_rows, _ = rows.source.shape
+        return rows.chunks(self.workers.shares(n_rows, n_rows * rows.source.width * self.n_vectors))
 
     def runs_away(self, coef: np.ndarray, intercept: np.ndarray) -> bool:
         """Return whether W (K, D) and b (K,) put every row on its class's side, and nothing bounds them."""
@@ -370,7 +375,7 @@ class Objective:
         self, head: Tensor, x: Batch, target: Tensor, weight: Tensor | None, with_gradient: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Return the sum of the losses of some rows, and its gradient in the head, (K, D + 1)."""
-        if target.ndim == 1 and self.ranks.group is None:
+        if self.ranks.group is None and (target.ndim == 1 or isinstance(x, SparseBatch)):
             return self._pass(head, x, target, weight, with_gradient)
         total, gradient = torch.zeros((), dtype=torch.float64), torch.zeros_like(head)
         for here in slices((len(x), self.n_features), BATCH):
@@ -388,8 +393,8 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         logits = self._of_all_classes(head)
         anchor = torch.from_numpy(self.anchor).to(head) if self.anchor.any() else None
-        rows = RowPass(logits[:, :-1].contiguous(), logits[:, -1], anchor)
-        with fast_products(self.device, logits.dtype, len(x) * self.n_features * len(logits)):
+        rows = RowPass(logits[:, :-1].contiguous(), logits[:, -1], anchor, self.rows.source.width)
+        with fast_products(self.device, logits.dtype, len(x) * self.rows.source.width * len(logits)):
             if not with_gradient:
                 return rows.loss(x, target, weight), head
             loss, to_W, to_b = rows.loss_and_gradient(x, target, weight)

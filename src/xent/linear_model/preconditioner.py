@@ -35,6 +35,9 @@ SUMMED = 1 << 22
 WIDEST = 1 << 12
 """Features up to which a (D, D) inverse is formed."""
 
+WIDEST_SPARSE = 1 << 8
+"""As ``WIDEST``, of sparse rows, whose pass is cheap beside a dense (D, D) product."""
+
 ROWS = 16
 """Rows of which the second moment is formed, in multiples of D."""
 
@@ -70,11 +73,12 @@ class Whitening:
 
     @staticmethod
     def pays(objective: Objective) -> bool:
-        """Return whether it is worth its cost: not where features are more than half as many as the rows.
+        """Return whether it is worth its cost: not of more than half as many features as rows.
 
         The penalty alone fixes most of W then.
         """
-        return objective.n_features <= WIDEST and objective.n_rows >= 2 * objective.n_features
+        most = WIDEST_SPARSE if objective.is_sparse else WIDEST
+        return objective.n_features <= most and objective.n_rows >= 2 * objective.n_features
 
     def __call__(self, gradient: Tensor) -> Tensor:
         """Return the inverse times each of (V, K, D + 1)."""

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from xent.data.rows import Batch
+from xent.data.batches import Batch, DenseBatch, Tile
+from xent.losses._cross_entropy import cross_entropy
 
 TILE = 1 << 19
 """Numbers of a tile, of its features and its probabilities: 2 MiB of float32, which a core's caches hold."""
@@ -38,27 +39,32 @@ LEAST = 1e-12
 class RowPass:
     """Tiles of rows × classes at one (W, b); of one thread, for its buffers are one.
 
+    Targets are classes (n,), or masses (n, C), of which the losses and G are `cross_entropy`'s.
+
     Args:
         W: (C, D), in the type in which features are computed with.
         b: (C,), or None.
         center: (D,) in the same type, taken from each row; None is 0.
+        width: numbers that a row stores; None is D.
     """
 
-    def __init__(self, W: Tensor, b: Tensor | None, center: Tensor | None = None) -> None:
+    def __init__(
+        self, W: Tensor, b: Tensor | None, center: Tensor | None = None, width: int | None = None
+    ) -> None:
         self.W, self.b, self.center = W, b, center
         n_classes, n_features = W.shape
         self.axis = 0 if n_classes < FEW else 1  # of the classes in a tile
         on_host = W.device.type == "cpu"
-        fit = (TILE if on_host else DEVICE_TILE) // (n_classes + n_features)
+        fit = (TILE if on_host else DEVICE_TILE) // (n_classes + (width or n_features))
         self.rows = max(FEWEST, min(MOST, fit) if on_host else fit)
         self._buffer: Tensor | None = None
-        self._centred: Tensor | None = None
 
     def loss(self, x: Batch | Tensor, y: Tensor, weight: Tensor | None) -> Tensor:
         """Return L, a scalar of float64, for x (n, D), y (n,) int64, weight (n,)."""
+        row_losses = self._softmax if y.ndim == 1 else self._soft
         total = torch.zeros((), dtype=torch.float64, device=y.device)
         for here, part, classes in self._tiles(x, y):
-            loss, _ = self._softmax(self._logits(part), classes)
+            loss, _ = row_losses(self._logits(part), classes)
             total += _weighted(loss, weight, here)
         return total
 
@@ -66,42 +72,33 @@ class RowPass:
         self, x: Batch | Tensor, y: Tensor, weight: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return L, a scalar of float64, ∂L/∂W (C, D) and ∂L/∂b (C,)."""
+        row_losses = self._softmax if y.ndim == 1 else self._soft
         total = torch.zeros((), dtype=torch.float64, device=y.device)
         to_W, to_b = torch.zeros_like(self.W), self.W.new_zeros(len(self.W))
         for here, part, classes in self._tiles(x, y):
-            loss, g = self._softmax(self._logits(part), classes)
+            loss, g = row_losses(self._logits(part), classes)
             total += _weighted(loss, weight, here)
             if weight is not None:
                 g *= weight[here].unsqueeze(self.axis)
-            to_W.addmm_(g if self.axis == 0 else g.t(), part)
+            part.add_product(g, self.axis, to_W)
             to_b += g.sum(1 - self.axis)
         return total, to_W, to_b
 
-    def _tiles(self, x: Batch | Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield which rows, their features (R, D), their classes along the axis of the classes."""
-        for start in range(0, len(y), self.rows):
-            here = slice(start, start + self.rows)
-            yield here, self._features(x[here]), y[here].unsqueeze(self.axis)
+    def _tiles(self, x: Batch | Tensor, y: Tensor) -> Iterator[tuple[slice, Tile, Tensor]]:
+        """Yield which rows, their features (R, D), their targets, classes along their axis."""
+        batch = DenseBatch(x) if isinstance(x, Tensor) else x
+        for here, part in batch.tiles(self.rows, self.W.dtype, self.center):
+            yield here, part, y[here].unsqueeze(self.axis) if y.ndim == 1 else y[here]
 
-    def _features(self, x: Tensor) -> Tensor:
-        """Return rows as they are computed with, in memory that the next tile overwrites."""
-        if self.center is None:
-            return x.to(self.W.dtype)
-        if self._centred is None:
-            self._centred = self.W.new_empty(x.shape)  # the first tile is the longest
-        return torch.sub(x, self.center, out=self._centred[: len(x)])
-
-    def _logits(self, x: Tensor) -> Tensor:
+    def _logits(self, x: Tile) -> Tensor:
         """Return x Wᵀ + b, (R, C) or (C, R), in memory that the next tile overwrites."""
         rows, n_classes = len(x), len(self.W)
         if self._buffer is None:
             self._buffer = self.W.new_empty(rows * n_classes)  # the first tile is the longest
-        z = self._buffer[: rows * n_classes]
-        if self.axis == 1:
-            z = torch.mm(x, self.W.t(), out=z.view(rows, n_classes))
-            return z if self.b is None else z.add_(self.b)
-        z = torch.mm(self.W, x.t(), out=z.view(n_classes, rows))
-        return z if self.b is None else z.add_(self.b[:, None])
+        z = x.times(self.W, self.axis, self._buffer[: rows * n_classes])
+        if self.b is None:
+            return z
+        return z.add_(self.b if self.axis == 1 else self.b[:, None])
 
     def _softmax(self, z: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of each row, (R,), and p − e_y in the memory of z."""
@@ -118,6 +115,14 @@ class RowPass:
         if p_top is not None:
             loss = torch.where(near, loss, (top - own_z) - p_top.log())
         return loss, p
+
+    def _soft(self, z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of each row, (R,), for masses t (R, C), and its gradient in z, laid out as z."""
+        leaf = (z.t() if self.axis == 0 else z).detach().contiguous().requires_grad_()
+        with torch.enable_grad():
+            loss = cross_entropy(leaf, t, reduction="none")
+        (g,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+        return loss.detach(), g.t().contiguous() if self.axis == 0 else g
 
 
 def _weighted(loss: Tensor, weight: Tensor | None, rows: slice) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import quoted
+from xent.data.batches import Batch, DenseBatch
 from xent.data.rows import RowSource, blocks
 from xent.data.table import Table
 from xent.errors import BadInput
@@ -42,10 +43,12 @@ class Moments:
         return Moments(mass, mean, both)
 
 
-def moments(parts: Iterable[tuple[Tensor, Tensor]], n_features: int, ranks: Ranks = ALONE) -> Moments:
+def moments(
+    parts: Iterable[tuple[Tensor, Batch]], n_features: int, dtype: np.dtype, ranks: Ranks = ALONE
+) -> Moments:
     """Return the moments of all ranks' rows, handed over as masses (n,) and features (n, D) of a few each.
 
-    Those of a part are formed in the type of its features. Columns whose mean is beyond the largest number
+    Those of a part are formed in a type, or a wider one. Columns whose mean is beyond the largest number
     have mean 0.
     """
     zero = np.zeros(n_features)
@@ -55,10 +58,7 @@ def moments(parts: Iterable[tuple[Tensor, Tensor]], n_features: int, ranks: Rank
             total = float(mass.sum(dtype=torch.float64))
             if not total:
                 continue
-            share = (mass.double() / total).to(x.dtype)
-            center = share @ x
-            squares = share @ (x - center).square_()
-            found += Moments(total, center.double().cpu().numpy(), squares.double().cpu().numpy())
+            found += Moments(total, *x.moments(mass.double() / total, getattr(torch, dtype.name)))
         if ranks.size > 1 and (total := float(ranks.sum(found.mass))):
             of_all = ranks.sum(found.mean * found.mass) / total
             found = Moments(total, of_all, ranks.sum(found.about(of_all) * found.mass) / total)
@@ -86,7 +86,8 @@ def standardisation(source: RowSource, wanted: bool, ranks: Ranks) -> tuple[np.n
     n_features, dtype = source.shape[1], source.dtype
     if not wanted:
         return np.zeros(n_features, dtype), np.ones(n_features, dtype)
-    found = moments(((torch.ones(len(x)), x.double()) for _, x in blocks(source)), n_features, ranks)
+    parts = ((torch.ones(len(x)), DenseBatch(x)) for _, x in blocks(source))
+    found = moments(parts, n_features, np.dtype(np.float64), ranks)
     scale = np.sqrt(found.squares)
     # a constant feature's deviation is rounding; dividing by it would make noise of size 1
     constant = scale <= 10 * np.finfo(dtype).eps * np.abs(found.mean)

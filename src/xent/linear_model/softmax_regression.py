@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import issparse
 from scipy.special import expit, log_expit, log_softmax, softmax
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.exceptions import ConvergenceWarning
@@ -34,6 +35,7 @@ from sklearn.utils.validation import assert_all_finite, check_is_fitted, validat
 
 from xent._core.validators import OneOf, valid
 from xent.data.rows import RowSource, blocks, is_mapped, row_source
+from xent.data.sparse_rows import sparse_source
 from xent.linear_model.advice import advice, estimator_words
 from xent.linear_model.descent import Descent, Progress
 from xent.linear_model.exports import Exports
@@ -41,6 +43,7 @@ from xent.linear_model.inputs import (
     BLOCK,
     cast_to,
     check_finite,
+    check_finite_sparse,
     read_features,
     read_labels,
     read_sample_weight,
@@ -159,9 +162,11 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
 
         Parameters
         ----------
-        X : (N, D) dense. Tensors are computed with on their device. float32 and half types, which stay what
-            they are in memory, are computed with in float32, others in float64. An array that
-            ``np.load(path, mmap_mode="r")`` maps may be larger than memory: it is read a chunk at a time.
+        X : (N, D) array-like, tensor or SciPy sparse. Tensors are computed with on their device. float32 and
+            half types, which stay what they are in memory, are computed with in float32, others in float64.
+            An array that ``np.load(path, mmap_mode="r")`` maps may be larger than memory: it is read a chunk
+            at a time. A sparse matrix or array is computed with as compressed rows (CSR), into which other
+            formats are converted once; a fit does not fill it in.
         y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n.
             Rows need not sum to one: a row of mass a counts a times, a row of zeros not at all. Columns of
             whole numbers or bools must be one-hot, as they may be labels beside something else.
@@ -172,7 +177,7 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
         ------
         ValueError : fewer than two classes, labels that are missing, negative or non-finite entries, shapes
             that do not match, a parameter out of range.
-        TypeError : X is sparse; a parameter of the wrong kind.
+        TypeError : X is a sparse tensor, y is sparse; a parameter of the wrong kind.
         KeyboardInterrupt : passed on, with the coefficients of the last iteration in place.
         """
         parameters = self._parameters()
@@ -180,7 +185,7 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
             raise TypeError(f"callback must be callable or None, got {type(callback).__name__}")
         rows, classes = self._labelled_rows(parameters.class_weight, X, y, sample_weight)
         # the caller may be inside torch.no_grad() or inference_mode(); the gradient is needed all the same
-        at_work = workers(*rows.source.shape, len(classes), device=rows.device.type)
+        at_work = workers(rows.source.shape[0], rows.source.width, len(classes), device=rows.device.type)
         with torch.inference_mode(False), torch.enable_grad(), at_work as threads:
             self._fit(parameters, rows, classes, callback, threads)
         return self
@@ -233,6 +238,8 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
             validate_data(self, X, skip_check_array=True)
             check_finite(X)
             return row_source(X.detach())
+        if issparse(X):
+            return sparse_source(self._compressed(X, reset=True))
         if not is_mapped(X):
             return row_source(validate_data(self, read_features(X), dtype=FLOATING, order="C"))
         validate_data(self, X, skip_check_array=True)
@@ -240,6 +247,20 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
         for _, x in blocks(source):
             assert_all_finite(x.numpy(), estimator_name=type(self).__name__, input_name="X")
         return source
+
+    def _compressed(self, X: Any, reset: bool) -> Any:
+        """Return sparse features in CSR, of float32 or float64, finite."""
+        X = validate_data(
+            self, X, accept_sparse="csr", dtype=FLOATING[:2], ensure_all_finite=False, reset=reset
+        )
+        check_finite_sparse(X)
+        return X
+
+    def __sklearn_tags__(self) -> Any:
+        """Return scikit-learn's tags: sparse features are taken."""
+        tags = super().__sklearn_tags__()
+        tags.input_tags.sparse = True
+        return tags
 
     def _fit(
         self,
@@ -309,6 +330,8 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
             validate_data(self, X, skip_check_array=True, reset=False)
             check_finite(X)
             logits = self._logits_of(X.detach())
+        elif issparse(X):
+            logits = self._compressed(X, reset=False) @ self.coef_.T + self.intercept_
         else:
             X = validate_data(self, read_features(X), dtype=FLOATING, reset=False)
             X = X.astype(np.float32) if X.dtype == np.float16 else X

@@ -17,8 +17,7 @@ from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
 
 from xent._core.validators import valid
-from xent.data.rows import blocks
-from xent.linear_model.inputs import stays_tensor
+from xent.data.rows import parts
 from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.path import COMPARED, Point, regularisation_path
 from xent.linear_model.softmax_regression import SoftmaxRegression
@@ -161,7 +160,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         return checked
 
     def _path(self, parameters: Any, rows: LabelledRows, Cs: np.ndarray) -> Iterable[Point]:
-        shape = (*rows.source.shape, len(self.classes_))
+        shape = (rows.source.shape[0], rows.source.width, len(self.classes_))
         at_work = workers(*shape, device=rows.device.type)
         with torch.inference_mode(False), torch.enable_grad(), at_work as threads:
             objective = make_objective(
@@ -189,13 +188,14 @@ class SoftmaxRegressionCV(SoftmaxRegression):
     def _scored(self, held: LabelledRows) -> float:
         """Return the score of the coefficients as they are on rows held out; greater is better."""
         if self.scoring not in (None, LOSS):
-            x = torch.cat([batch[:] for _, batch in held.source.batches()])
+            batches = [batch for _, batch in held.source.batches()]
+            x = batches[0].joined(batches[1:]).as_features()
             y = held.target if held.target.ndim == 2 else self.classes_[held.target]
             scorer = self.scoring if callable(self.scoring) else get_scorer(self.scoring)
-            return float(scorer(self, x if stays_tensor(x) else x.numpy(), y))
+            return float(scorer(self, x, y))
         gain = mass = 0.0
-        for here, x in blocks(held.source):
-            log_p, target = self.predict_log_proba(x), held.target[here]
+        for here, batch in parts(held.source):
+            log_p, target = self.predict_log_proba(batch.as_features()), held.target[here]
             if target.ndim == 2:
                 of_row, masses = (target * log_p).sum(axis=1), target.sum(axis=1)
             else:

@@ -67,6 +67,8 @@ class WideObjective(Objective):
         """Return whether the rows are few enough for it, in memory, and of one process."""
         n_rows, n_features = plain.rows.source.shape
         small = n_rows * n_features * plain.dtype.itemsize <= KEPT
+        if plain.is_sparse:  # whose products are cheaper than those of dense coordinates
+            return False
         few = 2 <= n_rows < n_features >= FEATURES and n_rows <= ROWS_A_CLASS * plain.n_classes
         return few and small and plain.ranks.size == 1
 

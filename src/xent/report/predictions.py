@@ -13,8 +13,9 @@ import numpy as np
 
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import class_text
+from xent.data.batches import slices
 from xent.data.model_file import Model
-from xent.data.rows import SelectedRows, slices, steps
+from xent.data.rows import SelectedRows, steps
 from xent.data.table import Table
 from xent.errors import BadInput
 from xent.report.prediction_file import PredictionFile, check_suffix

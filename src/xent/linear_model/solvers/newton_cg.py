@@ -15,25 +15,20 @@ Kronecker factors precondition: they see which features go together, in all clas
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from xent.curvature import _cg
-from xent.curvature._kronecker import HeadKronecker
-from xent.curvature._newton import NewtonSystem, Preconditioner
 from xent.linear_model.preconditioner import Whitening
 from xent.linear_model.solvers._line_search import line_search
+from xent.linear_model.solvers._newton_step import newton_step
 from xent.linear_model.solvers._registry import AfterIteration, Solver
 
 if TYPE_CHECKING:
     from xent.linear_model.objective import Objective
 
-FACTOR = 1 << 12  # rows of a Kronecker factor up to which these precondition
-MOST_PRODUCTS = 1000  # with the Hessian, in one iteration
 LEAST_DAMPING, MOST_DAMPING = 1e-8, 1e4  # of features of deviation 1, whose Hessian is at most ½·D
 
 
@@ -49,7 +44,7 @@ def newton_cg(
         size = float(np.abs(gradient).max())
         forcing = min(0.5, np.sqrt(np.linalg.norm(gradient) / start))
         while True:
-            step = _step(objective, theta, gradient, float(forcing), damping)
+            step = newton_step(objective, theta, gradient, float(forcing), damping)
             resolved = -float(gradient @ step) > 64 * np.finfo(objective.dtype).eps * abs(value)
             found = line_search(objective, theta, step, value, gradient)
             if found is not None or (not resolved and step.any()) or damping > MOST_DAMPING:
@@ -88,36 +83,6 @@ def _whitened(objective: Objective, gradient: np.ndarray) -> float:
     size = slope.abs().max().clamp(min=torch.finfo(slope.dtype).tiny)
     made = whitening((slope / size).view(shape).to(whitening.dtype))
     return 0.5 * float(slope @ made.to(slope).ravel()) * float(size)
-
-
-def _step(
-    objective: Objective, theta: np.ndarray, gradient: np.ndarray, forcing: float, damping: float
-) -> np.ndarray:
-    """Return Newton's step at theta, of its shape."""
-    hessian = objective.hessian(theta)
-    dtype, columns = hessian.dtype, objective.n_features + objective.fit_intercept  # the intercept last
-    slope = torch.from_numpy(gradient.reshape(objective.n_vectors, -1)).to(objective.device, dtype)
-    ridge = torch.zeros(columns, dtype=dtype, device=slope.device)
-    ridge[: objective.n_features] = torch.from_numpy(objective.penalty / objective.scale**2)
-    ridge += damping
-    # of the factors it reads A, G and total
-    kronecker = cast(Callable[[], HeadKronecker], hessian.kronecker)
-    system = NewtonSystem(hessian, ridge, kronecker=kronecker, pinned=objective.binary)
-    with torch.no_grad():
-        size = slope.abs().max()  # squares of a small gradient leave the range of float32
-        right = -slope[:, :columns] / size
-        preconditioner = _preconditioner(objective.n_vectors, columns)
-        found = _cg.solve(*system.for_cg(right, preconditioner, forcing, MOST_PRODUCTS))
-    step = np.zeros((objective.n_vectors, objective.n_features + 1))
-    step[:, :columns] = (found.solution * size).cpu().numpy()
-    return step.ravel()
-
-
-def _preconditioner(classes: int, columns: int) -> Preconditioner:
-    """Return the best one that is small beside the data."""
-    if classes == 1:
-        return "class-blocks"  # the Hessian itself
-    return "kronecker" if max(classes, columns) <= FACTOR else "diagonal"
 
 
 NEWTON_CG = Solver(
