@@ -26,7 +26,7 @@ from xent.losses._poly import linear_poly_loss, poly_loss
 from xent.losses._surrogate import surrogate_cross_entropy
 
 if TYPE_CHECKING:
-    from xent.linear_model import SoftmaxRegression, SoftmaxRegressionCV
+    from xent.linear_model import SoftmaxRegression, SoftmaxRegressionCV, load_model
 
 __version__ = "0.1.0"
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "linear_poly_loss",
     "linear_row_statistics",
     "linear_top_k",
+    "load_model",
     "metrics",
     "nn",
     "poly_loss",
@@ -68,7 +69,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("SoftmaxRegression", "SoftmaxRegressionCV"):  # need an extra, which importing xent must not
+    if name in (
+        "SoftmaxRegression",
+        "SoftmaxRegressionCV",
+        "load_model",
+    ):  # need an extra, which importing xent must not
         return getattr(_import_module("xent.linear_model"), name)
     raise AttributeError(f"module 'xent' has no attribute {name!r}")
 

@@ -12,6 +12,7 @@ from xent.errors import BadInput, MissingExtra, needs
 from xent.linear_model.solvers import Solver, register_solver
 
 if TYPE_CHECKING:
+    from xent.linear_model.loaded_model import load_model
     from xent.linear_model.softmax_regression import SoftmaxRegression
     from xent.linear_model.softmax_regression_cv import SoftmaxRegressionCV
 
@@ -21,6 +22,7 @@ __all__ = [
     "SoftmaxRegression",
     "SoftmaxRegressionCV",
     "Solver",
+    "load_model",
     "register_solver",
 ]
 
@@ -34,6 +36,10 @@ def __getattr__(name: str) -> object:
         with needs("probe"):
             from xent.linear_model.softmax_regression_cv import SoftmaxRegressionCV
         return SoftmaxRegressionCV
+    if name == "load_model":
+        with needs("probe"):
+            from xent.linear_model.loaded_model import load_model
+        return load_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -50,6 +50,7 @@ from xent.linear_model.inputs import (
     stays_tensor,
 )
 from xent.linear_model.labelled_rows import HOST, LabelledRows
+from xent.linear_model.saved_model import Saved
 from xent.linear_model.solvers import choose, solver_names
 from xent.linear_model.wide import make_objective
 from xent.linear_model.workers import Workers, workers
@@ -58,7 +59,7 @@ FLOATING = [np.float64, np.float32, np.float16]
 """Types of features that are left as they are; others become the first."""
 
 
-class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
+class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
     """Multinomial logistic regression with scikit-learn's parameters and objective, for hard and soft labels.
 
     Parameters
@@ -103,6 +104,8 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
     objective_gap_ : float, the bound on the scaled objective's distance from its minimum, in nats.
     converged_ : bool, whether what ``stopping`` names is at most ``tol``.
     solver_ : str, the solver that "auto" has chosen, or the one given.
+    temperature_ : float, by which logits are divided: 1 after ``fit``. May be set, to what
+        ``xent.fit_temperature(model.decision_function(X), y, classes=model.classes_)`` says of rows held out.
     n_features_in_, feature_names_in_ : as scikit-learn has them.
 
     Examples
@@ -129,6 +132,7 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
     objective_gap_: float
     converged_: bool
     solver_: str
+    temperature_: float = 1.0
 
     def __init__(
         self,
@@ -283,7 +287,7 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
                     f"classes, here {shape} for {len(classes)}; set warm_start=False"
                 )
             start = objective.to_solver(self.coef_, self.intercept_)
-        self.classes_ = classes
+        self.classes_, self.temperature_ = classes, 1.0
 
         def watch(now: Progress) -> None:
             if parameters.verbose > 0:
@@ -333,10 +337,15 @@ class SoftmaxRegression(Exports, ClassifierMixin, BaseEstimator):
         elif issparse(X):
             logits = self._compressed(X, reset=False) @ self.coef_.T + self.intercept_
         else:
-            X = validate_data(self, read_features(X), dtype=FLOATING, reset=False)
+            X = self._dense(X)
             X = X.astype(np.float32) if X.dtype == np.float16 else X
             logits = X @ self.coef_.T + self.intercept_
+        logits = logits if self.temperature_ == 1 else logits / logits.dtype.type(self.temperature_)
         return logits[:, 0] if logits.shape[1] == 1 else logits
+
+    def _dense(self, X: Any) -> np.ndarray:
+        """Return features (N, D) as an array, those that have been fitted."""
+        return validate_data(self, read_features(X), dtype=FLOATING, reset=False)
 
     def _logits_of(self, X: torch.Tensor) -> np.ndarray:
         """Return the logits of features on a device, (N, K), computed there."""

@@ -121,7 +121,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         folds = list(check_cv(self.cv, hard, classifier=True).split(hard, hard))
         scores, iterations = np.empty((len(folds), len(self.Cs_))), np.empty((len(folds), len(self.Cs_)), int)
         paths: list[list[Point]] = []
-        self.classes_ = classes
+        self.classes_, self.temperature_ = classes, 1.0
         for fold, (training, test) in enumerate(folds):
             held, points = rows.take(np.sort(test)), []
             for k, point in enumerate(self._path(parameters, rows.take(np.sort(training)), self.Cs_)):

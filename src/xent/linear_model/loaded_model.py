@@ -1,0 +1,133 @@
+"""A model file as an estimator, in the units of the columns that it was fitted on.
+
+z = (W (x − mean)/scale + b)/T = (W′ x + b′)/T        W′ = W/scale,  b′ = b − W′ mean
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.sparse import issparse
+from sklearn.utils.validation import check_array
+
+from xent._processes.group import Share
+from xent.data import model_file
+from xent.data.model_file import Model
+from xent.data.parquet import table_from_arrow
+from xent.data.rows import blocks
+from xent.data.table import Wanted
+from xent.linear_model.inputs import read_features
+from xent.linear_model.softmax_regression import FLOATING, SoftmaxRegression
+
+
+class LoadedModel(SoftmaxRegression):
+    """A ``SoftmaxRegression`` that was read from a file; see :func:`load_model`."""
+
+    _model: Model | None = None
+    _path: Path
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None, **options: Any) -> LoadedModel:
+        """Fit anew, as ``SoftmaxRegression.fit``; what the file said of columns no longer counts."""
+        self._model = None
+        self.__dict__.pop("feature_names_in_", None)
+        super().fit(X, y, sample_weight, **options)
+        return self
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """Return logits (N, C) of a frame with the file's columns, or of an array of features (N, D)."""
+        if self._model is None or not _is_frame(X) or self._model.width is not None:
+            return super().decision_function(X)
+        with_columns = self._encoded(X)
+        logits = np.empty((len(with_columns), len(self.coef_)))
+        for here, x in blocks(with_columns.rows):
+            logits[here] = (x.double().numpy() @ self.coef_.T + self.intercept_) / self.temperature_
+        return logits[:, 0] if logits.shape[1] == 1 else logits
+
+    def _encoded(self, X: Any) -> Any:
+        import pyarrow as pa
+
+        assert self._model is not None
+        encoding, names = self._model.encoding, self._model.feature_names
+        arrow = pa.table(X)
+        if encoding is not None and {*names} <= {*arrow.column_names}:
+            encoding = None  # its columns are the features already
+        wanted = Wanted(
+            features=names if encoding is None else encoding.numbers,
+            model=self._path,
+            categorical=[] if encoding is None else list(encoding.categories),
+            missing="error" if encoding is None or encoding.fill is None else "impute",
+        )
+        table = table_from_arrow(Path("X"), wanted, arrow, Share())
+        return table if encoding is None else encoding.encoded(table)
+
+    def _dense(self, X: Any) -> np.ndarray:
+        if self._model is None:
+            return super()._dense(X)
+        return self._of_features(check_array(read_features(X), dtype=FLOATING, input_name="X"))
+
+    def _compressed(self, X: Any, reset: bool) -> Any:
+        if self._model is None:
+            return super()._compressed(X, reset)
+        return self._of_features(check_array(X, accept_sparse="csr", dtype=FLOATING[:2], input_name="X"))
+
+    def _of_features(self, X: Any) -> Any:
+        if X.shape[1] != self.n_features_in_:
+            raise ValueError(
+                f"X has {X.shape[1]} features, but {self._path} has {self.n_features_in_}: "
+                "feature_names_in_ in their order"
+            )
+        return X
+
+    def _as_model(self) -> Model:
+        return super()._as_model() if self._model is None else self._model
+
+
+def load_model(path: str | os.PathLike[str]) -> LoadedModel:
+    """Return the estimator of a file that ``xent fit`` or ``SoftmaxRegression.save`` wrote.
+
+    It predicts for a frame (pandas, polars, Arrow) with the columns of the file that was fitted, in any order
+    and among others: categories are encoded and gaps filled as they were in the fit. An array (N, D) is of
+    the features themselves, in the order of ``feature_names_in_``. ``coef_`` is in the units of the columns.
+
+    Args:
+        path: a ``.safetensors`` file.
+
+    Returns:
+        The estimator, with ``classes_``, ``coef_`` (C, D), ``intercept_`` (C,), ``temperature_``,
+        ``n_features_in_`` and, where columns have names, ``feature_names_in_``; of two classes ``coef_`` is
+        (1, D).
+
+    Raises:
+        BadInput: a ValueError; no file, or one that is no model or is damaged.
+
+    Example:
+        >>> import tempfile, xent
+        >>> from sklearn.datasets import load_iris
+        >>> data = load_iris(as_frame=True)
+        >>> path = tempfile.mkdtemp() + "/iris.safetensors"
+        >>> xent.SoftmaxRegression().fit(data.data, data.target_names[data.target]).save(path)
+        >>> model = xent.load_model(path)
+        >>> model.predict(data.data[::60]).tolist(), model.feature_names_in_[0]
+        (['setosa', 'versicolor', 'virginica'], 'sepal length (cm)')
+    """
+    read = model_file.load(Path(path))
+    l2 = read.settings.get("l2")
+    inverse = read.settings.get("C", 1.0) if l2 is None else 1 / l2 if l2 else np.inf
+    model = LoadedModel(C=float("inf") if inverse is None else inverse)
+    model._model, model._path = read, Path(path)
+    model.classes_ = read.classes
+    model.coef_ = read.weight.astype(np.float64) / read.scale
+    model.intercept_ = read.bias - model.coef_ @ read.mean.astype(np.float64)
+    model.temperature_ = read.temperature
+    model.n_features_in_ = model.coef_.shape[1]
+    model.n_iter_ = 0
+    if read.width is None:
+        model.feature_names_in_ = np.array(read.feature_names, dtype=object)
+    return model
+
+
+def _is_frame(X: Any) -> bool:
+    return hasattr(X, "__arrow_c_stream__") and not issparse(X)
