@@ -32,6 +32,9 @@ from xent.errors import BadInput, needs
 BLOCK = 8 << 20
 """Bytes of the file that Arrow parses at a time; a line must fit."""
 
+STREAMED = 1 << 20
+"""Bytes that are parsed at a time where rows are not kept, unless lines are long."""
+
 MISSING = ["", "NA", "N/A", "n/a", "#N/A", "NULL", "null"]
 """Cells that are a missing number. (As a label, all but the empty text are text like any other.)"""
 
@@ -88,8 +91,9 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
         import pyarrow as pa
     text = TextFile(path, wanted.layout, wanted.skip_bad)
     text.check_header()
+    text.take_small_blocks()
     try:
-        with text.open(types(text, as_text(wanted))) as file:
+        with text.open(types(text, as_text(wanted)), threads=False) as file:
             schema, head = file.schema, next(iter(file), None)
         if head is None:
             raise NoRows(path)
@@ -101,7 +105,8 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
         column_types |= dict.fromkeys(numbers, pa.string() if wanted.skip_bad else pa.float64())
         column_types |= dict.fromkeys(columns.categorical, pa.dictionary(pa.int32(), pa.string()))
         read = list(dict.fromkeys([*columns.every, *keep]))
-        with text.open(types(text, column_types, read)) as file:
+        # several threads would read ahead, some blocks each
+        with text.open(types(text, column_types, read), threads=False) as file:
             start = 0
             for batch in file:
                 part = pa.Table.from_batches([batch])
@@ -141,6 +146,7 @@ class TextFile:
         from pyarrow import csv
 
         self.path, self.layout, self.delimiter = path, layout, layout.delimiter_of(path)
+        self.block = BLOCK
         skip = (lambda row: "skip") if skip_bad else None
         self._parse = csv.ParseOptions(
             delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=skip
@@ -151,7 +157,7 @@ class TextFile:
 
         header = self.layout.header
         read = csv.ReadOptions(
-            block_size=BLOCK,
+            block_size=self.block,
             use_threads=threads,
             encoding=self.layout.encoding,
             autogenerate_column_names=not header,
@@ -169,6 +175,11 @@ class TextFile:
         from pyarrow import csv
 
         return csv.read_csv(opened(self.path), convert_options=convert, **self._how(True))
+
+    def take_small_blocks(self) -> None:
+        """Parse few lines at a time, which takes less memory."""
+        longest = max((len(line) for line in _start(self.path).split(b"\n")), default=0)
+        self.block = min(BLOCK, max(STREAMED, 4 * longest))
 
     def check_header(self) -> None:
         """Raise ``BadInput`` for a header that is no text, or that names more columns than are read.

@@ -56,6 +56,7 @@ class PredictionFile:
                 for label, number in pairs
                 for field in (pa.field(label, self._kind), pa.field(number, self._number))
             ]
+        self._classes = pa.array(model.classes.tolist(), self._kind)
         self._schema = pa.schema([*before, *of_classes, pa.field("prediction", self._kind)])
 
     @contextlib.contextmanager
@@ -94,7 +95,7 @@ class PredictionFile:
     def _labels(self, codes: np.ndarray) -> Any:
         import pyarrow as pa
 
-        return pa.array(self._model.classes[codes].tolist(), self._kind)
+        return self._classes.take(pa.array(codes))
 
     def _columns(self, p: np.ndarray) -> Iterator[Any]:
         import pyarrow as pa
