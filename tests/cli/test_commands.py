@@ -85,6 +85,7 @@ def test_demo_and_predict(tmp_path):
         "held-out.parquet",
         "loss.png",
         "confusion.png",
+        "reliability.png",
     }
     done = run("predict", "demo/model.safetensors", "demo/held-out.parquet", "-o", "demo/predictions.parquet")
     read = parquet.read_table(tmp_path / "demo" / "predictions.parquet")

@@ -242,7 +242,11 @@ def is_png(path) -> bool:
 def test_figures_of_few_and_many_classes(tmp_path, classes, validation):
     names = tuple(f"a class with a long name {c}" for c in range(classes))
     fitted = job.fit(table((12,) * classes, classes=names), Settings(validation=validation))
-    assert [path.name for path in job.draw(fitted, tmp_path)] == ["loss.png", "confusion.png"]
+    assert [path.name for path in job.draw(fitted, tmp_path)] == [
+        "loss.png",
+        "confusion.png",
+        "reliability.png",
+    ]
     assert is_png(tmp_path / "loss.png")
     assert is_png(tmp_path / "confusion.png")
 

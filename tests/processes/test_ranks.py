@@ -385,7 +385,13 @@ def test_torchrun_itself(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("few.npz: 2 classes, 5 features") == 1
-    assert {*os.listdir(tmp_path / "m")} == {"confusion.png", "loss.png", "model.safetensors", "summary.json"}
+    assert {*os.listdir(tmp_path / "m")} == {
+        "confusion.png",
+        "loss.png",
+        "reliability.png",
+        "model.safetensors",
+        "summary.json",
+    }
 
 
 def test_ranks_are_told_by_their_environment(monkeypatch):

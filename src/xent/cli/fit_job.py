@@ -42,8 +42,11 @@ from xent.report.predictions import COLUMNS, check_names, write_predictions
 if TYPE_CHECKING:
     from xent.linear_model.descent import Progress
 
-VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png", "strength.png")
+VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png", "reliability.png", "strength.png")
 """Files that not every fit writes."""
+
+SUMMARY = 1
+"""The version of the layout of the summary, which docs/model-file.md describes."""
 
 CONFUSED = 10
 """Pairs of classes in the summary, those that are confused most often."""
@@ -96,6 +99,7 @@ class Fitted:
         """Return everything worth reading, as plain JSON values."""
         text = [class_text(value) for value in self.model.classes]
         return {
+            "version": SUMMARY,
             "classes": len(text),
             "features": len(self.model.feature_names),
             "skipped": list(self.unused),
@@ -396,7 +400,7 @@ def draw(fitted: Fitted, out: Path) -> list[Path]:
     if fitted.strengths is None:
         paths.pop()
     else:
-        with atomic_write(paths[2]) as temporary:
+        with atomic_write(paths[3]) as temporary:
             found = fitted.strengths
             losses = found.training_loss, found.validation_loss
             figures.strengths(temporary, found.l2, *losses, found.validation_accuracy, found.best)
@@ -405,6 +409,15 @@ def draw(fitted: Fitted, out: Path) -> list[Path]:
     counts, shown = fitted.judged.confusion(MOST_SHOWN)
     names = [printable(class_text(value)) for value in fitted.model.classes[shown]]
     of = f"{fitted.judged.rows:,} {'training' if fitted.validation is None else 'validation'} rows"
+    curves = [("", fitted.judged.reliability())]
+    if fitted.calibration is not None:
+        before, after = fitted.calibration.before, fitted.calibration.after
+        curves = [
+            ("temperature 1", before.reliability()),
+            (f"temperature {fitted.calibration.temperature:.3g}", after.reliability()),
+        ]
+    with atomic_write(paths[2]) as temporary:
+        figures.reliability(temporary, curves, of, fitted.judged.calibration_error)
     with atomic_write(paths[1]) as temporary:
         figures.confusion(
             temporary, counts, fitted.judged.per_class[shown], names, of, classes=len(fitted.model.classes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -168,6 +168,45 @@ def strengths(
             of_loss,
             "Strength of the penalty",
             f"l2 {strength:.3g} has the least validation loss: {least:#.3g} nats, accuracy {best:.1f} %",
+        )
+        save(figure, path)
+
+
+def reliability(
+    path: str | os.PathLike[str],
+    curves: Sequence[tuple[str, Sequence[Mapping[str, float]]]],  # a name, and bins as `Evaluation` has them
+    of: str,
+    error: float,  # of the last curve
+) -> None:
+    """Draw accuracy against confidence, and how many rows are how sure."""
+    from matplotlib.figure import Figure
+
+    with style():
+        figure = Figure(figsize=(5.8, 6.2))
+        axes, shares = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+        axes.plot([0, 100], [0, 100], color=FAINT, linewidth=1.2, linestyle=(0, (4, 3)))
+        colours = [FAINT, BLUE][-len(curves) :]
+        for (name, bins), colour in zip(curves, colours, strict=True):
+            confidence = [100 * each["confidence"] for each in bins]
+            accuracy = [100 * each["accuracy"] for each in bins]
+            axes.plot(confidence, accuracy, "o-", color=colour, markersize=5, label=name)
+        if len(curves) > 1:
+            axes.legend(frameon=False)
+        axes.set_ylabel("of these rows right (%)")
+        axes.set_ylim(0, 104)
+        _, bins = curves[-1]
+        total = sum(each["weight"] for each in bins)
+        shares.bar(
+            [50 * (each["from"] + each["to"]) for each in bins],
+            [100 * each["weight"] / total for each in bins],
+            width=[90 * (each["to"] - each["from"]) for each in bins],
+            color=BLUE,
+        )
+        shares.set_ylabel("rows (%)")
+        shares.set_xlabel("probability of the predicted class (%)")
+        shares.set_xlim(0, 100)
+        titled(
+            axes, "Reliability", f"{of}; calibration error {100 * error:.2g} %, on the dashed line it is 0"
         )
         save(figure, path)
 
