@@ -177,7 +177,7 @@ class TextFile:
         return csv.read_csv(opened(self.path), convert_options=convert, **self._how(True))
 
     def take_small_blocks(self) -> None:
-        """Parse few lines at a time, which takes less memory."""
+        """Set the size of blocks to that of few lines, which takes less memory."""
         longest = max((len(line) for line in _start(self.path).split(b"\n")), default=0)
         self.block = min(BLOCK, max(STREAMED, 4 * longest))
 
