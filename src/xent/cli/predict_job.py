@@ -254,7 +254,8 @@ def _count(done: Streamed, labels: Labels, table: Table, rows: np.ndarray, log_p
     """Add the rows that have a label to the sums."""
     if table.codes is None or table.classes is None:
         return
-    done.label_name = table.label_name or done.label_name or ""
+    if len(table.classes):
+        done.label_name = table.label_name or done.label_name or ""
     chosen = dataclasses.replace(table, features=np.empty((len(rows), 0)), codes=table.codes[rows])
     codes, unknown = labels.codes(chosen)
     done.unknown.update(unknown)
