@@ -195,6 +195,7 @@ CALLS = {
 ELSEWHERE = {
     xent.SoftmaxRegression,
     xent.SoftmaxRegressionCV,
+    xent.load_model,  # tests/linear_model/test_saved.py
     sinkhorn.assign,
     # tests/losses/test_row_losses.py, tests/core/test_backends.py
     xent.focal_loss,

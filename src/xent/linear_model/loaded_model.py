@@ -102,6 +102,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
 
     Raises:
         BadInput: a ValueError; no file, or one that is no model or is damaged.
+        TypeError: the path is none.
 
     Example:
         >>> import tempfile, xent
@@ -113,6 +114,8 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
         >>> model.predict(data.data[::60]).tolist(), model.feature_names_in_[0]
         (['setosa', 'versicolor', 'virginica'], 'sepal length (cm)')
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path must be a str or an os.PathLike, got {type(path).__name__}")
     read = model_file.load(Path(path))
     l2 = read.settings.get("l2")
     inverse = read.settings.get("C", 1.0) if l2 is None else 1 / l2 if l2 else np.inf
