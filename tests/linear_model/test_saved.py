@@ -154,5 +154,5 @@ def test_what_cannot_be_saved(tmp_path):
         fitted.save(tmp_path / "m.safetensors")
     with pytest.raises(BadInput, match="no such model file"):
         xent.load_model(tmp_path / "m.safetensors")
-    with pytest.raises(TypeError, match="path must be a str or an os.PathLike, got int"):
+    with pytest.raises(TypeError, match=r"path must be a str or an os\.PathLike, got int"):
         xent.load_model(5)
