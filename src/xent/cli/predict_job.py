@@ -219,7 +219,7 @@ def predict_streaming(
 def _bad(model: Model, table: Table) -> np.ndarray:
     """Return which rows (N,) have numbers that the model cannot use, before it encodes them."""
     imputes = model.encoding is not None and model.encoding.fill is not None
-    bad = np.zeros(len(table), dtype=bool)
+    bad = np.zeros(len(table), dtype=bool) if table.readable is None else ~table.readable
     for here, x in blocks(table.rows):
         bad[here] = (x.isinf() if imputes else ~x.isfinite()).any(1).numpy()
     if not imputes:

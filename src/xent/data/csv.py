@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data.categories import TooMany, numbered
@@ -85,7 +87,7 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
     """Yield the rows of a file of text, some at a time, with the columns that are kept, as text.
 
     Where bad rows are to be passed over, a cell that is no number is read as inf, and a line of too many or
-    too few cells is left out.
+    too few cells is a row that is not readable.
     """
     with needs("probe"):
         import pyarrow as pa
@@ -106,10 +108,10 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
         column_types |= dict.fromkeys(columns.categorical, pa.dictionary(pa.int32(), pa.string()))
         read = list(dict.fromkeys([*columns.every, *keep]))
         # several threads would read ahead, some blocks each
+        text.odd_rows.clear()  # those that were seen when the columns were chosen
         with text.open(types(text, column_types, read), threads=False) as file:
             start = 0
-            for batch in file:
-                part = pa.Table.from_batches([batch])
+            for part, readable in _with_odd_rows(file, text.odd_rows):
                 kept = part.select(list(keep))
                 if wanted.skip_bad:
                     for name in numbers:
@@ -117,12 +119,39 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
                         part = part.set_column(
                             place, name, _numbers_of(part.column(name), text.layout.decimal)
                         )
-                yield from_arrow(path, wanted, part, columns, start, MISSING), kept
-                start += len(batch)
+                table = from_arrow(path, wanted, part, columns, start, MISSING)
+                yield dataclasses.replace(table, readable=readable), kept
+                start += len(part)
     except BadInput:
         raise
     except (pa.ArrowInvalid, OSError, UnicodeError) as error:
         raise _diagnose_csv(text, wanted, error) from error
+
+
+def _with_odd_rows(file: Any, odd: Sequence[int]) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield the batches of a reader as tables, with rows of null where it left rows out, and which it read.
+
+    ``odd`` are the positions in the file of the rows left out, ascending; the reader adds those before and
+    in a batch, and some behind it, before it returns the batch.
+    """
+    import pyarrow as pa
+
+    start, passed = 0, 0  # rows of the file, and those of ``odd`` among them
+    for batch in file:
+        left_out = np.array(odd[passed:], dtype=np.int64) - start
+        left_out = left_out[
+            left_out - np.arange(len(left_out)) < len(batch)
+        ]  # with a row that was read behind
+        readable = np.ones(len(batch) + len(left_out), dtype=bool)
+        readable[left_out] = False
+        part = pa.Table.from_batches([batch])
+        if len(left_out):
+            part = part.take(pa.array(readable.cumsum() - 1, mask=~readable))
+        start, passed = start + len(readable), passed + len(left_out)
+        yield part, readable
+    if left := len(odd) - passed:
+        none = file.schema.empty_table().take(pa.nulls(left, pa.int64()))
+        yield none, np.zeros(left, dtype=bool)
 
 
 def _numbers_of(column: Any, decimal: str) -> Any:
@@ -147,10 +176,16 @@ class TextFile:
 
         self.path, self.layout, self.delimiter = path, layout, layout.delimiter_of(path)
         self.block = BLOCK
-        skip = (lambda row: "skip") if skip_bad else None
+        self.odd_rows: list[int] = []  # of too many or too few cells, where they are passed over
         self._parse = csv.ParseOptions(
-            delimiter=self.delimiter, newlines_in_values=True, invalid_row_handler=skip
+            delimiter=self.delimiter,
+            newlines_in_values=True,
+            invalid_row_handler=self._pass_over if skip_bad else None,
         )
+
+    def _pass_over(self, row: Any) -> str:
+        self.odd_rows.append(row.number - 1 - self.layout.header)  # Arrow counts from 1, and the header
+        return "skip"
 
     def _how(self, threads: bool) -> dict[str, Any]:
         from pyarrow import csv

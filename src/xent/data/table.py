@@ -49,6 +49,7 @@ class Table:
     weight: np.ndarray | None = None  # (N,) float64, how much each row counts
     soft: np.ndarray | None = None  # (N, C) float64, the mass of each class; codes are of the largest
     dropped: int = 0  # rows left out, of all ranks, for what they lack
+    readable: np.ndarray | None = None  # (N,) bool, where rows that are not are passed over; None is all
 
     def __len__(self) -> int:
         """Return N."""
