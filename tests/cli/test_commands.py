@@ -104,7 +104,7 @@ def test_demo_and_predict(tmp_path):
 def test_fit_and_predict_a_csv(tmp_path):
     done = run("fit", flowers(tmp_path / "f.csv"), "--label", "kind", "--exclude", "id", "--out", "m")
     assert "f.csv: 3 classes, 2 features" in done.stdout
-    assert "not used: name (string)" in done.stdout
+    assert "not used: name (text)" in done.stdout
     assert "in m/: model.safetensors" in done.stdout
     (tmp_path / "g.csv").write_text("v,extra,u\n-2,x,4\n0,y,0\n")  # another order, another column, no label
     assert "2 rows, 3 classes: p.csv" in run("predict", "m/model.safetensors", "g.csv", "-o", "p.csv").stdout
@@ -329,11 +329,11 @@ def test_advice_can_be_followed_with_the_command_that_gives_it(tmp_path):
     for command, advice in (
         (
             ["fit", "t.parquet", "--label", "kind", "--features", "u,v"],
-            "--categorical 'v' makes indicators of its values; leave the column out of --features\n",
+            "learn from its values with --categorical v, or leave the column out of --features\n",
         ),
         (["predict", "m/model.safetensors", "t.parquet", "-o", "p.csv"], "fit a model without the column\n"),
     ):
-        assert run(*command, code=2).stderr.endswith(f"holds string, not numbers; {advice}")
+        assert run(*command, code=2).stderr.endswith(f"holds text, not numbers; {advice}")
     said = run("predict", "m/model.safetensors", "f.csv", "--label", "u", "-o", "p.csv", code=2).stderr
     assert "the label column 'u' cannot be a feature; name another column with --label" in said
 
@@ -465,7 +465,7 @@ def test_control_characters_are_shown_as_escapes(tmp_path):
     done = run("fit", "f.csv", "--label", "kind", "--out", "m")
     assert "\x1b" not in done.output
     assert r"\x1b[31mb" in done.stdout
-    assert r"not used: \x1b[1mname (string)" in done.stdout
+    assert r"not used: \x1b[1mname (text)" in done.stdout
 
 
 # Processes: extras that are missing, terminals, Ctrl-C

@@ -99,7 +99,7 @@ REFUSED = {
         [8.0, 9.0],
     ],
     r"no numeric column is left": [[], [], [], []],
-    r"its columns are 'emb' \(list<element: string>\), 'y' \(string\)": [
+    r"its columns are 'emb' \(lists of text\), 'y' \(text\)": [
         ["a"],
         ["b"],
         ["c"],

@@ -14,6 +14,7 @@ import pytest
 
 from xent.data import Wanted, read_table
 from xent.data.layout import Layout, spooled
+from xent.data.stream import stream
 from xent.errors import BadInput
 
 TEXT = "u,v,kind\n1.5,2,ä\n-3,4e1,b\n5,6,ä\n"
@@ -79,7 +80,9 @@ def test_messages_name_the_option_that_helps(tmp_path, name):
         read_table(tmp_path / "a.csv", wanted)
 
 
-@pytest.mark.parametrize("compressed", [b"", b"\x1f\x8b", b"nonsense", gzip.compress(TEXT.encode())[:-9]])
+@pytest.mark.parametrize(
+    "compressed", [b"", b"\x1f\x8b", b"nonsense", gzip.compress(TEXT.encode(), mtime=0)[:-9]]
+)
 def test_damaged_compressed_files(tmp_path, compressed):
     (tmp_path / "a.csv.gz").write_bytes(compressed)
     with pytest.raises(BadInput, match=r"a\.csv\.gz"):
@@ -132,3 +135,22 @@ def test_standard_input_is_spooled_once(monkeypatch):
         read_table(file, Wanted("kind"))
     with pytest.raises(BadInput, match="name - once"), spooled([Path("-"), Path("-")], ".csv"):
         pass
+
+
+@pytest.mark.parametrize(
+    "layout", [{"delimiter": ";"}, {"decimal": ","}, {"encoding": "latin-1"}, {"header": False}]
+)
+@pytest.mark.parametrize("suffix", [".parquet", ".npz", ".npy", ".safetensors"])
+def test_options_of_text_are_not_passed_over(tmp_path, suffix, layout):
+    (tmp_path / f"a{suffix}").write_bytes(b"any")
+    wanted = Wanted("kind", layout=Layout(**layout))
+    for read in (read_table, lambda path, wanted: list(stream([path], wanted))):
+        with pytest.raises(BadInput, match=r"is of text files, and this is .*; leave it out"):
+            read(tmp_path / f"a{suffix}", wanted)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".npy"])
+def test_an_array_is_not_named_of_other_files(tmp_path, suffix):
+    (tmp_path / f"a{suffix}").write_bytes(b"any")
+    with pytest.raises(BadInput, match="--array is of NPZ and safetensors files"):
+        read_table(tmp_path / f"a{suffix}", Wanted("kind", layout=Layout(array="train")))

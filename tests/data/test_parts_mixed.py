@@ -69,7 +69,7 @@ def test_columns_that_are_no_features_are_named_with_their_types(tmp_path):
         [("emb", pa.list_(pa.float32())), ("words", pa.list_(pa.string())), ("kind", pa.string())]
     )
     parquet.write_table(pa.Table.from_pylist(rows, kind), tmp_path / "a.parquet")
-    with pytest.raises(BadInput, match=r"'emb' \(empty lists\), 'words' \(list<element: string>\)"):
+    with pytest.raises(BadInput, match=r"'emb' \(empty lists\), 'words' \(lists of text\)"):
         read_table(tmp_path / "a.parquet", Wanted("kind"))
 
 

@@ -213,7 +213,17 @@ BAD_TEXT = {
     "utf16": (CSV.encode("utf-16"), Wanted("y"), r"the text is UTF-16; read it with --encoding utf-16"),
     "quoted_name": ('"u,v",y\nnan,a\n', Wanted("y"), r"--exclude '\"u,v\"'"),
     "no_numeric": ("n,y\nann,a\nbob,b\n", Wanted("y"), r"no numeric column is left"),
-    "text_feature": ("n,y\nann,a\n", Wanted("y", ["n"]), r"row 1, column 'n' holds 'ann'"),
+    "one_text": ("n,y\nann,a\n", Wanted("y", ["n"]), r"row 1, column 'n' holds 'ann'"),
+    "text_feature": (
+        "n,y\nann,a\nbob,b\n",
+        Wanted("y", ["n"]),
+        r"holds text, .* with --categorical n, or leave",
+    ),
+    "weight": (
+        "u,w,y\n1,1,a\n2,,b\n",
+        Wanted("y", weight="w"),
+        r"'w' is missing .*; correct or drop the row$",
+    ),
     "nan": ("u,y\n1,a\nnan,b\n", Wanted("y"), r"row 2, column 'u' holds nan"),
     "inf": ("u,v,y\n1,1,a\n2,-inf,b\n", Wanted("y"), r"row 2, column 'v' holds -inf"),
     "missing_number": ("u,v,y\n1,,a\n1,2,b\n", Wanted("y"), r"row 1, column 'v' is missing"),

@@ -28,6 +28,7 @@ class Format:
     ``count(path)`` returns the number of rows without reading them; formats without it are read for that.
     ``labels(folder, wanted, share, rows)`` returns the codes and classes of several files with as many rows,
     of formats whose labels are a file of their own. ``compressed`` formats are read from compressed files.
+    ``layout`` are the options of a layout that the reader goes by.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Format:
     labels: Callable[[Path, Wanted, Share, int], tuple[np.ndarray, np.ndarray]] | None = None
     compressed: bool = False
     batches: Batches | None = None
+    layout: Sequence[str] = ()
 
 
 _FORMATS: dict[str, Format] = {}
@@ -50,6 +52,7 @@ def register_reader(
     labels: Callable[[Path, Wanted, Share, int], tuple[np.ndarray, np.ndarray]] | None = None,
     compressed: bool = False,
     batches: Batches | None = None,
+    layout: Sequence[str] = (),
 ) -> None:
     """Make a file format known by the suffix of its files.
 
@@ -68,6 +71,8 @@ def register_reader(
             ``xent.data.layout.opened`` decompresses.
         batches: called as ``batches(path, wanted, keep)``, yields tables of some rows each and an Arrow table
             of their columns to keep; predictions for formats with it take constant memory.
+        layout: the options of ``wanted.layout`` that the reader goes by, such as ``"--encoding"``; others are
+            an error that names them.
 
     Raises:
         ValueError: the suffix has no dot or is not in lower case; it is another reader's.
@@ -82,7 +87,7 @@ def register_reader(
         raise ValueError(f"a suffix is a dot and lower-case letters, such as '.csv'; got {suffix!r}")
     if suffix in _FORMATS:
         raise ValueError(f"files called {suffix} have a reader already; choose another suffix")
-    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader, count, labels, compressed, batches)
+    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader, count, labels, compressed, batches, layout)
 
 
 def format_of(path: Path) -> Format | None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from xent._util.text import quoted
 from xent.data.limits import check_columns
-from xent.data.table import NoRows, Wanted, bad_number, check_once, choose
+from xent.data.table import NoRows, Wanted, bad_number, check_once, choose, no_number
 from xent.errors import BadInput
 
 _ENTRY = re.compile(r"(.+)\[([0-9]+)\]")
@@ -181,7 +181,16 @@ def is_text(kind: Any) -> bool:
 
 
 def _described(kind: Any, width: int | None) -> str:
-    return "empty lists" if width == 0 else str(kind)
+    """Return what a column holds, in plain words."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _described(kind.value_type, width)
+    if width == 0:
+        return "empty lists"
+    if (number := list_of(kind)) is not None:
+        return f"lists of {_described(number, None)}"
+    return "booleans" if pa.types.is_boolean(kind) else "text" if is_text(kind) else str(kind)
 
 
 def _entry(name: str, lists: set[str]) -> tuple[str, int | None]:
@@ -232,9 +241,7 @@ def check_numbers(path: Path, wanted: Wanted, columns: Columns, schema: Any) -> 
         if column.width == 0:
             why = "holds an empty list in the first row"
         elif not (is_number(number) or pa.types.is_boolean(number)):
-            why = f"holds {kind}, not numbers"
-            if may_be_numbered(kind) and wanted.model is None:
-                why += f"; --categorical {quoted(column.name)} makes indicators of its values"
+            raise no_number(path, wanted, column.name, _described(kind, column.width), may_be_numbered(kind))
         else:
             continue
         raise BadInput(

@@ -28,7 +28,7 @@ from xent.data.columns import Columns, choose_columns
 from xent.data.layout import Layout, opened
 from xent.data.limits import MOST_CELL, MOST_NAME, check_columns, check_names
 from xent.data.parquet import check_kept, from_arrow, within
-from xent.data.table import NoRows, Table, Wanted, bad_number
+from xent.data.table import NoRows, Table, Wanted, bad_number, no_number
 from xent.errors import BadInput, needs
 
 BLOCK = 8 << 20
@@ -60,6 +60,7 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
         if head is None:
             raise NoRows(path)
         _check_cells(path, head)
+        _no_text_chosen(path, wanted, head)
         _no_number_spoiled(path, wanted, head)
         columns = _without_many(path, wanted, head, choose_columns(path, wanted, schema, no_lists))
         column_types = {name: pa.float64() for name in (*columns.read, *(c.name for c in columns.beside))}
@@ -312,6 +313,19 @@ def _check_cells(path: Path, head: Any) -> None:
                     f"{path}: row {row + 1}, column {quoted(name)} holds {size:,} bytes, "
                     f"more than the {MOST_CELL:,} of a cell; is a quote in it left open?"
                 )
+
+
+def _no_text_chosen(path: Path, wanted: Wanted, head: Any) -> None:
+    """Raise ``BadInput`` for a column of ``--features`` that begins with text, where no number was meant."""
+    if wanted.model is not None or wanted.categorical == "auto":
+        return
+    for name in wanted.features or ():
+        if name in {wanted.label, *wanted.categorical} or name not in head.schema.names:
+            continue
+        cells = head.column(name).slice(0, SAMPLE).to_pylist()
+        texts = [cell for cell in cells if isinstance(cell, str) and cell not in MISSING]
+        if len(texts) > 1 and all(_is_bad(text, wanted.layout.decimal) for text in texts):
+            raise no_number(path, wanted, name, "text")
 
 
 def _no_number_spoiled(path: Path, wanted: Wanted, head: Any) -> None:

@@ -25,6 +25,10 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 STANDARD_INPUT = Path("-")
 
 
+OF_TEXT = ("--delimiter", "--decimal", "--encoding", "--no-header")
+"""The options of a layout that count for files of text; ``--array`` is of archives."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """The layout of a file of text, and of an archive of arrays.
@@ -55,6 +59,18 @@ class Layout:
             raise BadInput(
                 f"--encoding {self.encoding!r} is not known; names are such as utf-8, latin-1 and cp1252"
             ) from None
+
+    @property
+    def given(self) -> list[str]:
+        """The options that say something else than the defaults do."""
+        said = {
+            "--delimiter": self.delimiter is not None,
+            "--decimal": self.decimal != ".",
+            "--encoding": codecs.lookup(self.encoding).name != "utf-8",
+            "--no-header": not self.header,
+            "--array": self.array is not None,
+        }
+        return [option for option, there in said.items() if there]
 
     def delimiter_of(self, path: Path) -> str:
         """Return what lies between the columns of a file."""

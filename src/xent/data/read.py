@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from xent._processes.group import ALONE, Ranks, Share
-from xent.data._registry import format_of, known_suffixes, register_reader
+from xent.data._registry import Format, format_of, known_suffixes, register_reader
 from xent.data.categories import Category, united
 from xent.data.csv import csv_batches, read_csv
 from xent.data.labels import recoded, union
-from xent.data.layout import matching
+from xent.data.layout import OF_TEXT, matching
 from xent.data.numpy import count_npy, labels_of_npy, read_npy, read_npz
 from xent.data.parquet import count_parquet, parquet_batches, read_parquet
 from xent.data.parts import files_of, read_parts
@@ -27,11 +27,11 @@ from xent.data.safetensors import read_safetensors
 from xent.data.table import NoRows, Table, Wanted, too_many
 from xent.errors import BadInput
 
-register_reader(".csv", read_csv, name="CSV", compressed=True, batches=csv_batches)
-register_reader(".tsv", read_csv, name="CSV", compressed=True, batches=csv_batches)
+register_reader(".csv", read_csv, name="CSV", compressed=True, batches=csv_batches, layout=OF_TEXT)
+register_reader(".tsv", read_csv, name="CSV", compressed=True, batches=csv_batches, layout=OF_TEXT)
 register_reader(".parquet", read_parquet, name="Parquet", count=count_parquet, batches=parquet_batches)
-register_reader(".npz", read_npz)
-register_reader(".safetensors", read_safetensors, name="safetensors")
+register_reader(".npz", read_npz, layout=["--array"])
+register_reader(".safetensors", read_safetensors, name="safetensors", layout=["--array"])
 register_reader(".npy", read_npy, count=count_npy, labels=labels_of_npy)
 
 
@@ -79,7 +79,16 @@ def read_share(path: Path, wanted: Wanted, share: Share) -> Table:
             raise BadInput(f"{path}: no such file")
         if path.stat().st_size == 0:
             raise BadInput(f"{path}: the file is empty")
+        check_layout(path, found, wanted)
         return found.reader(path, wanted, share)
+
+
+def check_layout(path: Path, found: Format, wanted: Wanted) -> None:
+    """Raise ``BadInput`` for an option that says how to read files of another format."""
+    odd = [option for option in wanted.layout.given if option not in found.layout]
+    if odd:
+        of = "NPZ and safetensors" if odd[0] == "--array" else "text"
+        raise BadInput(f"{path}: {odd[0]} is of {of} files, and this is {found.name}; leave it out")
 
 
 def merge_categories(table: Table, wanted: Wanted, ranks: Ranks) -> Table:

@@ -17,7 +17,7 @@ from xent._util.text import quoted
 from xent.data._registry import format_of
 from xent.data.layout import matching
 from xent.data.parts import files_of
-from xent.data.read import read_share
+from xent.data.read import check_layout, read_share
 from xent.data.reading import reading
 from xent.data.rows import BATCH, steps
 from xent.data.table import NoRows, Table, Wanted
@@ -59,6 +59,7 @@ def _parts(file: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tuple[Ta
     found = format_of(file)
     if found is not None and found.batches is not None and file.is_file():
         with reading(file, found.name):
+            check_layout(file, found, wanted)
             yield from found.batches(file, wanted, keep)
         return
     if keep:

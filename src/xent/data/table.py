@@ -226,7 +226,7 @@ def choose(
         name for name, is_number in zip(names, numeric, strict=True) if is_number and name not in passed_over
     ]
     if not chosen and not wanted.categorical:
-        hint = "; --categorical auto makes indicators of text" if "string" in kinds else ""
+        hint = "; --categorical auto makes indicators of text" if "text" in kinds else ""
         raise BadInput(f"{path}: no numeric column is left for features; {_there_are(names, kinds)}{hint}")
     return chosen
 
@@ -277,11 +277,24 @@ def bad_number(
     lacks = value is None or value != value or value == ""
     said = "is missing" if value is None else f"holds {quoted(value)}"
     mend = "correct or drop the row"
-    if lacks and wanted.model is None:
+    if lacks and wanted.model is None and (column or name) not in wanted.beside:
         mend = "correct the row, or let --missing drop or impute it"
     return BadInput(
         f"{path}: row {row + 1}, column {quoted(name)} {said} where a finite number is needed; "
         f"{mend}, or {wanted.without(column or name)}"
+    )
+
+
+def no_number(path: object, wanted: Wanted, name: str, kind: str, numbered: bool = True) -> BadInput:
+    """Return the error for a column of features that holds something else than numbers.
+
+    ``numbered`` says whether its values can be categories.
+    """
+    hint = f" learn from its values with --categorical {as_option(name)}, or" if numbered else ""
+    hint = hint if wanted.model is None else ""
+    return BadInput(
+        f"{path}: column {quoted(name)} ({wanted.origin}) holds {kind}, not numbers;{hint} "
+        f"{wanted.without(name)}"
     )
 
 
