@@ -222,7 +222,7 @@ BAD_TEXT = {
     "weight": (
         "u,w,y\n1,1,a\n2,,b\n",
         Wanted("y", weight="w"),
-        r"'w' is missing .*; correct or drop the row$",
+        r"'w' is missing .*; correct or drop the row, or name another",
     ),
     "nan": ("u,y\n1,a\nnan,b\n", Wanted("y"), r"row 2, column 'u' holds nan"),
     "inf": ("u,v,y\n1,1,a\n2,-inf,b\n", Wanted("y"), r"row 2, column 'v' holds -inf"),
