@@ -7,6 +7,8 @@ gone through. Of a share of the rows only the row groups are opened that hold so
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from xent._processes.group import Share
+from xent._util.ahead import made_ahead
 from xent._util.text import quoted
 from xent.data.batches import Batch, DenseBatch, as_tensor, computed_dtype
 from xent.data.categories import Category, TooMany, numbered
@@ -30,7 +33,7 @@ from xent.data.columns import (
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
 from xent.data.reading import reading
-from xent.data.rows import BATCH, row_source
+from xent.data.rows import BATCH, BatchRows, row_source
 from xent.data.table import (
     NoRows,
     Table,
@@ -48,8 +51,8 @@ from xent.errors import BadInput, needs
 MOST_ROWS = 1 << 16
 """Rows that are decoded at a time, at most."""
 
-PIECE = 1 << 16
-"""Bytes of a column that are read at a time."""
+PIECEWISE: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 16}
+"""Options to open a file with: Arrow would else hold all that is to be read of it, and decode no sooner."""
 
 IN_MEMORY = 384 << 20
 """Bytes of features up to which a file's rows are decoded once, and kept."""
@@ -60,7 +63,7 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import parquet
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path, **PIECEWISE) as file:
         about, schema = file.metadata, file.schema_arrow
         check_columns(path, len(schema.names))
         check_names(path, schema.names)
@@ -76,22 +79,23 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
         features = np.empty((count, 0))
     elif count * len(names) * source.stored.itemsize <= IN_MEMORY // wanted.parts:
         features = np.empty((count, len(names)), source.stored)
-        for here, batch in source.batches():
+    for here, batch in source.batches() if names else ():
+        if not isinstance(features, ParquetRows):
             features[here] = batch[:].numpy()
-    check_finite(path, wanted, row_source(features), names, rows.start, columns.bases)
+        check_finite(path, wanted, BatchRows(batch, source), names, rows.start + here.start, columns.bases)
     table = Table(str(path), features, tuple(names), unused=columns.unused, start=rows.start)
 
     def column(name: str) -> Iterator[Any]:
         # text of the file's dictionary is there once, however many rows have it
         encoded = [name] if is_text(schema.field(name).type) else []
-        with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded) as file:
+        with parquet.ParquetFile(path, metadata=about, read_dictionary=encoded, **PIECEWISE) as file:
             for batch in _batches_of(file, [name], rows, MOST_ROWS):
                 batch.validate(full=True)  # text is UTF-8, and what points into a dictionary lies in it
                 yield batch.column(0)
 
     table = with_categories(path, wanted, columns, table, column)
     if columns.beside:
-        with parquet.ParquetFile(path, metadata=about) as file:
+        with parquet.ParquetFile(path, metadata=about, **PIECEWISE) as file:
             read = list(dict.fromkeys(each.name for each in columns.beside))
             batches = list(_batches_of(file, read, rows, MOST_ROWS))
         arrow = pa.Table.from_batches(batches, pa.schema([schema.field(name) for name in read]))
@@ -152,7 +156,7 @@ def parquet_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import parquet
-    with parquet.ParquetFile(path, pre_buffer=False, buffer_size=PIECE) as file:
+    with parquet.ParquetFile(path, **PIECEWISE) as file:
         about, schema = file.metadata, file.schema_arrow
         check_columns(path, len(schema.names))
         check_names(path, schema.names)
@@ -204,18 +208,27 @@ class ParquetRows:
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield the decoded rows; raise ``BadInput`` where the file does not hold what it did."""
+        import pyarrow as pa
         from pyarrow import parquet
 
-        columns, start = self._columns, 0
-        size = max(1, min(MOST_ROWS, BATCH // max(1, self.shape[1])))
-        # Arrow would else hold all that is to be read of the file, and decode no sooner
-        how = {"pre_buffer": False, "buffer_size": PIECE}
-        with reading(self._path, "Parquet"), parquet.ParquetFile(self._path, **how) as file:
-            for part in _batches_of(file, columns.read, self._rows, size):
-                at = self._rows.start + start
-                made = matrix(self._path, self._wanted, part, columns.features, at, self.stored)
+        with reading(self._path, "Parquet"):
+            stretches = _stretches(parquet.read_metadata(self._path), self._rows)
+            jobs = [functools.partial(self._decoded, rows) for rows in stretches]
+            start = 0
+            for made in made_ahead(jobs, pa.cpu_count()):
                 yield slice(start, start + len(made)), DenseBatch(as_tensor(made))
                 start += len(made)
+
+    def _decoded(self, rows: slice) -> Iterator[np.ndarray]:
+        """Yield the features of some rows of the file."""
+        from pyarrow import parquet
+
+        columns, start = self._columns, rows.start
+        size = max(1, min(MOST_ROWS, BATCH // max(1, self.shape[1])))
+        with parquet.ParquetFile(self._path, **PIECEWISE) as file:
+            for part in _batches_of(file, columns.read, rows, size):
+                yield matrix(self._path, self._wanted, part, columns.features, start, self.stored)
+                start += len(part)
 
 
 def _first_width(path: Path, file: Any, name: str) -> int:
@@ -227,13 +240,23 @@ def _first_width(path: Path, file: Any, name: str) -> int:
 
 def _batches_of(file: Any, columns: Sequence[str], rows: slice, size: int) -> Iterator[Any]:
     """Yield some rows of a file as record batches of at most as many rows."""
-    about = file.metadata
-    ends = np.cumsum([about.row_group(i).num_rows for i in range(about.num_row_groups)], dtype=np.int64)
+    ends = _ends(file.metadata)
     low, high = np.searchsorted(ends, [rows.start, rows.stop - 1], side="right")
     groups = list(range(low, min(high + 1, len(ends)))) if rows.stop > rows.start else []
     before = int(ends[low - 1]) if low else 0
     for batch in within(file.iter_batches(size, row_groups=groups, columns=columns), rows, before):
         yield batch.select(columns)
+
+
+def _ends(about: Any) -> np.ndarray:
+    """Return the row after each row group's last, (groups,)."""
+    return np.cumsum([about.row_group(i).num_rows for i in range(about.num_row_groups)], dtype=np.int64)
+
+
+def _stretches(about: Any, rows: slice) -> list[slice]:
+    """Return the part of some rows that each row group of a file has."""
+    ends = _ends(about).clip(rows.start, rows.stop).tolist()
+    return [slice(a, b) for a, b in itertools.pairwise([rows.start, *ends]) if a < b]
 
 
 def within(batches: Iterable[Any], rows: slice, position: int = 0) -> Iterator[Any]:
