@@ -68,7 +68,7 @@ def in_a_graph(denominators, y=Y):
 
 
 @pytest.mark.parametrize("way", [under_vmap, in_a_graph])
-def test_where_nothing_can_be_asked(way):
+def test_where_data_cannot_be_read(way):
     """Where data cannot be read, a denominator that is not positive shows in the loss.
 
     A denominator of 0 gives inf, or 0 where no row counts; a negative one or nan gives nan.

@@ -15,27 +15,14 @@ import warnings
 
 import numpy as np
 import pytest
-import threadpoolctl
 from click.testing import CliRunner
 from pyarrow import csv, parquet
 
+from running import run
 from xent.__main__ import main
 from xent.cli.commands import cli
 from xent.data import model_file
 from xent.linear_model.advice import command_words
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with threadpoolctl.threadpool_limits(1):
-        yield
-
-
-def run(*arguments: object, code: int = 0):
-    done = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
-    return done
 
 
 def flowers(path, rows=40, seed=0):

@@ -12,24 +12,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from click.testing import CliRunner
 from pyarrow import parquet
 
-from xent.cli.commands import cli
+from running import run
 from xent.data import csv as csv_files
 from xent.data import model_file, stream
 from xent.data import parquet as parquet_files
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: object, code: int = 0, **options):
-    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], **options)
-    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
-    return done
 
 
 def table(rows: int = 200, seed: int = 0) -> pd.DataFrame:

@@ -8,26 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from click.testing import CliRunner
 from scipy.special import logsumexp
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support
 from sklearn.utils.class_weight import compute_class_weight
 
+from running import run
 from xent import SoftmaxRegression
-from xent.cli.commands import cli
 from xent.data import model_file
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: object, code: int = 0, **options):
-    done = CliRunner().invoke(cli, [str(argument) for argument in arguments], **options)
-    assert done.exit_code == code, (done.exit_code, done.output, done.exception)
-    return done
 
 
 def penguins(rows: int = 300, seed: int = 0) -> pd.DataFrame:
