@@ -33,7 +33,7 @@ from xent.data.columns import (
 from xent.data.labels import encode_labels, encode_text_labels
 from xent.data.limits import check_columns, check_memory, check_names
 from xent.data.reading import reading
-from xent.data.rows import BATCH, BatchRows, row_source
+from xent.data.rows import BATCH, row_source
 from xent.data.table import (
     NoRows,
     Table,
@@ -53,6 +53,9 @@ MOST_ROWS = 1 << 16
 
 PIECEWISE: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 16}
 """Options to open a file with: Arrow would else hold all that is to be read of it, and decode no sooner."""
+
+AT_ONCE = 64 << 20
+"""Bytes of row groups that are decoded at the same time; a larger one is decoded by one thread."""
 
 IN_MEMORY = 384 << 20
 """Bytes of features up to which a file's rows are decoded once, and kept."""
@@ -79,10 +82,9 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
         features = np.empty((count, 0))
     elif count * len(names) * source.stored.itemsize <= IN_MEMORY // wanted.parts:
         features = np.empty((count, len(names)), source.stored)
-    for here, batch in source.batches() if names else ():
-        if not isinstance(features, ParquetRows):
+        for here, batch in source.batches():
             features[here] = batch[:].numpy()
-        check_finite(path, wanted, BatchRows(batch, source), names, rows.start + here.start, columns.bases)
+    check_finite(path, wanted, row_source(features), names, rows.start, columns.bases)
     table = Table(str(path), features, tuple(names), unused=columns.unused, start=rows.start)
 
     def column(name: str) -> Iterator[Any]:
@@ -212,21 +214,28 @@ class ParquetRows:
         from pyarrow import parquet
 
         with reading(self._path, "Parquet"):
-            stretches = _stretches(parquet.read_metadata(self._path), self._rows)
-            jobs = [functools.partial(self._decoded, rows) for rows in stretches]
+            about = parquet.read_metadata(self._path)
+            largest = max(
+                (about.row_group(i).total_byte_size for i in range(about.num_row_groups)), default=0
+            )
+            threads = min(pa.cpu_count(), AT_ONCE // max(1, largest))
+            columns_too = threads < 2  # are decoded at the same time
+            jobs = [
+                functools.partial(self._decoded, rows, columns_too) for rows in _stretches(about, self._rows)
+            ]
             start = 0
-            for made in made_ahead(jobs, pa.cpu_count()):
+            for made in made_ahead(jobs, threads):
                 yield slice(start, start + len(made)), DenseBatch(as_tensor(made))
                 start += len(made)
 
-    def _decoded(self, rows: slice) -> Iterator[np.ndarray]:
+    def _decoded(self, rows: slice, use_threads: bool) -> Iterator[np.ndarray]:
         """Yield the features of some rows of the file."""
         from pyarrow import parquet
 
         columns, start = self._columns, rows.start
         size = max(1, min(MOST_ROWS, BATCH // max(1, self.shape[1])))
         with parquet.ParquetFile(self._path, **PIECEWISE) as file:
-            for part in _batches_of(file, columns.read, rows, size):
+            for part in _batches_of(file, columns.read, rows, size, use_threads):
                 yield matrix(self._path, self._wanted, part, columns.features, start, self.stored)
                 start += len(part)
 
@@ -238,13 +247,16 @@ def _first_width(path: Path, file: Any, name: str) -> int:
     raise NoRows(path)
 
 
-def _batches_of(file: Any, columns: Sequence[str], rows: slice, size: int) -> Iterator[Any]:
+def _batches_of(
+    file: Any, columns: Sequence[str], rows: slice, size: int, use_threads: bool = True
+) -> Iterator[Any]:
     """Yield some rows of a file as record batches of at most as many rows."""
     ends = _ends(file.metadata)
     low, high = np.searchsorted(ends, [rows.start, rows.stop - 1], side="right")
     groups = list(range(low, min(high + 1, len(ends)))) if rows.stop > rows.start else []
     before = int(ends[low - 1]) if low else 0
-    for batch in within(file.iter_batches(size, row_groups=groups, columns=columns), rows, before):
+    decoded = file.iter_batches(size, row_groups=groups, columns=columns, use_threads=use_threads)
+    for batch in within(decoded, rows, before):
         yield batch.select(columns)
 
 
