@@ -104,6 +104,16 @@ def test_the_most_probable_classes(model):
     )
 
 
+@pytest.mark.parametrize("line", [b"1,2,3,\xff,5", b"\xff", b"1,2,3,\xff"])
+def test_bad_rows_are_text_in_the_encoding(model, line):
+    Path("b.csv").write_bytes(b"u,v,w,note\n1,2,3,a\n" + line + b"\n4,5,6,b\n")
+    done = run("predict", "m/model.safetensors", "b.csv", "-o", "p.csv", "--skip-bad", code=2)
+    assert "--encoding" in done.stderr
+    assert not Path("p.csv").exists()
+    run("predict", "m/model.safetensors", "b.csv", "-o", "p.csv", "--skip-bad", "--encoding", "latin-1")
+    assert 1 in pd.read_csv("p.csv").row_number.tolist()
+
+
 BAD_ROWS = (
     "u,v,w,kind\n1,2,3,a\nx,2,3,b\n1,,3,a\n1,2,inf,b\n1,2\n1,2,3,4,5,6\n1,2,1e308,c\n0,-1,+.5e1,d\n1,2,3\n"
 )

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import random
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import safetensors.numpy
 from pyarrow import csv, parquet
 
+from running import run
 from xent.data import model_file
 from xent.data.model_file import Model
 
@@ -19,6 +22,7 @@ RNG = np.random.default_rng(0)
 X = RNG.normal(size=(ROWS, 3))
 TEXT = np.array(["ab", "c", "dé"])[np.arange(ROWS) % 3]
 WHOLE = np.arange(ROWS) % 3
+TABLE = ["--categorical", "auto", "--missing", "impute", "--weight", "w", "--exclude", "p0,p1,p2"]
 
 
 def table() -> pa.Table:
@@ -55,6 +59,50 @@ def a_parquet_of_lists() -> bytes:
     written = io.BytesIO()
     parquet.write_table(pa.table(lists | {"y": table().column("y")}), written, row_group_size=11)
     return written.getvalue()
+
+
+def a_table() -> pa.Table:
+    """Numbers with gaps, text and truths of few values, weights, masses of three classes, and labels."""
+    gaps = [None if i % 7 == 3 else float(x) for i, x in enumerate(X[:, 0])]
+    colour = [None if i % 11 == 5 else ("red", "green", "blü")[i % 4 % 3] for i in range(ROWS)]
+    masses = RNG.dirichlet(np.ones(3), ROWS)
+    return pa.table(
+        {
+            "size": gaps,
+            "colour": colour,
+            "ripe": WHOLE > 0,
+            "w": np.arange(ROWS) % 5 + 0.5,
+            **{f"p{j}": masses[:, j] for j in range(3)},
+            "y": TEXT,
+        }
+    )
+
+
+def a_table_as_csv(encoding: str = "utf-8", delimiter: str = ",") -> bytes:
+    file = io.BytesIO()
+    csv.write_csv(a_table(), file, csv.WriteOptions(delimiter=delimiter))
+    return file.getvalue().decode().encode(encoding)
+
+
+def a_table_as_parquet() -> bytes:
+    file = io.BytesIO()
+    parquet.write_table(a_table(), file, row_group_size=10)
+    return file.getvalue()
+
+
+def a_safetensors() -> bytes:
+    return safetensors.numpy.save({"X": X.astype(np.float16), "Z": X, "y": WHOLE})
+
+
+def a_model_of_a_table(path: Path) -> bytes:
+    """Return a model with categories, medians and a temperature, as `xent fit` writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "t.csv"
+        file.write_bytes(a_table_as_csv())
+        job = ["fit", file, "--label", "y", *TABLE, "--max-iter", 3, "--calibrate", "--out", f"{folder}/m"]
+        run(*job)
+        path.write_bytes(Path(folder, "m", "model.safetensors").read_bytes())
+    return path.read_bytes()
 
 
 def an_npy(array: np.ndarray) -> bytes:

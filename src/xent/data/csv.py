@@ -177,6 +177,10 @@ class TextFile:
 
         self.path, self.layout, self.delimiter = path, layout, layout.delimiter_of(path)
         self.block = BLOCK
+        # Arrow decodes a line of too many cells before it is passed over, and so it must be in the encoding;
+        # from utf-8-sig it decodes all lines, where of utf-8 it does so with those columns that are read
+        utf8 = codecs.lookup(layout.encoding).name == "utf-8"
+        self.encoding = "utf-8-sig" if skip_bad and utf8 else layout.encoding
         self.odd_rows: list[int] = []  # of too many or too few cells, where they are passed over
         self._parse = csv.ParseOptions(
             delimiter=self.delimiter,
@@ -195,7 +199,7 @@ class TextFile:
         read = csv.ReadOptions(
             block_size=self.block,
             use_threads=threads,
-            encoding=self.layout.encoding,
+            encoding=self.encoding,
             autogenerate_column_names=not header,
         )
         return {"parse_options": self._parse, "read_options": read}
