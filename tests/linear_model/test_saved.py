@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from scipy.sparse import csr_array
+from sklearn.base import clone
 from sklearn.datasets import load_iris
 from sklearn.exceptions import NotFittedError
 
@@ -113,6 +115,25 @@ def test_a_model_of_a_table_takes_frames_with_its_columns(penguins):
         np.testing.assert_allclose(loaded.predict_proba(made.features), right[loaded.classes_], rtol=1e-9)
     of_features = pd.DataFrame(made.features, columns=made.feature_names)
     np.testing.assert_allclose(loaded.predict_proba(of_features), right[loaded.classes_], rtol=1e-9)
+
+
+def test_a_pipeline_of_scikit_learn_takes_the_same_frames(penguins):
+    loaded = xent.load_model("m/model.safetensors")
+    unseen = penguins.assign(sex=["x", *penguins.sex[1:]], extra=1)[
+        ["extra", "island", "sex", "ringed", "bill"]
+    ]
+    pipeline = pickle.loads(pickle.dumps(loaded.to_sklearn()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for frame in (penguins, unseen, pa.Table.from_pandas(unseen)):
+            np.testing.assert_allclose(pipeline.predict_proba(frame), loaded.predict_proba(frame), rtol=1e-12)
+        features = pipeline[0].transform(penguins)
+        np.testing.assert_allclose(
+            pipeline.predict_proba(features), loaded.predict_proba(penguins), rtol=1e-12
+        )
+        assert pipeline[:-1].get_feature_names_out().tolist() == loaded.feature_names_in_.tolist()
+        again = clone(pipeline).set_params(logisticregression__tol=1e-8).fit(penguins, penguins.kind)
+        assert again[-1].coef_.shape == loaded.coef_.shape
 
 
 def test_a_model_of_lists_takes_frames_of_lists(tmp_path, monkeypatch):

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import issparse
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.utils.validation import check_array
 
-from xent._processes.group import Share
 from xent.data import model_file
 from xent.data.model_file import Model
-from xent.data.parquet import table_from_arrow
 from xent.data.rows import blocks
-from xent.data.table import Wanted
+from xent.linear_model.frames import FrameEncoder, features_of, is_frame
 from xent.linear_model.inputs import read_features
 from xent.linear_model.softmax_regression import FLOATING, SoftmaxRegression
 
@@ -38,30 +36,27 @@ class LoadedModel(SoftmaxRegression):
 
     def decision_function(self, X: Any) -> np.ndarray:
         """Return logits (N, C) of a frame with the file's columns, or of an array of features (N, D)."""
-        if self._model is None or not _is_frame(X) or self._model.width is not None:
+        if self._model is None or not is_frame(X) or self._model.width is not None:
             return super().decision_function(X)
-        with_columns = self._encoded(X)
-        logits = np.empty((len(with_columns), len(self.coef_)))
-        for here, x in blocks(with_columns.rows):
+        table = features_of(X, self._model, self._path)
+        logits = np.empty((len(table), len(self.coef_)))
+        for here, x in blocks(table.rows):
             logits[here] = (x.double().numpy() @ self.coef_.T + self.intercept_) / self.temperature_
         return logits[:, 0] if logits.shape[1] == 1 else logits
 
-    def _encoded(self, X: Any) -> Any:
-        import pyarrow as pa
+    def to_sklearn(self) -> Pipeline:
+        """Return a pipeline with a fitted ``LogisticRegression``, as ``SoftmaxRegression.to_sklearn`` does.
 
-        assert self._model is not None
-        encoding, names = self._model.encoding, self._model.feature_names
-        arrow = pa.table(X)
-        if encoding is not None and {*names} <= {*arrow.column_names}:
-            encoding = None  # its columns are the features already
-        wanted = Wanted(
-            features=names if encoding is None else encoding.numbers,
-            model=self._path,
-            categorical=[] if encoding is None else list(encoding.categories),
-            missing="error" if encoding is None or encoding.fill is None else "impute",
-        )
-        table = table_from_arrow(Path("X"), wanted, arrow, Share())
-        return table if encoding is None else encoding.encoded(table)
+        Of a model with categories or filled gaps its first step, ``"frameencoder"``, encodes a frame with the
+        columns of the file as in the fit, and passes an array of features (N, D) on; it needs xent where the
+        pipeline is used. Fitting the pipeline again keeps categories and medians.
+        """
+        pipeline = super().to_sklearn()
+        if self._model is None or self._model.encoding is None:
+            return pipeline
+        last = pipeline.steps[-1][1]
+        del last.feature_names_in_  # names are the encoder's, which gives it an array
+        return make_pipeline(FrameEncoder(self._model, self._path), last)
 
     def _dense(self, X: Any) -> np.ndarray:
         if self._model is None:
@@ -130,7 +125,3 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     if read.width is None:
         model.feature_names_in_ = np.array(read.feature_names, dtype=object)
     return model
-
-
-def _is_frame(X: Any) -> bool:
-    return hasattr(X, "__arrow_c_stream__") and not issparse(X)
