@@ -21,6 +21,7 @@ import numpy as np
 from xent._processes.group import Ranks
 from xent._util.atomic_write import atomic_write
 from xent._util.text import class_text, quoted
+from xent.data.batches import as_array
 from xent.data.rows import blocks
 from xent.data.table import Table
 from xent.errors import BadInput, needs
@@ -161,7 +162,7 @@ def _features(table: Table, ranks: Ranks) -> str:
     columns = _mixed(np.arange(table.rows.shape[1], dtype=np.uint64))
     total = np.zeros((), np.uint64)
     for here, x in blocks(table.rows):
-        array = x.numpy()
+        array = as_array(x)
         bits = array.view(f"u{array.itemsize}").astype(np.uint64)
         bits *= columns
         total += (_row_weights(table, here.stop - here.start, here.start) * bits.sum(axis=1)).sum()

@@ -13,6 +13,7 @@ import numpy as np
 
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import class_text, quoted
+from xent.data.batches import as_array
 from xent.data.labels import comparison_kind, meaning
 from xent.data.layout import PLAIN, Layout
 from xent.data.model_file import Model
@@ -243,7 +244,7 @@ def _probabilities(
     good = np.flatnonzero(~bad)
     for at, x in steps(SelectedRows(table.rows, good), step(model)):
         with np.errstate(over="ignore", invalid="ignore"):
-            log_p = model.log_proba(x.numpy())
+            log_p = model.log_proba(as_array(x))
         finite = np.isfinite(log_p).all(axis=1)
         rows = good[at]
         bad[rows[~finite]] = True

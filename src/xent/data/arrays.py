@@ -32,6 +32,7 @@ class Stored:
     shape: tuple[int, ...]
     dtype: np.dtype
     load: Callable[[], np.ndarray]
+    bits: Callable[[], np.ndarray] | None = None  # those of bfloat16, which NumPy does not have, mapped
 
     @property
     def rows(self) -> int:
@@ -40,11 +41,17 @@ class Stored:
 
     def part(self, share: Share) -> np.ndarray:
         """Load the share's rows; of a mapped array they are mapped."""
-        array = self.load()
+        return self._share(self.load(), share)
+
+    def _share(self, array: np.ndarray, share: Share) -> np.ndarray:
         if share.whole:
             return array
         part = array[share.of(self.rows)]
         return part if isinstance(array, np.memmap) else np.array(part)
+
+    def mapped_bits(self, share: Share) -> np.ndarray | None:
+        """Return the share's rows of bfloat16 as uint16, None of other types."""
+        return None if self.bits is None else self._share(self.bits(), share)
 
 
 class Beside(NamedTuple):
@@ -127,10 +134,13 @@ def from_arrays(path: Path, wanted: Wanted, share: Share, stored: Stored, beside
             "bring the array to the same columns, in the same order"
         )
     rows = share.of(stored.rows)
-    array = stored.part(share)
+    bits = stored.mapped_bits(share)
+    array = stored.part(share) if bits is None else bits
     columns = None if features == names else [int(name[1:]) for name in features]
     given: np.ndarray | RowSource
-    if is_mapped(array):
+    if bits is not None:
+        given = MappedRows(bits, columns, bfloat16=True)
+    elif is_mapped(array):
         given = array if columns is None else MappedRows(array, columns)
     else:
         dtype = computed_dtype(stored.dtype)

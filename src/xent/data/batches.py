@@ -198,6 +198,11 @@ def slices(shape: tuple[int, ...], numbers: int) -> Iterator[slice]:
         yield slice(start, min(start + step, count))
 
 
+def as_array(x: Tensor) -> np.ndarray:
+    """Return a tensor on the CPU as an array: its memory, or of bfloat16, which NumPy lacks, float32."""
+    return (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+
+
 def as_tensor(array: Array) -> Tensor:
     """Return a tensor on the array's memory, which is only read."""
     if isinstance(array, Tensor):

@@ -77,17 +77,22 @@ class MappedRows:
     Args:
         features: the array.
         columns: the columns that are meant; None is all of them, in their order.
+        bfloat16: the array is uint16, the bits of that type.
     """
 
     in_memory = False
 
-    def __init__(self, features: np.ndarray, columns: Sequence[int] | None = None) -> None:
-        self._features, self.dtype = features, computed_dtype(features.dtype)
+    def __init__(
+        self, features: np.ndarray, columns: Sequence[int] | None = None, bfloat16: bool = False
+    ) -> None:
+        self._features, self._bfloat16 = features, bfloat16
+        self.dtype = computed_dtype(torch.bfloat16 if bfloat16 else features.dtype)
         self._columns = None if columns is None else np.array(columns)
         self.shape = (len(features), features.shape[1] if columns is None else len(columns))
         self.width = self.shape[1]
         native = features.dtype.isnative and features.dtype.itemsize <= self.dtype.itemsize
-        self._stored = features.dtype if native and features.dtype.kind == "f" else self.dtype
+        as_it_is = bfloat16 or (native and features.dtype.kind == "f")
+        self._stored = features.dtype if as_it_is else self.dtype
 
     def batches(self) -> Iterator[tuple[slice, Batch]]:
         """Yield some rows at a time: views where type and layout fit, else copies."""
@@ -95,7 +100,8 @@ class MappedRows:
             part = self._features[rows]
             part = part if self._columns is None else part[:, self._columns]
             with np.errstate(over="ignore"):  # what leaves the type is infinite, which a check finds
-                yield rows, DenseBatch(as_tensor(np.ascontiguousarray(part, dtype=self._stored)))
+                x = as_tensor(np.ascontiguousarray(part, dtype=self._stored))
+            yield rows, DenseBatch(x.view(torch.bfloat16) if self._bfloat16 else x)
 
 
 class SelectedRows:

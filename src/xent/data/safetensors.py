@@ -1,6 +1,6 @@
 """``.safetensors`` files to a ``Table``: tensors by name, mapped where they lie in the file.
 
-bfloat16, which NumPy does not have, is read into memory in float32.
+bfloat16, which NumPy does not have, is mapped as its bits; labels and weights of it are read as float32.
 """
 
 from __future__ import annotations
@@ -45,9 +45,7 @@ def _stored(path: Path, about: dict[str, Any], name: str, data: int) -> Stored:
     """Return a tensor of the file, whose data begin at a byte."""
     kind, shape = about[name]["dtype"], tuple(about[name]["shape"])
     where, start = f"{path}: tensor {quoted(name)}", data + about[name]["data_offsets"][0]
-    if kind == "BF16":
-        return Stored(where, shape, np.dtype(np.float32), lambda: _bfloat16(path, name))
-    dtype = TYPES.get(kind)
+    dtype = np.dtype("<u2") if kind == "BF16" else TYPES.get(kind)
     if dtype is None:
         raise BadInput(f"{where} is of type {kind}, which is not read; save it as float16 or float32")
 
@@ -56,6 +54,9 @@ def _stored(path: Path, about: dict[str, Any], name: str, data: int) -> Stored:
             return np.empty(shape, dtype)
         return np.memmap(path, dtype, mode="r", offset=start, shape=shape)
 
+    if kind == "BF16":
+        bits = load if math.prod(shape) else None
+        return Stored(where, shape, np.dtype(np.float32), lambda: _bfloat16(path, name), bits)
     return Stored(where, shape, dtype, load)
 
 

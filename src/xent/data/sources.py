@@ -8,6 +8,7 @@ import numpy as np
 
 from xent._processes.group import ALONE, Ranks
 from xent._util.atomic_write import atomic_write
+from xent.data.batches import as_array
 from xent.data.rows import SelectedRows, blocks
 from xent.data.table import Table
 from xent.errors import needs
@@ -35,7 +36,7 @@ def write_parquet(table: Table, rows: np.ndarray, path: Path) -> Path:
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import parquet
-    features = np.concatenate([x.numpy() for _, x in blocks(SelectedRows(table.rows, rows))])
+    features = np.concatenate([as_array(x) for _, x in blocks(SelectedRows(table.rows, rows))])
     columns = {name: features[:, j] for j, name in enumerate(table.feature_names)}
     if table.codes is not None and table.classes is not None:
         columns[str(table.label_name)] = table.classes[table.codes[rows]]

@@ -15,6 +15,7 @@ from typing import Any
 from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data._registry import format_of
+from xent.data.batches import as_array
 from xent.data.layout import matching
 from xent.data.parts import files_of
 from xent.data.read import check_layout, read_share
@@ -75,6 +76,6 @@ def _parts(file: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tuple[Ta
         codes = None if whole.codes is None else whole.codes[rows]
         categories = tuple(column.at(rows) for column in whole.categories)
         part = dataclasses.replace(
-            whole, features=x.numpy(), codes=codes, categories=categories, start=rows.start
+            whole, features=as_array(x), codes=codes, categories=categories, start=rows.start
         )
         yield part, none

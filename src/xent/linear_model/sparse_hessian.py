@@ -22,7 +22,7 @@ FILLED = 1 << 21
 
 
 class SparseHessian:
-    """The Hessian over compressed rows; sums ask it what they ask `HeadHessian` of a tensor.
+    """The Hessian over compressed rows, with those methods of `HeadHessian` that a fit uses.
 
     Args:
         x: (n, D).

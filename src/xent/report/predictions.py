@@ -13,7 +13,7 @@ import numpy as np
 
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import class_text
-from xent.data.batches import slices
+from xent.data.batches import as_array, slices
 from xent.data.model_file import Model
 from xent.data.rows import SelectedRows, steps
 from xent.data.table import Table
@@ -42,7 +42,7 @@ def log_proba(
     """
     for here, x in steps(SelectedRows(table.rows, rows), step(model)):
         with np.errstate(over="ignore", invalid="ignore"):
-            log_p = model.log_proba(x.numpy())
+            log_p = model.log_proba(as_array(x))
         finite = np.isfinite(log_p).all(axis=1)
         if not finite.all():
             at = int(np.flatnonzero(~finite)[0])
