@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint types imports check wheel figures bench clean
+.PHONY: help setup demo test pages slow lint types imports check wheel figures bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -27,8 +27,11 @@ demo: setup ## fit handwritten digits, predict those held out; all of it lands i
 	$(BIN)/xent predict demo/model.safetensors demo/held-out.parquet -o demo/predictions.parquet
 
 # as many processes as cores, each on one thread: small products on threads that share a core wait for each other
-test: setup ## run all tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+test: setup ## run all tests but the slow ones and the pages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not pages"
+
+pages: setup ## run what the pages of the docs print
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m pages
 
 slow: setup ## the long soak tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -46,7 +49,7 @@ imports: setup ## the direction of imports: towards core, never up
 wheel: setup ## build the wheel, install it into an empty environment, import it there
 	sh .ci/wheel $(BIN)/python
 
-check: lint types imports wheel test ## what CI runs
+check: lint types imports wheel test pages ## what CI runs
 
 clean: ## remove what these targets made
 	rm -rf $(VENV) .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -14,6 +14,7 @@ PAGES = sorted((Path(__file__).parent.parent / "docs" / "how-to").glob("*.md"))
 BLOCK = re.compile(r"^```(sh|sh fails|python)\n(.*?)^```$", re.S | re.M)
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_runs_as_printed(tmp_path, page):
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))

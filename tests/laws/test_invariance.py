@@ -62,7 +62,7 @@ def test_class_permutation_equivariance(row, dtype, reduction):
 @pytest.mark.parametrize("gradient", ["early", "recomputed"])
 def test_tiling_changes_nothing(row, dtype, reduction, gradient):
     """Loss and gradients are the same through any tile that a budget allows."""
-    p = problem(row, dtype, n=11, d=5, c=13).differentiable()
+    p = problem(row, dtype, n=7, d=3, c=10).differentiable()
     leaves = [p.x, p.w, p.b]
 
     def run(budget):
