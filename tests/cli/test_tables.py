@@ -13,9 +13,96 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support
 from sklearn.utils.class_weight import compute_class_weight
 
+import xent
 from running import run
 from xent import SoftmaxRegression
 from xent.data import model_file
+
+
+def test_a_weight_is_so_many_rows(tmp_path):
+    """Means, scales and medians are those of the table that writes each row as often as its weight says."""
+    frame = penguins(90).assign(w=np.arange(90) % 3)
+    frame.loc[frame.w == 0, "bill"] *= 1000
+    frame.loc[4::9, "mass"] = np.nan
+    frame.to_csv("w.csv", index=False)
+    frame.loc[frame.index.repeat(frame.w)].drop(columns="w").to_csv("r.csv", index=False)
+    options = [
+        "--label",
+        "kind",
+        "--validation",
+        0,
+        "--missing",
+        "impute",
+        "--features",
+        "bill,mass",
+        "--quiet",
+    ]
+    run("fit", "w.csv", *options, "--weight", "w", "--out", "a")
+    run("fit", "r.csv", *options, "--out", "b")
+    a, b = (model_file.load(Path(f"{m}/model.safetensors")) for m in "ab")
+    for name in ("mean", "scale"):
+        np.testing.assert_allclose(getattr(a, name)[0], getattr(b, name)[0], rtol=1e-12)
+    x = frame[["bill", "mass"]].fillna(0)[:9]
+    loaded = [xent.load_model(f"{m}/model.safetensors").predict_proba(x) for m in "ab"]
+    np.testing.assert_allclose(*loaded, atol=2e-3)  # tol is 1e-4 of the objective
+
+
+def test_gaps_that_the_training_rows_do_not_have(tmp_path):
+    frame = penguins(120)[["bill", "mass", "kind"]]
+    frame.to_csv("whole.csv", index=False)
+    gap = frame.copy()
+    gap.loc[5, "mass"] = np.nan
+    gap.to_csv("gap.csv", index=False)
+    options = ["--label", "kind", "--missing", "impute", "--quiet", "--out", "m"]
+    run("fit", "whole.csv", *options, "--test", "gap.csv")
+    run("predict", "m/model.safetensors", "gap.csv", "-o", "p.csv", "--label", "kind")
+    loaded = xent.load_model("m/model.safetensors")
+    filled = gap.fillna({"mass": model_file.load(Path("m/model.safetensors")).encoding.fill[1]})
+    np.testing.assert_allclose(loaded.predict_proba(gap), loaded.predict_proba(filled), rtol=1e-12)
+    np.testing.assert_allclose(
+        pd.read_csv("p.csv").iloc[5, :3].astype(float), loaded.predict_proba(filled)[5]
+    )
+
+
+def test_gaps_in_arrays(tmp_path):
+    X = np.random.default_rng(0).normal(size=(150, 5))
+    y = (X[:, 0] > 0).astype(int)
+    X[::9, 1] = np.nan
+    np.save("X.npy", X)
+    np.save("y.npy", y)
+    run("fit", "X.npy", "--label", "y.npy", "--missing", "impute", "--out", "m", "--quiet")
+    run("predict", "m/model.safetensors", "X.npy", "-o", "p.csv")
+    assert (pd.read_csv("p.csv").prediction == y).mean() > 0.9
+    assert xent.load_model("m/model.safetensors").n_features_in_ == 6
+
+
+def test_what_two_options_or_two_columns_call_by_one_name(tmp_path):
+    frame = penguins(60)
+    twice = f"sex={frame.sex.dropna().iloc[0]}"
+    frame[twice] = 1.0 * np.arange(60)
+    frame["w"] = [[1.0, 2.0]] * 60
+    frame.to_parquet("a.parquet", index=False)
+    base = ["fit", "a.parquet", "--label", "kind", "--out", "m"]
+    said = run(*base, "--categorical", "sex", "--exclude", "sex,w", code=2).stderr
+    assert "column 'sex' is named in --exclude and in --categorical" in said
+    said = run(*base, "--categorical", "sex", "--missing", "drop", "--exclude", "w", code=2).stderr
+    assert f"two features would be called '{twice}'; rename a column, or leave one out with --exclude" in said
+    for some in (["--features", twice], ["--missing", "drop"]):
+        said = run(*base, *some, "--weight", "w", code=2).stderr
+        assert "column 'w' (--weight) holds lists of double, not numbers" in said
+
+
+def test_a_missing_category_is_a_bad_row(tmp_path):
+    frame = penguins(80).dropna()
+    frame.to_csv("a.csv", index=False)
+    run("fit", "a.csv", "--label", "kind", "--categorical", "sex", "--out", "m", "--quiet")
+    frame.iloc[7, frame.columns.get_loc("sex")] = None
+    frame.to_csv("b.csv", index=False)
+    run("predict", "m/model.safetensors", "b.csv", "-o", "p.csv", "--skip-bad")
+    assert 8 not in pd.read_csv("p.csv").row_number.tolist()
+    assert "row 8, column 'sex' is missing" in (
+        run("predict", "m/model.safetensors", "b.csv", "-o", "q.csv", code=2).stderr
+    )
 
 
 def penguins(rows: int = 300, seed: int = 0) -> pd.DataFrame:

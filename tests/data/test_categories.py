@@ -162,7 +162,7 @@ BAD = {
     "infinite": ({"weight": "w"}, [1.0, np.inf], r"row 2, column 'w' holds inf"),
     "no mass": ({"soft": ["w", "u"]}, [0.0, 0.0], r"row 2 has no mass in any of --soft-labels"),
     "one class": ({"soft": ["w"]}, [1.0, 1.0], "--soft-labels names one class"),
-    "text": ({"soft": ["w", "kind"]}, [1.0, 1.0], r"column 'kind' \(--soft-labels\) holds string"),
+    "text": ({"soft": ["w", "kind"]}, [1.0, 1.0], r"column 'kind' \(--soft-labels\) holds text"),
     "twice": ({"soft": ["w", "u"], "weight": "w"}, [1.0, 1.0], "'w' is named in --weight and in --soft"),
     "no column": ({"weight": "x"}, [1.0, 1.0], r"no column 'x' \(--weight\)"),
 }

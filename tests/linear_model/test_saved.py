@@ -136,6 +136,28 @@ def test_a_pipeline_of_scikit_learn_takes_the_same_frames(penguins):
         assert again[-1].coef_.shape == loaded.coef_.shape
 
 
+def test_what_is_changed_is_saved(penguins):
+    loaded = xent.load_model("m/model.safetensors")
+    loaded.temperature_ = 3.0
+    loaded.save("t.safetensors")
+    again = xent.load_model("t.safetensors")
+    assert again.temperature_ == 3.0
+    np.testing.assert_array_equal(again.predict_proba(penguins), loaded.predict_proba(penguins))
+    loaded.coef_ = 2 * loaded.coef_
+    loaded.save("t.safetensors")
+    again = xent.load_model("t.safetensors")
+    np.testing.assert_allclose(again.predict_proba(penguins), loaded.predict_proba(penguins), rtol=1e-12)
+    chosen = xent.SoftmaxRegressionCV(Cs=[1e-3, 1e-2], cv=2).fit(*data(3, "text"))
+    chosen.save("c.safetensors")
+    assert xent.load_model("c.safetensors").C == chosen.C_
+
+
+def test_other_columns_of_a_frame_may_hold_anything(penguins):
+    loaded = xent.load_model("m/model.safetensors")
+    odd = penguins.assign(notes=[1, "text", None, {}] * 50)
+    np.testing.assert_array_equal(loaded.predict_proba(odd), loaded.predict_proba(penguins))
+
+
 def test_a_model_of_lists_takes_frames_of_lists(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     X, y = data(4, "text")

@@ -25,7 +25,7 @@ from xent.cli.predict_job import score
 from xent.cli.solve_job import Gap, How, Outcome, Settings, solve
 from xent.cli.strength_job import Strengths, along_the_path, spaced
 from xent.data import model_file
-from xent.data.encoding import Encoding
+from xent.data.encoding import Encoding, check_apart
 from xent.data.labels import kind_of
 from xent.data.model_file import Model
 from xent.data.read import read_table
@@ -168,7 +168,9 @@ def fit(
     training, validation = split(table, settings.validation, settings.seed, ranks)
     check_names(table.classes, COLUMNS, table.source)
     own, held = table.own(training), table.own(validation)
-    encoding = Encoding.learnt(table, own, settings.missing == "impute", ranks)
+    counted = own if table.weight is None else own[table.weight[own] > 0]
+    encoding = Encoding.learnt(table, counted, settings.missing == "impute", ranks)
+    check_apart(table.source, encoding.names)
     table = encoding.encoded(table)
     check_range(table, ranks)
     if checkpoints is not None:
@@ -188,7 +190,8 @@ def fit(
     _check_masses(table, class_masses, float(ranks.sum(rows_held.mass(slice(None)).sum())), len(validation))
     if settings.class_weight == "balanced":
         rows_own = balanced(rows_own, class_masses)
-    scaling = standardisation(rows_own.source, settings.standardize, ranks)
+    of_own = None if table.weight is None else table.weight[own]
+    scaling = standardisation(rows_own.source, settings.standardize, ranks, of_own)
     shape = (*rows_own.source.shape, n_classes)
     with workers(*shape, device=device, class_parallel=ranks.slices > 1) as threads:
         strengths = None
@@ -214,7 +217,7 @@ def fit(
 
         judge = model = _model(table, settings, done, scaling, encoding)
         if strengths is not None and not done.interrupted:  # again, on all rows
-            of_all = standardisation(table.rows, settings.standardize, ranks)
+            of_all = standardisation(table.rows, settings.standardize, ranks, table.weight)
             rows = every
             if settings.class_weight == "balanced":
                 everyone = np.arange(len(table))

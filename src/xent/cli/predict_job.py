@@ -185,7 +185,7 @@ def predict_streaming(
     with contextlib.ExitStack() as stack:
         file: PredictionFile | None = None
         for part in parts:
-            table = model.encoded(part.table)
+            table = model.encoded(part.table, strict=not wanted.skip_bad)
             done.unknown_categories.update(table.unknown)
             if file is None:
                 before = list(part.kept.schema)

@@ -363,10 +363,12 @@ def numbers_beside(
     """
     strict = dataclasses.replace(wanted, missing="error")
     for column in columns.beside:
-        if not is_number(column.number):
+        lists = column.name == wanted.weight and column.width is not None
+        if lists or not is_number(column.number):
             option = "--soft-labels" if column.name in wanted.soft else "--weight"
             raise BadInput(
-                f"{path}: column {quoted(column.name)} ({option}) holds {column.kind}, not numbers"
+                f"{path}: column {quoted(column.name)} ({option}) holds "
+                f"{_described(column.kind, column.width)}, not numbers"
             )
     made = [_numbers(path, strict, arrow.column(column.name), column, start) for column in columns.beside]
     stacked = [array.reshape(len(array), -1).astype(np.float64) for array in made]

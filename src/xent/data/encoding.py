@@ -10,7 +10,8 @@ A category that the encoding has not seen is zero in all its indicators, and is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,16 +93,21 @@ class Encoding:
         named += [name for name, gap in zip(categories, missing, strict=True) if gap]
         return cls(numbers, categories, medians, tuple(named))
 
-    def encoded(self, table: Table) -> Table:
+    @property
+    def adds(self) -> bool:
+        """True where there are features beside the numbers."""
+        return self.names != self.numbers
+
+    def encoded(self, table: Table, strict: bool = True) -> Table:
         """Return a table, with this encoding's columns, of the features; one that has them is itself.
 
-        Raises ``BadInput`` for a category that is missing where that is an error.
+        Raises ``BadInput`` for a category that is missing where that is an error, unless not ``strict``.
         """
-        if self.plain or (table.feature_names == self.names and not table.categories):
+        if self.plain or (self.adds and table.feature_names == self.names and not table.categories):
             return table
         by_name = {column.name: column for column in table.categories}
         codes = [by_name[name].recoded(values) for name, values in self.categories.items()]
-        if self.fill is None:
+        if self.fill is None and strict:
             for name, own in zip(self.categories, codes, strict=True):
                 if (own == -1).any():
                     row = table.start + int(np.flatnonzero(own == -1)[0])
@@ -122,6 +128,16 @@ class Encoding:
             feature_names=self.names,
             categories=(),
             unknown={name: count for name, count in unknown.items() if count},
+        )
+
+
+def check_apart(source: str, names: Sequence[str]) -> None:
+    """Raise ``BadInput`` for two features of one name: an entry of lists or a category, and a column."""
+    if len({*names}) < len(names):
+        twice = next(name for name, count in Counter(names).items() if count > 1)
+        raise BadInput(
+            f"{source}: two features would be called {quoted(twice)}; rename a column, or leave one out with "
+            "--exclude"
         )
 
 

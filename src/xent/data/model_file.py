@@ -60,9 +60,12 @@ class Model:
     temperature: float = 1.0  # T, by which logits are divided
     encoding: Encoding | None = None  # the way from columns to features; None where they are the same
 
-    def encoded(self, table: Table) -> Table:
-        """Return a table of the model's features, of one of the columns that it was fitted on."""
-        return table if self.encoding is None else self.encoding.encoded(table)
+    def encoded(self, table: Table, strict: bool = True) -> Table:
+        """Return a table of the model's features, of one of the columns that it was fitted on.
+
+        Raises ``BadInput`` for a category that is missing where that is an error, unless not ``strict``.
+        """
+        return table if self.encoding is None else self.encoding.encoded(table, strict)
 
     @property
     def array_width(self) -> int | None:
@@ -174,7 +177,7 @@ def _model(path: Path) -> Model:
             label_name=None if about["label"] is None else _texts([about["label"]])[0],
             settings=dict(about["settings"]),
             kind=_kind(about["classes"].get("kind"), classes),
-            width=_width(about.get("width"), len(about["features"])),
+            width=_width(about.get("width"), about),
             temperature=float(about.get("temperature", 1.0)),
             encoding=None if about.get("encoding") is None else Encoding.of(about["encoding"]),
         )
@@ -224,8 +227,10 @@ def _kind(given: Any, classes: np.ndarray) -> Kind:
     return "text" if given == "text" else kind
 
 
-def _width(given: Any, features: int) -> int | None:
-    if given is not None and (type(given) is not int or given < features):
+def _width(given: Any, about: dict[str, Any]) -> int | None:
+    encoding = about.get("encoding")
+    columns = len(about["features"] if encoding is None else encoding["numbers"])
+    if given is not None and (type(given) is not int or given < columns):
         raise ValueError("the arrays are narrower than the model")
     return given
 

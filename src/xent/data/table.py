@@ -196,6 +196,7 @@ def _check_apart(path: Path, wanted: Wanted) -> None:
     others = {"--label": [wanted.label], "--features": wanted.features or (), "--categorical": ()}
     if wanted.categorical != "auto":
         others["--categorical"] = wanted.categorical
+        uses["--exclude"] = [name for name in wanted.exclude if name in wanted.categorical]
         both = [name for name in wanted.categorical if name == wanted.label]
         if both:
             raise BadInput(f"{path}: the label column {quoted(both[0])} cannot be in --categorical")

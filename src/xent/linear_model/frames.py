@@ -24,11 +24,10 @@ def is_frame(X: Any) -> bool:
 
 def features_of(frame: Any, model: Model, path: Path) -> Table:
     """Return a model's features (N, D) for a frame with the columns it was fitted on, or the features."""
-    import pyarrow as pa
-
     encoding, names = model.encoding, model.feature_names
-    arrow = pa.table(frame)
-    if encoding is not None and {*names} <= {*arrow.column_names}:
+    columns = [*names, *(() if encoding is None else (*encoding.numbers, *encoding.categories))]
+    arrow = _as_arrow(frame, {*columns, *(name.rpartition("[")[0] for name in columns)})
+    if encoding is not None and encoding.adds and {*names} <= {*arrow.column_names}:
         encoding = None  # its columns are the features already
     wanted = Wanted(
         features=names if encoding is None else encoding.numbers,
@@ -38,6 +37,17 @@ def features_of(frame: Any, model: Model, path: Path) -> Table:
     )
     table = table_from_arrow(Path("X"), wanted, arrow, Share())
     return table if encoding is None else encoding.encoded(table)
+
+
+def _as_arrow(frame: Any, columns: set[str]) -> Any:
+    """Return those columns of a frame as an Arrow table; what else there is may be of any kind."""
+    import pyarrow as pa
+
+    if isinstance(frame, pa.Table):
+        return frame
+    there = [name for name in frame.columns if name in columns]
+    # Arrow names the columns that are there where one is missing, and finds one that is there twice
+    return pa.table(frame[there] if there and len(there) == len({*there}) else frame)
 
 
 class FrameEncoder(TransformerMixin, BaseEstimator):

@@ -5,6 +5,7 @@ z = (W (x − mean)/scale + b)/T = (W′ x + b′)/T        W′ = W/scale,  b�
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,21 @@ class LoadedModel(SoftmaxRegression):
         return X
 
     def _as_model(self) -> Model:
-        return super()._as_model() if self._model is None else self._model
+        read = self._model
+        if read is None:
+            return super()._as_model()
+        read = dataclasses.replace(read, temperature=float(self.temperature_))
+        weight, bias = _in_units(read)
+        if np.array_equal(self.coef_, weight) and np.array_equal(self.intercept_, bias):
+            return read
+        zero, one = np.zeros(len(read.mean)), np.ones(len(read.mean))
+        return dataclasses.replace(read, weight=self.coef_, bias=self.intercept_, mean=zero, scale=one)
+
+
+def _in_units(read: Model) -> tuple[np.ndarray, np.ndarray]:
+    """Return the weights (C, D) and biases (C,) for features that are not standardised, in float64."""
+    weight = read.weight.astype(np.float64) / read.scale
+    return weight, read.bias - weight @ read.mean.astype(np.float64)
 
 
 def load_model(path: str | os.PathLike[str]) -> LoadedModel:
@@ -117,8 +132,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     model = LoadedModel(C=float("inf") if inverse is None else inverse)
     model._model, model._path = read, Path(path)
     model.classes_ = read.classes
-    model.coef_ = read.weight.astype(np.float64) / read.scale
-    model.intercept_ = read.bias - model.coef_ @ read.mean.astype(np.float64)
+    model.coef_, model.intercept_ = _in_units(read)
     model.temperature_ = read.temperature
     model.n_features_in_ = model.coef_.shape[1]
     model.n_iter_ = 0

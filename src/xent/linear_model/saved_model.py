@@ -59,6 +59,8 @@ class Saved:
         count = self.coef_.shape[1]
         names = getattr(self, "feature_names_in_", None)
         parameters = self.get_params(deep=False)  # type: ignore[attr-defined]
+        if hasattr(self, "C_"):
+            parameters = parameters | {"C": self.C_}  # as chosen
         return Model(
             weight=self.coef_,
             bias=self.intercept_,

@@ -81,12 +81,18 @@ def check_range(table: Table, ranks: Ranks) -> None:
         )
 
 
-def standardisation(source: RowSource, wanted: bool, ranks: Ranks) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and scale, (D,) each, of the columns of all ranks' rows (n, D)."""
+def standardisation(
+    source: RowSource, wanted: bool, ranks: Ranks, weight: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return mean and scale, (D,) each, of the columns of all ranks' rows (n, D) with weights (n,).
+
+    A whole weight counts as that many rows, and 0 as none.
+    """
     n_features, dtype = source.shape[1], source.dtype
     if not wanted:
         return np.zeros(n_features, dtype), np.ones(n_features, dtype)
-    parts = ((torch.ones(len(x)), DenseBatch(x)) for _, x in blocks(source))
+    weights = torch.ones(source.shape[0]) if weight is None else torch.from_numpy(weight)
+    parts = ((weights[here], DenseBatch(x)) for here, x in blocks(source))
     found = moments(parts, n_features, np.dtype(np.float64), ranks)
     scale = np.sqrt(found.squares)
     # a constant feature's deviation is rounding; dividing by it would make noise of size 1
