@@ -6,6 +6,8 @@ import io
 import json
 import subprocess
 import sys
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -112,6 +114,35 @@ def test_bad_rows_are_text_in_the_encoding(model, line):
     assert not Path("p.csv").exists()
     run("predict", "m/model.safetensors", "b.csv", "-o", "p.csv", "--skip-bad", "--encoding", "latin-1")
     assert 1 in pd.read_csv("p.csv").row_number.tolist()
+
+
+KEPT = {  # a column, and its first value as JSON lines have it
+    "day": (pa.array([date(2026, 11, 27)] * 5), "2026-11-27"),
+    "time": (pa.array([datetime(2026, 11, 27, 1, 2, 3)] * 5), "2026-11-27T01:02:03"),
+    "duration": (pa.array([timedelta(hours=1)] * 5), "1:00:00"),
+    "decimal": (pa.array([Decimal("1.10")] * 5), "1.10"),
+    "bytes": (pa.array([b"\xff\x00"] * 5), "/wA="),
+    "list": (pa.array([[1, 2]] * 5), [1, 2]),
+    "struct": (pa.array([{"a": 1.5, "b": date(2026, 1, 2)}] * 5), {"a": 1.5, "b": "2026-01-02"}),
+    "null": (pa.nulls(5), None),
+    "category": (pa.array(["x"] * 5).dictionary_encode(), "x"),
+}
+
+
+@pytest.mark.parametrize("kind", KEPT)
+def test_columns_of_every_kind_are_kept(model, kind):
+    column, value = KEPT[kind]
+    frame = pa.table({"u": np.arange(5.0), "v": np.ones(5), "w": np.ones(5), "k": column})
+    parquet.write_table(frame, "b.parquet")
+    for name in ("p.jsonl", "p.csv", "p.parquet"):
+        run("predict", "m/model.safetensors", "b.parquet", "-o", name, "--keep", "k")
+    assert json.loads(Path("p.jsonl").read_text().splitlines()[0])["k"] == value
+    assert parquet.read_table("p.parquet")["k"].to_pylist() == column.to_pylist()
+    text = pd.read_csv("p.csv", dtype=str, keep_default_na=False).k[0]
+    if kind in ("list", "struct"):
+        assert json.loads(text) == value
+    elif kind in ("day", "decimal", "bytes", "category"):
+        assert text == value
 
 
 BAD_ROWS = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,15 @@ def quoted(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def json_text(value: Any, indent: int | None = None) -> str:
+def json_text(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
     """Return a value as JSON; numbers that are not finite, for which JSON has no word, are null.
+
+    ``default(value)`` stands for a value of another type than JSON's.
 
     >>> json_text({"loss": float("inf"), "rows": 3})
     '{"loss": null, "rows": 3}'
     """
-    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False, default=default)
 
 
 def _finite(value: Any) -> Any:

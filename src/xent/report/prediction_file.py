@@ -6,6 +6,7 @@ columns before | class_1, probability_1, class_2, ... | prediction    the k most
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -57,7 +58,12 @@ class PredictionFile:
                 for field in (pa.field(label, self._kind), pa.field(number, self._number))
             ]
         self._classes = pa.array(model.classes.tolist(), self._kind)
-        self._schema = pa.schema([*before, *of_classes, pa.field("prediction", self._kind)])
+        self._as_json = [self.form == ".csv" and _lacks_text(field.type) for field in before]
+        led_by = [
+            field.with_type(pa.string()) if as_json else field
+            for field, as_json in zip(before, self._as_json, strict=True)
+        ]
+        self._schema = pa.schema([*led_by, *of_classes, pa.field("prediction", self._kind)])
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[PredictionFile]:
@@ -85,7 +91,15 @@ class PredictionFile:
         import pyarrow as pa
 
         if len(p):
-            columns = [*before, *self._columns(p), self._labels(p.argmax(axis=1))]
+            led_by = [
+                pa.array(
+                    [None if value is None else _json(value) for value in column.to_pylist()], pa.string()
+                )
+                if as_json
+                else column
+                for column, as_json in zip(before, self._as_json, strict=True)
+            ]
+            columns = [*led_by, *self._columns(p), self._labels(p.argmax(axis=1))]
             self._write(pa.Table.from_arrays(columns, schema=self._schema))
 
     def labels(self, codes: np.ndarray) -> Any:
@@ -127,7 +141,28 @@ class PredictionFile:
 
 def _lines(table: Any, write: Any) -> None:
     for row in table.to_pylist():
-        write(json_text(row) + "\n")
+        write(_json(row) + "\n")
+
+
+def _lacks_text(kind: Any) -> bool:
+    """Return whether CSV has no text of its own for values of an Arrow type."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)) or any(
+        is_such(kind)
+        for is_such in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+    )
+
+
+def _json(value: Any) -> str:
+    """Return JSON, in which times are as ISO 8601 has them, bytes are in base64 and decimals are text."""
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else json_text(value, default=_plain)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
 def check_suffix(path: Path) -> None:
