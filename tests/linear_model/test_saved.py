@@ -169,6 +169,16 @@ def test_a_model_of_lists_takes_frames_of_lists(tmp_path, monkeypatch):
     np.testing.assert_allclose(p, predicted("a.parquet")[loaded.classes_], rtol=1e-5)
     np.testing.assert_allclose(loaded.predict_proba(X.astype(np.float32)), p, rtol=1e-6)
     assert loaded.feature_names_in_.tolist() == [f"emb[{i}]" for i in range(4)]
+    for width in (3, 5):
+        other = pd.DataFrame({"emb": list(np.zeros((2, width), np.float32))})
+        with pytest.raises(BadInput, match="the lists of column 'emb' hold"):
+            loaded.predict(other)
+        other.to_parquet("b.parquet", index=False)
+        done = CliRunner().invoke(cli, ["predict", "m/model.safetensors", "b.parquet", "-o", "q.csv"])
+        assert "the lists of column 'emb' hold" in done.stderr
+    some = ["--features", "emb[0],emb[1]", "--out", "n"]
+    assert CliRunner().invoke(cli, ["fit", "a.parquet", "--label", "kind", *some]).exit_code == 0
+    assert xent.load_model("n/model.safetensors").predict_proba(frame).shape == p.shape
 
 
 def test_frames_that_lack_something_are_named(penguins):

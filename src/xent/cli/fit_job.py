@@ -305,6 +305,7 @@ def read_test(path: Path, label: str, table: Table, wanted: Wanted, ranks: Ranks
         categorical=[column.name for column in table.categories],
         most=sys.maxsize,
         width=table.width,
+        lists=table.lists,
     )
     return read_table(path, columns, ranks)
 
@@ -357,6 +358,7 @@ def _model(
         settings=dataclasses.asdict(settings),
         kind=kind_of(table.classes),
         width=table.width,
+        lists=table.lists,
         encoding=None if encoding.plain else encoding,
     )
 

@@ -47,6 +47,7 @@ def wanted_for(
         label_optional=label is None,
         model=model_path,
         width=model.array_width,
+        lists=model.lists,
         layout=layout,
         categorical=[] if encoding is None else list(encoding.categories),
         missing="error" if encoding is None or encoding.fill is None else "impute",

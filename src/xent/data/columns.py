@@ -83,6 +83,11 @@ class Columns:
         return list(dict.fromkeys(column.name for column in self.features))
 
     @property
+    def lists(self) -> dict[str, int]:
+        """The length of the lists in each column of features that holds some."""
+        return {column.name: column.width for column in self.features if column.width is not None}
+
+    @property
     def dtype(self) -> np.dtype:
         """The type that they are decoded into: the narrowest that holds them all."""
         import pyarrow as pa
@@ -221,6 +226,12 @@ def _column(
     width = widths[name]
     if width is None or None in positions:
         return Column(name, kinds[name], width)
+    fitted = wanted.lists.get(name, width)
+    if width > fitted:
+        raise BadInput(
+            f"{path}: the lists of column {quoted(name)} hold {width} numbers, and {wanted.model} takes "
+            f"lists of {fitted}; are they of another kind of embedding?"
+        )
     entries = tuple(position for position in positions if position is not None)
     beyond = [position for position in entries if position >= width]
     if beyond:

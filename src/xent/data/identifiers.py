@@ -21,6 +21,10 @@ MOST_COLUMNS = 1000
 """Columns up to which they are looked at: wide tables are embeddings, whose columns are none."""
 
 
+LARGEST = 2.0**53
+"""The number beyond which every float64 is whole."""
+
+
 def look_like_identifiers(table: Table, ranks: Ranks = ALONE) -> list[str]:
     """Return the named columns of numbers that look like identifiers, of the rows of all ranks."""
     names = table.feature_names
@@ -31,7 +35,7 @@ def look_like_identifiers(table: Table, ranks: Ranks = ALONE) -> list[str]:
     values: list[np.ndarray] = []
     for _, x in blocks(table.rows):
         part = x.double().numpy()
-        whole &= (np.floor(part) == part).all(axis=0)
+        whole &= ((np.floor(part) == part) & (np.abs(part) < LARGEST)).all(axis=0)
         change = np.diff(np.concatenate([last, part]), axis=0)
         up &= (change > 0).all(axis=0)
         down &= (change < 0).all(axis=0)

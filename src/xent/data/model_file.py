@@ -57,6 +57,7 @@ class Model:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     kind: Kind = "text"  # of the labels, which decides what of a file's labels is a class
     width: int | None = None  # columns of the arrays it was fitted on; None for columns with names
+    lists: dict[str, int] = dataclasses.field(default_factory=dict)  # lengths of lists it was fitted on
     temperature: float = 1.0  # T, by which logits are divided
     encoding: Encoding | None = None  # the way from columns to features; None where they are the same
 
@@ -116,6 +117,7 @@ def save(model: Model, path: Path) -> None:
         "classes": {"type": kind, "kind": model.kind, "values": model.classes.tolist()},
         "features": list(model.feature_names),
         "width": model.width,
+        "lists": model.lists,
         "label": model.label_name,
         "settings": model.settings,
     }
@@ -178,6 +180,7 @@ def _model(path: Path) -> Model:
             settings=dict(about["settings"]),
             kind=_kind(about["classes"].get("kind"), classes),
             width=_width(about.get("width"), about),
+            lists=_lists(about.get("lists", {})),
             temperature=float(about.get("temperature", 1.0)),
             encoding=None if about.get("encoding") is None else Encoding.of(about["encoding"]),
         )
@@ -233,6 +236,12 @@ def _width(given: Any, about: dict[str, Any]) -> int | None:
     if given is not None and (type(given) is not int or given < columns):
         raise ValueError("the arrays are narrower than the model")
     return given
+
+
+def _lists(given: Any) -> dict[str, int]:
+    if not all(type(length) is int and length > 0 for length in given.values()):
+        raise ValueError("the lengths of lists are whole numbers")
+    return dict(given)
 
 
 def _texts(values: list[Any]) -> list[str]:

@@ -85,7 +85,9 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
         for here, batch in source.batches():
             features[here] = batch[:].numpy()
     check_finite(path, wanted, row_source(features), names, rows.start, columns.bases)
-    table = Table(str(path), features, tuple(names), unused=columns.unused, start=rows.start)
+    table = Table(
+        str(path), features, tuple(names), unused=columns.unused, lists=columns.lists, start=rows.start
+    )
 
     def column(name: str) -> Iterator[Any]:
         # text of the file's dictionary is there once, however many rows have it
@@ -306,7 +308,7 @@ def from_arrow(
     names, label = columns.names, columns.label
     made = matrix(path, wanted, arrow, columns.features, start, columns.dtype)
     check_finite(path, wanted, row_source(made), names, start, columns.bases)
-    table = Table(str(path), made, tuple(names), unused=columns.unused, start=start)
+    table = Table(str(path), made, tuple(names), unused=columns.unused, lists=columns.lists, start=start)
     table = with_categories(path, wanted, columns, table, lambda name: [arrow.column(name)], blank)
     if columns.beside:
         table = with_numbers_beside(path, wanted, arrow, columns, table)

@@ -44,6 +44,7 @@ class Table:
     unused: dict[str, str] = dataclasses.field(default_factory=dict)  # columns that are neither, and why
     start: int = 0  # the first row's position in the file
     width: int | None = None  # columns of the array that the features are from; None where columns have names
+    lists: dict[str, int] = dataclasses.field(default_factory=dict)  # lengths of those that features are from
     categories: tuple[Category, ...] = ()  # columns of few values, which are not yet features
     unknown: dict[str, int] = dataclasses.field(default_factory=dict)  # rows whose category no model knows
     weight: np.ndarray | None = None  # (N,) float64, how much each row counts
@@ -103,7 +104,8 @@ class Wanted:
     ``features`` None: every numeric column but the label and ``exclude``. ``label`` None: no label.
     ``label_optional``: the column, or a row's label, may be missing. ``model`` names the model file whose
     features these are, in its order; labels are then there to be compared with its classes, so that a row may
-    lack one and numbers may be floats. ``width`` is that of the arrays it was fitted on. ``parts`` is the
+    lack one and numbers may be floats. ``width`` is that of the arrays it was fitted on, and ``lists``
+    has the lengths of the lists. ``parts`` is the
     number of files that make up the table: each may take that part of the memory.
 
     ``categorical`` names columns whose values are numbered, "auto" every column of text or booleans that has
@@ -119,6 +121,7 @@ class Wanted:
     label_optional: bool = False
     model: Path | None = None
     width: int | None = None
+    lists: dict[str, int] = dataclasses.field(default_factory=dict)
     parts: int = 1
     layout: Layout = PLAIN
     categorical: Sequence[str] | Literal["auto"] = ()

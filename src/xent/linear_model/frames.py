@@ -32,6 +32,7 @@ def features_of(frame: Any, model: Model, path: Path) -> Table:
     wanted = Wanted(
         features=names if encoding is None else encoding.numbers,
         model=path,
+        lists=model.lists,
         categorical=[] if encoding is None else list(encoding.categories),
         missing="error" if encoding is None or encoding.fill is None else "impute",
     )

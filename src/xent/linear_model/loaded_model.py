@@ -72,8 +72,8 @@ class LoadedModel(SoftmaxRegression):
     def _of_features(self, X: Any) -> Any:
         if X.shape[1] != self.n_features_in_:
             raise ValueError(
-                f"X has {X.shape[1]} features, but {self._path} has {self.n_features_in_}: "
-                "feature_names_in_ in their order"
+                f"X has {X.shape[1]} features, but {self._path} has {self.n_features_in_}"
+                + (": feature_names_in_ in their order" if hasattr(self, "feature_names_in_") else "")
             )
         return X
 
