@@ -92,6 +92,23 @@ def test_what_two_options_or_two_columns_call_by_one_name(tmp_path):
         assert "column 'w' (--weight) holds lists of double, not numbers" in said
 
 
+def test_a_folder_is_fitted_again_and_again(tmp_path):
+    frame = penguins(60).dropna()
+    frame.to_csv("a.csv", index=False)
+    for _ in range(2):
+        run("fit", ".", "--label", "kind", "--quiet", "--out", "m")
+    frame.to_csv("validation.parquet", index=False)
+    assert "would be overwritten" in run("fit", ".", "--label", "kind", "--out", ".", code=2).stderr
+
+
+def test_what_is_used_goes_by_its_name(tmp_path):
+    frame = penguins(60).dropna().rename(columns={"bill": "emb[0]"})
+    done = run("fit", "-", "--label", "kind", "--out", "m", input=frame.to_csv(index=False))
+    assert "standard input.csv: 3 classes" in done.stdout or "standard input: 3 classes" in done.stdout
+    assert "xent-" not in done.stdout
+    assert "used: emb[0], mass" in done.stdout
+
+
 def test_a_missing_category_is_a_bad_row(tmp_path):
     frame = penguins(80).dropna()
     frame.to_csv("a.csv", index=False)

@@ -119,13 +119,11 @@ def test_a_model_of_a_table_takes_frames_with_its_columns(penguins):
 
 def test_a_pipeline_of_scikit_learn_takes_the_same_frames(penguins):
     loaded = xent.load_model("m/model.safetensors")
-    unseen = penguins.assign(sex=["x", *penguins.sex[1:]], extra=1)[
-        ["extra", "island", "sex", "ringed", "bill"]
-    ]
+    mixed = penguins.assign(extra=1)[["extra", "island", "sex", "ringed", "bill"]]
     pipeline = pickle.loads(pickle.dumps(loaded.to_sklearn()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for frame in (penguins, unseen, pa.Table.from_pandas(unseen)):
+        for frame in (penguins, mixed, pa.Table.from_pandas(mixed)):
             np.testing.assert_allclose(pipeline.predict_proba(frame), loaded.predict_proba(frame), rtol=1e-12)
         features = pipeline[0].transform(penguins)
         np.testing.assert_allclose(
@@ -156,6 +154,24 @@ def test_other_columns_of_a_frame_may_hold_anything(penguins):
     loaded = xent.load_model("m/model.safetensors")
     odd = penguins.assign(notes=[1, "text", None, {}] * 50)
     np.testing.assert_array_equal(loaded.predict_proba(odd), loaded.predict_proba(penguins))
+
+
+def test_categories_that_a_model_does_not_know_are_warned_of(penguins):
+    loaded = xent.load_model("m/model.safetensors")
+    unseen = penguins.assign(sex=["x", *penguins.sex[1:]], island=["y", "z", *penguins.island[2:]])
+    for predict in (loaded.predict_proba, loaded.to_sklearn().predict_proba):
+        with pytest.warns(UserWarning, match="does not know: 'sex' in 1 rows, 'island' in 2 rows"):
+            p = predict(unseen)
+        np.testing.assert_allclose(p[2:], loaded.predict_proba(penguins)[2:], rtol=1e-12)
+
+
+@pytest.mark.parametrize("nothing", [None, np.nan, pd.NA])
+@pytest.mark.parametrize("column", ["bill", "sex"])
+def test_columns_without_any_value(penguins, column, nothing):
+    loaded = xent.load_model("m/model.safetensors")
+    row = penguins[penguins[column].isna()][:1]
+    given = pd.DataFrame([{**row.iloc[0].to_dict(), column: nothing}])
+    np.testing.assert_allclose(loaded.predict_proba(given), loaded.predict_proba(row), rtol=1e-12)
 
 
 def test_a_model_of_lists_takes_frames_of_lists(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -33,7 +34,7 @@ from xent.cli.options import timeout as timeout_option
 from xent.cli.output import complain
 from xent.cli.reading_options import NAMES, check_standard_input, reading_options
 from xent.data.categories import MOST
-from xent.data.layout import Layout, spooled
+from xent.data.layout import STANDARD_INPUT, Layout, shown, spooled
 from xent.data.table import Wanted, as_option
 from xent.errors import MissingExtra
 from xent.linear_model.descent import STOPPING
@@ -292,6 +293,9 @@ def fit(
             table = sources.digits(ranks)
         else:
             table = read_table(files, wanted, ranks)
+            for given, file in zip(data, files, strict=True):
+                if given == STANDARD_INPUT:
+                    table = dataclasses.replace(table, source=shown(table.source, file))
         for name in () if features else look_like_identifiers(table, ranks):
             if not quiet:
                 complain(f"column {quoted(name)} looks like an id: --exclude {as_option(name)} leaves it out")

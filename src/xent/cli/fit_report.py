@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +106,8 @@ def _figures(parts: Sequence[tuple[str, Evaluation]]) -> Grid:
 def _of_columns(fitted: Fitted) -> Iterator[str]:
     """Yield which columns are used, which are not and why, and how many rows are left out."""
     encoding = fitted.model.encoding
-    used = _by_column(fitted.model.feature_names if encoding is None else encoding.numbers)
+    numbers = fitted.model.feature_names if encoding is None else encoding.numbers
+    used = _by_column(numbers, fitted.model.lists)
     if encoding is not None:
         used += [f"{name} ({len(values)} categories)" for name, values in encoding.categories.items()]
     if fitted.model.width is None:
@@ -120,9 +121,10 @@ def _of_columns(fitted: Fitted) -> Iterator[str]:
         yield f"imputed, with an indicator: {', '.join(encoding.gaps[:SHOWN])}"
 
 
-def _by_column(names: Sequence[str]) -> list[str]:
+def _by_column(names: Sequence[str], lists: Container[str]) -> list[str]:
     """Return the columns that features lie in, of lists with how many numbers of each."""
-    bases = [name.rpartition("[")[0] if name.endswith("]") else "" for name in names]
+    bases = [name.rpartition("[")[0] for name in names]
+    bases = [base if base in lists else "" for base in bases]
     found = []
     for base, group in itertools.groupby(zip(names, bases, strict=True), key=lambda pair: pair[1] or pair[0]):
         count = len(list(group))

@@ -100,7 +100,7 @@ def keep_inputs(output: Path, *inputs: Path) -> None:
     """Raise ``BadInput`` if the output would replace a file that the command reads."""
     for path in inputs:
         if path.is_dir():
-            keep_inputs(output, *path.iterdir())
+            keep_inputs(output, *(file for file in path.iterdir() if file.is_file()))
         if output.exists() and path.exists() and output.samefile(path):
             raise BadInput(f"{output}: is read by this command and would be overwritten; name another output")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ def is_frame(X: Any) -> bool:
 
 
 def features_of(frame: Any, model: Model, path: Path) -> Table:
-    """Return a model's features (N, D) for a frame with the columns it was fitted on, or the features."""
+    """Return a model's features (N, D) for a frame with the columns it was fitted on, or the features.
+
+    Warns of categories that the model does not know, whose indicators are all 0.
+    """
     encoding, names = model.encoding, model.feature_names
     columns = [*names, *(() if encoding is None else (*encoding.numbers, *encoding.categories))]
     arrow = _as_arrow(frame, {*columns, *(name.rpartition("[")[0] for name in columns)})
@@ -36,8 +40,24 @@ def features_of(frame: Any, model: Model, path: Path) -> Table:
         categorical=[] if encoding is None else list(encoding.categories),
         missing="error" if encoding is None or encoding.fill is None else "impute",
     )
-    table = table_from_arrow(Path("X"), wanted, arrow, Share())
-    return table if encoding is None else encoding.encoded(table)
+    table = table_from_arrow(Path("X"), wanted, _with_kinds(arrow, {*wanted.categorical}), Share())
+    table = table if encoding is None else encoding.encoded(table)
+    if table.unknown:
+        counts = ", ".join(f"{name!r} in {count:,} rows" for name, count in table.unknown.items())
+        warnings.warn(f"X holds categories that {path} does not know: {counts}", stacklevel=3)
+    return table
+
+
+def _with_kinds(arrow: Any, categorical: set[str]) -> Any:
+    """Return an Arrow table in which columns without any value are of the kind that is meant."""
+    import pyarrow as pa
+
+    for at, field in enumerate(arrow.schema):
+        column = arrow.column(at)
+        if column.null_count == len(column) and (pa.types.is_null(field.type) or field.name in categorical):
+            kind = pa.string() if field.name in categorical else pa.float64()
+            arrow = arrow.set_column(at, field.name, pa.nulls(len(column), kind))
+    return arrow
 
 
 def _as_arrow(frame: Any, columns: set[str]) -> Any:
