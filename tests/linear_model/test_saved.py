@@ -150,6 +150,14 @@ def test_what_is_changed_is_saved(penguins):
     assert xent.load_model("c.safetensors").C == chosen.C_
 
 
+def test_every_kind_of_frame_is_taken(penguins):
+    loaded = xent.load_model("m/model.safetensors")
+    table = pa.Table.from_pandas(penguins)
+    right = loaded.predict_proba(penguins)
+    for frame in (table.to_reader(), *table.to_batches()):
+        np.testing.assert_array_equal(loaded.predict_proba(frame), right)
+
+
 def test_other_columns_of_a_frame_may_hold_anything(penguins):
     loaded = xent.load_model("m/model.safetensors")
     odd = penguins.assign(notes=[1, "text", None, {}] * 50)

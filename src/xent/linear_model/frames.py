@@ -66,7 +66,8 @@ def _as_arrow(frame: Any, columns: set[str]) -> Any:
 
     if isinstance(frame, pa.Table):
         return frame
-    there = [name for name in frame.columns if name in columns]
+    named = getattr(frame, "columns", ())  # of a record batch they are arrays, and a stream has none
+    there = [name for name in named if isinstance(name, str) and name in columns]
     # Arrow names the columns that are there where one is missing, and finds one that is there twice
     return pa.table(frame[there] if there and len(there) == len({*there}) else frame)
 
