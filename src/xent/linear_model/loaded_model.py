@@ -112,7 +112,7 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
 
     Raises:
         BadInput: a ValueError; no file, or one that is no model or is damaged.
-        TypeError: the path is none.
+        TypeError: the path is neither a str nor an os.PathLike.
 
     Example:
         >>> import tempfile, xent
