@@ -48,7 +48,7 @@ def test_a_weight_is_so_many_rows(tmp_path):
 
 
 def test_gaps_that_the_training_rows_do_not_have(tmp_path):
-    frame = penguins(120)[["bill", "mass", "kind"]]
+    frame = penguins(120)[["bill", "mass", "kind"]].dropna(ignore_index=True)
     frame.to_csv("whole.csv", index=False)
     gap = frame.copy()
     gap.loc[5, "mass"] = np.nan
