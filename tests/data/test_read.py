@@ -211,7 +211,7 @@ BAD_TEXT = {
         r"row 2, column 'u' holds '2.{57}…",
     ),
     "utf16": (CSV.encode("utf-16"), Wanted("y"), r"the text is UTF-16; read it with --encoding utf-16"),
-    "quoted_name": ('"u,v",y\nnan,a\n', Wanted("y"), r"--exclude '\"u,v\"'"),
+    "quoted_name": ('"u,v",y\n1,a\ninf,a\n', Wanted("y"), r"--exclude '\"u,v\"'"),
     "no_numeric": ("n,y\nann,a\nbob,b\n", Wanted("y"), r"no numeric column is left"),
     "one_text": ("n,y\nann,a\n", Wanted("y", ["n"]), r"row 1, column 'n' holds 'ann'"),
     "text_feature": (
@@ -224,7 +224,7 @@ BAD_TEXT = {
         Wanted("y", weight="w"),
         r"'w' is missing .*; correct or drop the row, or name another",
     ),
-    "nan": ("u,y\n1,a\nnan,b\n", Wanted("y"), r"row 2, column 'u' holds nan"),
+    "nan": ("u,y\n1,a\nnan,b\n", Wanted("y"), r"row 2, column 'u' (is missing|holds nan)"),
     "inf": ("u,v,y\n1,1,a\n2,-inf,b\n", Wanted("y"), r"row 2, column 'v' holds -inf"),
     "missing_number": ("u,v,y\n1,,a\n1,2,b\n", Wanted("y"), r"row 1, column 'v' is missing"),
     "NA": ("u,v,y\n1,3,a\n1,NA,b\n", Wanted("y"), r"row 2, column 'v' is missing"),
@@ -474,7 +474,7 @@ def test_rows_are_counted_from_the_files_first(tmp_path, monkeypatch, share):
         ("a.parquet", "row 18, column 'x0' holds inf"),
         ("b.parquet", "row 18, column 'x0' is missing"),
         ("c.parquet", "row 19 has no label"),
-        ("a.csv", "row 18, column 'x0' holds nan"),
+        ("a.csv", "row 18, column 'x0' is missing"),
         ("b.csv", "row 18, column 'x0' holds 'oops'"),
         ("c.csv", "row 19 has no label"),
     ):

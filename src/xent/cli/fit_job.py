@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -303,7 +302,7 @@ def read_test(path: Path, label: str, table: Table, wanted: Wanted, ranks: Ranks
         features=table.feature_names,
         exclude=(),
         categorical=[column.name for column in table.categories],
-        most=sys.maxsize,
+        known={column.name: column.values for column in table.categories},
         width=table.width,
         lists=table.lists,
     )

@@ -50,6 +50,7 @@ def wanted_for(
         lists=model.lists,
         layout=layout,
         categorical=[] if encoding is None else list(encoding.categories),
+        known={} if encoding is None else encoding.categories,
         missing="error" if encoding is None or encoding.fill is None else "impute",
         skip_bad=skip_bad,
     )

@@ -14,7 +14,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,11 @@ from xent.data.table import NoRows, Wanted, bad_number, check_once, choose, no_n
 from xent.errors import BadInput
 
 _ENTRY = re.compile(r"(.+)\[([0-9]+)\]")
-_UNNAMED = re.compile(r"Unnamed: [0-9]+|__index_level_[0-9]+__")
+_UNNAMED = re.compile(r"\s*|Unnamed: [0-9]+(\.[0-9]+)*")  # as pandas reads, and reads again, no name
+_LEVEL = re.compile(r"__index_level_[0-9]+__")
+
+NO_VALUES = "no value in any row"
+"""What a column is described as holding whose type says that no row has a value."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Columns:
         """The type that they are decoded into: the narrowest that holds them all."""
         import pyarrow as pa
 
-        kinds = [column.number for column in self.features]
+        kinds = [column.number for column in self.features if not is_null(column.kind)]
         if not kinds or not all(pa.types.is_float32(kind) or pa.types.is_float16(kind) for kind in kinds):
             return np.dtype(np.float64)
         return np.dtype(np.float32 if any(pa.types.is_float32(kind) for kind in kinds) else np.float16)
@@ -101,10 +105,16 @@ class Columns:
 def choose_columns(path: Path, wanted: Wanted, schema: Any, width: Callable[[str], int]) -> Columns:
     """Choose among the columns of an Arrow schema; ``width(name)`` is the length of a column's first list.
 
+    A column without a value in any row is a feature or a category where it is named as one.
+
     Raises ``BadInput`` for columns that are not there, and for too many of them.
     """
     kinds = dict(zip(schema.names, (field.type for field in schema), strict=True))
-    lists = {name for name, kind in kinds.items() if is_number(list_of(kind))}
+    lists = {
+        name
+        for name, kind in kinds.items()
+        if is_number(list_of(kind)) or (is_null(kind) and name in wanted.lists)
+    }
     asked = None if wanted.features is None else [_entry(name, lists) for name in wanted.features]
     bases = wanted
     if asked is not None and _entries(asked):
@@ -140,8 +150,12 @@ def choose_columns(path: Path, wanted: Wanted, schema: Any, width: Callable[[str
 
 
 def index_columns(schema: Any) -> set[str]:
-    """Return the columns that were the index of a data frame: by what pandas wrote, or without a name."""
-    found = {name for name in schema.names if not name.strip() or _UNNAMED.fullmatch(name)}
+    """Return the columns that were the index of a data frame: by what pandas wrote, or without a name.
+
+    A column without a name counts where only such columns are before it, as pandas writes an index to CSV.
+    """
+    found = {name for name in schema.names if _LEVEL.fullmatch(name)}
+    found.update(itertools.takewhile(_UNNAMED.fullmatch, schema.names))
     about = (schema.metadata or {}).get(b"pandas")
     with contextlib.suppress(ValueError, TypeError, AttributeError):  # metadata may hold anything
         index = json.loads(about or b"{}").get("index_columns", [])
@@ -165,17 +179,30 @@ def _categorical(path: Path, wanted: Wanted, kinds: dict[str, Any], index: set[s
     return [
         name
         for name in names
-        if name not in passed_over and may_be_numbered(kinds[name]) and not is_number(kinds[name])
+        if name not in passed_over
+        and may_be_numbered(kinds[name])
+        and not (is_number(kinds[name]) or is_null(kinds[name]))
     ]
 
 
 def may_be_numbered(kind: Any) -> bool:
-    """Return whether a column of an Arrow type can be one of categories."""
+    """Return whether a column of an Arrow type can be one of categories.
+
+    Floats can, as whole numbers are where a row has none; that they are whole is seen when they are numbered.
+    """
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
         return may_be_numbered(kind.value_type)
-    return bool(is_text(kind) or pa.types.is_boolean(kind) or pa.types.is_integer(kind))
+    of_numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return bool(is_text(kind) or pa.types.is_boolean(kind) or is_null(kind) or of_numbers)
+
+
+def is_null(kind: Any) -> bool:
+    """Return whether an Arrow type says that no row has a value."""
+    import pyarrow as pa
+
+    return bool(pa.types.is_null(kind))
 
 
 def is_text(kind: Any) -> bool:
@@ -195,13 +222,20 @@ def _described(kind: Any, width: int | None) -> str:
         return "empty lists"
     if (number := list_of(kind)) is not None:
         return f"lists of {_described(number, None)}"
+    if is_null(kind):
+        return NO_VALUES
     return "booleans" if pa.types.is_boolean(kind) else "text" if is_text(kind) else str(kind)
 
 
-def _entry(name: str, lists: set[str]) -> tuple[str, int | None]:
+def _entry(name: str, lists: Collection[str]) -> tuple[str, int | None]:
     """Return the column of a feature, and its position in the lists there."""
     found = _ENTRY.fullmatch(name)
     return (found[1], int(found[2])) if found is not None and found[1] in lists else (name, None)
+
+
+def column_of(name: str, lists: Collection[str]) -> str:
+    """Return the column that a feature lies in; ``lists`` are those of lists."""
+    return _entry(name, lists)[0]
 
 
 def _entries(asked: Sequence[tuple[str, int | None]]) -> bool:
@@ -251,7 +285,7 @@ def check_numbers(path: Path, wanted: Wanted, columns: Columns, schema: Any) -> 
         number = kind if column.width is None else list_of(kind)
         if column.width == 0:
             why = "holds an empty list in the first row"
-        elif not (is_number(number) or pa.types.is_boolean(number)):
+        elif not (is_number(number) or is_null(kind) or pa.types.is_boolean(number)):
             raise no_number(path, wanted, column.name, _described(kind, column.width), may_be_numbered(kind))
         else:
             continue
@@ -279,14 +313,26 @@ def list_of(kind: Any) -> Any:
     return kind.value_type if is_list else None
 
 
-def width_of(path: Path, first: Any, name: str) -> int:
-    """Return the length of the first list of a column, given as an array of that row alone."""
-    if not len(first):
+def width_of(path: Path, wanted: Wanted, arrays: Iterable[Any], name: str) -> int:
+    """Return the length of the first list of a column, given as Arrow arrays of its rows, each some.
+
+    Raises ``BadInput`` where the first row has none and that is an error, and where no row has one, unless
+    it is known from a fit.
+    """
+    rows, strict = 0, wanted.missing == "error" and not wanted.skip_bad
+    for array in arrays:
+        if strict and not rows and len(array) and not array[0].is_valid:
+            raise BadInput(
+                f"{path}: row 1, column {quoted(name)} is missing where a list of numbers is needed"
+            )
+        if array.null_count < len(array):
+            return int(np.size(next(value for value in array if value.is_valid).as_py()))
+        rows += len(array)
+    if not rows:
         raise NoRows(path)
-    value = first[0].as_py()
-    if value is None:
-        raise BadInput(f"{path}: row 1, column {quoted(name)} is missing where a list of numbers is needed")
-    return int(np.size(value))
+    if name in wanted.lists:
+        return wanted.lists[name]
+    raise BadInput(f"{path}: column {quoted(name)} holds no list in any row; {wanted.without(name)}")
 
 
 def matrix(
@@ -312,6 +358,10 @@ def _numbers(path: Path, wanted: Wanted, given: Any, column: Column, start: int)
     """Return the numbers of a column, (rows,), or (rows, entries) of lists."""
     import pyarrow as pa
 
+    if is_null(given.type):
+        if len(given) and wanted.missing == "error" and not wanted.skip_bad:
+            raise bad_number(path, wanted, column.name, start, None)
+        return np.full(len(given) if column.width is None else (len(given), len(column.names)), np.nan)
     array = given.combine_chunks() if isinstance(given, pa.ChunkedArray) else given
     if isinstance(array, pa.ChunkedArray):  # of no chunk
         array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)

@@ -23,7 +23,7 @@ import numpy as np
 
 from xent._processes.group import Share
 from xent._util.text import quoted
-from xent.data.categories import TooMany, numbered
+from xent.data.categories import MISSING, TooMany, numbered
 from xent.data.columns import Columns, choose_columns
 from xent.data.layout import Layout, opened
 from xent.data.limits import MOST_CELL, MOST_NAME, check_columns, check_names
@@ -37,10 +37,10 @@ BLOCK = 8 << 20
 STREAMED = 1 << 20
 """Bytes that are parsed at a time where rows are not kept, unless lines are long."""
 
-MISSING = ["", "NA", "N/A", "n/a", "#N/A", "NULL", "null"]
-"""Cells that are a missing number. (As a label, all but the empty text are text like any other.)"""
-
 _COMMA = re.compile(r"\s*[+-]?[0-9]+,[0-9]+\s*")
+
+BOOLEANS = {"1": ["1", "True", "TRUE", "true"], "0": ["0", "False", "FALSE", "false"]}
+"""Cells of a column of booleans, which as numbers are 1 and 0; Arrow's."""
 
 _NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?$|^nan$"
 
@@ -63,7 +63,7 @@ def read_csv(path: Path, wanted: Wanted, share: Share) -> Table:
         _no_text_chosen(path, wanted, head)
         _no_number_spoiled(path, wanted, head)
         columns = _without_many(path, wanted, head, choose_columns(path, wanted, schema, no_lists))
-        column_types = {name: pa.float64() for name in (*columns.read, *(c.name for c in columns.beside))}
+        column_types = {c.name: _number_type(c.kind) for c in (*columns.features, *columns.beside)}
         column_types |= dict.fromkeys(columns.categorical, pa.dictionary(pa.int32(), pa.string()))
         if columns.label is not None:
             column_types[columns.label] = pa.string()
@@ -103,9 +103,9 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
         _check_cells(path, head)
         columns = choose_columns(path, wanted, schema, no_lists)
         check_kept(path, keep, schema.names)
-        numbers = [*columns.read, *(each.name for each in columns.beside)]
+        numbers = {each.name: _number_type(each.kind) for each in (*columns.features, *columns.beside)}
         column_types = dict.fromkeys([*keep, *([columns.label] if columns.label else [])], pa.string())
-        column_types |= dict.fromkeys(numbers, pa.string() if wanted.skip_bad else pa.float64())
+        column_types |= dict.fromkeys(numbers, pa.string()) if wanted.skip_bad else numbers
         column_types |= dict.fromkeys(columns.categorical, pa.dictionary(pa.int32(), pa.string()))
         read = list(dict.fromkeys([*columns.every, *keep]))
         # several threads would read ahead, some blocks each
@@ -115,11 +115,10 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
             for part, readable in _with_odd_rows(file, text.odd_rows):
                 kept = part.select(list(keep))
                 if wanted.skip_bad:
-                    for name in numbers:
+                    for name, kind in numbers.items():
                         place = part.schema.get_field_index(name)
-                        part = part.set_column(
-                            place, name, _numbers_of(part.column(name), text.layout.decimal)
-                        )
+                        made = _numbers_of(part.column(name), text.layout.decimal, kind)
+                        part = part.set_column(place, name, made)
                 table = from_arrow(path, wanted, part, columns, start, MISSING)
                 yield dataclasses.replace(table, readable=readable), kept
                 start += len(part)
@@ -155,12 +154,22 @@ def _with_odd_rows(file: Any, odd: Sequence[int]) -> Iterator[tuple[Any, np.ndar
         yield none, np.zeros(left, dtype=bool)
 
 
-def _numbers_of(column: Any, decimal: str) -> Any:
+def _number_type(kind: Any) -> Any:
+    """Return the type that a column of numbers is read as: its own where it is one of booleans."""
+    import pyarrow as pa
+
+    return kind if pa.types.is_boolean(kind) else pa.float64()
+
+
+def _numbers_of(column: Any, decimal: str, kind: Any) -> Any:
     """Return text as numbers: null where one is missing, inf where there is something else."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
     cells = pc.utf8_trim_whitespace(column)
+    if pa.types.is_boolean(kind):
+        for number, names in BOOLEANS.items():
+            cells = pc.if_else(pc.is_in(cells, pa.array(names)), number, cells)
     missing = pc.or_(pc.is_in(column, pa.array(MISSING)), pc.is_null(column))
     if decimal != ".":
         cells = pc.replace_substring(pc.replace_substring(cells, ".", "?"), decimal, ".")
@@ -270,7 +279,7 @@ def types(text: TextFile, columns: dict[str, Any], include: list[str] | None = N
     return csv.ConvertOptions(
         column_types=columns,
         include_columns=include,
-        null_values=MISSING,
+        null_values=[*MISSING],
         strings_can_be_null=False,
         decimal_point=text.layout.decimal,
     )
@@ -367,13 +376,18 @@ def _diagnose_csv(text: TextFile, wanted: Wanted, error: Exception) -> BadInput:
         with text.open(types(text, as_text(wanted)), threads=False) as head:  # so that messages name rows
             schema = head.schema
         columns = choose_columns(path, wanted, schema, no_lists)
-        numbers = [*columns.read, *(column.name for column in columns.beside)]
+        numbers = {c.name: pa.types.is_boolean(c.kind) for c in (*columns.features, *columns.beside)}
         with text.open(types(text, dict.fromkeys(schema.names, pa.string())), threads=False) as blocks:
             first = 0
             for block in blocks:
-                for name in numbers:
+                for name, is_boolean in numbers.items():
                     for i, cell in enumerate(block.column(name).to_pylist()):
-                        if _is_bad(cell, decimal):
+                        if is_boolean and cell not in (*MISSING, *BOOLEANS["1"], *BOOLEANS["0"]):
+                            return BadInput(
+                                f"{path}: row {first + i + 1}, column {quoted(name)} holds {quoted(cell)}, "
+                                f"and the rows before it booleans; correct the row, or {wanted.without(name)}"
+                            )
+                        if not is_boolean and _is_bad(cell, decimal):
                             return bad_number(path, wanted, name, first + i, cell)
                 first += len(block)
     except BadInput as found:

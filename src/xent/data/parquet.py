@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,9 @@ PIECEWISE: dict[str, Any] = {"pre_buffer": False, "buffer_size": 1 << 16}
 AT_ONCE = 64 << 20
 """Bytes of row groups that are decoded at the same time; a larger one is decoded by one thread."""
 
+MOST_FIRST = 1024
+"""Rows that are decoded at a time to find a column's first list."""
+
 IN_MEMORY = 384 << 20
 """Bytes of features up to which a file's rows are decoded once, and kept."""
 
@@ -70,7 +72,7 @@ def read_parquet(path: Path, wanted: Wanted, share: Share) -> Table:
         about, schema = file.metadata, file.schema_arrow
         check_columns(path, len(schema.names))
         check_names(path, schema.names)
-        columns = choose_columns(path, wanted, schema, lambda name: _first_width(path, file, name))
+        columns = choose_columns(path, wanted, schema, lambda name: _first_width(path, wanted, file, name))
     check_numbers(path, wanted, columns, schema)
     rows = share.of(about.num_rows)
     count, names = rows.stop - rows.start, columns.names
@@ -128,9 +130,9 @@ def with_categories(
     found: list[Category] = []
     unused = dict(table.unused)
     for name in columns.categorical:
-        most = wanted.most if wanted.model is None else sys.maxsize
+        most = wanted.most_of(name)
         try:
-            made = numbered(path, name, column(name), most, blank)
+            made = numbered(path, name, column(name), most, wanted.blank_in(name, blank))
         except TooMany:
             if wanted.categorical != "auto":
                 raise too_many(path, name, most) from None
@@ -164,7 +166,7 @@ def parquet_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator
         about, schema = file.metadata, file.schema_arrow
         check_columns(path, len(schema.names))
         check_names(path, schema.names)
-        columns = choose_columns(path, wanted, schema, lambda name: _first_width(path, file, name))
+        columns = choose_columns(path, wanted, schema, lambda name: _first_width(path, wanted, file, name))
         check_numbers(path, wanted, columns, schema)
         check_kept(path, keep, schema.names)
         if not about.num_rows:
@@ -242,11 +244,13 @@ class ParquetRows:
                 start += len(part)
 
 
-def _first_width(path: Path, file: Any, name: str) -> int:
+def _first_width(path: Path, wanted: Wanted, file: Any, name: str) -> int:
     """Return the length of the first list in a column."""
-    for batch in file.iter_batches(1, columns=[name]):
-        return width_of(path, batch.column(0), name)
-    raise NoRows(path)
+    batches = itertools.chain(
+        itertools.islice(file.iter_batches(1, columns=[name]), 1),
+        file.iter_batches(MOST_FIRST, columns=[name]),
+    )
+    return width_of(path, wanted, (batch.column(0) for batch in batches), name)
 
 
 def _batches_of(
@@ -293,7 +297,7 @@ def table_from_arrow(path: Path, wanted: Wanted, arrow: Any, share: Share) -> Ta
     check_columns(path, len(arrow.schema.names))
     check_names(path, arrow.schema.names)
     columns = choose_columns(
-        path, wanted, arrow.schema, lambda name: width_of(path, arrow.column(name).slice(0, 1), name)
+        path, wanted, arrow.schema, lambda name: width_of(path, wanted, [arrow.column(name)], name)
     )
     rows = share.of(arrow.num_rows)
     part = arrow.select(columns.every).slice(rows.start, rows.stop - rows.start)

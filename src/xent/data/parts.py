@@ -18,9 +18,10 @@ from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data._registry import format_of, known_suffixes
 from xent.data.categories import Category, united
+from xent.data.columns import NO_VALUES, column_of
 from xent.data.labels import recoded, union, whole_alike
 from xent.data.rows import ConcatenatedRows
-from xent.data.table import NoRows, Table, Wanted, too_many
+from xent.data.table import NoRows, Table, Wanted, bad_number, no_category, too_many
 from xent.errors import BadInput
 
 _Found = TypeVar("_Found")
@@ -90,23 +91,65 @@ def read_parts(
     tables: list[Table] = []
     if share.whole:
         files, tables = _with_rows(files, lambda file: read(file, of_part, share))
+
+        def again(at: int, wanted: Wanted) -> Table:
+            return read(files[at], wanted, share)
+
         counts = [table.rows.shape[0] for table in tables]
         start = 0
     else:
         files, counts = _with_rows(files, lambda file: _count(file, of_part, read))
-        rows, before = share.of(sum(counts)), 0
+        rows, ends = share.of(sum(counts)), np.cumsum(counts)
         start = rows.start
-        for file, count in zip(files, counts, strict=True):
-            low, high = (min(max(at - before, 0), count) for at in (rows.start, rows.stop))
-            tables.append(_part(file, of_part, read, slice(low, high)))
-            before += count
-    joined = _joined(files, tables, start, wanted)
+
+        def again(at: int, wanted: Wanted) -> Table:
+            before = int(ends[at]) - counts[at]
+            low, high = (min(max(row - before, 0), counts[at]) for row in (rows.start, rows.stop))
+            return _part(files[at], wanted, read, slice(low, high))
+
+        tables = [again(at, of_part) for at in range(len(files))]
+    joined = _joined(files, _alike(files, tables, of_part, again), start, wanted)
     if not apart:
         return joined
     assert found is not None
     assert found.labels is not None
     codes, classes = found.labels(files[0].parent, wanted, share, sum(counts))
     return dataclasses.replace(joined, codes=codes, classes=classes)
+
+
+def _alike(
+    files: Sequence[Path], tables: Sequence[Table], wanted: Wanted, again: Callable[[int, Wanted], Table]
+) -> list[Table]:
+    """Return the tables of some parts with the columns that have a value in other parts alone.
+
+    ``again(at, wanted)`` reads a part another time.
+    """
+    numbers = max((table.feature_names for table in tables), key=len)
+    lists = {name: width for table in tables for name, width in table.lists.items()}
+    names = dict.fromkeys(column.name for table in tables for column in table.categories)
+    made = []
+    for at, (file, table) in enumerate(zip(files, tables, strict=True)):
+        own = {*table.feature_names, *(column.name for column in table.categories)}
+        of_feature = {name: column_of(name, lists) for name in numbers}
+        empty = {name for name, why in table.unused.items() if why == NO_VALUES}
+        features = [name for name in numbers if name in own or of_feature[name] in empty]
+        categorical = [name for name in names if name in own or name in empty]
+        if len(features) + len(categorical) > len(own):
+            if wanted.missing == "error" and not wanted.skip_bad:
+                odd = next(name for name in (*features, *categorical) if name not in own)
+                raise (
+                    bad_number(file, wanted, odd, 0, None)
+                    if odd in features
+                    else no_category(file, wanted, odd, 0)
+                )
+            named = dataclasses.replace(
+                wanted, features=features, exclude=(), lists=lists, categorical=categorical
+            )
+            used = {of_feature.get(name, name) for name in (*features, *categorical)}
+            unused = {name: why for name, why in table.unused.items() if name not in used}
+            table = dataclasses.replace(again(at, named), unused=unused)
+        made.append(table)
+    return made
 
 
 def _with_rows(files: Sequence[Path], read: Callable[[Path], _Found]) -> tuple[list[Path], list[_Found]]:
@@ -147,14 +190,19 @@ def _joined(files: Sequence[Path], tables: Sequence[Table], start: int, wanted: 
     first = tables[0]
     unused = {name: why for table in tables for name, why in table.unused.items()}
     categories: list[Category] = []
-    for name, columns in united([table.categories for table in tables], wanted.most):
+    for name, columns in united([table.categories for table in tables], wanted.most_of):
         if columns is not None:
             of_all = np.concatenate([column.codes for column in columns])
             categories.append(dataclasses.replace(columns[0], codes=of_all))
         elif wanted.categorical != "auto":
             raise too_many(f"{files[0]} and {len(files) - 1} more", name, wanted.most)
         else:
-            unused[name] = f"text of more than {wanted.most} values"
+            lacking = [each for each in zip(files, tables, strict=True) if not _has(each[1], name)]
+            why = f"text of more than {wanted.most} values"
+            if lacking:
+                file, table = lacking[0]
+                why = table.unused.get(name, f"not a column of {file}")
+            unused[name] = why
     for file, table in zip(files, tables, strict=True):
         if table.feature_names != first.feature_names:
             odd = sorted(set(table.feature_names) ^ set(first.feature_names))
@@ -197,6 +245,10 @@ def _joined(files: Sequence[Path], tables: Sequence[Table], start: int, wanted: 
     ]
     label = next(table.label_name for table in tables if table.classes is not None)
     return dataclasses.replace(joined, label_name=label, codes=np.concatenate(codes), classes=classes)
+
+
+def _has(table: Table, category: str) -> bool:
+    return any(column.name == category for column in table.categories)
 
 
 def _stacked(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from xent._processes.group import ALONE, Ranks, Share
 from xent.data._registry import Format, format_of, known_suffixes, register_reader
-from xent.data.categories import Category, united
+from xent.data.categories import Category, as_whole, united
 from xent.data.csv import csv_batches, read_csv
 from xent.data.labels import recoded, union
 from xent.data.layout import OF_TEXT, matching
@@ -63,6 +63,8 @@ def read_table(path: str | Path | Sequence[str | Path], wanted: Wanted, ranks: R
                 table = dataclasses.replace(table, source=str(given[0]))
     ranks.check_equal(f"copy of {table.source}", [file.stat().st_size for file in files])
     table = merge_categories(merge_classes(table, ranks), wanted, ranks)
+    categories = tuple(each if each.name in wanted.known else as_whole(each) for each in table.categories)
+    table = dataclasses.replace(table, categories=categories)
     return complete(table, ranks) if wanted.missing == "drop" else table
 
 
@@ -99,7 +101,7 @@ def merge_categories(table: Table, wanted: Wanted, ranks: Ranks) -> Table:
     of_shares = ranks.gather([dataclasses.replace(column, codes=empty) for column in table.categories])
     own = {column.name: column for column in table.categories}
     made, unused = [], dict(table.unused)
-    for name, columns in united(of_shares, wanted.most):
+    for name, columns in united(of_shares, wanted.most_of):
         if columns is None:
             if wanted.categorical != "auto":
                 raise too_many(table.source, name, wanted.most)

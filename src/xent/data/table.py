@@ -11,14 +11,15 @@ import dataclasses
 import io
 import itertools
 import shlex
-from collections.abc import Collection, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
 from xent._util.text import quoted
-from xent.data.categories import MOST, Category
+from xent.data.categories import MISSING, MOST, Category
 from xent.data.layout import PLAIN, Layout
 from xent.data.rows import RowSource, SelectedRows, blocks, row_source
 from xent.errors import BadInput
@@ -110,9 +111,11 @@ class Wanted:
 
     ``categorical`` names columns whose values are numbered, "auto" every column of text or booleans that has
     at most ``most`` of them. ``missing`` says what becomes of a row that lacks a number or a category: an
-    error, or it is dropped, or it keeps nan. ``weight`` names the column of rows' weights, ``soft`` those of
-    the classes' masses, which stand in the place of labels. With ``skip_bad`` rows whose numbers cannot be
-    used are read as nan or inf, and it is left to the caller to pass them over.
+    error, or it is dropped, or it keeps nan. ``known`` are the values of columns whose categories a fit has
+    fixed: these have any number of others, and text such as ``NA`` is no value unless it is one of them.
+    ``weight`` names the column of rows' weights, ``soft`` those of the classes' masses, which stand in the
+    place of labels. With ``skip_bad`` rows whose numbers cannot be used are read as nan or inf,
+    and the caller passes them over.
     """
 
     label: str | None = None
@@ -126,10 +129,19 @@ class Wanted:
     layout: Layout = PLAIN
     categorical: Sequence[str] | Literal["auto"] = ()
     most: int = MOST
+    known: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     missing: Missing = "error"
     weight: str | None = None
     soft: Sequence[str] = ()
     skip_bad: bool = False
+
+    def most_of(self, column: str) -> int:
+        """Return the number of values up to which a column is one of categories."""
+        return sys.maxsize if column in self.known else self.most
+
+    def blank_in(self, column: str, blank: Collection[str]) -> Collection[str]:
+        """Return the texts that are no value in a column of categories; ``blank`` are those of its format."""
+        return set(MISSING) - {*self.known[column]} if column in self.known else blank
 
     @property
     def beside(self) -> list[str]:
@@ -170,6 +182,8 @@ def check_names_wanted(path: Path, wanted: Wanted, names: Sequence[str]) -> None
     times = collections.Counter(names)
     for name, count in times.items():
         if count > 1:
+            if not name.strip():
+                raise BadInput(f"{path}: {'two' if count == 2 else count} columns have no name; name them")
             raise BadInput(f"{path}: column {quoted(name)} is there {count} times; rename all but one")
     check_once(path, wanted)
     if wanted.label is not None and wanted.label not in times and not wanted.label_optional:

@@ -38,26 +38,15 @@ def features_of(frame: Any, model: Model, path: Path) -> Table:
         model=path,
         lists=model.lists,
         categorical=[] if encoding is None else list(encoding.categories),
+        known={} if encoding is None else encoding.categories,
         missing="error" if encoding is None or encoding.fill is None else "impute",
     )
-    table = table_from_arrow(Path("X"), wanted, _with_kinds(arrow, {*wanted.categorical}), Share())
+    table = table_from_arrow(Path("X"), wanted, arrow, Share())
     table = table if encoding is None else encoding.encoded(table)
     if table.unknown:
         counts = ", ".join(f"{name!r} in {count:,} rows" for name, count in table.unknown.items())
         warnings.warn(f"X holds categories that {path} does not know: {counts}", stacklevel=3)
     return table
-
-
-def _with_kinds(arrow: Any, categorical: set[str]) -> Any:
-    """Return an Arrow table in which columns without any value are of the kind that is meant."""
-    import pyarrow as pa
-
-    for at, field in enumerate(arrow.schema):
-        column = arrow.column(at)
-        if column.null_count == len(column) and (pa.types.is_null(field.type) or field.name in categorical):
-            kind = pa.string() if field.name in categorical else pa.float64()
-            arrow = arrow.set_column(at, field.name, pa.nulls(len(column), kind))
-    return arrow
 
 
 def _as_arrow(frame: Any, columns: set[str]) -> Any:
