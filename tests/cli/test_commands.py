@@ -210,7 +210,7 @@ BAD = {
     "no such column": (GOOD.replace("kind", "sort"), [], "no column 'kind' for --label"),
     "no such feature": (GOOD, ["--features", "u,w"], "no column 'w' (--features)"),
     "no numeric column": ("u,kind\n" + "x,a\ny,b\n" * 10, [], "no numeric column"),
-    "nan": (GOOD + "nan,1,a\n", [], "row 21, column 'u' holds nan"),
+    "nan": (GOOD + "nan,1,a\n", [], "row 21, column 'u' is missing"),
     "inf": (GOOD + "1,inf,a\n", [], "row 21, column 'v' holds inf"),
     "missing label": (GOOD + "1,1,\n", [], "row 21 has no label"),
     "one class": ("u,kind\n" + "1,a\n2,a\n" * 10, [], "every label in 'kind' is 'a'"),

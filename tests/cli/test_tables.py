@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 from scipy.special import logsumexp
 from sklearn.calibration import calibration_curve
+from sklearn.datasets import load_digits
 from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support
 from sklearn.utils.class_weight import compute_class_weight
 
@@ -342,6 +344,33 @@ def test_standard_input_is_a_file():
     done = run("fit", "-", "--label", "kind", input="bill,kind\n1,a\nx,b\n1,b\n2,a\n", code=2)
     assert done.stderr.startswith("xent: standard input: row 2, column 'bill' holds 'x'")
     assert "no such format" in run("fit", "-", *FIT, "--format", "doc", code=2).stderr
+    run("fit", "-", *FIT, "--format", "csv.gz", input=gzip.compress(text.encode()))
+    Path("a.csv").write_text(text)
+    done = run("fit", "a.csv", *FIT, "--test", "-", input=text)
+    assert json.loads(done.stdout)["test"]["rows"] == text.count("\n") - 1
+    assert "name - once" in run("fit", "-", *FIT, "--test", "-", input=text, code=2).stderr
+    for command in (["fit", "a.csv", *FIT], ["predict", "m/model.safetensors", "a.csv", "-o", "p.csv"]):
+        assert "--format is of standard input" in run(*command, "--format", "csv", code=2).stderr
+
+
+def test_an_archive_of_training_and_test_rows():
+    X, y = load_digits(return_X_y=True)
+    np.savez("d.npz", train=X[:1000], y_train=y[:1000], test=X[1000:], y_test=y[1000:])
+    fit = [
+        "fit",
+        "d.npz",
+        "--array",
+        "train",
+        "--label",
+        "y_train",
+        "--test",
+        "d.npz",
+        "--out",
+        "m",
+        "--json",
+    ]
+    done = run(*fit, "--test-array", "test", "--test-label", "y_test")
+    assert json.loads(done.stdout)["test"]["rows"] == len(X) - 1000
 
 
 def test_columns_that_look_like_ids_are_named():
@@ -360,12 +389,12 @@ def test_columns_that_look_like_ids_are_named():
     ]
     frame.to_csv("b.csv")
     done = run("fit", "b.csv", *FIT[:-1], "--exclude", "id,when,weight")
-    assert "not used:  (the index of the data frame)" in done.stdout
+    assert "not used: the column without a name (the index of the data frame)" in done.stdout
 
 
 USAGE = {
     "both labels": (["a.csv", "--label", "kind", "--soft-labels", "bill,mass"], "do not go together"),
-    "no test": (["a.csv", "--label", "kind", "--test-label", "kind"], "--test-label names"),
+    "no test": (["a.csv", "--label", "kind", "--test-label", "kind"], "--test-label is of --test"),
     "two marks": (["a.csv", "--label", "kind", "--delimiter", ";;"], "--delimiter is one character"),
     "calibrate": (["a.csv", "--label", "kind", "--validation", 0, "--calibrate"], "--calibrate fits"),
     "weight": (

@@ -57,8 +57,30 @@ def test_a_file_without_a_header(tmp_path):
     table = read_table(tmp_path / "a.csv", Wanted("f2", layout=Layout(header=False)))
     assert (table.feature_names, table.features.tolist()) == (("f0", "f1"), FEATURES)
     (tmp_path / "b.csv").write_text("1,2,3\n4,5,6\n")
-    with pytest.raises(BadInput, match=r"its header holds numbers, '1', '2', '3': .* with --no-header"):
+    with pytest.raises(BadInput, match=r"its header is '1', '2', '3': .* with --no-header"):
         read_table(tmp_path / "b.csv", Wanted("kind"))
+    with pytest.raises(BadInput, match="--no-header"):  # labels that are text
+        read_table(tmp_path / "a.csv", Wanted("kind"))
+    with pytest.raises(BadInput, match="--no-header"):
+        read_table(tmp_path / "a.csv", Wanted(features=["f0"], model=tmp_path / "m.safetensors"))
+
+
+ODD = {
+    "gzip": (gzip.compress(TEXT.encode()), r"compressed by gzip: .* \.csv\.gz"),
+    "bzip2": (bz2.compress(TEXT.encode()), r"compressed by bzip2: .* \.csv\.bz2"),
+    "zstd": (b"\x28\xb5\x2f\xfd\x00\x00", r"compressed by zstd: .* \.csv\.zst"),
+    "parquet": (b"PAR1\x15\x04", r"a Parquet file: its name ends in \.parquet"),
+    "npy": (b"\x93NUMPY\x01\x00", r"an array of NumPy: its name ends in \.npy"),
+    "xlsx": (b"PK\x03\x04\x14\x00", r"a spreadsheet is read when it is saved as CSV"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_files_that_are_no_text_are_named_for_what_they_are(tmp_path, name):
+    content, message = ODD[name]
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(BadInput, match=rf"a\.csv: is .*{message}"):
+        read_table(tmp_path / "a.csv", Wanted("kind"))
 
 
 HINTS = {

@@ -52,6 +52,15 @@ def test_a_saved_estimator_predicts_the_same(tmp_path, classes, labels, dtype, t
     np.testing.assert_allclose(loaded.to_sklearn().predict_proba(X), fitted.predict_proba(X), rtol=1e-4)
 
 
+def test_a_saved_estimator_keeps_its_parameters(tmp_path):
+    X, y = data(3, "text")
+    made = {"C": 0.1, "fit_intercept": False, "class_weight": "balanced", "tol": 1e-7, "solver": "lbfgs"}
+    xent.SoftmaxRegression(**made).fit(X, y).save(tmp_path / "m.safetensors")
+    loaded = xent.load_model(tmp_path / "m.safetensors")
+    assert {name: loaded.get_params()[name] for name in made} == made
+    np.testing.assert_array_equal(loaded.fit(X, y).coef_, xent.SoftmaxRegression(**made).fit(X, y).coef_)
+
+
 def test_a_temperature_divides_the_logits():
     X, y = data(4, "int")
     fitted = xent.SoftmaxRegression(C=1e3).fit(X[:60], y[:60])

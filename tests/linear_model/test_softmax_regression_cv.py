@@ -59,6 +59,14 @@ def test_scores_and_choice_are_those_of_scikit_learn(solver, classes):
     assert np.ravel(peer.C_)[0] == ours.C_
 
 
+def test_a_frame_is_fitted_without_a_warning(recwarn):
+    frame = load_iris(as_frame=True).data
+    model = SoftmaxRegressionCV(Cs=2, cv=2, scoring="accuracy").fit(frame, Y)
+    assert model.feature_names_in_.tolist() == [*frame]
+    SoftmaxRegressionCV(Cs=2, cv=2, refit=False).fit(frame, Y).predict(frame)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_scoring_by_name_or_function():
     by_name = SoftmaxRegressionCV(CS, scoring="accuracy", cv=3).fit(X, Y)
     by_function = SoftmaxRegressionCV(CS, scoring=lambda m, x, y: m.score(x, y), cv=3).fit(X, Y)

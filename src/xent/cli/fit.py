@@ -65,6 +65,7 @@ GROUPS = {
         "--class-weight",
         "--soft-labels",
         "--test-label",
+        "--test-array",
         "--seed",
         "--standardize",
     ],
@@ -121,6 +122,7 @@ GROUPS = {
     help="Rows that take no part in the fit, to judge the model by.",
 )
 @click.option("--test-label", metavar="COLUMN", help="Where its labels are, if not under --label.")
+@click.option("--test-array", metavar="NAME", help="Its array of features, if not that of --array.")
 @click.option(
     "--calibrate", is_flag=True, help="Fit the temperature of the probabilities to the validation rows."
 )
@@ -213,6 +215,7 @@ def fit(
     soft: tuple[str, ...],
     test: Path | None,
     test_label: str | None,
+    test_array: str | None,
     layout: Layout,
     form: str,
     out: Path,
@@ -258,8 +261,9 @@ def fit(
         raise click.UsageError("which column is to be learned? Name it with --label")
     if label is not None and soft:
         raise click.UsageError("--label and --soft-labels do not go together: name one of them")
-    if test_label is not None and test is None:
-        raise click.UsageError("--test-label names the labels of --test, which is not there")
+    for option, value in (("--test-label", test_label), ("--test-array", test_array)):
+        if value is not None and test is None:
+            raise click.UsageError(f"{option} is of --test, which is not there")
     if test is not None and soft:
         raise click.UsageError("--test needs the classes of its rows; --soft-labels names none")
     if resume and checkpoint is None:
@@ -280,15 +284,18 @@ def fit(
         weight=weight,
         soft=soft,
     )
-    with join(timeout, slices) as ranks, spooled(data, form) as files:
+    inputs = [*data, *([] if test is None else [test])]
+    with join(timeout, slices) as ranks, spooled(inputs, form) as files:
         quiet = quiet or not ranks.is_main
         with ranks.raise_together():
             if ranks.is_main:
                 check_writable(out)
                 if checkpoint is not None:
                     check_writable(checkpoint)
-            check_standard_input(data, ranks.size)
-            keep_inputs(out / job.VALIDATION, *files, *([] if test is None else [test]))
+            check_standard_input(inputs, ranks.size)
+            keep_inputs(out / job.VALIDATION, *files)
+        if test is not None:
+            test = files.pop()
         if demo:
             table = sources.digits(ranks)
         else:
@@ -301,7 +308,10 @@ def fit(
                 complain(f"column {quoted(name)} looks like an id: --exclude {as_option(name)} leaves it out")
         judged_by = None
         if test is not None:
-            judged_by = job.read_test(test, test_label or str(label), table, wanted, ranks)
+            wanted_there = dataclasses.replace(
+                wanted, layout=dataclasses.replace(layout, array=test_array or layout.array)
+            )
+            judged_by = job.read_test(test, test_label or str(label), table, wanted_there, ranks)
         kept = None
         if checkpoint is not None:
             kept = Checkpoints(checkpoint, resume, lambda line: None if quiet else complain(line))

@@ -169,7 +169,8 @@ def _grid(first: str, *others: str) -> Grid:
 
 def _shown(about: Mapping[str, object], most: int = SHOWN) -> str:
     """Return names with what is said of them, cut where they are many."""
-    items = [f"{name} ({what})" for name, what in itertools.islice(about.items(), most)]
+    named = ((name.strip() or "the column without a name", what) for name, what in about.items())
+    items = [f"{name} ({what})" for name, what in itertools.islice(named, most)]
     return ", ".join(items) + (f" and {len(about) - most} more" if len(about) > most else "")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from xent.data._registry import known_suffixes
+from xent.data._registry import format_of, known_suffixes
 from xent.data.layout import STANDARD_INPUT, Layout
 from xent.errors import BadInput
 
@@ -23,7 +23,7 @@ OPTIONS = (
         "--format",
         "form",
         metavar="SUFFIX",
-        help="Of standard input, -: csv, tsv, parquet, npz, npy or safetensors [csv].",
+        help="Of standard input, -: csv, tsv, csv.gz, parquet, npz, npy or safetensors [csv].",
     ),
 )
 
@@ -47,7 +47,10 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
         mark = "\t" if delimiter in ("\\t", "tab") else delimiter
         layout = Layout(mark, decimal, encoding, not no_header, array)
         suffix = "." + (form or "csv").lstrip(".").lower()
-        if suffix not in known_suffixes():
+        files = [*others["data"], *([others["test"]] if others.get("test") else [])]
+        if form is not None and STANDARD_INPUT not in files:
+            raise click.UsageError("--format is of standard input, -; a file's format is that of its name")
+        if format_of(Path("standard input" + suffix)) is None:
             known = ", ".join(known.lstrip(".") for known in known_suffixes())
             raise click.UsageError(f"--format {form}: no such format; there are {known}")
         return command(*arguments, layout=layout, form=suffix, **others)
@@ -57,7 +60,7 @@ def reading_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return called
 
 
-def check_standard_input(paths: tuple[Path, ...], ranks: int) -> None:
+def check_standard_input(paths: Sequence[Path], ranks: int) -> None:
     """Raise ``BadInput`` for standard input where several processes share the rows."""
     if STANDARD_INPUT in paths and ranks > 1:
         raise BadInput("standard input is one process's; write it to a file to share it with torchrun")

@@ -30,7 +30,7 @@ _UNNAMED = re.compile(r"\s*|Unnamed: [0-9]+(\.[0-9]+)*")  # as pandas reads, and
 _LEVEL = re.compile(r"__index_level_[0-9]+__")
 
 NO_VALUES = "no value in any row"
-"""What a column is described as holding whose type says that no row has a value."""
+"""The description of a column whose type says that no row has a value."""
 
 
 @dataclasses.dataclass(frozen=True)

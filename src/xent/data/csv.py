@@ -25,7 +25,7 @@ from xent._processes.group import Share
 from xent._util.text import quoted
 from xent.data.categories import MISSING, TooMany, numbered
 from xent.data.columns import Columns, choose_columns
-from xent.data.layout import Layout, opened
+from xent.data.layout import Layout, check_text, opened
 from xent.data.limits import MOST_CELL, MOST_NAME, check_columns, check_names
 from xent.data.parquet import check_kept, from_arrow, within
 from xent.data.table import NoRows, Table, Wanted, bad_number, no_number
@@ -238,6 +238,7 @@ class TextFile:
         """
         path, encoding = self.path, codecs.lookup(self.layout.encoding).name
         start = _start(path)
+        check_text(path, start)
         if encoding.startswith(("utf-16", "utf-32")):
             return
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):

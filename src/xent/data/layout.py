@@ -19,6 +19,16 @@ from typing import Any
 
 from xent.errors import BadInput
 
+MAGIC = {
+    b"\x1f\x8b": "compressed by gzip: its name ends in .gz, as .csv.gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: its name ends in .zst, as .csv.zst",
+    b"BZh": "compressed by bzip2: its name ends in .bz2, as .csv.bz2",
+    b"PAR1": "a Parquet file: its name ends in .parquet",
+    b"\x93NUMPY": "an array of NumPy: its name ends in .npy",
+    b"PK\x03\x04": "an archive, .npz if it is of NumPy; a spreadsheet is read when it is saved as CSV",
+}
+"""The first bytes of files that are no text, and what the file is."""
+
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 """Suffixes of compressed files, which are read as they are decompressed, and Arrow's names of the ways."""
 
@@ -89,6 +99,13 @@ def suffix_of(path: Path) -> str:
     """
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def check_text(path: Path, start: bytes) -> None:
+    """Raise ``BadInput`` for a file that is to be text and whose first bytes say that it is none."""
+    for magic, what in MAGIC.items():
+        if start.startswith(magic):
+            raise BadInput(f"{path}: is {what} (of standard input, --format says so)")
 
 
 def is_compressed(path: Path) -> bool:

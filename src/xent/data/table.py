@@ -272,8 +272,8 @@ def _there_are(names: Sequence[str], kinds: Sequence[str] = ()) -> str:
             f"the header is one column, {quoted(names[0])}: say what lies between the columns, as "
             f"--delimiter {quoted(marks[0])}"
         )
-    if names and all(_is_number(name) for name in names):
-        return f"its header holds numbers, {some(names)}: a file without one is read with --no-header"
+    if any(map(_is_number, names)):
+        return f"its header is {some(names)}: if that is a row, read the file with --no-header"
     return f"its columns are {some(names, kinds)}"
 
 

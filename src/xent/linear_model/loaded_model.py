@@ -21,6 +21,9 @@ from xent.linear_model.frames import FrameEncoder, features_of, is_frame
 from xent.linear_model.inputs import read_features
 from xent.linear_model.softmax_regression import FLOATING, SoftmaxRegression
 
+PARAMETERS = ("fit_intercept", "class_weight", "tol", "max_iter", "solver", "stopping")
+"""Parameters of an estimator, beside its strength, that a file tells of."""
+
 
 class LoadedModel(SoftmaxRegression):
     """A ``SoftmaxRegression`` that was read from a file; see :func:`load_model`."""
@@ -129,7 +132,8 @@ def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     read = model_file.load(Path(path))
     l2 = read.settings.get("l2")
     inverse = read.settings.get("C", 1.0) if l2 is None else 1 / l2 if l2 else np.inf
-    model = LoadedModel(C=float("inf") if inverse is None else inverse)
+    kept = {name: read.settings[name] for name in PARAMETERS if name in read.settings}
+    model = LoadedModel(C=float("inf") if inverse is None else inverse, **kept)
     model._model, model._path = read, Path(path)
     model.classes_ = read.classes
     model.coef_, model.intercept_ = _in_units(read)

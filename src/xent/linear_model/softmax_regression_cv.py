@@ -122,6 +122,7 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         scores, iterations = np.empty((len(folds), len(self.Cs_))), np.empty((len(folds), len(self.Cs_)), int)
         paths: list[list[Point]] = []
         self.classes_, self.temperature_ = classes, 1.0
+        names = self.__dict__.pop("feature_names_in_", None)  # the rows of a fold are an array
         for fold, (training, test) in enumerate(folds):
             held, points = rows.take(np.sort(test)), []
             for k, point in enumerate(self._path(parameters, rows.take(np.sort(training)), self.Cs_)):
@@ -129,6 +130,8 @@ class SoftmaxRegressionCV(SoftmaxRegression):
                 scores[fold, k], iterations[fold, k] = self._scored(held), point.n_iter
                 points.append(point)
             paths.append(points)
+        if names is not None:
+            self.feature_names_in_ = names
         self.scores_, self.n_iter_path_ = scores, iterations
         best = int(scores.mean(axis=0).argmax())
         self.C_ = float(self.Cs_[best])
