@@ -98,9 +98,10 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
     try:
         with text.open(types(text, as_text(wanted)), threads=False) as file:
             schema, head = file.schema, next(iter(file), None)
-        if head is None:
+        if head is not None:
+            _check_cells(path, head)
+        elif not text.odd_rows:
             raise NoRows(path)
-        _check_cells(path, head)
         columns = choose_columns(path, wanted, schema, no_lists)
         check_kept(path, keep, schema.names)
         numbers = {each.name: _number_type(each.kind) for each in (*columns.features, *columns.beside)}
