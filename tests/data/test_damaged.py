@@ -131,3 +131,15 @@ def test_thousands_of_damaged_files_end_in_one_line(tmp_path, monkeypatch, name)
     first = 1000 if os.environ.get("CI") else random.SystemRandom().randrange(10**9)
     print(f"{name}: seeds {first} to {first + 1999}")
     all_end_well(tmp_path, monkeypatch, name, range(first, first + 2000))
+
+
+FOUND = {"parquet": [409221059]}  # by other seeds: a column without rows
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_damage_that_was_found_once(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    target, whole, command = FORMATS[name]
+    for seed in FOUND[name]:
+        (tmp_path / target).write_bytes(m.damaged(whole(), seed))
+        ends(tmp_path, command, 2)

@@ -178,6 +178,7 @@ def parquet_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator
             part = pa.Table.from_batches([batch])
             yield from_arrow(path, wanted, part, columns, start), part.select(list(keep))
             start += len(batch)
+        _check_rows(start, about.num_rows)
 
 
 def check_kept(path: Path, keep: Sequence[str], names: Sequence[str]) -> None:
@@ -262,8 +263,17 @@ def _batches_of(
     groups = list(range(low, min(high + 1, len(ends)))) if rows.stop > rows.start else []
     before = int(ends[low - 1]) if low else 0
     decoded = file.iter_batches(size, row_groups=groups, columns=columns, use_threads=use_threads)
+    count = 0
     for batch in within(decoded, rows, before):
         yield batch.select(columns)
+        count += len(batch)
+    _check_rows(count, rows.stop - rows.start)
+
+
+def _check_rows(count: int, claimed: int) -> None:
+    """Raise ``OSError`` where a file holds other rows than its metadata claim."""
+    if count != claimed:
+        raise OSError(f"holds {count:,} rows where its metadata claim {claimed:,}; it is damaged")
 
 
 def _ends(about: Any) -> np.ndarray:
