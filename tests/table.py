@@ -91,7 +91,7 @@ class Row:
     """One entry of the table."""
 
     name: str
-    target: str = "index"  # or "probabilities", "top_k"
+    target: str = "index"  # or "probabilities", "top_k", "classes": several of a row, one of them ignored
     options: dict[str, Any] = field(default_factory=dict)
     class_weight: bool = False
     sample_weight: bool = False
@@ -272,6 +272,15 @@ OTHERS = [
         exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY, "shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP},
     ),
     Row("log-prob", loss="log_prob", ignored=True, exempt=UNWEIGHTED),
+    Row("log-probs", loss="log_probs", target="classes", exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY}),
+    Row(
+        "log-probs-scaled",
+        loss="log_probs",
+        target="classes",
+        options={"logit_scale": 0.5, "softcap": 3.0, "temperature": 0.7},
+        exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY, "shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP},
+    ),
+    Row("index-scaled", options={"logit_scale": 0.5, "label_smoothing": 0.1}, class_weight=True),
     Row(
         "kl-divergence",
         loss="kl",
@@ -351,7 +360,9 @@ class Problem:
     def dense(self, logits: Tensor | None = None, **changed: Any) -> Tensor:
         """The loss from logits."""
         z = self.logits if logits is None else logits
-        return LOSSES[self.row.loss].dense(z, self.target, **{**self.options, **changed})
+        options = {**self.options, **changed}
+        scale = options.pop("logit_scale", 1.0)  # of a head alone
+        return LOSSES[self.row.loss].dense(z * scale, self.target, **options)
 
     def linear(self, **changed: Any) -> Tensor:
         """The loss from features: from the logits they make, where there is no other way."""
@@ -362,7 +373,9 @@ class Problem:
 
     def plain(self, logits: Tensor, reduction: str) -> Tensor:
         """The loss of logits by the formula written out, in float64, from which its gradient comes too."""
-        return LOSSES[self.row.loss].plain(logits.double(), self.target, reduction=reduction, **self.options)
+        options = dict(self.options)
+        z = logits.double() * options.pop("logit_scale", 1.0)
+        return LOSSES[self.row.loss].plain(z, self.target, reduction=reduction, **options)
 
     def differentiable(self) -> Problem:
         leaves = {k: getattr(self, k).detach().clone().requires_grad_() for k in ("x", "w", "b")}
@@ -380,7 +393,8 @@ def reduced(values: Tensor, target: Target, reduction: str) -> Tensor:
     if reduction == "none":
         return values
     is_index = isinstance(target, Tensor) and not target.is_floating_point()
-    count = int((target != -100).sum()) if is_index else len(values)
+    counts = (target != -100).reshape(len(target), -1).any(1) if is_index else values
+    count = int(counts.sum()) if is_index else len(values)
     return values.sum() if reduction == "sum" else values.sum() / count
 
 
@@ -408,6 +422,32 @@ def of_rows(field: str, sign: float = 1.0) -> Loss:
         return reduced(sign * values, target, reduction)
 
     return Loss(dense, linear, plain)
+
+
+def of_classes(found: xent.LogProb, target: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
+    """Log-probabilities of several classes and the entropy as a loss: a sum with different weights."""
+    weights = torch.linspace(-1.0, 0.5, found.log_prob.shape[1], dtype=found.log_prob.dtype)
+    values = found.log_prob @ weights.to(found.log_prob.device) - 0.1 * found.entropy
+    return reduced(values, target, reduction).to(dtype)
+
+
+def dense_log_probs(z: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any) -> Tensor:
+    return of_classes(xent.log_prob(z, target, return_entropy=True, **options), target, reduction, z.dtype)
+
+
+def linear_log_probs(
+    x: Tensor, w: Tensor, b: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any
+) -> Tensor:
+    found = xent.linear_log_prob(x, w, target, linear_bias=b, return_entropy=True, **options)
+    return of_classes(found, target, reduction, x.dtype)
+
+
+def plain_log_probs(z: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any) -> Tensor:
+    log_p = reference.transform(z, **options).log_softmax(1)
+    entropy = -(log_p.exp() * log_p).sum(1)
+    value = log_p.gather(1, target.clamp(min=0)).masked_fill(target == -100, 0.0)
+    entropy = entropy.masked_fill((target == -100).all(1), 0.0)
+    return of_classes(xent.LogProb(value, entropy), target, reduction, z.dtype)
 
 
 def of_cross_entropy(
@@ -506,6 +546,7 @@ LOSSES = {
     ),
     "entropy": of_rows("entropy"),
     "log_prob": of_rows("log_prob", -1.0),
+    "log_probs": Loss(dense_log_probs, linear_log_probs, plain_log_probs),
 }
 
 
@@ -521,6 +562,10 @@ def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5
         target = torch.randint(c, (n,))
         if row.ignored:
             target[n // 2] = -100
+    elif row.target == "classes":
+        target = torch.randint(c, (n, 4))
+        target[:, 3] = target[:, 0]  # one that is there twice
+        target[n // 2, 1] = -100
     elif row.target == "top_k":
         q = torch.rand(n, 3, dtype=dtype)
         indices = torch.rand(n, c).argsort(1)[:, :3]

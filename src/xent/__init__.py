@@ -10,6 +10,7 @@ from xent._core.backend import Backend
 from xent._core.backends import backends, register_backend, unregister_backend
 from xent._core.margin import Margin
 from xent._core.target import TopKTarget
+from xent._log_prob import LogProb, linear_log_prob, log_prob
 from xent._row_statistics import (
     RowStatistics,
     entropy,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Backend",
+    "LogProb",
     "Margin",
     "RowStatistics",
     "SoftmaxRegression",
@@ -50,10 +52,12 @@ __all__ = [
     "linear_cross_entropy",
     "linear_focal_loss",
     "linear_kl_divergence",
+    "linear_log_prob",
     "linear_poly_loss",
     "linear_row_statistics",
     "linear_top_k",
     "load_model",
+    "log_prob",
     "metrics",
     "nn",
     "poly_loss",

@@ -109,6 +109,7 @@ def linear_row_statistics(
     weight: Tensor | None = None,
     ignore_index: int | None = -100,
     label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     check_targets: bool | None = None,
@@ -122,7 +123,7 @@ def linear_row_statistics(
     more for the gradients of any of the fields together.
 
     Args:
-        input, linear_weight, linear_bias, product_dtype, memory_budget, group: as in
+        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget, group: as in
             :func:`xent.linear_cross_entropy`.
         target, weight, ignore_index, label_smoothing, softcap, temperature, check_targets: as in
             :func:`row_statistics`.
@@ -143,7 +144,7 @@ def linear_row_statistics(
     """
     options = Options(
         TargetOptions(weight, ignore_index, label_smoothing),
-        LogitOptions(softcap, temperature),
+        LogitOptions(softcap, temperature, logit_scale=logit_scale),
         ReductionOptions("none"),
         Execution(product_dtype, memory_budget, check_targets, group),
     )
@@ -210,6 +211,7 @@ def linear_top_k(
     k: int,
     *,
     linear_bias: Tensor | None = None,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     product_dtype: torch.dtype | None = None,
@@ -218,7 +220,7 @@ def linear_top_k(
     r"""Return the k largest probabilities of a linear head, streaming over the classes, without logits.
 
     Args:
-        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
             :func:`xent.linear_cross_entropy`.
         k, softcap, temperature: as in :func:`top_k`.
 
@@ -232,6 +234,7 @@ def linear_top_k(
     """
     options = Options.of(
         reduction="none",
+        logit_scale=logit_scale,
         softcap=softcap,
         temperature=temperature,
         product_dtype=product_dtype,
@@ -262,7 +265,7 @@ def _row_statistics(call: Call, options: Options) -> RowStatistics:
         correct = (argmax == target) & (target != options.target.ignored)
     return RowStatistics(
         loss=None if target is None else stacked("loss"),
-        log_prob=stacked("log_prob") if of_class else None,
+        log_prob=call.stack([_present(rows.log_prob)[:, 0] for rows in found], dtype) if of_class else None,
         logsumexp=stacked("logsumexp"),
         entropy=stacked("entropy"),
         argmax=argmax,

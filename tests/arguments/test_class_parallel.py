@@ -9,7 +9,9 @@ from table import OTHERS, ROWS, dtypes
 
 SAMPLED = "the classes of a sample are those of one process"
 SPREAD = [
-    row for row in ROWS + OTHERS if row.loss in ("cross_entropy", "entropy", "log_prob") and not row.sampled
+    row
+    for row in ROWS + OTHERS
+    if row.loss in ("cross_entropy", "entropy", "log_prob", "log_probs") and not row.sampled
 ]
 
 

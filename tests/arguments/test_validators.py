@@ -64,6 +64,8 @@ WRONG = {
     # numbers
     "label_smoothing": [*NUMBER, *NONE, -0.1, 1.5],
     "z_loss": [*NUMBER, *NONE, float("inf")],
+    "logit_scale": [*NUMBER, *NONE, 0.0, -1.0, float("inf")],
+    "return_entropy": [*FLAG, None],
     "softcap": [*NUMBER, 0.0, -1.0, float("inf")],
     "temperature": [*NUMBER, *NONE, 0.0, -1.0, float("inf")],
     "denominator": [*NUMBER, -1.0, float("inf")],
@@ -146,6 +148,8 @@ NOT_THERE = {  # of these, what such a function does not take
 CALLS = {
     xent.cross_entropy: LOGITS,
     xent.linear_cross_entropy: HEAD,
+    xent.log_prob: {"input": Z, "indices": Y},
+    xent.linear_log_prob: {"input": X, "linear_weight": W, "indices": Y},
     xent.row_statistics: LOGITS,
     xent.linear_row_statistics: HEAD,
     xent.entropy: {"input": Z},

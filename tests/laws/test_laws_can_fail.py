@@ -28,7 +28,8 @@ def of_logits(spoil: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Loss], Los
 
         def linear(x: Tensor, w: Tensor, b: Tensor, target: Any, **options: Any) -> Tensor:
             options.pop("memory_budget", None)
-            return dense(torch.nn.functional.linear(x, w, b), target, **options)
+            z = torch.nn.functional.linear(x, w, b) * options.pop("logit_scale", 1.0)
+            return dense(z, target, **options)
 
         return Loss(dense, None if loss.linear is None else linear, loss.plain)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -109,7 +110,7 @@ def resolve_logits(
             k = target.indices.shape[-1]
             both = (t.reshape(n, k) for t in (target.indices, target.probabilities))
             i, p = both
-            flat = TopKTarget(i, p, target.remainder)
+            flat = replace(target, indices=i, probabilities=p)
         elif target is not None and target.is_floating_point():
             flat = target.movedim(axis, -1).reshape(n, classes)
         elif target is not None:
@@ -185,7 +186,8 @@ def resolve_head(
     each: float | Tensor = row_temperatures(t, rows_shape) if isinstance(t, Tensor) else t
     if not positions:
         flat = target if x is input and isinstance(target, Tensor) else at_positions(target, n, classes, 1)[0]
-        of_map = LogitMap(of_logits.softcap, each.reshape(n) if isinstance(each, Tensor) else each, log_q)
+        each = each.reshape(n) if isinstance(each, Tensor) else each
+        of_map = LogitMap(of_logits.softcap, each, log_q, of_logits.logit_scale)
         logits = LinearHead(x, weight, bias, of_map, factor)
         problem = problem_of(common, logits, flat, None if s is None else s.reshape(n), budget, n, classes)
         return Call((problem,), common.reduction, rows_shape, dtype, target)
@@ -201,7 +203,7 @@ def resolve_head(
     problems = [
         problem_of(
             common,
-            LinearHead(x, w_k, b_k, LogitMap(of_logits.softcap, t_k, log_q), factor),
+            LinearHead(x, w_k, b_k, LogitMap(of_logits.softcap, t_k, log_q, of_logits.logit_scale), factor),
             y_k,
             s_k,
             budget,

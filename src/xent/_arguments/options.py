@@ -105,8 +105,10 @@ class LogitOptions(_Group):
     classes: Tensor | None = None  # (S,)
     sparse_grad: bool = False
     normalize: bool = False
+    logit_scale: float = 1.0  # before the softcap
 
     validated = (
+        ("logit_scale", 1.0, valid),
         ("softcap", None, valid),
         ("temperature", 1.0, _temperature),
         ("margin", None, _margin),

@@ -138,6 +138,7 @@ def _ranks(
         "label_smoothing": options.target.label_smoothing,
         "z_loss": options.reduction.z_loss,
         "softcap": options.logits.softcap,
+        "logit_scale": options.logits.logit_scale,
         "temperature": None if isinstance(temperature, Tensor) else temperature,
         "denominator": options.reduction.denominator,
     }
@@ -216,6 +217,8 @@ def _shift(options: Options, logits: Logits, targets: Targets, *, known: bool) -
     margin, log_q = options.logits.margin, logits.map.log_q
     assert margin is None or not isinstance(margin, float)
     t = logits.map.temperature
+    if margin is not None and logits.map.scale != 1.0:
+        raise ValueError("a margin is held back from cosines: give the scale as temperature=1/logit_scale")
     if margin is not None:
         least = t.min().item() if isinstance(t, Tensor) and known and t.numel() else t
         size = abs(margin.cosine) + 2 * (margin.angle > 0)

@@ -107,7 +107,7 @@ def check_classes(
         if not plain and (transforms.is_opaque(indices) or transforms.batched(indices)):
             return UNCHECKED
         if isinstance(target, TopKTarget):
-            return check_top_k(indices, classes, check)
+            return check_top_k(indices, classes, check, target.name)
         return check_index(indices, classes, options.target.ignored, check)
     except (IndexError, ValueError) as error:
         if ranks is None:

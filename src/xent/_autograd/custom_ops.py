@@ -33,7 +33,7 @@ class _Encoded(NamedTuple):
     """A form in the types that an operator's arguments can have."""
 
     kind: int  # LOGITS, HEAD or PAIR
-    numbers: list[float]  # softcap, temperature, smoothing
+    numbers: list[float]  # softcap, temperature, logit scale, smoothing
     budget: int
     product_dtype: torch.dtype | None
     teacher_product_dtype: torch.dtype | None
@@ -43,11 +43,12 @@ class _Encoded(NamedTuple):
 def _encoded(form: Form) -> _Encoded:
     if isinstance(form, TwoHeads):
         pair = form.form
-        numbers = [NO_SOFTCAP, pair.temperature, 0.0]
+        numbers = [NO_SOFTCAP, pair.temperature, 1.0, 0.0]
         dtypes = pair.product_dtype, pair.teacher_product_dtype
         return _Encoded(PAIR, numbers, pair.budget, *dtypes, [False, False, False])
     one = form.form
-    numbers = [NO_SOFTCAP if one.softcap is None else one.softcap, one.temperature, one.smoothing]
+    softcap = NO_SOFTCAP if one.softcap is None else one.softcap
+    numbers = [softcap, one.temperature, one.scale, one.smoothing]
     wanted = one.requested
     return _Encoded(
         HEAD if one.is_head else LOGITS,
@@ -67,7 +68,7 @@ def _decoded(
     teacher_product_dtype: torch.dtype | None,
     requested: Sequence[bool],
 ) -> Form:
-    softcap, temperature, smoothing = numbers
+    softcap, temperature, scale, smoothing = numbers
     if kind == PAIR:
         return TwoHeads(PairForm(product_dtype, teacher_product_dtype, temperature, budget))
     entropy, log_prob, argmax = requested
@@ -77,6 +78,7 @@ def _decoded(
             core.LEAVES_OF_HEAD if kind == HEAD else core.LEAVES_OF_LOGITS,
             None if softcap == NO_SOFTCAP else softcap,
             temperature,
+            scale,
             smoothing,
             False,
             None,
@@ -94,13 +96,30 @@ def arguments(form: Form, tensors: Tensors) -> tuple[Any, ...]:
 
 
 def rows(form: Form, tensors: Tensors, check: bool | None) -> tuple[Tensors, Tensors]:
-    """Return each row's outputs (N,), zero in rows the mask takes out, and argmax; differentiable once."""
+    """Return each row's outputs, zero in rows the mask takes out, and argmax; differentiable once."""
     refuse_derivatives()
     given, present, *encoded = arguments(form, tensors)
     outputs, _, argmax = torch.ops.xent.rows(given, present, check is not False, *encoded)
-    return tuple(t if is_there else None for t, is_there in zip(outputs, form.outputs, strict=True)), (
-        argmax,
-    )
+    return _unpacked(outputs, form), (argmax,)
+
+
+def _packed(outputs: Tensors, like: Tensor) -> Tensor:
+    """Return the outputs of rows, (N,) or the last of them (N, K), as one tensor (columns, N)."""
+    every = [torch.zeros_like(like) if t is None else t for t in outputs]
+    return torch.cat([t.t() if t.dim() > 1 else t[None] for t in every])
+
+
+def _unpacked(packed: Tensor, form: Form) -> Tensors:
+    """Return the outputs of rows again, None where there is none."""
+    flags, last = form.outputs, len(form.outputs) - 1
+    parts = [packed[i] if i < last or not last else packed[i:].t() for i in range(len(flags))]
+    return tuple(part if there else None for part, there in zip(parts, flags, strict=True))
+
+
+def _columns(form: Form, tensors: Tensors) -> int:
+    """Return how many columns the packed outputs have."""
+    of_classes = isinstance(form, OneHead) and form.form.requested.log_prob
+    return len(form.outputs) - 1 + (form.form.n_own(tensors) if of_classes else 1)
 
 
 def _resolved(form: Form, tensors: Tensors) -> tuple[Selection, Tensors]:
@@ -130,10 +149,10 @@ def _rows(
     outputs, saved, further = form.evaluate(chosen)
     zero = outputs[0]
     assert zero is not None
-    out, kept = (
-        torch.stack([selection.scatter(torch.zeros_like(zero) if t is None else t) for t in some])
-        for some in (outputs, saved)
+    out = _packed(
+        tuple(None if t is None else selection.scatter(t) for t in outputs), selection.scatter(zero)
     )
+    kept = torch.stack([selection.scatter(torch.zeros_like(zero) if t is None else t) for t in saved])
     k = further[0] if further and further[0] is not None else torch.zeros_like(zero, dtype=torch.int64)
     return out, kept, selection.scatter(k, -1)
 
@@ -156,14 +175,15 @@ def _(given: Sequence[Tensor], present: Sequence[bool], check: bool, *form: Any)
     decoded = _decoded(*form)
     some = given[0]  # a tensor of N rows, whatever it is
     dtype, n = statistics_dtype(some.device), some.shape[0]
-    of_rows = some.new_empty((len(decoded.outputs), n), dtype=dtype)
+    columns = _columns(decoded, spread(tuple(given), tuple(present), len(present)))
+    of_rows = some.new_empty((columns, n), dtype=dtype)
     saved = some.new_empty((decoded.n_saved, n), dtype=dtype)
     return of_rows, saved, some.new_empty(n, dtype=torch.int64)
 
 
 @torch.library.custom_op("xent::rows_gradient", mutates_args=())
 def _rows_gradient(
-    upstream: Tensor,  # (outputs, N)
+    upstream: Tensor,  # (columns, N), as `_packed`
     saved: Tensor,  # (saved, N)
     wants: Sequence[bool],  # of the leaves
     given: Sequence[Tensor],
@@ -180,7 +200,7 @@ def _rows_gradient(
     selection, chosen = _resolved(form, tensors)
     if selection.index is not None:
         upstream, saved = upstream[:, selection.index], saved[:, selection.index]
-    of_rows = tuple(u if there else None for u, there in zip(upstream, form.outputs, strict=True))
+    of_rows = _unpacked(upstream, form)
     numbers_of_rows = list(saved.unbind())
     if isinstance(form, OneHead) and not form.form.requested.entropy:
         numbers_of_rows[-1] = None  # type: ignore[call-overload]  # e is not known

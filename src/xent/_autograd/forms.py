@@ -142,9 +142,9 @@ class OneHead:
 
 
 def outputs_of(found: Statistics) -> Tensors:
-    """Return ℓ, lse, H and log p_y of rows, None where their statistics are not known."""
+    """Return ℓ, lse, H (M,) and log p of the own classes (M, K), None where they are not known."""
     entropy = None if found.e is None else found.entropy
-    log_prob = None if found.own is None else found.target_log_prob
+    log_prob = None if found.own is None else found.own_log_prob
     return found.loss, found.logsumexp, entropy, log_prob
 
 

@@ -28,12 +28,12 @@ from xent._core.statistics import Statistics
 
 
 class RowOutputs(NamedTuple):
-    """The outputs of M rows, each (M,): float64, differentiable, None where not requested; argmax int64."""
+    """The outputs of M rows, (M,): float64, differentiable, None where not requested; argmax int64."""
 
     loss: Tensor
     logsumexp: Tensor
     entropy: Tensor | None = None
-    log_prob: Tensor | None = None
+    log_prob: Tensor | None = None  # (M, K) of the own classes
     argmax: Tensor | None = None
     # where processes share the classes, what targets are made of; no gradient
     mass: Tensor | None = None  # t_y of the target's class
@@ -74,7 +74,7 @@ class _Step:
     def fused(self, problem: Problem, wants: tuple[bool, ...]) -> tuple[Tensor, Statistics, Gradients]:
         found, gradients = backend_for(problem).fused(problem, self._coefficients, wants)
         lse = found.logsumexp if self.reduction.z_loss or self.terms.shift is not None else found.m
-        own = None if found.own is None else found.target_log_prob
+        own = None if found.own is None else found.own_log_prob
         return self.loss((found.loss, lse, None, own)), found, gradients
 
     def saved(self, found: Statistics) -> Tensors:

@@ -12,7 +12,7 @@ is noticed by all of them in the same call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,9 +64,7 @@ class ClassGroup:
         m = self._max(found.m)
         shares = found.shares(m)
         k = None if found.k is None else torch.where(shares.top > 0, found.k, 0).to(m.dtype)
-        present = [part for part in (*shares, k) if part is not None]
-        summed = iter(self.sum(torch.stack(present)).unbind(0))
-        *whole, k = (None if part is None else next(summed) for part in (*shares, k))
+        *whole, k = self.sum_all((*shares, k))
         shares = PartialSums(*whole)  # type: ignore[arg-type]  # None where it was None
         if found.k is not None and (shares.top > 1).any():  # the class of a shared maximum is the lowest
             k = torch.where(found.m == m, found.k, self.classes)
@@ -77,6 +75,24 @@ class ClassGroup:
         """Add up the ranks' values in place."""
         dist.all_reduce(value, group=self.group)
         return value
+
+    def sum_all(self, values: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """Add up the ranks' values, each (M,) or (M, K), in one go; None stays."""
+        given = list(values)
+        columns = [t for t in given if t is not None]
+        widths = [1 if t.dim() == 1 else t.shape[1] for t in columns]
+        summed = self.sum(
+            torch.cat([t if t.dim() > 1 else t[:, None] for t in columns], dim=1).t().contiguous()
+        )
+        parts = iter(zip(columns, summed.split(widths), strict=True))
+        whole: list[Tensor | None] = []
+        for t in given:
+            if t is None:
+                whole.append(None)
+                continue
+            like, part = next(parts)
+            whole.append(part[0] if like.dim() == 1 else part.t())
+        return whole
 
     def sum_later(self, value: Tensor) -> Sent:
         """Add up the ranks' values in the background; call `wait` on the result before reading them."""

@@ -173,6 +173,7 @@ class Problem:
             LEAVES_OF_HEAD if isinstance(logits, LinearHead) else LEAVES_OF_LOGITS,
             of_map.softcap,
             1.0 if isinstance(temperature, Tensor) else temperature,
+            of_map.scale,
             t.smoothing,
             t.index_checked,
             t.held,
@@ -195,12 +196,18 @@ class Form:
     n_leaves: int  # which says what the logits are
     softcap: float | None
     temperature: float  # 1 where each row has its own
+    scale: float
     smoothing: float
     index_checked: bool
     held: ClassSlice | None
     budget: int
     requested: RequestedOutputs
     ranks: ClassGroup | None
+
+    def n_own(self, tensors: Tensors) -> int:
+        """Return the number of a row's own classes."""
+        index = tensors[self.n_leaves + 4]  # as `flatten` orders them
+        return 1 if index is None else index.shape[1]
 
     @property
     def is_head(self) -> bool:
@@ -211,7 +218,7 @@ class Form:
         q, *leaves = tensors[: self.n_leaves]
         each, log_q, chosen, mask, *of_rows = tensors[self.n_leaves :]
         index, index_mass, other_mass, class_weight, remainder = of_rows
-        of_map = LogitMap(self.softcap, self.temperature if each is None else each, log_q)
+        of_map = LogitMap(self.softcap, self.temperature if each is None else each, log_q, self.scale)
         x, *head = leaves
         assert x is not None
         logits: Logits

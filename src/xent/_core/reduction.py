@@ -45,7 +45,7 @@ class Reduction:
         """Return what each row adds, before the divisor: (M,). Only a shift of the target needs log_prob."""
         if terms.shift is not None:
             assert log_prob is not None
-            loss, logsumexp = terms.shift(loss, logsumexp, log_prob)
+            loss, logsumexp = terms.shift(loss, logsumexp, log_prob[:, 0])
         values = loss if terms.row_loss is None else terms.row_loss(loss)
         if self.z_loss != 0.0:
             values = values + self.z_loss * logsumexp.square()
@@ -116,7 +116,7 @@ class Reduction:
         return Coefficients(loss, 2 * self.z_loss * found.logsumexp * loss if self.z_loss != 0.0 else None)
 
     def _by_autograd(self, terms: RowTerms, found: Statistics, scale: Scale) -> Coefficients:
-        log_prob = None if found.own is None else found.target_log_prob
+        log_prob = None if found.own is None else found.own_log_prob
         with torch.enable_grad():
             loss, logsumexp = (t.detach().requires_grad_() for t in (found.loss, found.logsumexp))
             log_prob = None if log_prob is None else log_prob.detach().requires_grad_()

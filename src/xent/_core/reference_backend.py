@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xent._core.backend import Backend, FinishedGradients, Gradients, Wants
+from xent._core.class_indices import NO_CLASS
 from xent._core.coefficients import Coefficients
 from xent._core.logits import LinearHead
 from xent._core.problem import Problem
@@ -42,7 +43,8 @@ class Reference(Backend):
             entropy = torch.where(s == -torch.inf, 0.0, s * s.exp()).sum(1)
             y = problem.targets.index
             at_y = None if y is None else y.clamp(0, z.shape[1] - 1)
-            good = None if y is None else ((y >= 0) & (y < z.shape[1])).all(1)
+            none = None if y is None else y == NO_CLASS
+            good = None if y is None else (((y >= 0) & (y < z.shape[1])) | (y == NO_CLASS)).all(1)
             m = z.gather(1, k[:, None])[:, 0]
             m = m if good is None else torch.where(good, m, torch.nan)
             return Statistics(
@@ -52,7 +54,9 @@ class Reference(Backend):
                 a=t.sum(1),
                 e=entropy if wanted.entropy else None,
                 k=k if wanted.argmax else None,
-                own=z.gather(1, at_y[:, :1])[:, 0] if wanted.log_prob and at_y is not None else None,
+                own=None
+                if not wanted.log_prob or at_y is None or none is None
+                else z.gather(1, at_y).masked_fill(none, -torch.inf),
                 mass=t.gather(1, at_y[:, :1])[:, 0] if wanted.mass and at_y is not None else None,
             )
 
@@ -78,9 +82,10 @@ class Reference(Backend):
             if coefficients.entropy is not None:
                 mean = (p * torch.where(p == 0, 0.0, s)).sum(1)
                 total = total + (coefficients.entropy * (partition - mean)).sum()
-            if coefficients.log_prob is not None and problem.targets.index is not None:
-                log_p = s.gather(1, problem.targets.index)[:, 0] - partition
-                total = total + (coefficients.log_prob * log_p).sum()
+            y = problem.targets.index
+            if coefficients.log_prob is not None and y is not None:
+                log_p = s.gather(1, y.clamp(min=0)) - partition[:, None]
+                total = total + (coefficients.log_prob * log_p).masked_fill(y == NO_CLASS, 0.0).sum()
             chosen = [leaf for leaf, want in zip(leaves, wants, strict=True) if want and leaf is not None]
             answers = iter(torch.autograd.grad(total, chosen, allow_unused=True))
         gradients = [
@@ -104,6 +109,7 @@ def _logits(problem: Problem, leaves: tuple[Tensor | None, ...]) -> Tensor:
         assert w is not None
         u = u @ w.t() if b is None else u @ w.t() + b
     of_map = problem.logits.map
+    u = of_map.scale * u
     if of_map.softcap is not None:
         u = of_map.softcap * torch.tanh(u / of_map.softcap)
     temperature = of_map.temperature

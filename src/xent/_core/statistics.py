@@ -48,7 +48,7 @@ class RequestedOutputs(NamedTuple):
 
     entropy: bool = False
     argmax: bool = False
-    log_prob: bool = False  # of the own class, which is then one
+    log_prob: bool = False  # of the own classes
     mass: bool = False  # of the target there, where processes share the classes
 
     @property
@@ -62,7 +62,7 @@ LOSS_ONLY = RequestedOutputs()
 
 @record
 class Statistics:
-    """Row statistics over some set of classes; every field has shape (R,)."""
+    """Row statistics over some set of classes; every field but ``own`` has shape (R,)."""
 
     m: Tensor  # (R,) the largest logit; of all classes it may be the target's (`summarise_beside`)
     r: Tensor  # (R,) Σ exp(z − m) over the classes, one of m left out; −1 over no classes
@@ -70,12 +70,14 @@ class Statistics:
     a: Tensor  # (R,) Σ t
     e: Tensor | None = None  # (R,) Σ (z − m) exp(z − m), never positive
     k: Tensor | None = None  # (R,) int64, the lowest class of the largest logit
-    own: Tensor | None = None  # (R,) the own class's logit, where it is among them, else 0
+    own: Tensor | None = None  # (R, K) the own classes' logits, 0 of one that is not among them
     mass: Tensor | None = None  # (R,) t there, else 0
 
     @classmethod
-    def identity(cls, rows: int, device: torch.device, requested: RequestedOutputs = LOSS_ONLY) -> Statistics:
-        """Return the statistics of no classes at all: the neutral element of `merge`."""
+    def identity(
+        cls, rows: int, device: torch.device, requested: RequestedOutputs = LOSS_ONLY, own: int = 1
+    ) -> Statistics:
+        """Return the statistics of no classes, for K = ``own``: the neutral element of `merge`."""
         zero = torch.zeros(rows, dtype=statistics_dtype(device), device=device)
         return cls(
             m=zero + NEG_INF,
@@ -84,7 +86,7 @@ class Statistics:
             a=zero,
             e=zero if requested.entropy else None,
             k=zero.to(torch.int64) if requested.argmax else None,
-            own=zero if requested.log_prob else None,
+            own=zero[:, None].expand(-1, own) if requested.log_prob else None,
             mass=zero if requested.mass else None,
         )
 
@@ -135,10 +137,10 @@ class Statistics:
         return loss if self.d is None else loss - self.d + (self.m - self.m)
 
     @property
-    def target_log_prob(self) -> Tensor:
-        """log p_y, (R,)."""
+    def own_log_prob(self) -> Tensor:
+        """log p of the own classes, (R, K)."""
         assert self.own is not None
-        return self.log_prob(self.own[:, None])[:, 0]
+        return self.log_prob(self.own)
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""
@@ -146,7 +148,7 @@ class Statistics:
 
     @property
     def columns(self) -> tuple[Any, ...]:
-        """The fields, each (R,) or None."""
+        """The fields, each of R rows or None."""
         return tuple(getattr(self, field.name) for field in fields(self))
 
     def rows(self, rows: slice) -> Statistics:
@@ -166,7 +168,7 @@ class Statistics:
 
 
 class PartialSums(NamedTuple):
-    """The parts that disjoint sets of classes add to a union of largest logit m; each (R,)."""
+    """The parts that disjoint sets of classes add to a union of largest logit m; each (R,), own (R, K)."""
 
     top: Tensor  # how many of the sets attain m
     rest: Tensor  # Σ exp(z − m), one term of m left out of each set that attains it

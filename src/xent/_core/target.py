@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, TypeVar, cast
+from dataclasses import dataclass, replace
+from typing import ClassVar, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class TopKTarget:
     indices: Tensor
     probabilities: Tensor
     remainder: str = "drop"
+    name: ClassVar[str] = "TopKTarget.indices"  # of the indices, in messages
 
     def __post_init__(self) -> None:
         for name in ("indices", "probabilities"):
@@ -68,13 +69,28 @@ class TopKTarget:
         return rest.expand(*q.shape[:-1], classes).scatter(-1, widened(self.indices), q)
 
 
+@dataclass(frozen=True, eq=False)
+class ChosenClasses(TopKTarget):
+    """The classes of each row whose log-probability is wanted: a target without mass.
+
+    One that is there twice in a row, or not wanted, is `NO_CLASS` in the others' place.
+    """
+
+    name = "indices"
+
+    @classmethod
+    def of(cls, indices: Tensor) -> ChosenClasses:
+        """Return the classes (..., k), int64, without mass."""
+        return cls(indices, torch.zeros(indices.shape, dtype=torch.float32, device=indices.device))
+
+
 Target: TypeAlias = Tensor | TopKTarget | None
 
 
 def with_wide_indices(target: Target) -> Target:
     """Return the target with its class indices, if it has any, as int64; what is no target passes."""
     if isinstance(target, TopKTarget):
-        return TopKTarget(widened(target.indices), target.probabilities, target.remainder)
+        return replace(target, indices=widened(target.indices))
     return widened(target) if isinstance(target, Tensor) and holds_integers(target) else target
 
 
@@ -84,8 +100,8 @@ T = TypeVar("T")
 def thawed_target(target: T) -> T:
     """Return the target with ordinary tensors for those made under inference mode."""
     if isinstance(target, TopKTarget):
-        made = TopKTarget(thawed(target.indices), thawed(target.probabilities), target.remainder)
-        return cast(T, made)
+        i, q = thawed(target.indices), thawed(target.probabilities)
+        return cast(T, replace(target, indices=i, probabilities=q))
     return thawed(target)
 
 
@@ -96,7 +112,7 @@ def at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[
     if isinstance(target, TopKTarget):
         k = target.indices.shape[-1]
         both = (t.reshape(n, places, k).unbind(1) for t in (target.indices, target.probabilities))
-        return [TopKTarget(i, p, target.remainder) for i, p in zip(*both, strict=True)]
+        return [replace(target, indices=i, probabilities=p) for i, p in zip(*both, strict=True)]
     if target.is_floating_point():
         # a view where there is one position, so that its gradient is no stack of one
         return (target.reshape(n, classes),) if places == 1 else target.reshape(n, classes, places).unbind(2)

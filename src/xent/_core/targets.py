@@ -56,6 +56,11 @@ class Targets:
         """M, the number of rows that count."""
         return self.selection.count
 
+    @property
+    def n_own(self) -> int:
+        """K, the number of a row's own classes."""
+        return 1 if self.index is None else self.index.shape[1]
+
     def pick(self, chunk: slice) -> slice | Tensor:
         """Return a chunk of 0..M as something that indexes the N rows of the caller's tensors."""
         return self.selection.pick(chunk)

@@ -260,6 +260,7 @@ FINITE = Number("finite")
 OPTIONS: dict[str, Validator] = {
     "label_smoothing": Number("between 0 and 1", 0.0, 1.0, ends="both"),
     "z_loss": FINITE,
+    "logit_scale": POSITIVE,
     "softcap": Number("positive and finite, or None", 0.0, optional=True),
     "temperature": POSITIVE,
     "ignore_index": Whole("a whole number, or None", optional=True),
@@ -271,6 +272,7 @@ OPTIONS: dict[str, Validator] = {
     "sparse_grad": Flag(),
     "normalize": Flag(),
     "bits": Flag(),
+    "return_entropy": Flag(),
     "target_is_logits": Flag(),
     "log_target": Flag(),
     "clamp": Flag(),

@@ -112,6 +112,7 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     z_loss: float = 0.0,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     denominator: float | Tensor | None = None,
@@ -139,6 +140,7 @@ def linear_cross_entropy(
         target: class indices of any integer type, (..., d1, ...); or probabilities (..., C, d1, ...); or a
             :class:`TopKTarget`.
         linear_bias: (C,), or (C, d1, ...).
+        logit_scale: logits are multiplied by it before the softcap, as some language models do.
         product_dtype: the type to which the matrix products round their factors. None means float32 for half
             types on a CPU, whose half products round their results too (a loss then errs by 1e-2 where it
             erred by 1e-6), and the type of ``input`` elsewhere. ``torch.bfloat16`` asks for speed on
@@ -176,7 +178,7 @@ def linear_cross_entropy(
     """
     options = Options(
         TargetOptions(weight, ignore_index, label_smoothing, sample_weight),
-        LogitOptions(softcap, temperature, margin, log_q, classes, sparse_grad, normalize),
+        LogitOptions(softcap, temperature, margin, log_q, classes, sparse_grad, normalize, logit_scale),
         ReductionOptions(reduction, denominator, z_loss, data_group),
         Execution(product_dtype, memory_budget, check_targets, group),
     )

@@ -81,6 +81,7 @@ def linear_poly_loss(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float | Tensor = 1.0,
     denominator: float | Tensor | None = None,
@@ -93,7 +94,7 @@ def linear_poly_loss(
     r"""Return the poly-1 loss of a linear head, straight from features: the logits never exist.
 
     Args:
-        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
             :func:`xent.linear_cross_entropy`; three matrix products for loss and gradients.
         target, epsilon, ignore_index, reduction, label_smoothing, sample_weight, softcap, temperature,
             denominator, check_targets, group, data_group: as in :func:`poly_loss`.
@@ -113,7 +114,7 @@ def linear_poly_loss(
     refuse_smoothing("linear_poly_loss", label_smoothing)
     options = Options(
         TargetOptions(None, ignore_index, 0.0, sample_weight),
-        LogitOptions(softcap, temperature),
+        LogitOptions(softcap, temperature, logit_scale=logit_scale),
         ReductionOptions(reduction, denominator, 0.0, data_group),
         Execution(product_dtype, memory_budget, check_targets, group),
     )

@@ -104,7 +104,7 @@ class LinearCrossEntropyLoss(nn.Module):
         out_features: (d1, ...), the positions of a K-dimensional loss.
         bias: whether the classifier has one.
         weight: (C,), a factor for each class, kept as a buffer.
-        product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
         ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, check_targets: as in
             :func:`xent.cross_entropy`.
 
@@ -118,6 +118,7 @@ class LinearCrossEntropyLoss(nn.Module):
     """
 
     weight: Tensor | None
+    logit_scale: float
     product_dtype: torch.dtype | None
     memory_budget: int | None
 
@@ -135,6 +136,7 @@ class LinearCrossEntropyLoss(nn.Module):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        logit_scale: float = 1.0,
         softcap: float | None = None,
         temperature: float = 1.0,
         check_targets: bool | None = None,
@@ -156,6 +158,7 @@ class LinearCrossEntropyLoss(nn.Module):
             reduction=reduction,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            logit_scale=logit_scale,
             softcap=softcap,
             temperature=temperature,
             check_targets=check_targets,
@@ -164,7 +167,9 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return changed(self, out_features=(), product_dtype=None, memory_budget=None, **_DEFAULTS)
+        return changed(
+            self, out_features=(), logit_scale=1.0, product_dtype=None, memory_budget=None, **_DEFAULTS
+        )
 
     def forward(
         self,
@@ -196,6 +201,7 @@ class LinearCrossEntropyLoss(nn.Module):
             linear_bias=None if bias is None else bias.reshape(shape),
             sample_weight=sample_weight,
             denominator=denominator,
+            logit_scale=self.logit_scale,
             product_dtype=self.product_dtype,
             memory_budget=self.memory_budget,
             group=group,

@@ -1,13 +1,14 @@
 """The formulas of one tile of rows × classes: its statistics, and its gradient once the row's are known.
 
-With row coefficients from what came after the row's outputs (γ = ∂L/∂ℓ, η = ∂L/∂H, λ = ∂L/∂log p_y):
+With row coefficients from what came after the row's outputs (γ = ∂L/∂ℓ, η = ∂L/∂H, λ_y = ∂L/∂log p_y):
 
-    ∂L/∂z = p∘(α − η·(z − m − ē)) − γ·t + λ·e_y        α = a·γ + ∂L/∂lse − λ        ∂L/∂q = γ·(∂t/∂q)·(−log p)
+    ∂L/∂z = p∘(α − η·(z − m − ē)) − γ·t + Σ λ_y·e_y        α = a·γ + ∂L/∂lse − Σ λ
+    ∂L/∂q = γ·(∂t/∂q)·(−log p)
 
-with p = exp(z − m) / (1 + r) and ē = e/(1 + r). At the target's class, where α·p, γ·t and λ may cancel, each
+with p = exp(z − m) / (1 + r) and ē = e/(1 + r). At an own class y, where α·p, γ·t and λ may cancel, each
 upstream gradient has a factor of its own, none of which does (`target_residual`):
 
-    γ·(a·p_y − t_y) + ∂L/∂lse·p_y − λ·expm1(log p_y) − η·p_y·(z_y − m − ē)
+    γ·(a·p_y − t_y) + ∂L/∂lse·p_y − λ_y·expm1(log p_y) − p_y·Σ_{j≠y} λ_j − η·p_y·(z_y − m − ē)
 
 Which tiles there are, and whose memory they use, is decided elsewhere: by the sweep, or by the one tile that
 holds a small problem whole.
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xent._core.class_indices import NO_CLASS
 from xent._core.coefficients import Coefficients
 from xent._core.logit_map import TileBuffers
 from xent._core.logits import Loaded
@@ -86,8 +88,12 @@ def row_tile(problem: Problem, chunk: slice, loaded: Loaded, buffers: TileBuffer
 
 
 def absent_logit(targets: Targets, chunk: slice) -> float | Tensor:
-    """Return the logit of a target class that no tile holds: −inf if another process does, else nan."""
+    """Return the logit of an own class that no tile holds: −inf if another process does, or `NO_CLASS`."""
     elsewhere = targets.elsewhere(chunk)
+    if targets.n_own > 1:
+        assert targets.index is not None
+        none = cut(targets.index, chunk) < NO_CLASS // 2  # of a process, counted from its first class
+        elsewhere = none if elsewhere is None else elsewhere | none
     if elsewhere is None:
         return torch.nan
     return torch.where(elsewhere, -torch.inf, torch.nan)
@@ -147,13 +153,23 @@ def differentiate_logits(
         if asked.logsumexp is not None:
             at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
         if asked.log_prob is not None:
-            at_own = at_own - asked.log_prob[:, None] * torch.expm1(log_p)
+            at_own = at_own - asked.log_prob * torch.expm1(log_p)
+            if asked.log_prob.shape[1] > 1:
+                at_own = at_own - sum_of_others(asked.log_prob) * torch.exp(log_p)
         if asked.entropy is not None:
             distance = mean_shift(found)[:, None] - (tile.own_z - found.m[:, None])
             of_entropy = asked.entropy[:, None] * torch.exp(log_p) * distance
             at_own = at_own + torch.where(tile.own_z == -torch.inf, 0.0, of_entropy)
         g = tile.own.put(ops, g, at_own.to(dtype))
     return g
+
+
+def sum_of_others(v: Tensor) -> Tensor:
+    """Return Σ_{i≠j} v_i of each entry j, (R, K) -> (R, K), which leaves v_j out and does not subtract it."""
+    zero = torch.zeros_like(v[:, :1])
+    before = torch.cat([zero, v[:, :-1].cumsum(1)], dim=1)
+    after = torch.cat([v[:, 1:].flip(1).cumsum(1).flip(1), zero], dim=1)
+    return before + after
 
 
 def target_residual(

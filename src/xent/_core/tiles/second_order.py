@@ -4,7 +4,7 @@ Along tangents (ẋ, Ẇ, ḃ) of the logits' tensors and q̇ of the probabiliti
 ζ = (dz/du)·u̇, f = ∂t/∂q and the row coefficients α, γ of the gradient:
 
     ℓ̇ = a⟨p, ζ⟩ − ⟨t, ζ⟩ + ⟨f∘q̇, −log p⟩        lsė = ⟨p, ζ⟩
-    Ḣ = ē⟨p, ζ⟩ − ⟨p∘(z − m), ζ⟩                   (log p_y)˙ = ζ_y − ⟨p, ζ⟩
+    Ḣ = ē⟨p, ζ⟩ − ⟨p∘(z − m), ζ⟩                   (log p_y)˙ = ζ_y − ⟨p, ζ⟩ of each own class
 
     R = dz/du·(α·p∘(ζ − ⟨p, ζ⟩) + γ·(p·⟨f, q̇⟩ − f∘q̇) + η·ṡ) + d²z/du²·u̇∘(∂L/∂z)
     ṡ = −p∘((ζ − ⟨p, ζ⟩)(z − m − ē) + ζ − ⟨p, ζ⟩ + Ḣ), the derivative of ∂H/∂z = −p∘(z − m − ē)
@@ -33,8 +33,8 @@ from xent._core.logits import Loaded, Tangents
 from xent._core.ops import cut
 from xent._core.plan import Plan
 from xent._core.problem import Problem
-from xent._core.statistics import RequestedOutputs, Statistics, TargetColumns
-from xent._core.tiles.formulas import Tile, differentiate_logits, target_residual
+from xent._core.statistics import Statistics, TargetColumns
+from xent._core.tiles.formulas import Tile, differentiate_logits, sum_of_others, target_residual
 from xent._core.tiles.sweep import TileGradients, Workspace, revisit, target_total
 
 
@@ -43,8 +43,8 @@ class RowTangent(NamedTuple):
     logsumexp: Tensor  # (M,)
     mass: Tensor  # (M,) ⟨f, q̇⟩
     entropy: Tensor | None = None  # (M,) Ḣ
-    log_prob: Tensor | None = None  # (M,)
-    centred: Tensor | None = None  # (M,) ζ_y − ⟨p, ζ⟩ of targets that are one class a row
+    log_prob: Tensor | None = None  # (M, K)
+    centred: Tensor | None = None  # (M, K) ζ_y − ⟨p, ζ⟩ of the own classes
     # where a class k that is no target is sure
     apart: Tensor | None = None  # (M,) ⟨p̂, ζ⟩
     left: Tensor | None = None  # (M,) Σ p̂
@@ -85,7 +85,7 @@ def tangent(problem: Problem, found: Statistics, tangents: Tangents, dq: Tensor 
             _chunk_tangent(problem, plan, workspace, chunk, found.rows(chunk), tangents, dq)[0]
             for chunk in plan.row_chunks(problem.targets.count)
         ]
-    part = _concatenate(parts, found, problem.requested)
+    part = _concatenate(parts, found, problem)
     return part if problem.ranks is None else _of_all_classes(part, problem.ranks)
 
 
@@ -147,7 +147,7 @@ def product(
                 accumulator.share(targets.pick(block), problem.ranks)
     q = targets.probabilities
     gradients = TileGradients(q_part, None if q is None else q.dtype, accumulator)
-    return _concatenate(parts, found, problem.requested) if whole is None else whole, gradients
+    return _concatenate(parts, found, problem) if whole is None else whole, gradients
 
 
 def _chunk_tangent(
@@ -163,7 +163,8 @@ def _chunk_tangent(
     logits, targets = problem.logits, problem.targets
     picked = targets.pick(chunk)
     loaded = logits.load(picked)
-    p_zeta = slope = surprise = mass = p_zeta_z = centred = torch.zeros_like(found.m)
+    p_zeta = slope = surprise = mass = p_zeta_z = torch.zeros_like(found.m)
+    centred = p_zeta[:, None].expand(-1, targets.n_own)
     apart = left = at_sure = p_zeta
     sure = torch.full_like(found.m, -1, dtype=torch.int64)
     kept = []
@@ -173,7 +174,7 @@ def _chunk_tangent(
         # the own class apart, as in the gradient: p_y − 1 of a row that is sure is smaller than p_y rounds
         pushed, part = _part_of_tile(problem, pushed, found)
         others = part.rest + part.of_sure * part.at_sure
-        p_zeta, slope, centred = p_zeta + others, slope + found.a * others, centred - others
+        p_zeta, slope, centred = p_zeta + others, slope + found.a * others, centred - others[:, None]
         apart, left, at_sure = apart + part.rest, left + part.left, at_sure + part.at_sure
         sure = torch.where(part.sure >= 0, part.sure, sure)
         t = targets.tile(chunk, classes, zeta.dtype)
@@ -185,11 +186,14 @@ def _chunk_tangent(
             excess = target_residual(targets, chunk, found.a, log_p)
             here = own.take(zeta, 0.0).to(found.m.dtype)
             slope = slope + own.here(excess * here).sum(1)
-            of_own = own.here(torch.exp(log_p) * here).sum(1)
+            each = own.here(torch.exp(log_p) * here)
+            of_own = each.sum(1)
             p_zeta, apart = p_zeta + of_own, apart + of_own
             left = left + own.here(torch.exp(log_p)).sum(1)
             # (1 − p_y)·ζ_y − Σ_{j≠y} p_j·ζ_j: of a row that is sure, all that is left of ζ_y − ⟨p, ζ⟩
-            centred = centred - own.here(torch.expm1(log_p) * here).sum(1)
+            centred = centred - own.here(torch.expm1(log_p) * here)
+            if targets.n_own > 1:
+                centred = centred - sum_of_others(each)
         if problem.requested.entropy:
             bent = torch.special.entr(pushed.tile.z) * zeta  # −p∘(z − m)∘ζ, times 1 + r
             p_zeta_z = p_zeta_z - bent.sum(1).to(found.m.dtype) / (1 + found.r)
@@ -203,8 +207,8 @@ def _chunk_tangent(
             kept.append(pushed)
     entropy = None if found.e is None else found.e / (1 + found.r) * p_zeta - p_zeta_z
     log_prob = centred if problem.requested.log_prob else None
-    one = targets.index is not None and targets.index.shape[1] == 1
-    out = RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob, centred if one else None)
+    own_classes = None if targets.index is None else centred
+    out = RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob, own_classes)
     return out._replace(apart=apart, left=left, at_sure=at_sure, sure=sure), kept
 
 
@@ -288,7 +292,7 @@ def _hessian_tile(
     gamma, alpha = asked.loss, asked.alpha(found.a)
     r = ops.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
     if part.centred is not None and pushed.tile.own is not None:
-        r = pushed.tile.own.put(ops, r, part.centred.to(dtype)[:, None])
+        r = pushed.tile.own.put(ops, r, part.centred.to(dtype))
     if part.sure is not None:
         sure = TargetColumns.locate(part.sure[:, None], pushed.tile.classes)
         r = sure.put(ops, r, -part.away.to(dtype)[:, None])
@@ -328,15 +332,15 @@ def _workspace(problem: Problem, plan: Plan) -> Workspace:
 
 def _of_all_classes(part: RowTangent, ranks: ClassGroup) -> RowTangent:
     """Sum a row's tangent over ranks; the index of a sure class comes from the rank that holds it."""
-    numbers = part._replace(sure=None)
-    summed = iter(ranks.sum(torch.stack([t for t in numbers if t is not None])).unbind(0))
-    whole = RowTangent(*(None if t is None else next(summed) for t in numbers))  # type: ignore[arg-type]
+    whole = RowTangent(*ranks.sum_all(part._replace(sure=None)))  # type: ignore[arg-type]  # None where it was
     return whole._replace(sure=part.sure)
 
 
-def _concatenate(parts: list[RowTangent], found: Statistics, requested: RequestedOutputs) -> RowTangent:
+def _concatenate(parts: list[RowTangent], found: Statistics, problem: Problem) -> RowTangent:
+    requested = problem.requested
     if not parts:
-        loss, logsumexp, mass, entropy, log_prob = (found.a.clone() for _ in range(5))
+        loss, logsumexp, mass, entropy = (found.a.clone() for _ in range(4))
+        log_prob = found.a.new_empty((0, problem.targets.n_own))
         wanted = entropy if requested.entropy else None, log_prob if requested.log_prob else None
         return RowTangent(loss, logsumexp, mass, *wanted)
     if len(parts) == 1:

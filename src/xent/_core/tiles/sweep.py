@@ -197,7 +197,7 @@ def chunk_statistics(
             tiles.append(Tile(classes, z, slope, loaded.map.gain, part.m, own, here))
     if not union.parts:  # a process that holds no class
         rows = chunk.stop - chunk.start
-        return Statistics.identity(rows, logits.device, problem.requested), tiles
+        return Statistics.identity(rows, logits.device, problem.requested, targets.n_own), tiles
     found = union.whole()
     if own_z is not None:
         mass = None if targets.index_mass is None else cut(targets.index_mass, chunk)
@@ -207,7 +207,7 @@ def chunk_statistics(
         if problem.requested.log_prob:
             elsewhere = targets.elsewhere(chunk)
             own_z = own_z if elsewhere is None else own_z.masked_fill(elsewhere, 0.0)
-            found = replace(found, own=own_z[:, 0])
+            found = replace(found, own=own_z)
         if problem.requested.mass:
             assert mass is not None
             found = replace(found, mass=mass[:, 0])
@@ -238,5 +238,5 @@ def _concatenate(parts: list[Statistics], problem: Problem) -> Statistics:
     return (
         Statistics.concatenate(parts)
         if parts
-        else Statistics.identity(0, problem.logits.device, problem.requested)
+        else Statistics.identity(0, problem.logits.device, problem.requested, problem.targets.n_own)
     )
