@@ -306,6 +306,8 @@ OF_MODULES = {
     "gamma": [*NUMBER, *NONE, -1.0, float("inf")],
     "alpha": ["a", STRANGE, -1.0, float("inf"), torch.ones(2, 2)],
     "bias": [*FLAG, None],
+    "linear_weight": ["a", 3, torch.ones(2, 2), torch.nn.Parameter(torch.ones(2))],
+    "linear_bias": ["a", 3, torch.ones(2), torch.nn.Parameter(torch.ones(2, 2))],
     "device": [],  # torch's own
     "dtype": [],
 }

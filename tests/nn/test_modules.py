@@ -70,3 +70,85 @@ def test_trains_like_the_unfused_pair():
             loss().backward()
             optimiser.step()
     torch.testing.assert_close(head.linear.weight, pair[0].weight, rtol=1e-4, atol=1e-4)
+
+
+HEADS = {
+    "plain": {},
+    "everything": {"bias": True, "softcap": 3.0, "temperature": 0.7, "logit_scale": 0.5},
+    "positions": {"bias": True, "out_features": (3,), "logit_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_what_else_a_head_says(options):
+    head = xent.nn.LinearCrossEntropyLoss(5, 6, dtype=torch.float64, **options)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    z = head.logits(x)
+    shape = (4, *options.get("out_features", ()))
+    assert z.shape == (4, 6, *shape[1:])
+    y = torch.randint(6, shape)
+    torch.testing.assert_close(head(x, y), torch.nn.functional.cross_entropy(z, y))
+    log_p = z.log_softmax(1)
+    torch.testing.assert_close(head.log_prob(x, y), log_p.gather(1, y[:, None])[:, 0])
+    several = torch.randint(6, (*shape, 2))
+    found = head.log_prob(x, several, return_entropy=True)
+    torch.testing.assert_close(found.log_prob, log_p.movedim(1, -1).gather(-1, several))
+    torch.testing.assert_close(found.entropy, -(log_p.exp() * log_p).sum(1))
+    assert torch.equal(head.predict(x), z.argmax(1))
+    p, classes = head.top_k(x, 2)
+    torch.testing.assert_close(p, z.softmax(1).movedim(1, -1).topk(2).values)
+    assert torch.equal(classes, z.movedim(1, -1).topk(2).indices)
+
+
+def test_a_head_ties_the_weight_of_an_embedding():
+    embedding = torch.nn.Embedding(7, 5)
+    bias = torch.nn.Parameter(torch.zeros(7))
+    head = xent.nn.LinearCrossEntropyLoss(linear_weight=embedding.weight, linear_bias=bias)
+    assert head.linear.weight is embedding.weight
+    assert head.linear.bias is bias
+    assert (head.num_classes, head.linear.in_features, head.weight) == (7, 5, None)
+    model = torch.nn.ModuleDict({"embedding": embedding, "head": head})
+    assert len(list(model.parameters())) == 2
+    tokens = torch.randint(7, (6,))
+    head(embedding(tokens), tokens).backward()
+    both = embedding.weight.grad.clone()
+    embedding.zero_grad()
+    logits = torch.nn.functional.linear(embedding(tokens), embedding.weight, bias)
+    torch.nn.functional.cross_entropy(logits, tokens).backward()
+    torch.testing.assert_close(both, embedding.weight.grad)
+    again = xent.nn.LinearCrossEntropyLoss(5, 7, bias=True)
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again.linear.weight, embedding.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (
+            {"linear_bias": torch.nn.Parameter(torch.zeros(3))},
+            ValueError,
+            "linear_bias goes with linear_weight",
+        ),
+        (
+            {"linear_weight": torch.zeros(3, 2)},
+            TypeError,
+            "linear_weight must be a torch.nn.Parameter, got Tensor",
+        ),
+        ({"linear_weight": torch.nn.Parameter(torch.zeros(3))}, ValueError, r"must be \(classes, features\)"),
+        ({"in_features": 4}, ValueError, r"in_features is 4, and linear_weight \(3, 2\) has 2"),
+        ({"num_classes": 4}, ValueError, r"num_classes is 4, and linear_weight \(3, 2\) has 3"),
+        ({"out_features": (2,)}, ValueError, r"3 rows, which out_features \(2,\) do not divide"),
+        ({"bias": True}, ValueError, "pass linear_bias beside linear_weight"),
+        ({"dtype": torch.float64}, ValueError, "device and dtype are those of linear_weight"),
+    ],
+)
+def test_weights_that_cannot_be_tied(options, kind, message):
+    given = {"linear_weight": torch.nn.Parameter(torch.zeros(3, 2))} if "linear_bias" not in options else {}
+    with pytest.raises(kind, match=message):
+        xent.nn.LinearCrossEntropyLoss(**{**given, **options})
+
+
+def test_a_forgotten_target_is_named():
+    head = xent.nn.LinearCrossEntropyLoss(2, 3)
+    with pytest.raises(TypeError, match=r"target is missing.*module\.logits\(input\)"):
+        head(torch.zeros(1, 2))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
+from xent import _log_prob, _row_statistics
 from xent._arguments.linear_layer import weight_and_bias
 from xent._arguments.validation import check_tensors
+from xent._core.target import TopKTarget
 from xent._core.validators import Whole, valid
+from xent._log_prob import LogProb
 from xent.losses import _cross_entropy
 from xent.nn._options import changed, keep
 
@@ -96,13 +99,16 @@ class LinearCrossEntropyLoss(nn.Module):
 
     The layer ``linear`` is read and not called. It may be parametrised or replaced by another
     ``torch.nn.Linear``; one whose call computes more than its product (an adapter, a quantised layer, a layer
-    with hooks) is a TypeError.
+    with hooks) is a TypeError. ``logits``, ``log_prob``, ``predict`` and ``top_k`` are of the same head.
 
     Args:
-        in_features: D.
-        num_classes: C.
+        in_features: D; None with ``linear_weight``, whose second dimension it is.
+        num_classes: C; None with ``linear_weight``, of whose rows there are as many.
         out_features: (d1, ...), the positions of a K-dimensional loss.
         bias: whether the classifier has one.
+        linear_weight: (C·d1·..., D), a ``torch.nn.Parameter`` that ``linear.weight`` becomes: that of an
+            embedding, whose gradient is then the sum of both uses. ``device`` and ``dtype`` are its own.
+        linear_bias: (C·d1·...), the same for ``linear.bias``.
         weight: (C,), a factor for each class, kept as a buffer.
         logit_scale, product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
         ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, check_targets: as in
@@ -115,20 +121,28 @@ class LinearCrossEntropyLoss(nn.Module):
         >>> loss.backward()
         >>> head.linear.weight.grad.shape
         torch.Size([1000, 16])
+        >>> embedding = torch.nn.Embedding(1000, 16)
+        >>> tied = xent.nn.LinearCrossEntropyLoss(linear_weight=embedding.weight)
+        >>> tied.linear.weight is embedding.weight
+        True
     """
 
     weight: Tensor | None
     logit_scale: float
+    softcap: float | None
+    temperature: float
     product_dtype: torch.dtype | None
     memory_budget: int | None
 
     def __init__(
         self,
-        in_features: int,
-        num_classes: int,
+        in_features: int | None = None,
+        num_classes: int | None = None,
         *,
         out_features: tuple[int, ...] = (),
         bias: bool = False,
+        linear_weight: nn.Parameter | None = None,
+        linear_bias: nn.Parameter | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         weight: Tensor | None = None,
@@ -144,12 +158,33 @@ class LinearCrossEntropyLoss(nn.Module):
         memory_budget: int | None = None,
     ) -> None:
         super().__init__()
-        in_features, bias = valid("in_features", in_features), valid("bias", bias)
-        self.num_classes = num_classes = valid("num_classes", num_classes)
+        bias = valid("bias", bias)
         self.out_features = _sizes(out_features)
-        self.linear = nn.Linear(
-            in_features, num_classes * math.prod(self.out_features), bias=bias, device=device, dtype=dtype
-        )
+        places = math.prod(self.out_features)
+        if linear_weight is None and linear_bias is None:
+            in_features = valid("in_features", in_features)
+            self.num_classes = valid("num_classes", num_classes)
+            self.linear = nn.Linear(
+                in_features, self.num_classes * places, bias=bias, device=device, dtype=dtype
+            )
+        else:
+            if bias:
+                raise ValueError("bias makes a new one: pass linear_bias beside linear_weight")
+            self.linear = _tied(linear_weight, linear_bias, device, dtype)
+            rows, width = self.linear.weight.shape
+            if rows % places or not rows:
+                raise ValueError(
+                    f"linear_weight has {rows} rows, which out_features {self.out_features} divides"
+                )
+            self.num_classes = rows // places
+            for name, given, found in (
+                ("in_features", in_features, width),
+                ("num_classes", num_classes, self.num_classes),
+            ):
+                if given is not None and valid(name, given) != found:
+                    raise ValueError(
+                        f"{name} is {given}, and linear_weight {(rows, width)} has {found}; drop {name}"
+                    )
         check_tensors(weight=weight)
         self.register_buffer("weight", weight)
         keep(
@@ -174,7 +209,7 @@ class LinearCrossEntropyLoss(nn.Module):
     def forward(
         self,
         input: Tensor,
-        target: Tensor,
+        target: Tensor | TopKTarget | None = None,
         *,
         sample_weight: Tensor | None = None,
         denominator: float | Tensor | None = None,
@@ -187,6 +222,86 @@ class LinearCrossEntropyLoss(nn.Module):
         With ``group``, the module is of this process's classes: ``num_classes`` is how many these are.
         ``temperature`` is one for each row, in place of the module's.
         """
+        if target is None:
+            raise TypeError(
+                "target is missing: the module returns a loss, module(input, target); of the input alone there "
+                "are module.logits(input), module.predict(input) and module.top_k(input, k)"
+            )
+        weight, bias = self._head()
+        return _cross_entropy.linear_cross_entropy(
+            input,
+            weight,
+            target,
+            linear_bias=bias,
+            sample_weight=sample_weight,
+            denominator=denominator,
+            group=group,
+            data_group=data_group,
+            **self._products(),
+            **_options(self, temperature),
+        )
+
+    def logits(self, input: Tensor) -> Tensor:
+        """Return the logits that enter the softmax, after scale, softcap and temperature.
+
+        Args:
+            input: (..., D).
+
+        Returns:
+            (..., C), or (..., C, d1, ...), as :func:`xent.cross_entropy` takes them for one batch dimension.
+        """
+        weight, bias = self._head()
+        u = nn.functional.linear(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
+        z = u.unflatten(-1, weight.shape[:-1]) * self.logit_scale
+        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return z if self.temperature == 1.0 else z / self.temperature
+
+    @overload
+    def log_prob(self, input: Tensor, indices: Tensor, *, return_entropy: Literal[False] = ...) -> Tensor: ...
+
+    @overload
+    def log_prob(self, input: Tensor, indices: Tensor, *, return_entropy: Literal[True]) -> LogProb: ...
+
+    def log_prob(self, input: Tensor, indices: Tensor, *, return_entropy: bool = False) -> Tensor | LogProb:
+        """Return log p of given classes, as :func:`xent.linear_log_prob`; no logits are formed."""
+        weight, bias = self._head()
+        found: Tensor | LogProb = _log_prob.linear_log_prob(  # type: ignore[call-overload]
+            input,
+            weight,
+            indices,
+            linear_bias=bias,
+            ignore_index=self.ignore_index,
+            return_entropy=return_entropy,
+            check_targets=self.check_targets,
+            **self._products(),
+            **self._of_logits(),
+        )
+        return found
+
+    def predict(self, input: Tensor) -> Tensor:
+        """Return the most probable class of each row, int64, the lowest of equal ones; forms no logits."""
+        weight, bias = self._head()
+        with torch.no_grad():
+            rows = _row_statistics.linear_row_statistics(
+                input, weight, linear_bias=bias, **self._products(), **self._of_logits()
+            )
+        return rows.argmax
+
+    def top_k(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Return the k largest probabilities of each row and their classes, as :func:`xent.linear_top_k`."""
+        weight, bias = self._head()
+        return _row_statistics.linear_top_k(
+            input, weight, k, linear_bias=bias, **self._products(), **self._of_logits()
+        )
+
+    def _of_logits(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("softcap", "temperature")}
+
+    def _products(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("logit_scale", "product_dtype", "memory_budget")}
+
+    def _head(self) -> tuple[Tensor, Tensor | None]:
+        """Return the classifier, (C, D) or (C, d1, ..., D), and its bias."""
         shape = (self.num_classes, *self.out_features)
         weight, bias = weight_and_bias(self.linear, "linear")
         if weight.dim() != 2 or weight.shape[0] != math.prod(shape):
@@ -194,20 +309,33 @@ class LinearCrossEntropyLoss(nn.Module):
                 f"linear.weight is {tuple(weight.shape)} where num_classes and out_features, {shape}, ask "
                 f"for {math.prod(shape)} rows: set num_classes to the new number of classes too"
             )
-        return _cross_entropy.linear_cross_entropy(
-            input,
-            weight.reshape(*shape, weight.shape[-1]) if self.out_features else weight,
-            target,
-            linear_bias=None if bias is None else bias.reshape(shape),
-            sample_weight=sample_weight,
-            denominator=denominator,
-            logit_scale=self.logit_scale,
-            product_dtype=self.product_dtype,
-            memory_budget=self.memory_budget,
-            group=group,
-            data_group=data_group,
-            **_options(self, temperature),
-        )
+        weight = weight.reshape(*shape, weight.shape[-1]) if self.out_features else weight
+        return weight, None if bias is None else bias.reshape(shape)
+
+
+def _tied(
+    weight: nn.Parameter | None,
+    bias: nn.Parameter | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Linear:
+    """Return a layer of parameters that exist; none is made."""
+    if weight is None:
+        raise ValueError("linear_bias goes with linear_weight: pass both, or bias=True for a new one")
+    for name, given in (("linear_weight", weight), ("linear_bias", bias)):
+        if given is not None and not isinstance(given, nn.Parameter):
+            raise TypeError(f"{name} must be a torch.nn.Parameter, got {type(given).__name__}")
+    if weight.dim() != 2:
+        raise ValueError(f"linear_weight must be (classes, features), got {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear_bias must be {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    if device is not None or dtype is not None:
+        raise ValueError("device and dtype are those of linear_weight: drop them")
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = weight
+    if bias is not None:
+        layer.bias = bias
+    return layer
 
 
 def _sizes(out_features: object) -> tuple[int, ...]:
