@@ -174,7 +174,7 @@ class LinearCrossEntropyLoss(nn.Module):
             rows, width = self.linear.weight.shape
             if rows % places or not rows:
                 raise ValueError(
-                    f"linear_weight has {rows} rows, which out_features {self.out_features} divides"
+                    f"linear_weight has {rows} rows, which out_features {self.out_features} do not divide"
                 )
             self.num_classes = rows // places
             for name, given, found in (
@@ -224,8 +224,8 @@ class LinearCrossEntropyLoss(nn.Module):
         """
         if target is None:
             raise TypeError(
-                "target is missing: the module returns a loss, module(input, target); of the input alone there "
-                "are module.logits(input), module.predict(input) and module.top_k(input, k)"
+                "target is missing: the module returns a loss, module(input, target); of the input alone "
+                "there are module.logits(input), module.predict(input) and module.top_k(input, k)"
             )
         weight, bias = self._head()
         return _cross_entropy.linear_cross_entropy(
