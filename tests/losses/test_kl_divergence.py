@@ -337,7 +337,7 @@ def test_many_rows_some_at_a_time(monkeypatch, logits):
         return kl, first, again, second, third, one
 
     whole = derivatives()
-    monkeypatch.setattr(xent.losses._kl_divergence, "PIECE", 10)
+    monkeypatch.setattr(xent.losses._divergence_rows, "PIECE", 10)
     assert_close(derivatives(), whole)
     with torch.no_grad():
         assert_close(xent.kl_divergence(target=t, input=z, target_is_logits=logits), whole[0])
@@ -347,7 +347,7 @@ def test_many_rows_some_at_a_time(monkeypatch, logits):
 def test_a_target_made_of_the_input(monkeypatch, piece):
     """What reaches the logits through the target counts once, in a second derivative too."""
     z = torch.randn(3, 5, dtype=F64, requires_grad=True)
-    monkeypatch.setattr(xent.losses._kl_divergence, "PIECE", piece)
+    monkeypatch.setattr(xent.losses._divergence_rows, "PIECE", piece)
 
     def ours(z):
         return xent.kl_divergence(target=z.square(), input=z, target_is_logits=True).sum()

@@ -1,0 +1,176 @@
+"""KL(t ‖ p) of two linear heads, whose logits never exist, as a loss.
+
+KL = Σ t·φ(log p − log t)        ∂KL/∂z_S = p − t        ∂KL/∂z_T = t∘(log t − log p − KL)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from xent._arguments.call import Call, resolve_head
+from xent._arguments.options import Options
+from xent._arguments.targets import select
+from xent._arguments.validation import check_devices, check_tensors, require_tensors
+from xent._autograd import transforms, two_heads
+from xent._autograd.chain import needs_gradient
+from xent._core.class_indices import UNCHECKED
+from xent._core.logits import LinearHead
+from xent._core.reduction import Kind, Scale
+from xent._core.tiles.two_heads import Pair
+
+Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+
+
+def linear_kl_divergence(
+    *,
+    student: Head,
+    teacher: Head,
+    temperature: float | Tensor = 1.0,
+    reduction: str = "mean",
+    sample_weight: Tensor | None = None,
+    memory_budget: int | None = None,
+) -> Tensor:
+    r"""Return KL(teacher ‖ student) of two linear heads, straight from features, without any logits.
+
+    ``kl_divergence(target=x_T @ w_T.T + b_T, input=x_S @ w_S.T + b_S, target_is_logits=True)`` for
+    distillation, visited in tiles of rows × classes. A frozen teacher, the usual case, costs one matrix
+    product of its own, and the student three where the budget holds 128 rows of both heads' logits; where it
+    does not, each head's logits are computed once more. Two derivatives in closed form. Formulas:
+    ``∂KL/∂z_S = p − t``, ``∂KL/∂z_T = t∘(log t − log p − KL)``.
+
+    Args:
+        student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,).
+        teacher: the same over the same rows and classes; its features may be of another width.
+        temperature: divides both heads' logits: a number, or one for each row, a tensor (...). No gradient.
+            Distillation often multiplies the loss by its square, so that gradients keep their size; that is
+            left to the caller.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ ``sample_weight``, or by the
+            number of rows, and is 0 over no rows.
+        sample_weight: (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
+        memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
+            whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
+
+    Returns:
+        A scalar in nats, or (...) for ``"none"``, of the type of the student's features (float32 under
+        autocast).
+
+    Raises:
+        ValueError: shapes or option values that do not fit together, naming the head.
+        TypeError: types that do not.
+        NotImplementedError: a third derivative; :func:`kl_divergence` of logits has any number of them.
+
+    Example:
+        >>> import torch, xent
+        >>> even, odds = torch.zeros(2, 1), torch.tensor([[0.6], [0.4]]).log()
+        >>> one = torch.ones(3, 1)
+        >>> round(xent.linear_kl_divergence(student=(one, even), teacher=(one, odds)).item(), 6)
+        0.020136
+    """
+    check_tensors(sample_weight=sample_weight)
+    sample_weight = transforms.thawed(sample_weight)
+    each = temperature
+    if isinstance(each, Tensor) and sample_weight is not None and each.shape == sample_weight.shape:
+        # a row that is left out may have any; one whose weight is learnt counts
+        left_out = (sample_weight == 0) & (not sample_weight.requires_grad)
+        each = torch.where(left_out, 1.0, each) if each.dim() else each
+    options = Options.of(reduction=reduction, temperature=each, memory_budget=memory_budget)
+    distillation = _resolve(
+        _head("student", student, options), _head("teacher", teacher, options), sample_weight
+    )
+    call, pair, weight, in_graph = distillation
+    kind, selection = call.reduction.kind, pair.selection
+    scale = _scale(kind, weight, selection.count)
+    if kind != "none" and distillation.one_backward:
+        return two_heads.loss(pair, weight, scale, call.dtype)
+    kl = selection.masked(two_heads.rows(pair, in_graph=in_graph))  # before weighing: 0·nan is not 0
+    if kind != "none":
+        return two_heads.total(kl, weight, scale).to(call.dtype)
+    kl = kl if weight is None else kl * weight
+    return call.stack([selection.scatter(kl)])
+
+
+class _Distillation(NamedTuple):
+    """A call's arguments, resolved."""
+
+    call: Call  # the student's: reduction, shape of the rows, type of the loss
+    pair: Pair
+    weight: Tensor | None  # (M,)
+    in_graph: bool  # whether the sweep is to be one operator
+
+    @property
+    def one_backward(self) -> bool:
+        """The case that one plain backward will follow, whose gradient the forward sweep can form."""
+        leaves = (*self.pair.student.leaves, *self.pair.teacher.leaves)
+        return not (
+            self.pair.selection.mask is not None
+            or self.in_graph
+            or not needs_gradient(leaves)
+            or (self.weight is not None and self.weight.requires_grad)
+            or transforms.transformed(*leaves, self.weight)
+        )
+
+
+def _resolve(
+    one: tuple[Call, LinearHead], other: tuple[Call, LinearHead], sample_weight: Tensor | None
+) -> _Distillation:
+    """Match the student's and the teacher's rows, and return both with the weights of rows that count."""
+    (call, student), (teaching, teacher) = one, other
+    rows_shape = tuple(call.rows_shape)
+    if call.rows_shape != teaching.rows_shape or student.shape[1] != teacher.shape[1]:
+        raise ValueError(
+            f"student and teacher must have the same rows and classes; got rows {rows_shape} and "
+            f"{tuple(teaching.rows_shape)}, {student.shape[1]} and {teacher.shape[1]} classes"
+        )
+    if student.dtype != teacher.dtype:
+        raise TypeError(
+            f"the student is computed in {student.dtype} and the teacher in {teacher.dtype}: "
+            "convert one of them"
+        )
+    if sample_weight is not None and tuple(sample_weight.shape) != rows_shape:
+        raise ValueError(
+            f"sample_weight must have the shape of the rows, {rows_shape}; got {tuple(sample_weight.shape)}"
+        )
+    n, classes = student.shape
+    leaves = (*student.leaves, *teacher.leaves)
+    weight = None if sample_weight is None else sample_weight.reshape(n)
+    in_graph = transforms.is_opaque(weight, *leaves)
+    if in_graph:
+        check_devices(weight, *leaves)
+    by_mask = weight is not None and (in_graph or transforms.batched(weight, *leaves))
+    targets, weight = select(Options(), None, classes, UNCHECKED, weight, n, student.device, by_mask=by_mask)
+    kept = targets.selection.mask
+    if kept is not None and not in_graph:  # in a graph the operator selects for itself
+        student, teacher = student.select(kept), teacher.select(kept)
+    (problem,) = call.problems
+    return _Distillation(call, Pair(student, teacher, targets.selection, problem.budget), weight, in_graph)
+
+
+def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
+    """Return one over the divisor; 0 where there is nothing to divide."""
+    if kind != "mean":
+        return 1.0
+    if weight is None:
+        return 1.0 / max(1, count)
+    divisor = weight.sum()
+    nothing = divisor == 0
+    return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+
+
+def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
+    """Resolve one head, as every loss from features does; an error names the role."""
+    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
+        raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")
+    features, weight, bias = (*given, None)[:3]
+    require_tensors(**{f"the {role}'s features": features, f"the {role}'s weight": weight})
+    assert weight is not None
+    if weight.dim() != 2:
+        raise ValueError(f"the {role}'s weight must be (C, D), got {tuple(weight.shape)}")
+    try:
+        call = resolve_head(options, features, weight, bias, None)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"the {role}: {error}") from None
+    (problem,) = call.problems
+    return call, cast(LinearHead, problem.logits)
