@@ -229,6 +229,7 @@ SURROGATE |= {
     "leaving_out": "the plain product before it carries nan features into the weight's gradient",
 }
 CONVEX_ROW_LOSS = "a function of p that is not convex in the logits, though cross-entropy is"
+CONVEX_REVERSE = "not convex in the logits that weigh the logarithms"
 CONVEX_ENTROPY = "entropy is neither convex nor concave in the logits"
 
 # the losses that have not all of cross-entropy's options
@@ -307,6 +308,9 @@ OTHERS = [
     ),
 ]
 
+SUMS_REVERSE = "its sum is known to the rounding of the divergence, which may be larger than the gradient"
+OF_TARGET = UNWEIGHTED | UNTILED | {"finite_differences": "test_divergences.py has them"}
+OF_TARGET |= {"convex": CONVEX_REVERSE, "gradient_sum": SUMS_REVERSE, "leaving_out": SURROGATE["leaving_out"]}
 OTHERS += [
     Row(
         "binary-of-probabilities",
@@ -333,6 +337,21 @@ OTHERS += [
             "learnt_weights": "takes no learnt weight",
             "additive": "takes no denominator",
             "half": "the teacher's logarithms have rounded to the half type already",
+        },
+    ),
+    Row("kl-reverse", loss="kl_reverse", target="probabilities", exempt=OF_TARGET),
+    Row("js-divergence", loss="js", target="probabilities", exempt=OF_TARGET),
+    Row(
+        "linear-kl-reverse",
+        loss="linear_kl_reverse",
+        target="probabilities",
+        exempt={
+            "finite_differences": "a teacher of given probabilities has features without bound",
+            "learnt_weights": "takes no learnt weight",
+            "additive": "takes no denominator",
+            "half": "the teacher's logarithms have rounded to the half type already",
+            "convex": CONVEX_REVERSE,
+            "gradient_sum": SUMS_REVERSE,
         },
     ),
 ]
@@ -486,6 +505,17 @@ def plain_kl(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     return reduced((t * (t.log() - z.log_softmax(1))).sum(1), target, reduction)
 
 
+def plain_reverse(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    log_p = z.log_softmax(1)
+    return reduced((log_p.exp() * (log_p - target.double().log())).sum(1), target, reduction)
+
+
+def plain_js(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
+    p, t = z.softmax(1), target.double()
+    m = 0.7 * p + 0.3 * t
+    return reduced((0.3 * t * (t / m).log() + 0.7 * p * (p / m).log()).sum(1), target, reduction)
+
+
 def plain_binary(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tensor:
     y = target.double()
     values = -(y * z.sigmoid().log() + (1 - y) * (1 - z.sigmoid()).log())
@@ -528,6 +558,20 @@ LOSSES = {
         None,
         plain_kl,
     ),
+    "kl_reverse": Loss(
+        lambda z, target, **options: xent.kl_divergence(
+            target=target, input=z, direction="reverse", **{"reduction": "mean", **options}
+        ),
+        None,
+        plain_reverse,
+    ),
+    "js": Loss(
+        lambda z, target, **options: xent.js_divergence(
+            target=target, input=z, beta=0.3, **{"reduction": "mean", **options}
+        ),
+        None,
+        plain_js,
+    ),
     "binary": Loss(xent.binary_cross_entropy_with_logits, None, plain_binary),
     "binary_of_probabilities": Loss(
         lambda z, target, **options: xent.binary_cross_entropy(z.sigmoid(), target, **options),
@@ -543,6 +587,13 @@ LOSSES = {
         ),
         lambda x, w, b, target, **options: distilled(x, w, b, target, **options),
         plain_kl,
+    ),
+    "linear_kl_reverse": Loss(
+        lambda z, target, **options: distilled(
+            z, torch.eye(z.shape[1], dtype=z.dtype), None, target, direction="reverse", **options
+        ),
+        lambda x, w, b, target, **options: distilled(x, w, b, target, direction="reverse", **options),
+        plain_reverse,
     ),
     "entropy": of_rows("entropy"),
     "log_prob": of_rows("log_prob", -1.0),

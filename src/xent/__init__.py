@@ -22,7 +22,7 @@ from xent._row_statistics import (
 from xent.losses._binary import binary_cross_entropy, binary_cross_entropy_with_logits, kl_div
 from xent.losses._cross_entropy import cross_entropy, linear_cross_entropy
 from xent.losses._focal import focal_loss, linear_focal_loss
-from xent.losses._kl_divergence import kl_divergence
+from xent.losses._kl_divergence import js_divergence, kl_divergence
 from xent.losses._linear_divergence import linear_kl_divergence
 from xent.losses._poly import linear_poly_loss, poly_loss
 from xent.losses._surrogate import surrogate_cross_entropy
@@ -48,6 +48,7 @@ __all__ = [
     "entropy",
     "fit_temperature",
     "focal_loss",
+    "js_divergence",
     "kl_div",
     "kl_divergence",
     "linear_cross_entropy",

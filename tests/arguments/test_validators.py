@@ -89,6 +89,9 @@ WRONG = {
     # flags and names
     "check_targets": FLAG,
     "bits": [*FLAG, None],
+    "scale_by_t2": [*FLAG, None],
+    "direction": [*NAME, None],
+    "beta": [*NUMBER, *NONE, -0.1, 1.5],
     "target_is_logits": [*FLAG, None],
     "log_target": [*FLAG, None],
     "clamp": [*FLAG, None],
@@ -156,6 +159,7 @@ CALLS = {
     xent.top_k: {"input": Z, "k": 2},
     xent.linear_top_k: {"input": X, "linear_weight": W, "k": 2},
     xent.kl_divergence: {"input": Z, "target": Z.softmax(1)},
+    xent.js_divergence: {"input": Z, "target": Z.softmax(1)},
     xent.linear_kl_divergence: {"student": (X, W), "teacher": (X, W)},
     xent.surrogate_cross_entropy: LOGITS,
     xent.fit_temperature: {

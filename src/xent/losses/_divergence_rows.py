@@ -1,12 +1,18 @@
 """The rows of a divergence of given logits, of torch's own operations, some rows at a time.
 
-    log p = (z − m)/T − log1p(r)        δ = log p − log t
+    log p = (z − m)/T − log1p(r)        δ = log p − log t        φ(δ) = e^δ − 1 − δ ≥ 0
 
-δ of near logits loses what log p and log t round; it is brought back as a constant (`_lost`).
+    KL(t ‖ p) = Σ t·φ(δ)        KL(p ‖ t) = Σ p·φ(−δ)
+    JS_β = β·KL(t ‖ M) + (1 − β)·KL(p ‖ M) = β·Σ t·φ(log M/t) + (1 − β)·Σ p·φ(log M/p),  M = (1 − β)·p + β·t
+    log M/p = log1p(β·expm1(−δ))        log M/t = log1p((1 − β)·expm1(δ))
+
+No term is negative and none cancels. δ of near logits loses what log p and log t round; it is brought back as
+a constant (`_lost`). β says which: 0 is KL(t ‖ p), 1 is KL(p ‖ t).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
@@ -21,34 +27,73 @@ from xent._core.tiles.two_heads import NEAR, PIECE, phi
 class Settings(NamedTuple):
     logits: bool  # whether the target is
     dtype: torch.dtype  # of the computation
+    beta: float = 0.0
 
 
 Temperature: TypeAlias = float | Tensor  # a number, or (..., 1) in the type of the computation
 
 
 def rows(target: Tensor, z: Tensor, temperature: Temperature, settings: Settings) -> Tensor:
-    """Return KL of each row, (..., C) and (..., C) -> (...), of torch's own operations."""
+    """Return the divergence of each row, (..., C) and (..., C) -> (...), of torch's own operations."""
     given, z = target.to(settings.dtype), z.to(settings.dtype)
     log_p = _log_softmax(z, temperature)
     p, mass = log_p.exp(), None
     if settings.logits:
         log_t = _log_softmax(given, temperature)
         t = log_t.exp()
+        delta = _difference_of_logs(log_p, log_t)
+        delta = delta + _lost(delta, z, given, temperature, log_t)
     else:
         t, mass = given, given.sum(-1, keepdim=True, dtype=statistics_dtype(given.device))
-        p = p * mass.to(p.dtype)
-        log_t = torch.where(t == 0, 1.0, t).log() - torch.where(mass == 0, 1.0, mass).log().to(t.dtype)
-    absent = t == 0
-    delta = torch.where(absent, 0.0, log_p - log_t)
-    if settings.logits:
-        delta = delta + _lost(delta, z, given, temperature, log_t).masked_fill(absent, 0.0)
-    near = (delta.abs() < NEAR) & ~absent
-    terms = torch.where(near, t * phi(delta.clamp(-NEAR, NEAR)), p - t - t * delta)
+        log_t = torch.where(t == 0, 1.0, t).log()
+        if settings.beta in (0.0, 1.0):
+            log_t = log_t - torch.where(mass == 0, 1.0, mass).log().to(t.dtype)
+        delta = _difference_of_logs(log_p, torch.where(t == 0, -math.inf, log_t))
+    if 0.0 < settings.beta < 1.0:
+        return _jensen_shannon(p, t, delta, settings.beta)
+    if settings.beta == 1.0:
+        t = t if mass is None else t / torch.where(mass == 0, 1.0, mass).to(t.dtype)
+        value = _terms(p, t, -delta)
+        return value if mass is None else value - mass.squeeze(-1).log()
     if mass is None:
-        return terms.sum(-1, dtype=statistics_dtype(t.device))
+        return _terms(t, p, delta)
+    p = p * mass.to(p.dtype)
     # the slope of t·log t at 0
-    terms = terms - torch.special.entr(torch.where(absent & (p > 0), t, 1.0))
-    return terms.sum(-1, dtype=mass.dtype) - torch.special.entr(mass.squeeze(-1))
+    slope = torch.special.entr(torch.where((t == 0) & (p > 0), t, 1.0))
+    return _terms(t, p, delta, slope) - torch.special.entr(mass.squeeze(-1))
+
+
+def _difference_of_logs(log_p: Tensor, log_t: Tensor) -> Tensor:
+    """Return log p − log t, 0 of a class that is masked in both."""
+    both = (log_p == -math.inf) & (log_t == -math.inf)
+    return torch.where(both, 0.0, torch.where(both, 0.0, log_p) - torch.where(both, 0.0, log_t))
+
+
+def _terms(q: Tensor, r: Tensor, delta: Tensor, less: Tensor | None = None) -> Tensor:
+    """Return Σ q·φ(δ), δ = log(r/q), which is Σ q·log(q/r) + Σ r − Σ q: r where q is 0."""
+    absent = q == 0
+    delta = torch.where(absent, 0.0, delta)
+    near = (delta.abs() < NEAR) & ~absent
+    terms = torch.where(near, q * phi(delta.clamp(-NEAR, NEAR)), r - q - q * delta)
+    terms = terms if less is None else terms - less
+    return terms.sum(-1, dtype=statistics_dtype(q.device))
+
+
+def _jensen_shannon(p: Tensor, t: Tensor, delta: Tensor, beta: float) -> Tensor:
+    """Return JS_β of each row; the sums of M, p and t that φ adds cancel for t of any mass."""
+    m = (1 - beta) * p + beta * t
+    of_p = _terms(p, m, _log_mixture(-delta, t == 0, beta))
+    of_t = _terms(t, m, _log_mixture(delta, p == 0, 1 - beta))
+    return (1 - beta) * of_p + beta * of_t
+
+
+def _log_mixture(delta: Tensor, absent: Tensor, share: float) -> Tensor:
+    """Return log((1 − share) + share·e^δ); ``absent`` is where e^δ is 0."""
+    near = delta.abs() < 1
+    small = torch.log1p(share * torch.expm1(delta.clamp(-1.0, 1.0)))
+    rest = torch.full_like(delta, math.log1p(-share))
+    far = torch.logaddexp(rest, torch.where(near | absent, 0.0, delta) + math.log(share))
+    return torch.where(absent, rest, torch.where(near, small, far))
 
 
 class ByChunks(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""KL(t ‖ softmax(z)) of given logits, and of two linear heads whose logits never exist.
+"""KL and generalised Jensen–Shannon divergences of given logits and a target.
 
     KL = Σ t·(log t − log p) = Σ t·φ(log p − log(t/a)) + a·log a        a = Σ t, φ(δ) = e^δ − 1 − δ
 
@@ -9,6 +9,7 @@ size of an entropy to find a difference that may be a billionth of it.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from xent._arguments.options import Options
 from xent._arguments.problem import check_temperatures
 from xent._arguments.validation import (
     check_floating,
+    check_tensors,
     is_readable,
     loss_dtype,
     require_tensors,
@@ -34,35 +36,49 @@ def kl_divergence(
     *,
     target: Tensor | TopKTarget,
     input: Tensor,
+    direction: str = "forward",
     target_is_logits: bool = False,
     temperature: float | Tensor = 1.0,
+    scale_by_t2: bool = False,
+    reduction: str = "none",
+    sample_weight: Tensor | None = None,
     bits: bool = False,
 ) -> Tensor:
-    r"""Return KL(t ‖ softmax(z/temperature)) of each row, ``Σ t·(log t − log p)``, in nats.
+    r"""Return KL(t ‖ p), or KL(p ‖ t), of each row, p = softmax(z/temperature), in nats.
 
-    Differentiable in both arguments any number of times, in every mode of torch. Computed without
-    cancellation: of two logits it is never negative, equal ones are at 0, and distributions that differ by
-    1e-8 keep their digits, as do rows that are right beyond all doubt.
+    ``Σ t·(log t − log p)`` forward and ``Σ p·(log p − log t)`` in reverse. Differentiable in both arguments
+    any number of times, in every mode of torch. Computed without cancellation: of two logits it is never
+    negative, equal ones are at 0, and distributions that differ by 1e-8 keep their digits, as do rows that
+    are right beyond all doubt.
 
     Args:
         target: t, the shape of ``input``: probabilities of any non-negative mass, 0·log 0 = 0 (the slope
             there, asked for, is −inf); or with ``target_is_logits`` the teacher's logits. Or a
             :class:`TopKTarget`, of which nothing is spread where its probabilities exceed 1.
-        input: logits z, (C,), (N, C) or (N, C, d1, ...). A class masked by −inf costs nothing without
-            target mass, and +inf with it.
+        input: logits z, (C,), (N, C) or (N, C, d1, ...). Forward, a class masked by −inf costs nothing
+            without target mass, and +inf with it; in reverse a class without target mass costs +inf unless
+            p is 0.
+        direction: ``"forward"``, KL(t ‖ p), which covers the target; or ``"reverse"``, KL(p ‖ t), which seeks
+            a mode of it.
         target_is_logits: t is softmax(target/temperature): to be preferred where the teacher learns too, and
             where teacher and student are nearly equal.
-        temperature: divides the logits: a number, or one for each row, a tensor of the shape of the result.
+        temperature: divides the logits: a number, or one for each row, a tensor of the shape of the rows.
             No gradient.
+        scale_by_t2: multiply each row by its temperature squared, so that gradients keep their size.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by Σ ``sample_weight``, or by the number
+            of rows, and is 0 over no rows.
+        sample_weight: a factor for each row, of the shape of the rows. A row of weight 0 is left out,
+            whatever it holds.
         bits: divide by log 2.
 
     Returns:
-        (), (N,) or (N, d1, ...), of the type of ``input`` (float32 under autocast).
+        (), (N,) or (N, d1, ...), or a scalar, of the type of ``input`` (float32 under autocast).
 
     Raises:
         ValueError: shapes that differ; a temperature that is not positive and finite (of a tensor: on a CPU,
             naming the row); on a CPU a probability
-            that is negative, infinite or nan, naming the place (elsewhere it costs nan).
+            that is negative, infinite or nan, naming the place (elsewhere it costs nan); the reverse
+            direction of a :class:`TopKTarget` whose remainder is dropped.
         TypeError: types that are not floating.
 
     Example:
@@ -70,34 +86,126 @@ def kl_divergence(
         >>> even, odds = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.6, 0.4])
         >>> round(xent.kl_divergence(target=odds, input=even).item(), 6)
         0.020136
+        >>> round(xent.kl_divergence(target=odds, input=even, direction="reverse").item(), 6)
+        0.020411
     """
+    beta = {"forward": 0.0, "reverse": 1.0}[valid("direction", direction)]
+    options = _Options(target_is_logits, temperature, scale_by_t2, reduction, sample_weight, bits)
+    return _divergence(target, input, beta, options)
+
+
+def js_divergence(
+    *,
+    target: Tensor | TopKTarget,
+    input: Tensor,
+    beta: float = 0.5,
+    target_is_logits: bool = False,
+    temperature: float | Tensor = 1.0,
+    scale_by_t2: bool = False,
+    reduction: str = "none",
+    sample_weight: Tensor | None = None,
+    bits: bool = False,
+) -> Tensor:
+    r"""Return the generalised Jensen–Shannon divergence of each row, in nats.
+
+    ``β·KL(t ‖ M) + (1 − β)·KL(p ‖ M)``, M = (1 − β)·p + β·t, p = softmax(z/temperature): at most log 2 for
+    β = ½ and two distributions. It tends to 0 as β does, and divided by β to KL(t ‖ p); β = 0 is KL(t ‖ p) by
+    name, and β = 1 KL(p ‖ t), as trainers of language models have it. Differentiable as :func:`kl_divergence`
+    is, and computed without cancellation.
+
+    Args:
+        target, input, target_is_logits, temperature, scale_by_t2, reduction, sample_weight, bits: as in
+            :func:`kl_divergence`.
+        beta: the share of the target in the mixture, from 0 to 1.
+
+    Returns:
+        As :func:`kl_divergence`.
+
+    Raises:
+        ValueError, TypeError: as :func:`kl_divergence`.
+
+    Example:
+        >>> import torch, xent
+        >>> one, other = torch.tensor([1.0, 0.0]), torch.tensor([-torch.inf, 0.0])
+        >>> xent.js_divergence(target=one, input=other, bits=True).item()
+        1.0
+    """
+    share: float = valid("beta", beta)
+    options = _Options(target_is_logits, temperature, scale_by_t2, reduction, sample_weight, bits)
+    return _divergence(target, input, share, options)
+
+
+class _Options(NamedTuple):
+    target_is_logits: bool
+    temperature: float | Tensor
+    scale_by_t2: bool
+    reduction: str
+    sample_weight: Tensor | None
+    bits: bool
+
+
+def _divergence(target: Tensor | TopKTarget, input: Tensor, beta: float, options: _Options) -> Tensor:
+    """Return JS_β, of which 0 and 1 are KL forward and in reverse."""
     require_tensors(input=input)
     if not isinstance(target, TopKTarget):
         require_tensors(target=target)
-    each = Options.of(temperature=temperature).logits.temperature
-    bits = valid("bits", bits)
-    target_is_logits = valid("target_is_logits", target_is_logits)
+    weight = transforms.thawed(options.sample_weight)
+    check_tensors(sample_weight=weight)
+    of_logits = Options.of(temperature=options.temperature, reduction=options.reduction)
+    each = of_logits.logits.temperature
+    bits, by_t2 = valid("bits", options.bits), valid("scale_by_t2", options.scale_by_t2)
+    target_is_logits = valid("target_is_logits", options.target_is_logits)
     input, target = transforms.thawed(input), thawed_target(target)
     if isinstance(target, TopKTarget):
+        if beta == 1.0 and target.remainder == "drop":
+            raise ValueError(
+                "the reverse divergence from a TopKTarget whose remainder is dropped is infinite: the other "
+                "classes have no mass; pass remainder='spread'"
+            )
         target = _spelt_out(target, input, target_is_logits)
     axis = _check(target, input)
     dtype = compute_dtype(torch.promote_types(input.dtype, target.dtype))
-    if not target_is_logits:
-        _check_probabilities(target)
     z, t = (v.movedim(axis, -1) for v in (input, target))
-    settings = Settings(target_is_logits, dtype)
+    shape = z.shape[:-1]
+    if weight is not None:
+        if weight.shape != shape:
+            raise ValueError(
+                f"sample_weight must have the shape of the rows, {tuple(shape)}; got {tuple(weight.shape)}"
+            )
+        left_out = (weight == 0) & (not weight.requires_grad)
+        z = torch.where(left_out[..., None], 0.0, z)
+        t = torch.where(left_out[..., None], 1.0, t)  # whatever they held reaches nothing
+    if not target_is_logits:
+        _check_probabilities(t.movedim(-1, axis))
+    settings = Settings(target_is_logits, dtype, beta)
     if isinstance(each, Tensor):
-        each = row_temperatures(transforms.thawed(each), z.shape[:-1])[..., None]
+        each = row_temperatures(transforms.thawed(each), shape)[..., None]
+        each = each if weight is None else torch.where(left_out[..., None], 1.0, each)
         if is_readable(each, z):
             check_temperatures(each.reshape(-1), Selection(each.numel()))
         each = each.to(dtype)
     if input.numel() <= at_a_time(z) or transforms.is_opaque(z, t) or transforms.transformed(z, t):
-        kl = rows(t, z, each, settings)
+        value = rows(t, z, each, settings)
     else:
         flat = (v.reshape(-1, v.shape[-1]) for v in (t, z))
-        each = each.reshape(-1, 1) if isinstance(each, Tensor) else each
-        kl = ByChunks.apply(settings, each, *flat).reshape(z.shape[:-1])
-    return (kl / math.log(2) if bits else kl).to(loss_dtype(input))
+        per_row = each.reshape(-1, 1) if isinstance(each, Tensor) else each
+        value = ByChunks.apply(settings, per_row, *flat).reshape(shape)
+    if by_t2:
+        value = value * (each[..., 0] ** 2 if isinstance(each, Tensor) else each**2)
+    value = value / math.log(2) if bits else value
+    return _reduced(value, weight, of_logits.reduction.reduction).to(loss_dtype(input))
+
+
+def _reduced(value: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Return weighted rows, their sum, or their mean, which is 0 over nothing."""
+    weight = None if weight is None else weight.to(value.dtype)
+    value = value if weight is None else value * weight
+    if reduction != "mean":
+        return value if reduction == "none" else value.sum()
+    if weight is None:
+        return value.sum() / max(1, value.numel())
+    divisor = weight.sum()
+    return (value.sum() / divisor.masked_fill(divisor == 0, 1.0)).masked_fill(divisor == 0, 0.0)
 
 
 def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Tensor:

@@ -1,10 +1,13 @@
-"""KL(t ‖ p) of two linear heads, whose logits never exist, as a loss.
+"""Divergences of two linear heads, whose logits never exist, as losses.
 
-KL = Σ t·φ(log p − log t)        ∂KL/∂z_S = p − t        ∂KL/∂z_T = t∘(log t − log p − KL)
+    KL(t ‖ p) = Σ t·φ(log p − log t)        ∂/∂z_S = p − t        ∂/∂z_T = t∘(log t − log p − KL)
+
+In reverse, KL(p ‖ t), the heads change their places.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple, TypeAlias, cast
 
 import torch
@@ -20,6 +23,7 @@ from xent._core.class_indices import UNCHECKED
 from xent._core.logits import LinearHead
 from xent._core.reduction import Kind, Scale
 from xent._core.tiles.two_heads import Pair
+from xent._core.validators import valid
 
 Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
@@ -28,12 +32,14 @@ def linear_kl_divergence(
     *,
     student: Head,
     teacher: Head,
+    direction: str = "forward",
     temperature: float | Tensor = 1.0,
+    scale_by_t2: bool = False,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""Return KL(teacher ‖ student) of two linear heads, straight from features, without any logits.
+    r"""Return KL(teacher ‖ student), or in reverse, of two linear heads, from features: without any logits.
 
     ``kl_divergence(target=x_T @ w_T.T + b_T, input=x_S @ w_S.T + b_S, target_is_logits=True)`` for
     distillation, visited in tiles of rows × classes. A frozen teacher, the usual case, costs one matrix
@@ -44,9 +50,9 @@ def linear_kl_divergence(
     Args:
         student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,).
         teacher: the same over the same rows and classes; its features may be of another width.
+        direction: ``"forward"``, KL(teacher ‖ student), or ``"reverse"``, KL(student ‖ teacher).
         temperature: divides both heads' logits: a number, or one for each row, a tensor (...). No gradient.
-            Distillation often multiplies the loss by its square, so that gradients keep their size; that is
-            left to the caller.
+        scale_by_t2: multiply each row by its temperature squared, so that gradients keep their size.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ ``sample_weight``, or by the
             number of rows, and is 0 over no rows.
         sample_weight: (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
@@ -69,6 +75,8 @@ def linear_kl_divergence(
         >>> round(xent.linear_kl_divergence(student=(one, even), teacher=(one, odds)).item(), 6)
         0.020136
     """
+    reverse = valid("direction", direction) == "reverse"
+    by_t2 = valid("scale_by_t2", scale_by_t2)
     check_tensors(sample_weight=sample_weight)
     sample_weight = transforms.thawed(sample_weight)
     each = temperature
@@ -83,6 +91,16 @@ def linear_kl_divergence(
     call, pair, weight, in_graph = distillation
     kind, selection = call.reduction.kind, pair.selection
     scale = _scale(kind, weight, selection.count)
+    if reverse:  # it is the student whose distribution weighs the logarithms
+        pair = replace(pair, student=pair.teacher, teacher=pair.student)
+        distillation = distillation._replace(pair=pair)
+    if by_t2:
+        t = pair.student.map.temperature
+        square = (selection.gather(t) if isinstance(t, Tensor) else t) ** 2
+        if isinstance(square, Tensor):
+            weight = square if weight is None else weight * square
+        else:
+            scale = scale * square
     if kind != "none" and distillation.one_backward:
         return two_heads.loss(pair, weight, scale, call.dtype)
     kl = selection.masked(two_heads.rows(pair, in_graph=in_graph))  # before weighing: 0·nan is not 0

@@ -1,0 +1,273 @@
+"""Divergences in every direction: against their definitions in mpmath and in float64, and each other."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import hessian, jacrev, jvp, vmap
+from torch.testing import assert_close
+
+import xent
+
+F64 = torch.float64
+BETAS = [0.0, 1e-3, 0.3, 0.5, 0.9, 1.0]
+
+
+def exact(t, z, beta, logits, digits=60):
+    """The definition, to many digits; t are logits or masses of one row."""
+    with mpmath.workdps(digits):
+        p = [mpmath.exp(mpmath.mpf(v)) for v in z.tolist()]
+        q = [mpmath.exp(mpmath.mpf(v)) if logits else mpmath.mpf(v) for v in t.tolist()]
+        p = [v / sum(p) for v in p]
+        q = [v / sum(q) for v in q] if logits else q
+
+        def kl(a, b):
+            return sum(x * mpmath.log(x / y) for x, y in zip(a, b, strict=True) if x)
+
+        if beta in (0.0, 1.0):
+            return float(kl(q, p) if beta == 0.0 else kl(p, q))
+        beta = mpmath.mpf(beta)
+        m = [(1 - beta) * x + beta * y for x, y in zip(p, q, strict=True)]
+        return float(beta * kl(q, m) + (1 - beta) * kl(p, m))
+
+
+def ours(target, z, beta, **options):
+    if beta in (0.0, 1.0):
+        direction = "forward" if beta == 0.0 else "reverse"
+        return xent.kl_divergence(target=target, input=z, direction=direction, **options)
+    return xent.js_divergence(target=target, input=z, beta=beta, **options)
+
+
+def plain(target, z, beta, *, logits=True, temperature=1.0):
+    log_p = (z / temperature).log_softmax(-1)
+    log_t = (target / temperature).log_softmax(-1) if logits else target.log()
+    if beta == 0.0:
+        return (log_t.exp() * (log_t - log_p)).sum(-1)
+    if beta == 1.0:
+        return (log_p.exp() * (log_p - log_t)).sum(-1)
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_t + math.log(beta))
+    of_t, of_p = (log_t.exp() * (log_t - log_m)).sum(-1), (log_p.exp() * (log_p - log_m)).sum(-1)
+    return beta * of_t + (1 - beta) * of_p
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("near", [1.0, 1e-3, 1e-7, 0.0, 30.0])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_values_are_those_of_the_definition(beta, near, dtype):
+    """To a few units in the last place, also of distributions that hardly differ, or are sure."""
+    torch.manual_seed(1)
+    z = torch.randn(4, 9, dtype=F64).to(dtype)
+    t = (z.double() + near * torch.randn(4, 9, dtype=F64)).to(dtype)
+    found = ours(t, z, beta, target_is_logits=True)
+    expected = [exact(*row, beta, True) for row in zip(t.double(), z.double(), strict=True)]
+    assert (found >= 0).all()
+    rounding = 200 * torch.finfo(dtype).eps
+    # δ is known to the rounding of the logits' differences, relative to itself
+    assert_close(found.double(), torch.tensor(expected, dtype=F64), rtol=rounding, atol=rounding**2)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_probabilities_of_any_mass(beta):
+    z, t = torch.randn(5, 7, dtype=F64), torch.rand(5, 7, dtype=F64)
+    for mass in (1.0, 0.5, 3.0):
+        q = mass * t / t.sum(1, keepdim=True)
+        expected = torch.tensor([exact(*row, beta, False) for row in zip(q, z, strict=True)], dtype=F64)
+        assert_close(ours(q, z, beta), expected, rtol=1e-12, atol=1e-14)
+    q = t / t.sum(1, keepdim=True)
+    q[:, 2] = 0.0
+    found = ours(q, z, beta)
+    if beta == 1.0:
+        assert found.isinf().all()
+    else:
+        expected = torch.tensor([exact(*row, beta, False) for row in zip(q, z, strict=True)], dtype=F64)
+        assert_close(found, expected)
+
+
+@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("logits", [True, False])
+def test_derivatives(beta, logits):
+    z = torch.randn(3, 5, dtype=F64, requires_grad=True)
+    t = torch.randn(3, 5, dtype=F64)
+    t = (t if logits else t.softmax(1)).requires_grad_()
+
+    def f(t, z):
+        return ours(t, z, beta, target_is_logits=logits, temperature=0.7)
+
+    assert_close(
+        f(t, z), plain(t, z if logits else z / 0.7, beta, logits=logits, temperature=0.7 if logits else 1.0)
+    )
+    assert gradcheck(f, (t, z), check_forward_ad=True)
+    assert gradgradcheck(f, (t, z))
+    near = z.detach() + 1e-4 * torch.randn(3, 5, dtype=F64)
+    if logits:  # where the terms are those of the series
+        assert_close(
+            jacrev(f, argnums=(0, 1))(near, z.detach()),
+            jacrev(lambda t, z: plain(t, z, beta, temperature=0.7), argnums=(0, 1))(near, z.detach()),
+            rtol=1e-6,
+            atol=1e-10,
+        )
+        one = hessian(lambda z: f(near, z).sum())(z.detach())
+        other = hessian(lambda z: plain(near, z, beta, temperature=0.7).sum())(z.detach())
+        assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_limits_in_beta():
+    """JS/β tends to KL(t ‖ p) and JS/(1 − β) to KL(p ‖ t); β = ½ is bounded by log 2 and symmetric."""
+    z, t = torch.randn(6, 8, dtype=F64), torch.randn(6, 8, dtype=F64)
+    both = {"target_is_logits": True}
+    small = 1e-6
+    assert_close(ours(t, z, small, **both) / small, ours(t, z, 0.0, **both), rtol=1e-4, atol=0.0)
+    assert_close(ours(t, z, 1 - small, **both) / small, ours(t, z, 1.0, **both), rtol=1e-4, atol=0.0)
+    assert_close(ours(t, z, 0.5, **both), ours(z, t, 0.5, **both))
+    assert_close(ours(t, z, 0.3, **both), ours(z, t, 0.7, **both))
+    apart = torch.tensor([[0.0, -800.0]]), torch.tensor([[-800.0, 0.0]])
+    assert ours(*apart, 0.5, **both).item() == pytest.approx(math.log(2))
+    assert xent.js_divergence(target=t, input=z, beta=0.0, **both).equal(ours(t, z, 0.0, **both))
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_masked_classes(beta):
+    z, t = torch.randn(2, 5), torch.randn(2, 5)
+    z[:, 1] = t[:, 1] = -torch.inf
+    z.requires_grad_()
+    found = ours(t, z, beta, target_is_logits=True)
+    keep = [0, 2, 3, 4]
+    assert_close(found, ours(t[:, keep], z[:, keep], beta, target_is_logits=True))
+    (g,) = torch.autograd.grad(found.sum(), z)
+    assert g.isfinite().all()
+    assert not g[:, 1].any()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (3, 6, 2)])
+def test_reductions_weights_and_temperatures(beta, shape):
+    z, t = torch.randn(shape, dtype=F64), torch.randn(shape, dtype=F64)
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    weight = torch.rand(rows, dtype=F64) + 0.1
+    each = torch.rand(rows, dtype=F64) + 0.5
+    axis = 0 if len(shape) == 1 else 1
+    a, b = z.movedim(axis, -1), t.movedim(axis, -1)
+    value = plain(b, a, beta, temperature=each[..., None])
+    options = {"target_is_logits": True, "temperature": each}
+    assert_close(ours(t, z, beta, **options), value)
+    assert_close(ours(t, z, beta, scale_by_t2=True, **options), value * each**2)
+    assert_close(ours(t, z, beta, bits=True, **options), value / math.log(2))
+    assert_close(ours(t, z, beta, reduction="sum", sample_weight=weight, **options), (weight * value).sum())
+    mean = ours(t, z, beta, reduction="mean", sample_weight=weight, **options)
+    assert_close(mean, (weight * value).sum() / weight.sum())
+    assert_close(ours(t, z, beta, reduction="mean", **options), value.mean())
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_row_of_weight_0_is_left_out(beta, logits):
+    z, t = torch.randn(4, 5, dtype=F64), torch.randn(4, 5, dtype=F64).softmax(1)
+    z[1], t[2] = torch.nan, torch.nan
+    each = torch.tensor([1.0, 0.0, -1.0, 2.0], dtype=F64)
+    weight = torch.tensor([1.0, 0.0, 0.0, 2.0], dtype=F64)
+    z.requires_grad_()
+    options = {"target_is_logits": logits, "reduction": "mean"}
+    found = ours(t, z, beta, sample_weight=weight, temperature=each, **options)
+    keep = [0, 3]
+    assert_close(
+        found, ours(t[keep], z[keep], beta, sample_weight=weight[keep], temperature=each[keep], **options)
+    )
+    (g,) = torch.autograd.grad(found, z)
+    assert g.isfinite().all()
+    assert ours(t, z, beta, sample_weight=torch.zeros(4), **options).item() == 0.0
+    learnt = weight[keep].clone().requires_grad_()
+    found = ours(
+        t[keep], z[keep].detach(), beta, sample_weight=learnt, target_is_logits=logits, reduction="sum"
+    )
+    (g,) = torch.autograd.grad(found, learnt)
+    assert_close(g, ours(t[keep], z[keep].detach(), beta, target_is_logits=logits))
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_many_rows_are_taken_some_at_a_time(monkeypatch, beta):
+    z = torch.randn(40, 9, dtype=F64, requires_grad=True)
+    t = torch.randn(40, 9, dtype=F64, requires_grad=True)
+    whole = ours(t, z, beta, target_is_logits=True)
+    expected = torch.autograd.grad((whole * torch.arange(40)).sum(), (t, z))
+    monkeypatch.setattr(xent.losses._divergence_rows, "PIECE", 30)
+    some = ours(t, z, beta, target_is_logits=True)
+    assert_close(some, whole)
+    assert_close(torch.autograd.grad((some * torch.arange(40)).sum(), (t, z)), expected)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_modes_of_torch(beta):
+    z, t, v = (torch.randn(3, 5, dtype=F64) for _ in range(3))
+
+    def f(z):
+        return ours(t, z, beta, target_is_logits=True).sum()
+
+    assert_close(jvp(f, (z,), (v,))[1], (torch.autograd.functional.jacobian(f, z) * v).sum())
+    many = torch.randn(4, 3, 5, dtype=F64)
+    assert_close(vmap(f)(many), torch.stack([f(one) for one in many]))
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(z), f(z))
+
+
+def test_top_k_targets():
+    z = torch.randn(3, 6, dtype=F64)
+    indices = torch.tensor([[0, 1], [4, 2], [5, 3]])
+    q = torch.tensor([[0.5, 0.2], [0.6, 0.4], [0.1, 0.1]], dtype=F64)
+    spread = xent.TopKTarget(indices, q, "spread")
+    for beta in (0.3, 1.0):
+        assert_close(ours(spread, z, beta)[[0, 2]], ours(spread.to_dense(6), z, beta)[[0, 2]])
+    drop = xent.TopKTarget(indices, q)
+    assert_close(ours(drop, z, 0.3), ours(drop.to_dense(6), z, 0.3))
+    with pytest.raises(ValueError, match="whose remainder is dropped is infinite"):
+        ours(drop, z, 1.0)
+
+
+HEADS = pytest.mark.parametrize("frozen", [True, False], ids=["frozen teacher", "learning teacher"])
+
+
+@HEADS
+@pytest.mark.parametrize("budget", [None, 300])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_two_heads_in_reverse(frozen, budget, reduction):
+    x, w, b = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((7, 4), (9, 4), (9,)))
+    y, v = (torch.randn(s, dtype=F64, requires_grad=not frozen) for s in ((7, 3), (9, 3)))
+    weight = torch.rand(7, dtype=F64)
+    weight[3] = 0.0
+    each = torch.rand(7, dtype=F64) + 0.5
+    leaves = (x, w, b) if frozen else (x, w, b, y, v)
+
+    def fused(*_):
+        return xent.linear_kl_divergence(
+            student=(x, w, b), teacher=(y, v), direction="reverse", temperature=each, scale_by_t2=True,
+            reduction=reduction, sample_weight=weight, memory_budget=budget,
+        )  # fmt: skip
+
+    def unfused():
+        return xent.kl_divergence(
+            target=y @ v.t(), input=x @ w.t() + b, direction="reverse", target_is_logits=True,
+            temperature=each, scale_by_t2=True, reduction=reduction, sample_weight=weight,
+        )  # fmt: skip
+
+    upstream = torch.linspace(0.5, 1.5, 7, dtype=F64)
+    one, other = (f() if reduction != "none" else (f() * upstream).sum() for f in (fused, unfused))
+    assert_close(one, other)
+    grads = [torch.autograd.grad(value, leaves, create_graph=True) for value in (one, other)]
+    assert_close(*grads)
+    along = [torch.randn_like(t) for t in leaves]
+    again = [
+        torch.autograd.grad(sum((g * d).sum() for g, d in zip(gs, along, strict=True)), leaves)
+        for gs in grads
+    ]
+    assert_close(*again)
+
+
+def test_the_factor_of_the_temperature_is_its_square():
+    x, w, v = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5, 3)
+    plain_one = xent.linear_kl_divergence(student=(x, w), teacher=(x, v), temperature=3.0)
+    scaled = xent.linear_kl_divergence(student=(x, w), teacher=(x, v), temperature=3.0, scale_by_t2=True)
+    assert_close(scaled, 9 * plain_one)
