@@ -381,7 +381,8 @@ class Problem:
         z = self.logits if logits is None else logits
         options = {**self.options, **changed}
         scale = options.pop("logit_scale", 1.0)  # of a head alone
-        return LOSSES[self.row.loss].dense(z * scale, self.target, **options)
+        z = z if scale == 1.0 else z * scale
+        return LOSSES[self.row.loss].dense(z, self.target, **options)
 
     def linear(self, **changed: Any) -> Tensor:
         """The loss from features: from the logits they make, where there is no other way."""
