@@ -354,6 +354,19 @@ OTHERS += [
             "gradient_sum": SUMS_REVERSE,
         },
     ),
+    Row(
+        "linear-js-divergence",
+        loss="linear_js",
+        target="probabilities",
+        exempt={
+            "finite_differences": "a teacher of given probabilities has features without bound",
+            "learnt_weights": "takes no learnt weight",
+            "additive": "takes no denominator",
+            "half": "the teacher's logarithms have rounded to the half type already",
+            "convex": CONVEX_REVERSE,
+            "gradient_sum": SUMS_REVERSE,
+        },
+    ),
 ]
 
 Target = Tensor | xent.TopKTarget
@@ -535,6 +548,12 @@ def distilled(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options:
     return xent.linear_kl_divergence(student=(x, w, b), teacher=teacher, **options)
 
 
+def distilled_js(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options: Any) -> Tensor:
+    """JS of a head and a teacher whose softmax is the target."""
+    teacher = target.log(), torch.eye(target.shape[1], dtype=target.dtype)
+    return xent.linear_js_divergence(student=(x, w, b), teacher=teacher, beta=0.3, **options)
+
+
 LOSSES = {
     "cross_entropy": Loss(
         xent.cross_entropy,
@@ -595,6 +614,13 @@ LOSSES = {
         ),
         lambda x, w, b, target, **options: distilled(x, w, b, target, direction="reverse", **options),
         plain_reverse,
+    ),
+    "linear_js": Loss(
+        lambda z, target, **options: distilled_js(
+            z, torch.eye(z.shape[1], dtype=z.dtype), None, target, **options
+        ),
+        lambda x, w, b, target, **options: distilled_js(x, w, b, target, **options),
+        plain_js,
     ),
     "entropy": of_rows("entropy"),
     "log_prob": of_rows("log_prob", -1.0),

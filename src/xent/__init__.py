@@ -23,7 +23,7 @@ from xent.losses._binary import binary_cross_entropy, binary_cross_entropy_with_
 from xent.losses._cross_entropy import cross_entropy, linear_cross_entropy
 from xent.losses._focal import focal_loss, linear_focal_loss
 from xent.losses._kl_divergence import js_divergence, kl_divergence
-from xent.losses._linear_divergence import linear_kl_divergence
+from xent.losses._linear_divergence import linear_js_divergence, linear_kl_divergence
 from xent.losses._poly import linear_poly_loss, poly_loss
 from xent.losses._surrogate import surrogate_cross_entropy
 
@@ -53,6 +53,7 @@ __all__ = [
     "kl_divergence",
     "linear_cross_entropy",
     "linear_focal_loss",
+    "linear_js_divergence",
     "linear_kl_divergence",
     "linear_log_prob",
     "linear_poly_loss",

@@ -160,6 +160,7 @@ CALLS = {
     xent.linear_top_k: {"input": X, "linear_weight": W, "k": 2},
     xent.kl_divergence: {"input": Z, "target": Z.softmax(1)},
     xent.js_divergence: {"input": Z, "target": Z.softmax(1)},
+    xent.linear_js_divergence: {"student": (X, W), "teacher": (X, W)},
     xent.linear_kl_divergence: {"student": (X, W), "teacher": (X, W)},
     xent.surrogate_cross_entropy: LOGITS,
     xent.fit_temperature: {

@@ -230,40 +230,106 @@ def test_top_k_targets():
 HEADS = pytest.mark.parametrize("frozen", [True, False], ids=["frozen teacher", "learning teacher"])
 
 
+def of_heads(student, teacher, beta, **options):
+    if beta in (0.0, 1.0):
+        direction = "forward" if beta == 0.0 else "reverse"
+        return xent.linear_kl_divergence(student=student, teacher=teacher, direction=direction, **options)
+    return xent.linear_js_divergence(student=student, teacher=teacher, beta=beta, **options)
+
+
+def heads(learns):
+    """Leaves of a student and a teacher of other widths, float64."""
+    torch.manual_seed(0)
+    sizes = (7, 4), (9, 4), (9,), (7, 3), (9, 3)
+    return [torch.randn(s, dtype=F64, requires_grad=learns or i < 3) for i, s in enumerate(sizes)]
+
+
 @HEADS
 @pytest.mark.parametrize("budget", [None, 300])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_two_heads_in_reverse(frozen, budget, reduction):
-    x, w, b = (torch.randn(s, dtype=F64, requires_grad=True) for s in ((7, 4), (9, 4), (9,)))
-    y, v = (torch.randn(s, dtype=F64, requires_grad=not frozen) for s in ((7, 3), (9, 3)))
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_two_heads_are_their_logits(frozen, budget, reduction, beta):
+    """Value, gradients of a first backward, and gradients of a second one."""
+    leaves = heads(not frozen)
+    x, w, b, y, v = leaves
     weight = torch.rand(7, dtype=F64)
     weight[3] = 0.0
-    each = torch.rand(7, dtype=F64) + 0.5
-    leaves = (x, w, b) if frozen else (x, w, b, y, v)
-
-    def fused(*_):
-        return xent.linear_kl_divergence(
-            student=(x, w, b), teacher=(y, v), direction="reverse", temperature=each, scale_by_t2=True,
-            reduction=reduction, sample_weight=weight, memory_budget=budget,
-        )  # fmt: skip
-
-    def unfused():
-        return xent.kl_divergence(
-            target=y @ v.t(), input=x @ w.t() + b, direction="reverse", target_is_logits=True,
-            temperature=each, scale_by_t2=True, reduction=reduction, sample_weight=weight,
-        )  # fmt: skip
-
-    upstream = torch.linspace(0.5, 1.5, 7, dtype=F64)
-    one, other = (f() if reduction != "none" else (f() * upstream).sum() for f in (fused, unfused))
+    shared = {
+        "temperature": torch.rand(7, dtype=F64) + 0.5,
+        "scale_by_t2": True,
+        "reduction": reduction,
+        "sample_weight": weight,
+    }
+    one = of_heads((x, w, b), (y, v), beta, memory_budget=budget, **shared)
+    other = ours(y @ v.t(), x @ w.t() + b, beta, target_is_logits=True, **shared)
     assert_close(one, other)
-    grads = [torch.autograd.grad(value, leaves, create_graph=True) for value in (one, other)]
-    assert_close(*grads)
+    if reduction == "none":
+        upstream = torch.linspace(0.5, 1.5, 7, dtype=F64)
+        one, other = (one * upstream).sum(), (other * upstream).sum()
+    leaves = [t for t in leaves if t.requires_grad]
+    first = [torch.autograd.grad(value, leaves, create_graph=True) for value in (one, other)]
+    assert_close(*first)
     along = [torch.randn_like(t) for t in leaves]
     again = [
         torch.autograd.grad(sum((g * d).sum() for g, d in zip(gs, along, strict=True)), leaves)
-        for gs in grads
+        for gs in first
     ]
     assert_close(*again)
+
+
+@pytest.mark.parametrize("beta", [0.3, 1.0])
+def test_two_heads_in_every_mode(beta):
+    x, w, b, y, v = (t.detach() for t in heads(False))
+
+    def fused(w, v):
+        return of_heads((x, w, b), (y, v), beta)
+
+    def unfused(w, v):
+        return ours(y @ v.t(), x @ w.t() + b, beta, target_is_logits=True, reduction="mean")
+
+    along = torch.randn_like(w), torch.randn_like(v)
+    assert_close(jvp(fused, (w, v), along), jvp(unfused, (w, v), along))
+    for argument in (0, 1):
+        assert_close(jacrev(fused, argnums=argument)(w, v), jacrev(unfused, argnums=argument)(w, v))
+        assert_close(hessian(fused, argnums=argument)(w, v), hessian(unfused, argnums=argument)(w, v))
+    many = torch.randn(3, 9, 4, dtype=F64)
+    assert_close(vmap(fused, (0, None))(many, v), torch.stack([unfused(one, v) for one in many]))
+    torch._dynamo.reset()
+    leaves = [w.clone().requires_grad_(), v.clone().requires_grad_()]
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*leaves), unfused(*leaves))
+    one, other = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, unfused))
+    assert_close(one, other)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_equal_and_masked_heads(beta):
+    x, w, b, _, _ = heads(False)
+    assert of_heads((x, w, b), (x, w, b), beta).item() == 0.0
+    near = w.detach() + 1e-8 * torch.randn(9, 4, dtype=F64)
+    with mpmath.workdps(60):
+        exact_ones = [
+            exact(t, z, beta, True)
+            for t, z in zip((x @ near.t() + b).detach(), (x @ w.t() + b).detach(), strict=True)
+        ]
+    found = of_heads((x, w, b), (x, near, b), beta, reduction="none")
+    assert (found >= 0).all()
+    assert_close(found, torch.tensor(exact_ones, dtype=F64), rtol=1e-5, atol=0.0)
+    masked = b.detach().clone()
+    masked[2] = -torch.inf
+    found = of_heads((x, w, masked), (x, near, masked), beta)
+    keep = [i for i in range(9) if i != 2]
+    assert_close(found, of_heads((x, w[keep], masked[keep]), (x, near[keep], masked[keep]), beta))
+    (g,) = torch.autograd.grad(found, w)
+    assert g.isfinite().all()
+
+
+def test_the_reverse_of_a_teacher_without_mass_is_infinite():
+    x, w = torch.randn(3, 2), torch.randn(4, 2)
+    bias = torch.tensor([0.0, -torch.inf, 0.0, 0.0])
+    assert of_heads((x, w), (x, w, bias), 1.0).item() == math.inf
+    assert of_heads((x, w), (x, w, bias), 0.5).item() < math.log(2)
+    assert of_heads((x, w), (x, w, bias), 0.0).isfinite()
 
 
 def test_the_factor_of_the_temperature_is_its_square():

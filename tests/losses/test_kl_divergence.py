@@ -19,7 +19,8 @@ from core.test_sweep import LiveBytes
 from xent._autograd import custom_ops
 from xent._autograd.forms import TwoHeads
 from xent._core import matmul, ops
-from xent._core.tiles.two_heads import NEAR, PairForm, phi
+from xent._core.tiles.divergences import NEAR, phi
+from xent._core.tiles.two_heads import PairForm
 
 F64 = torch.float64
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}
@@ -669,7 +670,7 @@ def test_a_third_derivative_raises():
     leaves = leaf(heads())
     (g,) = torch.autograd.grad(linear(leaves), leaves[1], create_graph=True)
     (h,) = torch.autograd.grad(g.square().sum(), leaves[1], create_graph=True)
-    with pytest.raises(NotImplementedError, match="kl_divergence of both heads' logits"):
+    with pytest.raises(NotImplementedError, match="kl_divergence and js_divergence of both heads' logits"):
         h.sum().backward()
 
 

@@ -33,7 +33,7 @@ class _Encoded(NamedTuple):
     """A form in the types that an operator's arguments can have."""
 
     kind: int  # LOGITS, HEAD or PAIR
-    numbers: list[float]  # softcap, temperature, logit scale, smoothing
+    numbers: list[float]  # softcap, temperature, logit scale, smoothing or β
     budget: int
     product_dtype: torch.dtype | None
     teacher_product_dtype: torch.dtype | None
@@ -43,7 +43,7 @@ class _Encoded(NamedTuple):
 def _encoded(form: Form) -> _Encoded:
     if isinstance(form, TwoHeads):
         pair = form.form
-        numbers = [NO_SOFTCAP, pair.temperature, 1.0, 0.0]
+        numbers = [NO_SOFTCAP, pair.temperature, 1.0, pair.beta]
         dtypes = pair.product_dtype, pair.teacher_product_dtype
         return _Encoded(PAIR, numbers, pair.budget, *dtypes, [False, False, False])
     one = form.form
@@ -70,7 +70,7 @@ def _decoded(
 ) -> Form:
     softcap, temperature, scale, smoothing = numbers
     if kind == PAIR:
-        return TwoHeads(PairForm(product_dtype, teacher_product_dtype, temperature, budget))
+        return TwoHeads(PairForm(product_dtype, teacher_product_dtype, temperature, budget, smoothing))
     entropy, log_prob, argmax = requested
     return OneHead(
         core.Form(

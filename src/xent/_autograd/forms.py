@@ -1,7 +1,7 @@
 """The forms of problems, as differentiation sees them: what a chain of Functions can compute from tensors.
 
     of one head, or given logits    outputs ℓ, lse, H, log p_y    saved m, r, a, e        leaves q, x, W, b
-    of two heads                    output KL                     saved m and r, KL       leaves x, W, b twice
+    of two heads                    a divergence                  saved m, r, moments     leaves x, W, b twice
 
 A form is everything of a problem that is no tensor. The differentiable tensors, the leaves, come first. Which
 backend computes with one head is chosen for every problem.
@@ -21,14 +21,15 @@ from xent._core.coefficients import Coefficients
 from xent._core.record import record
 from xent._core.statistics import Statistics
 from xent._core.tiles import two_heads, two_heads_second_order
+from xent._core.tiles.divergences import Divergence, divergence
 from xent._core.tiles.two_heads import Found, PairForm
 
 Tensors: TypeAlias = tuple[Tensor | None, ...]
 
 THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn.functional for it"
 THIRD_OF_TWO = (
-    "linear_kl_divergence has two derivatives; this asks for a third: "
-    "xent.kl_divergence of both heads' logits has any number of them"
+    "a divergence of two heads (linear_kl_divergence) has two derivatives; this asks for a third: "
+    "xent.kl_divergence and js_divergence of both heads' logits have any number of them"
 )
 
 
@@ -174,10 +175,17 @@ class TwoHeads:
     form: PairForm
 
     n_leaves = 6
-    n_saved = 5
     outputs = (True,)
     further = 0
     third = THIRD_OF_TWO
+
+    @property
+    def n_saved(self) -> int:
+        return 4 + self.divergence.n_moments
+
+    @property
+    def divergence(self) -> Divergence:
+        return divergence(self.form.beta)
 
     def device(self, tensors: Tensors) -> torch.device:
         x = tensors[0]
@@ -186,7 +194,7 @@ class TwoHeads:
 
     def evaluate(self, tensors: Tensors, known: Found | None = None) -> tuple[Tensors, Tensors, Tensors]:
         found = two_heads.values(self.form.bind(tensors)) if known is None else known
-        return (found.kl,), tuple(t.clone() for t in pair_saved(found)), ()
+        return (self.divergence.value(found.moments),), tuple(t.clone() for t in pair_saved(found)), ()
 
     def gradient(
         self, tensors: Tensors, saved: Tensors, upstream: Tensors, wants: tuple[bool, ...]
@@ -213,20 +221,20 @@ class TwoHeads:
 
 
 def pair_saved(found: Found) -> tuple[Tensor, ...]:
-    return found.student.m, found.student.r, found.teacher.m, found.teacher.r, found.kl
+    return found.student.m, found.student.r, found.teacher.m, found.teacher.r, *found.moments
 
 
 def pair_found(saved: Tensors) -> Found:
     """Return the statistics for derivatives, which never need d and a."""
-    student_m, student_r, teacher_m, teacher_r, kl = saved
+    student_m, student_r, teacher_m, teacher_r, *moments = saved
     assert student_m is not None
     assert student_r is not None
     assert teacher_m is not None
     assert teacher_r is not None
-    assert kl is not None
     zero = torch.zeros_like(student_m)
     student = Statistics(m=student_m, r=student_r, d=zero, a=zero)
-    return Found(student, Statistics(m=teacher_m, r=teacher_r, d=zero, a=zero), kl)
+    known = tuple(moment for moment in moments if moment is not None)
+    return Found(student, Statistics(m=teacher_m, r=teacher_r, d=zero, a=zero), known)
 
 
 def both(wants: tuple[bool, ...]) -> tuple[two_heads.Wants, two_heads.Wants]:

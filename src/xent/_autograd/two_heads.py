@@ -49,7 +49,7 @@ class _Step:
     def fused(self, pair: Pair, wants: tuple[bool, ...]) -> tuple[Tensor, Found, Gradients]:
         gamma = self._gamma()
         found, gradients = two_heads.fused(pair, lambda chunk: gamma[chunk], both(wants))
-        return self.loss((found.kl,)), found, gradients
+        return self.loss((pair.divergence.value(found.moments),)), found, gradients
 
     def saved(self, found: Found) -> Tensors:
         return pair_saved(found)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from xent._autograd import transforms
 from xent._core.statistics import statistics_dtype
-from xent._core.tiles.two_heads import NEAR, PIECE, phi
+from xent._core.tiles.divergences import NEAR, log_mixture, phi_terms
+from xent._core.tiles.two_heads import PIECE
 
 
 class Settings(NamedTuple):
@@ -70,11 +71,8 @@ def _difference_of_logs(log_p: Tensor, log_t: Tensor) -> Tensor:
 
 
 def _terms(q: Tensor, r: Tensor, delta: Tensor, less: Tensor | None = None) -> Tensor:
-    """Return Σ q·φ(δ), δ = log(r/q), which is Σ q·log(q/r) + Σ r − Σ q: r where q is 0."""
-    absent = q == 0
-    delta = torch.where(absent, 0.0, delta)
-    near = (delta.abs() < NEAR) & ~absent
-    terms = torch.where(near, q * phi(delta.clamp(-NEAR, NEAR)), r - q - q * delta)
+    """Return Σ q·φ(δ), δ = log(r/q), which is Σ q·log(q/r) + Σ r − Σ q."""
+    terms = phi_terms(q, r, delta)
     terms = terms if less is None else terms - less
     return terms.sum(-1, dtype=statistics_dtype(q.device))
 
@@ -82,18 +80,9 @@ def _terms(q: Tensor, r: Tensor, delta: Tensor, less: Tensor | None = None) -> T
 def _jensen_shannon(p: Tensor, t: Tensor, delta: Tensor, beta: float) -> Tensor:
     """Return JS_β of each row; the sums of M, p and t that φ adds cancel for t of any mass."""
     m = (1 - beta) * p + beta * t
-    of_p = _terms(p, m, _log_mixture(-delta, t == 0, beta))
-    of_t = _terms(t, m, _log_mixture(delta, p == 0, 1 - beta))
+    of_p = _terms(p, m, log_mixture(-delta, t == 0, beta))
+    of_t = _terms(t, m, log_mixture(delta, p == 0, 1 - beta))
     return (1 - beta) * of_p + beta * of_t
-
-
-def _log_mixture(delta: Tensor, absent: Tensor, share: float) -> Tensor:
-    """Return log((1 − share) + share·e^δ); ``absent`` is where e^δ is 0."""
-    near = delta.abs() < 1
-    small = torch.log1p(share * torch.expm1(delta.clamp(-1.0, 1.0)))
-    rest = torch.full_like(delta, math.log1p(-share))
-    far = torch.logaddexp(rest, torch.where(near | absent, 0.0, delta) + math.log(share))
-    return torch.where(absent, rest, torch.where(near, small, far))
 
 
 class ByChunks(torch.autograd.Function):

@@ -1,19 +1,15 @@
-"""KL(t ‖ p) of two linear heads over the same classes, tile by tile; neither's logits are kept.
+"""A divergence of two linear heads over the same classes, tile by tile; neither's logits are kept.
 
-With t = softmax(z_T) and p = softmax(z_S), the teacher's and the student's, and δ = log p − log t:
+    statistics of both heads → moments, sums over the classes → value, and slopes of each head's logits
 
-    KL = ⟨t, −δ⟩ = Σ_c t_c·φ(δ_c)        φ(δ) = e^δ − 1 − δ ≥ 0        (because Σ p = Σ t = 1)
-    ∂KL/∂z_S = p − t = t∘expm1(δ)        ∂KL/∂z_T = t∘(−δ − KL)
-
-The sum of φ cancels nowhere: equal heads are at 0 exactly, near ones keep their digits, and nothing is ever
-negative. Far from δ = 0 the term is written p − t − t·δ, which is p where t = 0. Row statistics of both heads
-are one product each a tile; the terms and gradients come from log p and log t, kept where the budget holds
-all classes of a chunk of rows for both heads, computed again where it does not.
+Row statistics of both heads are one product each a tile; moments and slopes come from log p and log t
+(`divergences`), kept where the budget holds all classes of a chunk of rows for both heads, computed again
+where it does not. The student's slope of KL needs no moment, so that a frozen teacher costs two products less
+where tiles are not kept.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -31,24 +27,15 @@ from xent._core.record import record
 from xent._core.selection import Selection
 from xent._core.statistics import PairwiseMerge, Statistics, finite_base, statistics_dtype, summarise
 from xent._core.targets import no_targets
+from xent._core.tiles.divergences import Divergence, divergence, terms
 from xent._core.tiles.sweep import Workspace
 
-NEAR = 0.5  # |δ| below which e^δ − 1 and δ cancel
 PIECE = 1 << 16  # elements of a tile at a time: what is made on the way stays in the cache
 TEMPORARIES = 12  # tensors of a piece that are alive at once
 
 Wants: TypeAlias = tuple[bool, bool, bool]  # of features, weight and bias
 Tile: TypeAlias = tuple[Tensor, Tensor]  # (R, T) of the student and of the teacher
 Both: TypeAlias = tuple[Loaded, Loaded]  # a chunk of rows of both
-
-
-def phi(delta: Tensor) -> Tensor:
-    """Return φ(δ) = δ²·(1/2! + δ/3! + δ²/4! + …) for |δ| ≤ NEAR, to a few units in the last place."""
-    terms = 14 if delta.dtype == torch.float64 else 8
-    total = delta / math.factorial(terms + 1) + 1 / math.factorial(terms)
-    for k in reversed(range(2, terms)):
-        total = total * delta + 1 / math.factorial(k)
-    return delta * delta * total
 
 
 @record
@@ -60,6 +47,11 @@ class Pair:
     selection: Selection
     budget: int
     batched: bool = False  # whether vmap has batched a tensor
+    beta: float = 0.0  # which divergence
+
+    @property
+    def divergence(self) -> Divergence:
+        return divergence(self.beta)
 
     @property
     def ops(self) -> TileOps:
@@ -94,6 +86,7 @@ class Pair:
             self.teacher.product_dtype,
             1.0 if isinstance(temperature, Tensor) else temperature,
             self.budget,
+            self.beta,
         )
         rest = (each, self.selection.index, self.selection.mask)
         return form, (*self.student.leaves, *self.teacher.leaves, *rest)
@@ -160,6 +153,7 @@ class PairForm:
     teacher_product_dtype: torch.dtype | None
     temperature: float  # 1 where each row has its own
     budget: int
+    beta: float = 0.0
 
     def bind(self, tensors: tuple[Tensor | None, ...], *others: Tensor | None) -> Pair:
         """Return the pair made of the tensors; `others` are further ones that `vmap` may have batched."""
@@ -175,6 +169,7 @@ class PairForm:
             Selection(x.shape[0], index, mask),
             self.budget,
             any_batched(*tensors, *others),
+            self.beta,
         )
 
 
@@ -189,26 +184,28 @@ class PairGradients(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The statistics of both heads and the KL of M rows."""
+    """The statistics of both heads and the moments of M rows."""
 
     student: Statistics
     teacher: Statistics
-    kl: Tensor  # (M,)
+    moments: tuple[Tensor, ...]  # (M,) each
 
     def rows(self, chunk: slice) -> Found:
-        return Found(self.student.rows(chunk), self.teacher.rows(chunk), self.kl[chunk])
+        moments = tuple(moment[chunk] for moment in self.moments)
+        return Found(self.student.rows(chunk), self.teacher.rows(chunk), moments)
 
     @staticmethod
     def concatenate(parts: list[Found], pair: Pair) -> Found:
         if not parts:
             nothing = Statistics.identity(0, pair.student.device)
-            return Found(nothing, nothing, nothing.m)
-        student, teacher, kl = zip(*parts, strict=True)
-        return Found(Statistics.concatenate(student), Statistics.concatenate(teacher), torch.cat(kl))
+            return Found(nothing, nothing, (nothing.m,) * pair.divergence.n_moments)
+        student, teacher, moments = zip(*parts, strict=True)
+        whole = tuple(torch.cat(each) for each in zip(*moments, strict=True))
+        return Found(Statistics.concatenate(student), Statistics.concatenate(teacher), whole)
 
 
 def values(pair: Pair) -> Found:
-    """Return KL of each row, and the statistics of both heads: two products a tile, or four."""
+    """Return the moments of each row, and the statistics of both heads: two products a tile, or four."""
     return _values(pair, pair.plan(resident=True))
 
 
@@ -228,10 +225,10 @@ def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False) -> Found:
 def fused(
     pair: Pair, coefficients: Callable[[slice], Tensor], wants: tuple[Wants, Wants]
 ) -> tuple[Found, PairGradients]:
-    """Return values and gradients of one sweep; `coefficients` gives γ = ∂L/∂KL (R,) of a chunk of rows."""
+    """Return moments and gradients of one sweep; `coefficients` gives γ = ∂L/∂D (R,) of a chunk of rows."""
     plan = pair.plan(resident=True)
-    # the teacher's gradient starts from the row's value; with the student's alone the value comes by the way
-    frozen = not any(wants[1])
+    # a slope may start from the row's moments; where none does, the moments come by the way
+    frozen = pair.divergence.alone and not any(wants[1])
     if not plan.resident:
         found = _values(pair, plan, statistics_alone=frozen)
         return gradient(pair, found, coefficients(slice(0, pair.selection.count)), wants)
@@ -244,36 +241,41 @@ def fused(
             found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
             if not frozen:
                 found = _chunk_values(pair, plan, workspace, chunk, loaded, found, kept)
-            gamma, kl = coefficients(chunk), found.kl
+            gamma, moments = coefficients(chunk), found.moments
             for classes, logs in kept:
-                here = _pull_back(pair, accumulators, wants, chunk, loaded, classes, logs, found.kl, gamma)
-                kl = kl if here is None else kl + here
-            parts.append(found._replace(kl=kl))
+                here = _pull_back(
+                    pair, accumulators, wants, chunk, loaded, classes, logs, found.moments, gamma
+                )
+                moments = moments if here is None else (moments[0] + here,)
+            parts.append(found._replace(moments=moments))
     return Found.concatenate(parts, pair), accumulators
 
 
 def gradient(
     pair: Pair,
     found: Found,
-    gamma: Tensor,  # (M,) ∂L/∂KL
+    gamma: Tensor,  # (M,) ∂L/∂D
     wants: tuple[Wants, Wants],
 ) -> tuple[Found, PairGradients]:
-    """Return gradients from saved statistics, classes outermost; the student's need no values."""
+    """Return gradients from saved statistics and moments, classes outermost."""
     plan = pair.plan(resident=False)
     workspace = pair.workspace(plan)
     accumulators = pair.accumulators(wants)
-    kl = pair.ops.total(tuple(found.kl.shape), found.kl.dtype, found.kl.device)
+    of_rows = found.student.m
+    value = pair.ops.total(tuple(of_rows.shape), of_rows.dtype, of_rows.device)
     with pair.products():
         for classes in plan.class_tiles(pair.n_classes):
             for chunk in plan.row_chunks(pair.selection.count):
                 rows, loaded = found.rows(chunk), pair.load(chunk)
                 logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), rows)
                 here = _pull_back(
-                    pair, accumulators, wants, chunk, loaded, classes, logs, rows.kl, gamma[chunk]
+                    pair, accumulators, wants, chunk, loaded, classes, logs, rows.moments, gamma[chunk]
                 )
                 if here is not None:
-                    kl.add(chunk, here)
-    return (found if any(wants[1]) else found._replace(kl=kl.finish(None, found.kl.dtype))), accumulators
+                    value.add(chunk, here)
+    if not pair.divergence.alone or any(wants[1]):
+        return found, accumulators
+    return found._replace(moments=(value.finish(None, of_rows.dtype),)), accumulators
 
 
 def _chunk_statistics(
@@ -289,7 +291,7 @@ def _chunk_statistics(
         if plan.resident:
             kept.append((classes, tile))
     student, teacher = (union.whole() for union in unions)
-    found = Found(student, teacher, torch.zeros_like(student.m))
+    found = Found(student, teacher, (torch.zeros_like(student.m),) * pair.divergence.n_moments)
     return found, [(classes, log_probabilities(pair, tile, found)) for classes, tile in kept]
 
 
@@ -302,16 +304,16 @@ def _chunk_values(
     found: Found,
     kept: list[tuple[slice, Tile]],
 ) -> Found:
-    """Return the chunk with KL, from the tiles that were kept or from the logits once more."""
-    kl = found.kl
+    """Return the chunk with its moments, from the tiles that were kept or from the logits once more."""
+    moments = found.moments
     for number, classes in enumerate(plan.class_tiles(pair.n_classes)):
         if plan.resident:
             _, logs = kept[number]
         else:
             logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), found)
-        _, (here,) = over(pair, lambda log_p, log_t: terms(log_p, log_t)[:1], logs, (), places=0)
-        kl = kl + here
-    return found._replace(kl=kl)
+        _, here = over(pair, pair.divergence.moments, logs, (), places=0)
+        moments = tuple(sum_ + part for sum_, part in zip(moments, here, strict=True))
+    return found._replace(moments=moments)
 
 
 def log_probabilities(pair: Pair, tile: Tile, found: Found) -> Tile:
@@ -324,22 +326,6 @@ def log_probabilities(pair: Pair, tile: Tile, found: Found) -> Tile:
     return student, teacher
 
 
-def terms(log_p: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
-    """Return t·φ(δ) and ∂KL/∂z_S = p − t; near δ = 0 from δ, whose digits t and p have lost."""
-    t, delta = log_t.exp(), log_p - log_t
-    x, change = delta.clamp(-NEAR, NEAR), log_p.exp() - t
-    near, excess = delta.abs() < NEAR, phi(x)
-    # t·δ is nan where t = 0 lies infinitely far, or both are masked; a row without sense is nan in p or t too
-    far = change - (t * delta).nan_to_num(0.0, math.inf, -math.inf)
-    return torch.where(near, t * excess, far), torch.where(near, t * (excess + x), change)
-
-
-def slopes(log_p: Tensor, log_t: Tensor, kl: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ∂KL/∂z_S = p − t and ∂KL/∂z_T = t∘(−δ − KL)."""
-    t = log_t.exp()
-    return terms(log_p, log_t)[1], torch.where(t == 0, 0.0, t * (log_t - log_p - kl))
-
-
 def _pull_back(
     pair: Pair,
     accumulators: PairGradients,
@@ -348,22 +334,22 @@ def _pull_back(
     loaded: Both,
     classes: slice,
     logs: Tile,
-    kl: Tensor,  # (R,)
+    moments: tuple[Tensor, ...],  # (R,) each
     gamma: Tensor,  # (R,)
 ) -> Tensor | None:
-    """Add a tile's gradients to the accumulators; return its part of KL (R,) if only the student learns."""
+    """Add a tile's gradients to the accumulators; return its part of a moment (R,) not known before."""
     gamma = gamma * pair.gain(chunk)
 
     def of_student(log_p: Tensor, log_t: Tensor, gamma: Tensor) -> Tile:
         here, slope = terms(log_p, log_t)
         return slope * gamma, here
 
-    def of_both(log_p: Tensor, log_t: Tensor, kl: Tensor, gamma: Tensor) -> Tile:
-        student, teacher = slopes(log_p, log_t, kl)
+    def of_both(log_p: Tensor, log_t: Tensor, gamma: Tensor, *moments: Tensor) -> Tile:
+        student, teacher = pair.divergence.slopes(log_p, log_t, *moments)
         return student * gamma, teacher * gamma
 
-    if any(wants[1]):
-        gradients, added = over(pair, of_both, logs, (kl, gamma), places=2)
+    if any(wants[1]) or not pair.divergence.alone:
+        gradients, added = over(pair, of_both, logs, (gamma, *moments), places=2)
     else:
         gradients, added = over(pair, of_student, logs, (gamma,), places=1)
     picked = pair.selection.pick(chunk)
