@@ -10,9 +10,9 @@ Log-probability of the chosen token and entropy of each row, forward and backwar
 
 Divergences of a student from a frozen teacher of the same width, forward and backward: KL, reverse KL and
 Jensen–Shannon at β = ½ of xent, beside the last of them from chunks of 256 rows. Every round runs every form
-once, in turn; what is printed are medians, their ratio to xent's, and the share of the limit: the operations of
-the products at the best rate that a product reached in this run. Memory is the peak of a process of its own
-beyond inputs and gradients. With ``--busy`` another process keeps a core busy.
+once, in turn; what is printed are medians, their ratio to xent's, and the share of the limit: the operations
+of four products at the best rate that a product reached in this run. Memory is the peak of a process of its
+own beyond inputs and gradients. With ``--busy`` another process keeps a core busy.
 """
 
 from __future__ import annotations
@@ -162,9 +162,8 @@ def measure(task: str, shape: tuple[int, int, int], options: argparse.Namespace)
     for name, median in medians.items():
         held = memory(task, name, shape) if options.memory else None
         said = "" if held is None else f"{held:8.0f} MiB"
-        print(
-            f"{name:16} {median:7.2f} s   ÷ {first} {median / medians[first]:5.2f}   limit {limit / median:5.2f}{said}"
-        )
+        ratio, share = median / medians[first], limit / median
+        print(f"{name:16} {median:7.2f} s   ÷ {first} {ratio:5.2f}   limit {share:5.2f}{said}")
 
 
 if __name__ == "__main__":

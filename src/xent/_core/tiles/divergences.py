@@ -34,6 +34,9 @@ from xent._core.record import record
 
 NEAR = 0.5  # |δ| below which e^δ − 1 and δ cancel
 
+MOST = {torch.float32: 80.0, torch.float64: 700.0}
+"""|δ| beyond which e^δ is no number, and the smaller of p and t beside the other nothing."""
+
 Terms: TypeAlias = tuple[Tensor, ...]  # (R, T), of which rows are summed
 
 
@@ -57,6 +60,13 @@ class Divergence(Protocol):
 
     def slopes(self, log_p: Tensor, log_t: Tensor, *moments: Tensor) -> tuple[Tensor, Tensor]:
         """Return ∂D/∂z of the student and of the teacher."""
+        ...
+
+    def apart(self, log_p: Tensor, log_t: Tensor, *, student: bool) -> Terms:
+        """Return f and g of one head, whose slope is f − μ·g, and the terms of the moments.
+
+        μ is the first moment for the student and the last for the teacher.
+        """
         ...
 
     def along(self, log_p: Tensor, log_t: Tensor, zeta_s: Tensor, zeta_t: Tensor, *moments: Tensor) -> Terms:
@@ -89,6 +99,15 @@ class KL:
         t = log_t.exp()
         return terms(log_p, log_t)[1], torch.where(t == 0, 0.0, t * (log_t - log_p - kl))
 
+    def apart(self, log_p: Tensor, log_t: Tensor, *, student: bool) -> Terms:
+        assert not student, "the student's slope needs no moment"
+        t = log_t.exp()
+        delta = log_p - log_t
+        near = delta.abs() < NEAR
+        far = log_p.exp() - t - (t * delta).nan_to_num(0.0, math.inf, -math.inf)
+        value = torch.where(near, t * phi(delta.clamp(-NEAR, NEAR)), far)
+        return torch.where(t == 0, 0.0, t * -delta), t, value
+
     def along(self, log_p: Tensor, log_t: Tensor, zeta_s: Tensor, zeta_t: Tensor, *moments: Tensor) -> Terms:
         of_student, of_teacher = self.slopes(log_p, log_t, *moments)
         return of_student * zeta_s + of_teacher * zeta_t, log_p.exp() * zeta_s, log_t.exp() * zeta_t
@@ -115,19 +134,30 @@ class JS:
         return (1 - self.beta) * moments[0] + self.beta * moments[1]
 
     def moments(self, log_p: Tensor, log_t: Tensor) -> Terms:
+        return self.apart(log_p, log_t, student=True)[2:]
+
+    def apart(self, log_p: Tensor, log_t: Tensor, *, student: bool) -> Terms:
         p, t = log_p.exp(), log_t.exp()
-        m, (a, b) = (1 - self.beta) * p + self.beta * t, self._logs(log_p, log_t, p, t)
-        return phi_terms(p, m, -a), phi_terms(t, m, -b)
+        a, b = self._logs(log_p, log_t)
+        other = t - p  # M − p = β·(t − p), M − t = −(1 − β)·(t − p)
+        of_p, of_t = p * a, t * b
+        terms = (
+            torch.where(a.abs() < NEAR, p * phi(-a.clamp(-NEAR, NEAR)), self.beta * other + of_p),
+            torch.where(b.abs() < NEAR, t * phi(-b.clamp(-NEAR, NEAR)), of_t - (1 - self.beta) * other),
+        )
+        if student:
+            return (1 - self.beta) * of_p, (1 - self.beta) * p, *terms
+        return self.beta * of_t, self.beta * t, *terms
 
     def slopes(self, log_p: Tensor, log_t: Tensor, *moments: Tensor) -> tuple[Tensor, Tensor]:
         of_p, of_t = moments
         p, t = log_p.exp(), log_t.exp()
-        a, b = self._logs(log_p, log_t, p, t)
+        a, b = self._logs(log_p, log_t)
         return (1 - self.beta) * p * (a - of_p), self.beta * t * (b - of_t)
 
     def along(self, log_p: Tensor, log_t: Tensor, zeta_s: Tensor, zeta_t: Tensor, *moments: Tensor) -> Terms:
         p, t = log_p.exp(), log_t.exp()
-        a, b = self._logs(log_p, log_t, p, t)
+        a, b = self._logs(log_p, log_t)
         of_student, of_teacher = self.slopes(log_p, log_t, *moments)
         w = self._share(p, t)
         mixed = w * zeta_s + (1 - w) * zeta_t
@@ -144,7 +174,7 @@ class JS:
     ) -> tuple[Tensor, Tensor]:
         (of_p, of_t), (_, mean_s, mean_t, p_a, t_b, p_mixed, t_mixed, p_w, t_w) = moments, sums
         p, t = log_p.exp(), log_t.exp()
-        a, b = self._logs(log_p, log_t, p, t)
+        a, b = self._logs(log_p, log_t)
         w = self._share(p, t)
         centred_s, centred_t = zeta_s - mean_s, zeta_t - mean_t
         mixed = w * centred_s + (1 - w) * centred_t
@@ -154,14 +184,12 @@ class JS:
         teacher = t * (centred_t * (b - of_t) + centred_t - mixed - of_t_dot)
         return (1 - self.beta) * student, self.beta * teacher
 
-    def _logs(self, log_p: Tensor, log_t: Tensor, p: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return a = log p/M and b = log t/M, finite where p or t is 0: they count nothing there."""
-        both = (log_p == -math.inf) & (log_t == -math.inf)
-        delta = torch.where(both, 0.0, log_p - log_t)
-        return (
-            -log_mixture(-delta, log_t == -math.inf, self.beta).masked_fill(p == 0, 0.0),
-            -log_mixture(delta, log_p == -math.inf, 1 - self.beta).masked_fill(t == 0, 0.0),
-        )
+    def _logs(self, log_p: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a = log p/M and b = log t/M, bounded where p or t is nothing beside the other."""
+        most = MOST[log_p.dtype]
+        delta = (log_p - log_t).nan_to_num(0.0, most, -most).clamp(-most, most)  # nan where both are masked
+        a = -torch.log1p(self.beta * torch.expm1(-delta))
+        return a, -torch.log1p((1 - self.beta) * torch.expm1(delta))
 
     def _share(self, p: Tensor, t: Tensor) -> Tensor:
         """Return w = (1 − β)·p/M; ½ where both are 0 and it counts nothing."""

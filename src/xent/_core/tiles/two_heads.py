@@ -10,6 +10,7 @@ where tiles are not kept.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -239,6 +240,11 @@ def fused(
         for chunk in plan.row_chunks(pair.selection.count):
             loaded = pair.load(chunk)
             found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
+            if not frozen and any(wants[0]) != any(wants[1]):
+                parts.append(
+                    _one_learner(pair, accumulators, wants, chunk, loaded, found, kept, coefficients)
+                )
+                continue
             if not frozen:
                 found = _chunk_values(pair, plan, workspace, chunk, loaded, found, kept)
             gamma, moments = coefficients(chunk), found.moments
@@ -249,6 +255,38 @@ def fused(
                 moments = moments if here is None else (moments[0] + here,)
             parts.append(found._replace(moments=moments))
     return Found.concatenate(parts, pair), accumulators
+
+
+def _one_learner(
+    pair: Pair,
+    accumulators: PairGradients,
+    wants: tuple[Wants, Wants],
+    chunk: slice,
+    loaded: Both,
+    found: Found,
+    kept: list[tuple[slice, Tile]],
+    coefficients: Callable[[slice], Tensor],
+) -> Found:
+    """Return the chunk with its moments; add the gradient of the one head that learns.
+
+    Its slope f − μ·g is formed in two steps, f and g in the memory of log p and log t with the moments, so
+    that no logarithm is formed twice.
+    """
+    student = any(wants[0])
+    apart = functools.partial(pair.divergence.apart, student=student)
+    moments, halves = found.moments, []
+    for classes, logs in kept:
+        pieces, here = over(pair, apart, logs, (), places=2)
+        halves.append((classes, pieces))
+        moments = tuple(total + part for total, part in zip(moments, here, strict=True))
+    own = 0 if student else 1
+    gamma, mu = coefficients(chunk) * pair.gain(chunk), moments[0 if student else -1]
+    for classes, pieces in kept:
+        (slope,), _ = over(
+            pair, lambda f, g, mu, gamma: ((f - mu * g) * gamma,), pieces, (mu, gamma), places=1
+        )
+        accumulators[own].add(pair.selection.pick(chunk), loaded[own], classes, slope)
+    return found._replace(moments=moments)
 
 
 def gradient(
