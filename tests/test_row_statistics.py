@@ -234,6 +234,18 @@ def test_top_k(budget, k):
     assert not p.requires_grad
 
 
+def test_a_target_of_top_k_keeps_their_order_and_moves():
+    probabilities, indices = xent.top_k(torch.randn(4, 9), 3)
+    target = xent.TopKTarget.from_top_k(probabilities, indices, remainder="spread")
+    assert target.probabilities is probabilities
+    assert target.indices is indices
+    moved = target.to("meta")
+    assert (moved.indices.device.type, moved.probabilities.device.type) == ("meta", "meta")
+    assert moved.remainder == "spread"
+    with pytest.raises(TypeError, match="indices must be of an integer type"):
+        xent.TopKTarget.from_top_k(indices, probabilities)
+
+
 def test_top_k_is_what_a_sparse_target_takes():
     x, w = torch.randn(6, 3), torch.randn(40, 3)
     p, indices = xent.linear_top_k(x, w, 5)

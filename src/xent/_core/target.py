@@ -58,6 +58,23 @@ class TopKTarget:
         if self.probabilities.requires_grad:
             raise ValueError("a TopKTarget takes no gradient: pass probabilities.detach()")
 
+    @classmethod
+    def from_top_k(cls, probabilities: Tensor, indices: Tensor, remainder: str = "drop") -> TopKTarget:
+        """Return the target of what :func:`xent.top_k` and :func:`xent.linear_top_k` return, in their order.
+
+        Example:
+            >>> import torch, xent
+            >>> teacher = xent.TopKTarget.from_top_k(*xent.top_k(torch.randn(3, 10), 2))
+            >>> teacher.indices.shape
+            torch.Size([3, 2])
+        """
+        return cls(indices, probabilities, remainder)
+
+    def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TopKTarget:
+        """Return the same target on a device."""
+        i, q = (t.to(device, non_blocking=non_blocking) for t in (self.indices, self.probabilities))
+        return replace(self, indices=i, probabilities=q)
+
     def to_dense(self, classes: int) -> Tensor:
         """Return the same target as a probability for every class: (..., classes)."""
         classes = Whole("at least 1", 1)("classes", classes) or 0
