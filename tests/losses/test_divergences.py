@@ -324,6 +324,25 @@ def test_equal_and_masked_heads(beta):
     assert g.isfinite().all()
 
 
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen teacher", "learning teacher"])
+def test_heads_in_float32_that_are_kept_or_not(learns):
+    """A common offset of one head's logits, and heads that are equal, whichever way the moment is known."""
+    x, w, b, _, v = (t.detach().float() for t in heads(False))
+    v = w + 0.3 * torch.randn_like(w)
+    found = []
+    for budget in (None, 200):
+        leaves = [w.clone().requires_grad_(), v.clone().requires_grad_(learns)]
+        value = of_heads((x, leaves[0], b + 1e4), (x, leaves[1], b), 1.0, memory_budget=budget)
+        grads = torch.autograd.grad(value, [t for t in leaves if t.requires_grad])
+        found.append((value, grads))
+    assert_close(*found, rtol=1e-4, atol=1e-6)
+    same = [w.clone().requires_grad_(), w.clone().requires_grad_(learns)]
+    value = of_heads((x, same[0], b), (x, same[1], b), 1.0, memory_budget=200)
+    grads = torch.autograd.grad(value, [t for t in same if t.requires_grad])
+    assert value.item() == 0.0
+    assert not any(g.any() for g in grads)
+
+
 def test_the_reverse_of_a_teacher_without_mass_is_infinite():
     x, w = torch.randn(3, 2), torch.randn(4, 2)
     bias = torch.tensor([0.0, -torch.inf, 0.0, 0.0])

@@ -785,15 +785,29 @@ HOLDS_FEWER = 128 * CLASSES * 2 * 4
         (True, False, HOLDS_A_CHUNK, 4),
         (True, False, HOLDS_FEWER, 6),
         (True, True, None, 6),
-        (True, True, HOLDS_FEWER, 10),
+        (True, True, HOLDS_FEWER, 8),
     ],
 )
-def test_products(products, student, teacher, budget, count):
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_products(products, student, teacher, budget, count, direction):
     """Each head's logits, a product for each gradient; where a chunk does not fit, the logits again."""
     heads = large(student, teacher)
-    loss = xent.linear_kl_divergence(student=heads[0], teacher=heads[1], memory_budget=budget)
+    loss = xent.linear_kl_divergence(
+        student=heads[0], teacher=heads[1], memory_budget=budget, direction=direction
+    )
     if student or teacher:
         loss.backward()
+    assert products() == count
+
+
+@pytest.mark.parametrize(
+    ("teacher", "budget", "count"),
+    [(False, None, 4), (False, HOLDS_FEWER, 8), (True, None, 6), (True, HOLDS_FEWER, 10)],
+)
+def test_products_of_jensen_shannon(products, teacher, budget, count):
+    """Its moments are known when both heads are normalised: one more pass where a chunk does not fit."""
+    heads = large(True, teacher)
+    xent.linear_js_divergence(student=heads[0], teacher=heads[1], memory_budget=budget).backward()
     assert products() == count
 
 

@@ -210,13 +210,13 @@ def values(pair: Pair) -> Found:
     return _values(pair, pair.plan(resident=True))
 
 
-def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False) -> Found:
+def _values(pair: Pair, plan: Plan, *, statistics_alone: bool = False, estimate: bool = False) -> Found:
     workspace = pair.workspace(plan)
     parts = []
     with pair.products():
         for chunk in plan.row_chunks(pair.selection.count):
             loaded = pair.load(chunk)
-            found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded)
+            found, kept = _chunk_statistics(pair, plan, workspace, chunk, loaded, estimate=estimate)
             if not statistics_alone:
                 found = _chunk_values(pair, plan, workspace, chunk, loaded, found, kept)
             parts.append(found)
@@ -231,8 +231,10 @@ def fused(
     # a slope may start from the row's moments; where none does, the moments come by the way
     frozen = pair.divergence.alone and not any(wants[1])
     if not plan.resident:
-        found = _values(pair, plan, statistics_alone=frozen)
-        return gradient(pair, found, coefficients(slice(0, pair.selection.count)), wants)
+        estimated = pair.divergence.n_moments == 1 and not frozen
+        found = _values(pair, plan, statistics_alone=frozen or estimated, estimate=estimated)
+        gamma = coefficients(slice(0, pair.selection.count))
+        return gradient(pair, found, gamma, wants, estimated=estimated)
     workspace = pair.workspace(plan)
     accumulators = pair.accumulators(wants)
     parts = []
@@ -250,7 +252,16 @@ def fused(
             gamma, moments = coefficients(chunk), found.moments
             for classes, logs in kept:
                 here = _pull_back(
-                    pair, accumulators, wants, chunk, loaded, classes, logs, found.moments, gamma
+                    pair,
+                    accumulators,
+                    wants,
+                    chunk,
+                    loaded,
+                    classes,
+                    logs,
+                    found.moments,
+                    gamma,
+                    formed=frozen,
                 )
                 moments = moments if here is None else (moments[0] + here,)
             parts.append(found._replace(moments=moments))
@@ -294,8 +305,14 @@ def gradient(
     found: Found,
     gamma: Tensor,  # (M,) ∂L/∂D
     wants: tuple[Wants, Wants],
+    *,
+    estimated: bool = False,
 ) -> tuple[Found, PairGradients]:
-    """Return gradients from saved statistics and moments, classes outermost."""
+    """Return gradients from saved statistics and moments, classes outermost.
+
+    Where the one moment is ``estimated``, the slopes start from it and it is formed anew.
+    """
+    formed = estimated or (pair.divergence.alone and not any(wants[1]))
     plan = pair.plan(resident=False)
     workspace = pair.workspace(plan)
     accumulators = pair.accumulators(wants)
@@ -307,30 +324,67 @@ def gradient(
                 rows, loaded = found.rows(chunk), pair.load(chunk)
                 logs = log_probabilities(pair, pair.tile(workspace, chunk, loaded, classes), rows)
                 here = _pull_back(
-                    pair, accumulators, wants, chunk, loaded, classes, logs, rows.moments, gamma[chunk]
+                    pair,
+                    accumulators,
+                    wants,
+                    chunk,
+                    loaded,
+                    classes,
+                    logs,
+                    rows.moments,
+                    gamma[chunk],
+                    formed=formed,
                 )
                 if here is not None:
                     value.add(chunk, here)
-    if not pair.divergence.alone or any(wants[1]):
+    if not formed:
         return found, accumulators
     return found._replace(moments=(value.finish(None, of_rows.dtype),)), accumulators
 
 
 def _chunk_statistics(
-    pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Both
+    pair: Pair, plan: Plan, workspace: Workspace, chunk: slice, loaded: Both, *, estimate: bool = False
 ) -> tuple[Found, list[tuple[slice, Tile]]]:
-    """Return statistics of a chunk of rows over all classes; and log p, log t of the tiles kept."""
+    """Return statistics of a chunk of rows over all classes; and log p, log t of the tiles kept.
+
+    With ``estimate`` the moment is KL as ⟨t, z_T − z_S⟩ − lse_T + lse_S, as exact as δ is.
+    """
     ops, kept = pair.ops, []
     unions: tuple[PairwiseMerge[Statistics], ...] = (PairwiseMerge(), PairwiseMerge())
+    differences: list[tuple[Tensor, Tensor]] = []
     for classes in plan.class_tiles(pair.n_classes):
         tile = pair.tile(workspace, chunk, loaded, classes)
+        if estimate:
+            differences.append(_difference(pair, tile))
         for union, z in zip(unions, tile, strict=True):
             union.add(summarise(ops, z.clone() if plan.resident else z, None, None)[1])
         if plan.resident:
             kept.append((classes, tile))
     student, teacher = (union.whole() for union in unions)
     found = Found(student, teacher, (torch.zeros_like(student.m),) * pair.divergence.n_moments)
+    if estimate:
+        total = sum(part * torch.exp(m - teacher.m) for m, part in differences)
+        mean = total / (1 + teacher.r) - teacher.logsumexp + student.logsumexp
+        found = found._replace(moments=(mean,))
     return found, [(classes, log_probabilities(pair, tile, found)) for classes, tile in kept]
+
+
+def _difference(pair: Pair, tile: Tile) -> tuple[Tensor, Tensor]:
+    """Return m = max z_T of a tile and Σ exp(z_T − m)·(z_T − z_S), (R,) each, float64.
+
+    Both heads are measured from their own largest logit first, so that a common offset cancels.
+    """
+    dtype = statistics_dtype(tile[0].device)
+    student, teacher = (finite_base(z.amax(1)) for z in tile)
+
+    def weighed(z_s: Tensor, z_t: Tensor, m_s: Tensor, m_t: Tensor) -> tuple[Tensor, ...]:
+        far = z_t - m_t
+        share = far.exp()
+        return torch.where(share == 0, 0.0, share * (far - (z_s - m_s))), share
+
+    _, (part, whole) = over(pair, weighed, tile, (student, teacher), places=0)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    return teacher, part + (teacher - student) * whole
 
 
 def _chunk_values(
@@ -374,17 +428,20 @@ def _pull_back(
     logs: Tile,
     moments: tuple[Tensor, ...],  # (R,) each
     gamma: Tensor,  # (R,)
+    *,
+    formed: bool,
 ) -> Tensor | None:
-    """Add a tile's gradients to the accumulators; return its part of a moment (R,) not known before."""
+    """Add a tile's gradients to the accumulators; return its part of the one moment (R,) if it is formed."""
     gamma = gamma * pair.gain(chunk)
 
     def of_student(log_p: Tensor, log_t: Tensor, gamma: Tensor) -> Tile:
         here, slope = terms(log_p, log_t)
         return slope * gamma, here
 
-    def of_both(log_p: Tensor, log_t: Tensor, gamma: Tensor, *moments: Tensor) -> Tile:
+    def of_both(log_p: Tensor, log_t: Tensor, gamma: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
         student, teacher = pair.divergence.slopes(log_p, log_t, *moments)
-        return student * gamma, teacher * gamma
+        here = pair.divergence.moments(log_p, log_t) if formed else ()
+        return student * gamma, teacher * gamma, *here
 
     if any(wants[1]) or not pair.divergence.alone:
         gradients, added = over(pair, of_both, logs, (gamma, *moments), places=2)
