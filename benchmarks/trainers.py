@@ -1,4 +1,4 @@
-"""What trainers of language models compute from hidden states and a head: xent beside the usual forms.
+"""Time log-probabilities and divergences of language-model heads: xent beside the forms that trainers use.
 
     python benchmarks/trainers.py [--rounds 5] [--shapes N,D,C ...] [--busy] [--no-memory]
 

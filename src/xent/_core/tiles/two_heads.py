@@ -292,10 +292,12 @@ def _one_learner(
         moments = tuple(total + part for total, part in zip(moments, here, strict=True))
     own = 0 if student else 1
     gamma, mu = coefficients(chunk) * pair.gain(chunk), moments[0 if student else -1]
-    for classes, pieces in kept:
-        (slope,), _ = over(
-            pair, lambda f, g, mu, gamma: ((f - mu * g) * gamma,), pieces, (mu, gamma), places=1
-        )
+
+    def joined(f: Tensor, g: Tensor, mu: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
+        return ((f - mu * g) * gamma,)
+
+    for classes, pieces in halves:
+        slope = over(pair, joined, pieces, (mu, gamma), places=1)[0][0]
         accumulators[own].add(pair.selection.pick(chunk), loaded[own], classes, slope)
     return found._replace(moments=moments)
 
