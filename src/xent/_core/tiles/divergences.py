@@ -102,11 +102,7 @@ class KL:
     def apart(self, log_p: Tensor, log_t: Tensor, *, student: bool) -> Terms:
         assert not student, "the student's slope needs no moment"
         t = log_t.exp()
-        delta = log_p - log_t
-        near = delta.abs() < NEAR
-        far = log_p.exp() - t - (t * delta).nan_to_num(0.0, math.inf, -math.inf)
-        value = torch.where(near, t * phi(delta.clamp(-NEAR, NEAR)), far)
-        return torch.where(t == 0, 0.0, t * -delta), t, value
+        return torch.where(t == 0, 0.0, t * (log_t - log_p)), t, terms(log_p, log_t)[0]
 
     def along(self, log_p: Tensor, log_t: Tensor, zeta_s: Tensor, zeta_t: Tensor, *moments: Tensor) -> Terms:
         of_student, of_teacher = self.slopes(log_p, log_t, *moments)
