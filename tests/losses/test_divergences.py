@@ -343,6 +343,20 @@ def test_heads_in_float32_that_are_kept_or_not(learns):
     assert not any(g.any() for g in grads)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("learns", [False, True], ids=["frozen teacher", "learning teacher"])
+def test_tiles_of_several_classes_that_are_not_kept(beta, learns):
+    """Where a tile is one class wide, a logit and the largest of its tile are the same."""
+    torch.manual_seed(0)
+    x, w = torch.randn(150, 4, dtype=F64), torch.randn(200, 4, dtype=F64, requires_grad=True)
+    y, v = torch.randn(150, 3, dtype=F64), torch.randn(200, 3, dtype=F64, requires_grad=learns)
+    leaves = [t for t in (w, v) if t.requires_grad]
+    one = of_heads((x, w), (y, v), beta, memory_budget=20_000)
+    other = ours(y @ v.t(), x @ w.t(), beta, target_is_logits=True, reduction="mean")
+    assert_close(one, other)
+    assert_close(torch.autograd.grad(one, leaves), torch.autograd.grad(other, leaves))
+
+
 def test_the_reverse_of_a_teacher_without_mass_is_infinite():
     x, w = torch.randn(3, 2), torch.randn(4, 2)
     bias = torch.tensor([0.0, -torch.inf, 0.0, 0.0])
