@@ -206,6 +206,15 @@ ROWS = [
         class_weight=True,
         sample_weight=True,
     ),
+    Row("top-k-bucket", target="top_k", remainder="bucket"),
+    Row(
+        "top-k-bucket-everything",
+        target="top_k",
+        remainder="bucket",
+        options={"z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
+        sample_weight=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
     Row(
         "top-k-spread-everything",
         target="top_k",
@@ -338,6 +347,13 @@ OTHERS += [
             "additive": "takes no denominator",
             "half": "the teacher's logarithms have rounded to the half type already",
         },
+    ),
+    Row(
+        "linear-kl-bucket",
+        loss="linear_kl_bucket",
+        target="top_k",
+        remainder="bucket",
+        exempt={"additive": "takes no denominator", "half_linear": "takes no product_dtype"},
     ),
     Row("kl-reverse", loss="kl_reverse", target="probabilities", exempt=OF_TARGET),
     Row("js-divergence", loss="js", target="probabilities", exempt=OF_TARGET),
@@ -504,7 +520,27 @@ def of_cross_entropy(
 
 
 def plain_cross_entropy(z: Tensor, target: Target, **options: Any) -> Tensor:
+    if isinstance(target, xent.TopKTarget) and target.remainder == "bucket":
+        return plain_bucket(z, target, **options)
     return reference.cross_entropy(z, spelt_out(target, z.shape[1]), **options)
+
+
+def merged(z: Tensor, target: xent.TopKTarget) -> tuple[Tensor, Tensor]:
+    """The logits and the target of k + 1 classes, the last of which are all that the target does not name."""
+    q = target.probabilities.double()
+    rest = 1 - q.sum(1) if target.rest is None else target.rest.double()
+    others = z.scatter(1, target.indices, -torch.inf).logsumexp(1)
+    return torch.cat([z.gather(1, target.indices), others[:, None]], 1), torch.cat([q, rest[:, None]], 1)
+
+
+def plain_bucket(z: Tensor, target: xent.TopKTarget, **options: Any) -> Tensor:
+    of_map = {name: options.pop(name) for name in ("softcap", "temperature") if name in options}
+    return reference.cross_entropy(*merged(reference.transform(z, **of_map), target), **options)
+
+
+def plain_bucket_kl(z: Tensor, target: xent.TopKTarget, *, reduction: str = "mean") -> Tensor:
+    z, t = merged(z, target)
+    return reduced((t * (t.log() - z.log_softmax(1))).sum(1), target.probabilities, reduction)
 
 
 def plain_surrogate(z: Tensor, target: Target, *, reduction: str = "mean") -> Tensor:
@@ -608,6 +644,15 @@ LOSSES = {
         lambda x, w, b, target, **options: distilled(x, w, b, target, **options),
         plain_kl,
     ),
+    "linear_kl_bucket": Loss(
+        lambda z, target, **options: xent.kl_divergence(
+            target=target, input=z, **{"reduction": "mean", **options}
+        ),
+        lambda x, w, b, target, **options: xent.linear_kl_divergence(
+            student=(x, w, b), teacher=target, **options
+        ),
+        plain_bucket_kl,
+    ),
     "linear_kl_reverse": Loss(
         lambda z, target, **options: distilled(
             z, torch.eye(z.shape[1], dtype=z.dtype), None, target, direction="reverse", **options
@@ -648,6 +693,8 @@ def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5
         q = torch.rand(n, 3, dtype=dtype)
         indices = torch.rand(n, c).argsort(1)[:, :3]
         target = xent.TopKTarget(indices, q / (q.sum(1, keepdim=True) + 0.5), row.remainder)
+        if row.remainder == "bucket" and row.sample_weight:
+            target = replace(target, rest=torch.rand(n, dtype=dtype))
     else:
         target = torch.rand(n, c, dtype=dtype)
         target /= target.sum(1, keepdim=True)
@@ -663,7 +710,7 @@ def problem(row: Row, dtype: torch.dtype = torch.float64, n: int = 7, d: int = 5
 def mapped(target: Target, f: Callable[[Tensor], Tensor]) -> Target:
     """f of each tensor that a target is made of."""
     if isinstance(target, xent.TopKTarget):
-        return xent.TopKTarget(f(target.indices), f(target.probabilities), target.remainder)
+        return target.mapped(f)
     return f(target)
 
 

@@ -102,6 +102,7 @@ WRONG = {
     "corrected": [*FLAG, None],
     "reduction": [*NAME, None],
     "remainder": [*NAME, None],
+    "rest": ["a", 3, 0.5, [0.5], X],
     "geometry": [*NAME, None],
     "kind": [*NAME, None],
     "weighting": [*NAME, None],

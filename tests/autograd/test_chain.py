@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 
 import xent
-from table import ROWS, Problem, problem, spelt_out
+from table import ROWS, Problem, plain_cross_entropy, problem
 from xent._autograd import custom_ops
 from xent._autograd.forms import OneHead
 from xent._core import problem as core
@@ -50,7 +50,7 @@ def pair(row, scores, reduction, **options):
             return scalar(xent.cross_entropy(z, target, **options))
 
         def theirs(z, target=p.target):
-            return scalar(reference.cross_entropy(z, spelt_out(target, 4), **options))
+            return scalar(plain_cross_entropy(z, target, **options))
 
     else:
         arguments = (p.x, p.w, p.b)
@@ -60,7 +60,7 @@ def pair(row, scores, reduction, **options):
             return scalar(loss)
 
         def theirs(x, w, b, target=p.target):
-            return scalar(reference.cross_entropy(x @ w.T + b, spelt_out(target, 4), **options))
+            return scalar(plain_cross_entropy(x @ w.T + b, target, **options))
 
     return ours, theirs, arguments, p
 
@@ -181,19 +181,20 @@ def test_per_sample_gradients(row, reduction):
     options = {**p.options, "reduction": reduction}
 
     whole = p.target
-    parts = (whole.indices, whole.probabilities) if row.target == "top_k" else (whole,)
+    sparse = isinstance(whole, xent.TopKTarget)
+    parts = whole.tensors if sparse else (whole,)
 
     def target(parts):
-        return (
-            xent.TopKTarget(*(t[None] for t in parts), whole.remainder) if len(parts) == 2 else parts[0][None]
-        )
+        if not sparse:
+            return parts[0][None]
+        indices, q, *rest = (t[None] for t in parts)
+        return xent.TopKTarget(indices, q, whole.remainder, *rest)
 
     def ours(w, x, parts, s):
         return xent.linear_cross_entropy(x[None], w, target(parts), sample_weight=s[None], **options)
 
     def theirs(w, x, parts, s):
-        t = spelt_out(target(parts), 4)
-        return reference.cross_entropy(x[None] @ w.T, t, sample_weight=s[None], **options)
+        return plain_cross_entropy(x[None] @ w.T, target(parts), sample_weight=s[None], **options)
 
     per_sample = vmap(grad(ours), (None, 0, 0, 0))(p.w, p.x, parts, s)
     expected = [grad(theirs)(p.w, x, each, w) for x, *each, w in zip(p.x, *parts, s, strict=True)]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -107,10 +106,7 @@ def resolve_logits(
     flat = target
     if input.dim() != 2:
         if isinstance(target, TopKTarget):
-            k = target.indices.shape[-1]
-            both = (t.reshape(n, k) for t in (target.indices, target.probabilities))
-            i, p = both
-            flat = replace(target, indices=i, probabilities=p)
+            flat = at_positions(target, n, classes, 1)[0]
         elif target is not None and target.is_floating_point():
             flat = target.movedim(axis, -1).reshape(n, classes)
         elif target is not None:

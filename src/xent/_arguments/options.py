@@ -81,6 +81,7 @@ class TargetOptions(_Group):
     ignore_index: int | None = -100
     label_smoothing: float = 0.0
     sample_weight: Tensor | None = None  # of the shape of the unreduced loss
+    bucket: bool = False  # whether the loss knows what a TopKTarget's bucket is
 
     validated = (
         ("weight", None, _tensor),

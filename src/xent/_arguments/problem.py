@@ -14,7 +14,7 @@ from torch import Tensor
 
 from xent._arguments import class_parallel
 from xent._arguments.options import Options
-from xent._arguments.targets import check_classes, check_target, is_index, select
+from xent._arguments.targets import bucket_of, check_classes, check_target, is_index, select
 from xent._arguments.validation import check_devices, check_tensors, is_readable
 from xent._autograd import transforms
 from xent._core.class_indices import Checked
@@ -26,7 +26,7 @@ from xent._core.problem import Problem
 from xent._core.reduction import Kind, Reduction
 from xent._core.row_losses import RowLoss
 from xent._core.selection import Selection
-from xent._core.target import Target, tensors_of
+from xent._core.target import Target, TopKTarget, tensors_of
 from xent._core.targets import Targets
 
 LARGEST_SHIFT = 600.0  # exp of it is a float64
@@ -120,6 +120,7 @@ def _ranks(
         "dtype": str(input.dtype),
         "input.requires_grad": input.requires_grad and torch.is_grad_enabled(),
         "the kind of target": type(target).__name__ if not isinstance(target, Tensor) else kind,
+        "the remainder of the target": target.remainder if isinstance(target, TopKTarget) else None,
         "targets, of which this is a checksum": class_parallel.checksum(*indices),
         "weights, of which this says whether there are any": options.target.weight is not None,
         "sample_weight, of which this says whether there is one": s is not None,
@@ -196,6 +197,10 @@ def problem_of(
     shift = None
     if options.logits.margin is not None or of_map.log_q is not None:
         shift = _shift(options, logits, targets, known=not by_mask)
+    bucket = None
+    if isinstance(target, TopKTarget) and target.remainder == "bucket":
+        everywhere = classes if ranks is None else ranks.classes
+        bucket = bucket_of(target, everywhere, targets.selection)
     if row_loss is not None and targets.index is not None:
         row_loss = row_loss.for_rows(targets.index[:, 0] + (0 if ranks is None else ranks.first))
     return Problem(
@@ -206,6 +211,7 @@ def problem_of(
         row_weight=row_weight,
         shift=shift,
         row_loss=row_loss,
+        bucket=bucket,
         in_graph=in_graph,
         check=options.execution.check_targets,
         weight_elsewhere=ranks is not None and is_index(target) and options.target.weight is not None,

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from xent._arguments.options import Options
+from xent._arguments.validation import is_readable
 from xent._autograd import transforms
+from xent._core.bucket import SLACK, Bucket, bucket_mass
 from xent._core.class_indices import UNCHECKED, Checked, check_index, check_top_k, holds_integers
 from xent._core.collectives import ClassGroup
 from xent._core.selection import Selection
@@ -48,6 +50,8 @@ def check_target(
                 f"got {tuple(target.indices.shape)}"
             )
         _refuse_ignoring(options)
+        if target.remainder == "bucket":
+            _check_bucket(options, target)
         return
     shape, floating = target.shape, target.is_floating_point()
     if not floating and shape == rows_shape:
@@ -81,6 +85,49 @@ def require_index(options: Options, target: Target) -> None:
             raise ValueError(
                 f"{name} needs a target of class indices: only such a row has one class of its own"
             )
+
+
+def _check_bucket(options: Options, target: TopKTarget) -> None:
+    """Raise a ValueError where a function or an option needs to know of which classes a bucket's mass is."""
+    of_target = options.target
+    if not of_target.bucket:
+        raise ValueError(
+            "a TopKTarget of remainder 'bucket' goes with cross_entropy, kl_divergence, js_divergence and "
+            "their linear forms alone: here pass remainder='spread' or 'drop'"
+        )
+    for name, given in (
+        ("weight", of_target.weight is not None),
+        ("label_smoothing", of_target.label_smoothing > 0),
+    ):
+        if given:
+            raise ValueError(
+                f"{name} does not go with a TopKTarget of remainder 'bucket', whose other classes count as "
+                "one: pass remainder='spread' or 'drop'"
+            )
+
+
+def bucket_of(target: TopKTarget, classes: int, selection: Selection) -> Bucket:
+    """Return the masses of the rows that count of a target of remainder "bucket", over so many classes.
+
+    Where they can be read, a ValueError names the first row whose bucket has a mass below 0, or one of no
+    class.
+    """
+    dtype = statistics_dtype(target.indices.device)
+    mass = selection.gather(target.probabilities.detach()).to(dtype)
+    rest = None if target.rest is None else selection.gather(target.rest.detach()).to(dtype)
+    others = classes - target.indices.shape[-1]
+    found = bucket_mass(mass, rest, others)
+    if is_readable(found) and found.isnan().any():
+        at = int(found.isnan().nonzero()[0])
+        row = at if selection.index is None else int(selection.index[at])
+        value = (1 - mass[at].sum() if rest is None else rest[at]).item()
+        why = "there is no class for it" if others == 0 else "it must not be negative"
+        way = "" if rest is not None else "; pass rest=, or probabilities that add up to at most 1"
+        raise ValueError(
+            f"the bucket of a TopKTarget has mass {value:.6g} in row {row}, but {why}{way} "
+            f"({SLACK:g} of either sign counts as 0)"
+        )
+    return Bucket(mass, found)
 
 
 def _refuse_ignoring(options: Options) -> None:
@@ -174,9 +221,10 @@ def _targets(
     if target is None:
         return no_targets(classes, selection)
     if isinstance(target, TopKTarget):
+        q = selection.gather(target.probabilities)
         return top_k_targets(
             selection.gather(target.indices),
-            selection.gather(target.probabilities),
+            torch.zeros_like(q) if target.remainder == "bucket" else q,  # whose loss is that of the bucket
             classes,
             selection,
             spread=target.remainder == "spread",

@@ -61,11 +61,11 @@ def _present(groups: tuple[Tensors, ...]) -> tuple[Tensor, ...]:
 
 
 def _arranged(form: Form, found: tuple[Any, ...]) -> tuple[Tensors, Tensors, Tensors]:
-    """Split outputs, saved numbers and further outputs; the entropy is saved where it is an output."""
+    """Split outputs, saved numbers and further outputs."""
     n = sum(form.outputs)
     outputs = spread(found[:n], form.outputs, len(form.outputs))
     saved, further = found[n : len(found) - form.further], found[len(found) - form.further :]
-    return outputs, (*saved, *(None,) * (form.n_saved - len(saved))), further
+    return outputs, spread(saved, form.saves, form.n_saved), further
 
 
 class _Rows(torch.autograd.Function):

@@ -37,7 +37,7 @@ class _Encoded(NamedTuple):
     budget: int
     product_dtype: torch.dtype | None
     teacher_product_dtype: torch.dtype | None
-    requested: list[bool]  # entropy, log_prob, argmax
+    requested: list[bool]  # entropy, log_rest, log_prob, argmax
 
 
 def _encoded(form: Form) -> _Encoded:
@@ -45,7 +45,7 @@ def _encoded(form: Form) -> _Encoded:
         pair = form.form
         numbers = [NO_SOFTCAP, pair.temperature, 1.0, pair.beta]
         dtypes = pair.product_dtype, pair.teacher_product_dtype
-        return _Encoded(PAIR, numbers, pair.budget, *dtypes, [False, False, False])
+        return _Encoded(PAIR, numbers, pair.budget, *dtypes, [False] * 4)
     one = form.form
     softcap = NO_SOFTCAP if one.softcap is None else one.softcap
     numbers = [softcap, one.temperature, one.scale, one.smoothing]
@@ -56,7 +56,7 @@ def _encoded(form: Form) -> _Encoded:
         one.budget,
         one.product_dtype,
         None,
-        [wanted.entropy, wanted.log_prob, wanted.argmax],
+        [wanted.entropy, wanted.log_rest, wanted.log_prob, wanted.argmax],
     )
 
 
@@ -71,7 +71,7 @@ def _decoded(
     softcap, temperature, scale, smoothing = numbers
     if kind == PAIR:
         return TwoHeads(PairForm(product_dtype, teacher_product_dtype, temperature, budget, smoothing))
-    entropy, log_prob, argmax = requested
+    entropy, log_rest, log_prob, argmax = requested
     return OneHead(
         core.Form(
             product_dtype,
@@ -83,7 +83,7 @@ def _decoded(
             False,
             None,
             budget,
-            RequestedOutputs(entropy, argmax, log_prob),
+            RequestedOutputs(entropy, argmax, log_prob, log_rest),
             None,
         )
     )
@@ -201,10 +201,8 @@ def _rows_gradient(
     if selection.index is not None:
         upstream, saved = upstream[:, selection.index], saved[:, selection.index]
     of_rows = _unpacked(upstream, form)
-    numbers_of_rows = list(saved.unbind())
-    if isinstance(form, OneHead) and not form.form.requested.entropy:
-        numbers_of_rows[-1] = None  # type: ignore[call-overload]  # e is not known
-    gradients = form.gradient(chosen, tuple(numbers_of_rows), of_rows, tuple(wants)).finish(None)
+    of_saved = tuple(t if there else None for t, there in zip(saved.unbind(), form.saves, strict=True))
+    gradients = form.gradient(chosen, of_saved, of_rows, tuple(wants)).finish(None)
     return [
         torch.zeros_like(t) if g is None else g
         for g, t, want in zip(gradients, tensors, wants, strict=False)

@@ -1,7 +1,8 @@
 """The forms of problems, as differentiation sees them: what a chain of Functions can compute from tensors.
 
-    of one head, or given logits    outputs ℓ, lse, H, log p_y    saved m, r, a, e        leaves q, x, W, b
-    of two heads                    a divergence                  saved m, r, moments     leaves x, W, b twice
+    of one head, or given logits    outputs ℓ, lse, H, log P̄, log p_y    leaves q, x, W, b
+                                    saved m, r, a, e, lse of the own classes and of the others
+    of two heads                    a divergence                  saved m, r, moments    leaves x, W, b twice
 
 A form is everything of a problem that is no tensor. The differentiable tensors, the leaves, come first. Which
 backend computes with one head is chosen for every problem.
@@ -40,7 +41,14 @@ class Form(Protocol):
     def n_leaves(self) -> int: ...
 
     @property
-    def n_saved(self) -> int: ...
+    def saves(self) -> tuple[bool, ...]:
+        """A flag for each number of a row that derivatives start from: whether there is one."""
+        ...
+
+    @property
+    def n_saved(self) -> int:
+        """The number of these flags."""
+        ...
 
     @property
     def outputs(self) -> tuple[bool, ...]:
@@ -94,7 +102,7 @@ class OneHead:
 
     form: core.Form
 
-    n_saved = 4
+    n_saved = 6
     third = THIRD
 
     @property
@@ -103,7 +111,13 @@ class OneHead:
 
     @property
     def outputs(self) -> tuple[bool, ...]:
-        return True, True, self.form.requested.entropy, self.form.requested.log_prob
+        wanted = self.form.requested
+        return True, True, wanted.entropy, wanted.log_rest, wanted.log_prob
+
+    @property
+    def saves(self) -> tuple[bool, ...]:
+        wanted = self.form.requested
+        return True, True, True, wanted.entropy, wanted.log_rest, wanted.log_rest
 
     @property
     def further(self) -> int:
@@ -118,7 +132,8 @@ class OneHead:
         if known is None:
             problem = self.form.bind(tensors)
             known = backend_for(problem).row_statistics(problem)
-        return outputs_of(known), _saved(known), (known.k, known.mass)
+        saved = tuple(None if t is None else t.clone() for t in saved_of(known))
+        return outputs_of(known), saved, (known.k, known.mass)
 
     def gradient(
         self, tensors: Tensors, saved: Tensors, upstream: Tensors, wants: tuple[bool, ...]
@@ -143,23 +158,26 @@ class OneHead:
 
 
 def outputs_of(found: Statistics) -> Tensors:
-    """Return ℓ, lse, H (M,) and log p of the own classes (M, K), None where they are not known."""
+    """Return ℓ, lse, H, log P̄ (M,) and log p of the own classes (M, K), None where they are not known."""
     entropy = None if found.e is None else found.entropy
     log_prob = None if found.own is None else found.own_log_prob
-    return found.loss, found.logsumexp, entropy, log_prob
+    log_rest = None if found.lse_others is None else found.log_rest
+    return found.loss, found.logsumexp, entropy, log_rest, log_prob
 
 
-def _saved(found: Statistics) -> Tensors:
-    return tuple(None if t is None else t.clone() for t in (found.m, found.r, found.a, found.e))
+def saved_of(found: Statistics) -> Tensors:
+    """Return what derivatives start from, (M,)."""
+    return found.m, found.r, found.a, found.e, found.lse_own, found.lse_others
 
 
 def found_of(saved: Tensors) -> Statistics:
     """Return the statistics for derivatives, which never need d."""
-    m, r, a, e = saved
+    m, r, a, e, lse_own, lse_others = saved
     assert m is not None
     assert r is not None
     assert a is not None
-    return Statistics(m=m, r=r, d=torch.zeros_like(m), a=a, e=e)
+    zero = torch.zeros_like(m)
+    return Statistics(m=m, r=r, d=zero, a=a, e=e, lse_own=lse_own, lse_others=lse_others)
 
 
 def _coefficients(upstream: Tensors) -> Coefficients:
@@ -178,6 +196,10 @@ class TwoHeads:
     outputs = (True,)
     further = 0
     third = THIRD_OF_TWO
+
+    @property
+    def saves(self) -> tuple[bool, ...]:
+        return (True,) * self.n_saved
 
     @property
     def n_saved(self) -> int:

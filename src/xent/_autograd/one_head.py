@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xent._autograd import chain, custom_ops
 from xent._autograd.chain import Loss, needs_gradient
-from xent._autograd.forms import OneHead, Tensors
+from xent._autograd.forms import OneHead, Tensors, outputs_of, saved_of
 from xent._autograd.transforms import split, transformed
 from xent._core.backend import Gradients
 from xent._core.backends import backend_for
@@ -23,7 +23,7 @@ from xent._core.coefficients import Coefficients
 from xent._core.logits import LinearHead
 from xent._core.problem import Problem, RowTerms
 from xent._core.record import record
-from xent._core.reduction import Reduction, Scale
+from xent._core.reduction import Reduction, RowValues, Scale
 from xent._core.statistics import Statistics
 
 
@@ -33,6 +33,7 @@ class RowOutputs(NamedTuple):
     loss: Tensor
     logsumexp: Tensor
     entropy: Tensor | None = None
+    log_rest: Tensor | None = None  # of the classes that are not own
     log_prob: Tensor | None = None  # (M, K) of the own classes
     argmax: Tensor | None = None
     # where processes share the classes, what targets are made of; no gradient
@@ -50,12 +51,13 @@ def rows(problem: Problem) -> RowOutputs:
     else:
         outputs, saved, further = chain.rows(OneHead(form), tensors)
         of_target = saved[2]
-    loss, logsumexp, entropy, log_prob = outputs
+    loss, logsumexp, entropy, log_rest, log_prob = outputs
     assert loss is not None
     assert logsumexp is not None
     argmax = further[0] if requested.argmax else None
     mass = further[-1] if requested.mass else None
-    return RowOutputs(loss, logsumexp, entropy, log_prob, argmax, mass, of_target if requested.mass else None)
+    of_target = of_target if requested.mass else None
+    return RowOutputs(loss, logsumexp, entropy, log_rest, log_prob, argmax, mass, of_target)
 
 
 @record
@@ -73,18 +75,19 @@ class _Step:
 
     def fused(self, problem: Problem, wants: tuple[bool, ...]) -> tuple[Tensor, Statistics, Gradients]:
         found, gradients = backend_for(problem).fused(problem, self._coefficients, wants)
-        lse = found.logsumexp if self.reduction.z_loss or self.terms.shift is not None else found.m
-        own = None if found.own is None else found.own_log_prob
-        return self.loss((found.loss, lse, None, own)), found, gradients
+        _, lse, _, log_rest, log_prob = outputs_of(found) if found.own is not None else (None,) * 5
+        if lse is None:
+            lse = found.logsumexp if self.reduction.z_loss else found.m
+        return self.loss((found.loss, lse, None, log_rest, log_prob)), found, gradients
 
     def saved(self, found: Statistics) -> Tensors:
-        return found.m, found.r, found.a, found.e
+        return saved_of(found)
 
     def loss(self, outputs: Tensors) -> Tensor:
-        loss, logsumexp, _, log_prob = outputs
+        loss, logsumexp, _, log_rest, log_prob = outputs
         assert loss is not None
         assert logsumexp is not None
-        values = self.reduction.values(self.terms, loss, logsumexp, log_prob)
+        values = self.reduction.values(self.terms, RowValues(loss, logsumexp, log_prob, log_rest))
         if self.reduction.kind == "none":
             return self.terms.selection.scatter(values).to(self.dtype)
         return self.reduction.total(values, self.scale).to(self.dtype)
@@ -148,6 +151,7 @@ def _values(problem: Problem, reduction: Reduction) -> tuple[Tensor, Problem]:
     masked = problem.selection.masked
     loss, logsumexp = masked(found.loss), masked(found.logsumexp)
     log_prob = None if found.log_prob is None else masked(found.log_prob)
+    log_rest = None if found.log_rest is None else masked(found.log_rest)
     if found.mass is not None:  # of all processes' classes
         targets, shift = problem.targets, problem.shift
         if problem.weight_elsewhere:
@@ -156,7 +160,7 @@ def _values(problem: Problem, reduction: Reduction) -> tuple[Tensor, Problem]:
             rest = found.of_target - found.mass if targets.dense else None
             shift = shift._replace(mass=found.mass, rest=rest)
         problem = replace(problem, targets=targets, shift=shift)
-    return reduction.values(problem.terms, loss, logsumexp, log_prob), problem
+    return reduction.values(problem.terms, RowValues(loss, logsumexp, log_prob, log_rest)), problem
 
 
 def scattered(problem: Problem) -> RowOutputs:

@@ -16,13 +16,14 @@ class Coefficients(NamedTuple):
     loss: Tensor  # (M,)
     logsumexp: Tensor | None = None  # (M,)
     entropy: Tensor | None = None  # (M,)
+    log_rest: Tensor | None = None  # (M,) of the classes that are not own
     log_prob: Tensor | None = None  # (M, K) of the own classes
 
     def rows(self, rows: slice) -> Coefficients:
         return self._mapped(lambda t: cut(t, rows))
 
     def alpha(self, a: Tensor) -> Tensor:
-        """Return the factor of p, without the entropy's: a·γ + ∂L/∂lse − Σ λ."""
+        """Return the factor of p, without those of H and log P̄: a·γ + ∂L/∂lse − Σ λ."""
         alpha = a * self.loss
         alpha = alpha if self.logsumexp is None else alpha + self.logsumexp
         return alpha if self.log_prob is None else alpha - self.log_prob.sum(1)

@@ -3,8 +3,8 @@
     m = MAX over ranks of m_k        shares(m) = SUM over ranks of shares_k(m)
 
 These are the two steps of `Statistics.merge`, which joins two sets of classes, for as many as there are
-ranks: one all-reduce each. What is linear in a row's classes, tangents and the gradient of the features, is
-one SUM. Nothing of size N·C is ever sent.
+ranks: one all-reduce each; further logsumexps of a row go with them. What is linear in a row's classes,
+tangents and the gradient of the features, is one SUM. Nothing of size N·C is ever sent.
 
 The MAX carries beside m (M,) what the ranks must agree on, so that a slice that another rank did not expect
 is noticed by all of them in the same call.
@@ -61,15 +61,22 @@ class ClassGroup:
         """Return the statistics over all ranks' classes from those over the classes here; (M,) each."""
         # some transports drop nan from a maximum; +inf has no softmax either, and `rest` stays nan
         found = replace(found, m=found.m.nan_to_num(torch.inf, torch.inf, -torch.inf))
-        m = self._max(found.m)
+        split = [] if found.lse_own is None else [found.lse_own, found.lse_others]
+        m, *largest = self._max(found.m, *split)  # type: ignore[arg-type]  # there are both or none
         shares = found.shares(m)
         k = None if found.k is None else torch.where(shares.top > 0, found.k, 0).to(m.dtype)
-        *whole, k = self.sum_all((*shares, k))
+        parts = [_relative(part, most) for part, most in zip(split, largest, strict=True)]  # type: ignore[arg-type]
+        *whole, k = self.sum_all((*shares, *parts, k))
+        whole, sums = whole[: len(shares)], whole[len(shares) :]
         shares = PartialSums(*whole)  # type: ignore[arg-type]  # None where it was None
         if found.k is not None and (shares.top > 1).any():  # the class of a shared maximum is the lowest
             k = torch.where(found.m == m, found.k, self.classes)
             dist.all_reduce(k, op=dist.ReduceOp.MIN, group=self.group)
-        return shares.at(m, None if k is None else k.to(torch.int64))
+        joined = shares.at(m, None if k is None else k.to(torch.int64))
+        if not split:
+            return joined
+        own, others = (most + torch.log(part) for part, most in zip(sums, largest, strict=True))  # type: ignore[arg-type]
+        return replace(joined, lse_own=own, lse_others=others)
 
     def sum(self, value: Tensor) -> Tensor:
         """Add up the ranks' values in place."""
@@ -106,20 +113,26 @@ class ClassGroup:
         for start in range(0, rows, size):
             yield slice(start, min(start + size, rows))
 
-    def _max(self, m: Tensor) -> Tensor:
-        """Return MAX over ranks of m (M,), and compare the numbers on which the ranks must agree.
+    def _max(self, *columns: Tensor) -> tuple[Tensor, ...]:
+        """Return MAX over ranks of each column (M,), and compare the numbers on which the ranks must agree.
 
         A number is the same on every rank if its maximum is minus the maximum of its negative.
         """
         expected = hash(self.sizes) & (2**52 - 1)
         sizes = [float(self.held) if k == self.rank else 0.0 for k in range(len(self.sizes))]
         said = [*sizes, expected, -expected, self.call, -self.call]
-        packed = torch.cat([m, m.new_tensor(said)])
+        m, n = columns[0], len(columns) * len(columns[0])
+        packed = torch.cat([*columns, m.new_tensor(said)])
         dist.all_reduce(packed, op=dist.ReduceOp.MAX, group=self.group)
-        *true, most, least, call, same_call = packed[len(m) :].tolist()
+        *true, most, least, call, same_call = packed[n:].tolist()
         sizes_now = tuple(int(size) for size in true)
         if sizes_now != self.sizes or most != -least or call != -same_call:
             raise Disagreement(self, sizes_now, same=call == -same_call)
         if self.doubts:
             raise self.doubts[0]
-        return packed[: len(m)]
+        return packed[:n].split(len(m)) if len(m) else columns
+
+
+def _relative(lse: Tensor, most: Tensor) -> Tensor:
+    """Return exp(lse − most), of −inf relative to itself 0."""
+    return torch.where(lse == -torch.inf, 0.0, torch.exp(lse - most))

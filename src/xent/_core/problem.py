@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from xent._core.bucket import Bucket
 from xent._core.collectives import ClassGroup
 from xent._core.logit_map import LogitMap
 from xent._core.logits import DenseLogits, LinearHead, Logits
@@ -42,6 +43,7 @@ class RowTerms(NamedTuple):
     row_weight: Tensor | None  # (M,) float64; None means 1
     shift: TargetShift | None  # of the targets' logits
     row_loss: RowLoss | None  # None means cross-entropy itself
+    bucket: Bucket | None = None  # of a target of k classes and the others together
 
     def rows(self, chunk: slice) -> RowTerms:
         """Return the parts for a chunk of the M rows."""
@@ -52,6 +54,7 @@ class RowTerms(NamedTuple):
             None if self.row_weight is None else self.row_weight[chunk],
             None if self.shift is None else self.shift.rows(chunk),
             None if self.row_loss is None else self.row_loss.rows(chunk),
+            None if self.bucket is None else self.bucket.rows(chunk),
         )
 
 
@@ -68,6 +71,7 @@ class Problem:
     row_weight: Tensor | None = None  # as in `RowTerms`
     shift: TargetShift | None = None
     row_loss: RowLoss | None = None
+    bucket: Bucket | None = None
     in_graph: bool = False  # whether the sweep is one operator of a graph
     check: bool | None = None  # of targets, by that operator
     weight_elsewhere: bool = False  # whether other processes know what some rows add to the divisor of a mean
@@ -84,7 +88,7 @@ class Problem:
     @property
     def terms(self) -> RowTerms:
         """The step from the rows' outputs to a loss."""
-        return RowTerms(self.targets.selection, self.row_weight, self.shift, self.row_loss)
+        return RowTerms(self.targets.selection, self.row_weight, self.shift, self.row_loss, self.bucket)
 
     @property
     def leaves(self) -> Tensors:
@@ -104,14 +108,14 @@ class Problem:
         return replace(self, requested=requested)
 
     def for_loss(self) -> Problem:
-        """Return the problem with the outputs requested that a shift and the divisor of a mean need."""
-        shifts = self.shift is not None
+        """Return the problem with the outputs that a shift, a bucket and the divisor of a mean need."""
+        shifts, bucket = self.shift is not None, self.bucket is not None
         mass = self.weight_elsewhere or (
             shifts and self.targets.held is not None and self.targets.smoothing > 0
         )
-        if not (shifts or mass):
+        if not (shifts or mass or bucket):
             return self
-        return self.request(RequestedOutputs(log_prob=shifts, mass=mass))
+        return self.request(RequestedOutputs(log_prob=shifts or bucket, mass=mass, log_rest=bucket))
 
     def completed(self, found: Statistics) -> Problem:
         """Return the problem with what its targets lack until the statistics of all classes are known."""

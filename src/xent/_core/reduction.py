@@ -1,6 +1,6 @@
 """The step from the rows' outputs to a loss, L = Σ s·v / divisor, and its derivatives in them.
 
-    target shift  →  v = row loss(ℓ) + λ·lse²  →  × s  →  Σ / divisor
+    bucket  →  target shift  →  v = row loss(ℓ) + λ·lse²  →  × s  →  Σ / divisor
 
     ∂L/∂ℓ = s / divisor        ∂L/∂lse = 2λ·lse·s / divisor        of cross-entropy itself, without a shift
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,6 +29,24 @@ Kind = Literal["none", "sum", "mean"]
 Scale: TypeAlias = float | Tensor
 
 
+class RowValues(NamedTuple):
+    """The outputs of rows that a loss is made of, (M,)."""
+
+    loss: Tensor
+    logsumexp: Tensor
+    log_prob: Tensor | None  # (M, K) where the target is shifted, or has a bucket
+    log_rest: Tensor | None  # where it has a bucket
+
+    @classmethod
+    def of(cls, found: Statistics) -> RowValues:
+        log_prob = None if found.own is None else found.own_log_prob
+        log_rest = None if found.lse_others is None else found.log_rest
+        return cls(found.loss, found.logsumexp, log_prob, log_rest)
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> RowValues:
+        return RowValues(*(None if t is None else f(t) for t in self))  # type: ignore[arg-type]
+
+
 @record
 class Reduction:
     kind: Kind = "mean"
@@ -39,10 +57,16 @@ class Reduction:
 
     def is_linear(self, terms: RowTerms) -> bool:
         """Return whether a row's derivatives in its outputs are constant."""
-        return self.z_loss == 0.0 and terms.shift is None and terms.row_loss is None
+        shaped = terms.shift is not None or terms.row_loss is not None or terms.bucket is not None
+        return self.z_loss == 0.0 and not shaped
 
-    def values(self, terms: RowTerms, loss: Tensor, logsumexp: Tensor, log_prob: Tensor | None) -> Tensor:
-        """Return what each row adds, before the divisor: (M,). Only a shift of the target needs log_prob."""
+    def values(self, terms: RowTerms, found: RowValues) -> Tensor:
+        """Return what each row adds, before the divisor: (M,)."""
+        loss, logsumexp, log_prob, log_rest = found
+        if terms.bucket is not None:
+            assert log_prob is not None
+            assert log_rest is not None
+            loss = loss + terms.bucket(log_prob, log_rest)  # to 0, or nan where there is no softmax
         if terms.shift is not None:
             assert log_prob is not None
             loss, logsumexp = terms.shift(loss, logsumexp, log_prob[:, 0])
@@ -105,7 +129,7 @@ class Reduction:
 
     def coefficients(self, terms: RowTerms, found: Statistics, scale: Scale) -> Coefficients:
         """Return ∂L/∂(ℓ, lse, log p_y) of rows from their statistics `found`."""
-        if terms.shift is not None or terms.row_loss is not None:
+        if terms.shift is not None or terms.row_loss is not None or terms.bucket is not None:
             return self._by_autograd(terms, found, scale)
         if terms.row_weight is not None:
             loss = terms.row_weight * scale
@@ -116,17 +140,16 @@ class Reduction:
         return Coefficients(loss, 2 * self.z_loss * found.logsumexp * loss if self.z_loss != 0.0 else None)
 
     def _by_autograd(self, terms: RowTerms, found: Statistics, scale: Scale) -> Coefficients:
-        log_prob = None if found.own is None else found.own_log_prob
         with torch.enable_grad():
-            loss, logsumexp = (t.detach().requires_grad_() for t in (found.loss, found.logsumexp))
-            log_prob = None if log_prob is None else log_prob.detach().requires_grad_()
-            inputs = [loss, logsumexp] if log_prob is None else [loss, logsumexp, log_prob]
-            total = self.values(terms, loss, logsumexp, log_prob).sum()
+            inputs = RowValues.of(found).mapped(lambda t: t.detach().requires_grad_())
+            total = self.values(terms, inputs).sum()
             if not total.requires_grad:  # a row loss that is constant
                 return Coefficients(torch.zeros_like(found.m))
-            of_loss, of_lse, *of_own = torch.autograd.grad(total, inputs, allow_unused=True)
+            present = [t for t in inputs if t is not None]
+            answers = iter(torch.autograd.grad(total, present, allow_unused=True))
+        of_loss, of_lse, of_own, of_rest = (None if t is None else next(answers) for t in inputs)
         of_loss = torch.zeros_like(found.m) if of_loss is None else of_loss
-        return Coefficients(of_loss, of_lse, None, *of_own).scaled(scale)
+        return Coefficients(of_loss, of_lse, None, of_rest, of_own).scaled(scale)
 
 
 def _one(problems: Sequence[Problem]) -> Tensor:

@@ -58,6 +58,8 @@ class Reference(Backend):
                 if not wanted.log_prob or at_y is None or none is None
                 else z.gather(1, at_y).masked_fill(none, -torch.inf),
                 mass=t.gather(1, at_y[:, :1])[:, 0] if wanted.mass and at_y is not None else None,
+                lse_own=z.masked_fill(~_own(problem), -torch.inf).logsumexp(1) if wanted.log_rest else None,
+                lse_others=z.masked_fill(_own(problem), -torch.inf).logsumexp(1) if wanted.log_rest else None,
             )
 
     def gradient(
@@ -86,6 +88,11 @@ class Reference(Backend):
             if coefficients.log_prob is not None and y is not None:
                 log_p = s.gather(1, y.clamp(min=0)) - partition[:, None]
                 total = total + (coefficients.log_prob * log_p).masked_fill(y == NO_CLASS, 0.0).sum()
+            if coefficients.log_rest is not None:
+                own = _own(problem)
+                of_own, others = (z.masked_fill(there, -torch.inf).logsumexp(1) for there in (~own, own))
+                log_rest = -torch.logaddexp(of_own - others, torch.zeros_like(others))
+                total = total + (coefficients.log_rest * log_rest).sum()
             chosen = [leaf for leaf, want in zip(leaves, wants, strict=True) if want and leaf is not None]
             answers = iter(torch.autograd.grad(total, chosen, allow_unused=True))
         gradients = [
@@ -93,6 +100,14 @@ class Reference(Backend):
             for leaf, want in zip(leaves, wants, strict=True)
         ]
         return FinishedGradients(tuple(gradients), problem.leaves)
+
+
+def _own(problem: Problem) -> Tensor:
+    """Return which classes are a row's own, (M, C) bool."""
+    y = problem.targets.index
+    assert y is not None
+    there = torch.zeros(y.shape[0], problem.targets.n_classes + 1, dtype=torch.bool)
+    return there.scatter(1, torch.where(y == NO_CLASS, problem.targets.n_classes, y), True)[:, :-1]
 
 
 def _wide(tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -7,6 +7,7 @@
 and where they are asked for
 
     e = Σ (z − m) exp(z − m)        k = argmax z        H(p) = log1p(r) − e/(1 + r)
+    log P̄ = −log1p(exp(lse_K − lse_others))             of all classes but a row's own ones, K
 
 Everything is relative to a logit m of the row, so a common offset of the logits that come here cancels before
 it can round, and r leaves that logit's own term out, so a confident row keeps its digits where 1 + r would
@@ -49,12 +50,13 @@ class RequestedOutputs(NamedTuple):
     entropy: bool = False
     argmax: bool = False
     log_prob: bool = False  # of the own classes
+    log_rest: bool = False  # log of what the probabilities of the others add up to
     mass: bool = False  # of the target there, where processes share the classes
 
     @property
     def of_scores(self) -> bool:
         """The need for more of a tile than its part of a loss."""
-        return self.entropy or self.argmax or self.log_prob
+        return self.entropy or self.argmax or self.log_prob or self.log_rest
 
 
 LOSS_ONLY = RequestedOutputs()
@@ -72,6 +74,8 @@ class Statistics:
     k: Tensor | None = None  # (R,) int64, the lowest class of the largest logit
     own: Tensor | None = None  # (R, K) the own classes' logits, 0 of one that is not among them
     mass: Tensor | None = None  # (R,) t there, else 0
+    lse_own: Tensor | None = None  # (R,) logsumexp of the own classes
+    lse_others: Tensor | None = None  # (R,) and of the others
 
     @classmethod
     def identity(
@@ -88,6 +92,8 @@ class Statistics:
             k=zero.to(torch.int64) if requested.argmax else None,
             own=zero[:, None].expand(-1, own) if requested.log_prob else None,
             mass=zero if requested.mass else None,
+            lse_own=zero + NEG_INF if requested.log_rest else None,
+            lse_others=zero + NEG_INF if requested.log_rest else None,
         )
 
     def merge(self, other: Statistics) -> Statistics:
@@ -141,6 +147,15 @@ class Statistics:
         """log p of the own classes, (R, K)."""
         assert self.own is not None
         return self.log_prob(self.own)
+
+    @property
+    def log_rest(self) -> Tensor:
+        """log P̄ = log Σ p of the classes that are not own, (R,)."""
+        assert self.lse_own is not None
+        assert self.lse_others is not None
+        none = self.lse_own == NEG_INF  # whatever the others are
+        apart = torch.where(none, NEG_INF, self.lse_own - torch.where(none, 0.0, self.lse_others))
+        return -torch.logaddexp(apart, torch.zeros_like(apart))
 
     def log_prob(self, z: Tensor) -> Tensor:
         """Return log p of logits z, (R, K) -> (R, K). m is subtracted first: a common offset must cancel."""

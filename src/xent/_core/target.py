@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeAlias, TypeVar, cast
 
@@ -24,18 +24,27 @@ class TopKTarget:
         indices: (..., k) of any integer type: different classes of one row, in any order.
         probabilities: (..., k) floating, of any mass. No gradient.
         remainder: what becomes of the mass 1 − Σ probabilities that the teacher gave to the classes which are
-            not stored: ``"drop"`` (the target's mass is then below 1) or ``"spread"`` evenly over them.
+            not stored: ``"drop"`` (the target's mass is then below 1), ``"spread"`` evenly over them, or
+            ``"bucket"``: they count as one class more, for the model too, whose mass there is P̄ = Σ p_j of
+            the classes not stored. The loss is the cross-entropy of k + 1 classes,
+            ``−Σ q_j log p_j − Q̄ log P̄``, and the divergence is theirs, never negative.
+        rest: (...), the bucket's mass Q̄; None is 1 − Σ probabilities. Down to −1e-6 it counts as 0, and so
+            does 1e-6 where every class is stored; further out it is a ValueError where it can be read.
 
     Example:
         >>> import torch, xent
         >>> teacher = xent.TopKTarget(torch.tensor([[2, 0]]), torch.tensor([[0.7, 0.2]]), remainder="spread")
         >>> round(xent.cross_entropy(torch.zeros(1, 4), teacher).item(), 6)  # log 4: equal logits
         1.386294
+        >>> bucket = xent.TopKTarget(torch.tensor([[2, 0]]), torch.tensor([[0.7, 0.2]]), remainder="bucket")
+        >>> round(xent.cross_entropy(torch.zeros(1, 4), bucket).item(), 6)  # 0.9 log 4 + 0.1 log 2
+        1.31698
     """
 
     indices: Tensor
     probabilities: Tensor
     remainder: str = "drop"
+    rest: Tensor | None = None
     name: ClassVar[str] = "TopKTarget.indices"  # of the indices, in messages
 
     def __post_init__(self) -> None:
@@ -57,9 +66,33 @@ class TopKTarget:
         valid("remainder", self.remainder)
         if self.probabilities.requires_grad:
             raise ValueError("a TopKTarget takes no gradient: pass probabilities.detach()")
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        rest = self.rest
+        if rest is None:
+            return
+        if self.remainder != "bucket":
+            raise ValueError(f"rest is the mass of a bucket: pass remainder='bucket', not {self.remainder!r}")
+        if not isinstance(rest, Tensor) or not rest.is_floating_point():
+            kind = rest.dtype if isinstance(rest, Tensor) else type(rest).__name__
+            raise TypeError(f"rest must be a floating tensor, got {kind}")
+        if rest.shape != self.indices.shape[:-1]:
+            raise ValueError(
+                f"rest must have the shape of the rows, {tuple(self.indices.shape[:-1])}; "
+                f"got {tuple(rest.shape)}"
+            )
+        if rest.requires_grad:
+            raise ValueError("a TopKTarget takes no gradient: pass rest.detach()")
 
     @classmethod
-    def from_top_k(cls, probabilities: Tensor, indices: Tensor, remainder: str = "drop") -> TopKTarget:
+    def from_top_k(
+        cls,
+        probabilities: Tensor,
+        indices: Tensor,
+        remainder: str = "drop",
+        rest: Tensor | None = None,
+    ) -> TopKTarget:
         """Return the target of what :func:`xent.top_k` and :func:`xent.linear_top_k` return, in their order.
 
         Example:
@@ -68,15 +101,43 @@ class TopKTarget:
             >>> teacher.indices.shape
             torch.Size([3, 2])
         """
-        return cls(indices, probabilities, remainder)
+        return cls(indices, probabilities, remainder, rest)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors: indices, probabilities, and the rest where it is given."""
+        return tuple(t for t in (self.indices, self.probabilities, self.rest) if t is not None)
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> TopKTarget:
+        """Return the target with f of each of its tensors."""
+        rest = None if self.rest is None else f(self.rest)
+        return replace(self, indices=f(self.indices), probabilities=f(self.probabilities), rest=rest)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """Return the tensors by the names of their arguments, as a safetensors file holds them.
+
+        Example:
+            >>> import torch, xent
+            >>> teacher = xent.TopKTarget.from_top_k(*xent.top_k(torch.randn(3, 10), 2))
+            >>> stored = teacher.as_dict()  # safetensors.torch.save_file(stored, path), load_file(path)
+            >>> xent.TopKTarget(**stored, remainder="bucket").indices.shape
+            torch.Size([3, 2])
+        """
+        named = (("indices", self.indices), ("probabilities", self.probabilities), ("rest", self.rest))
+        return {name: t.contiguous() for name, t in named if t is not None}
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TopKTarget:
         """Return the same target on a device."""
-        i, q = (t.to(device, non_blocking=non_blocking) for t in (self.indices, self.probabilities))
-        return replace(self, indices=i, probabilities=q)
+        return self.mapped(lambda t: t.to(device, non_blocking=non_blocking))
 
     def to_dense(self, classes: int) -> Tensor:
-        """Return the same target as a probability for every class: (..., classes)."""
+        """Return the same target as a probability for every class: (..., classes).
+
+        Raises:
+            ValueError: a bucket, whose mass belongs to no class.
+        """
+        if self.remainder == "bucket":
+            raise ValueError("a bucket is no probability of a class: a TopKTarget with one has no dense form")
         classes = Whole("at least 1", 1)("classes", classes) or 0
         check_top_k(widened(self.indices), classes, None)
         q, others = self.probabilities, classes - self.indices.shape[-1]
@@ -117,8 +178,7 @@ T = TypeVar("T")
 def thawed_target(target: T) -> T:
     """Return the target with ordinary tensors for those made under inference mode."""
     if isinstance(target, TopKTarget):
-        i, q = thawed(target.indices), thawed(target.probabilities)
-        return cast(T, replace(target, indices=i, probabilities=q))
+        return cast(T, target.mapped(thawed))
     return thawed(target)
 
 
@@ -127,9 +187,11 @@ def at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[
     if target is None:
         return (None,) * places
     if isinstance(target, TopKTarget):
-        k = target.indices.shape[-1]
-        both = (t.reshape(n, places, k).unbind(1) for t in (target.indices, target.probabilities))
-        return [replace(target, indices=i, probabilities=p) for i, p in zip(*both, strict=True)]
+        k, rest = target.indices.shape[-1], target.rest
+        i, q = (t.reshape(n, places, k).unbind(1) for t in (target.indices, target.probabilities))
+        r = (None,) * places if rest is None else rest.reshape(n, places).unbind(1)
+        columns = zip(i, q, r, strict=True)
+        return [replace(target, indices=i, probabilities=q, rest=r) for i, q, r in columns]
     if target.is_floating_point():
         # a view where there is one position, so that its gradient is no stack of one
         return (target.reshape(n, classes),) if places == 1 else target.reshape(n, classes, places).unbind(2)
@@ -139,5 +201,5 @@ def at_positions(target: Target, n: int, classes: int, places: int) -> Sequence[
 def tensors_of(target: Target) -> tuple[Tensor, ...]:
     """Return the tensors of a target."""
     if isinstance(target, TopKTarget):
-        return target.indices, target.probabilities
+        return target.tensors
     return () if target is None else (target,)

@@ -279,7 +279,7 @@ OPTIONS: dict[str, Validator] = {
     "target_is_logits": Flag(),
     "log_target": Flag(),
     "clamp": Flag(),
-    "remainder": OneOf(("drop", "spread")),
+    "remainder": OneOf(("drop", "spread", "bucket")),
     "k": Whole("at least 1", 1),
     # classes
     "num_classes": Whole("at least 1", 1),

@@ -92,7 +92,7 @@ def cross_entropy(
         0.2484614
     """
     options = Options(
-        TargetOptions(weight, ignore_index, label_smoothing, sample_weight),
+        TargetOptions(weight, ignore_index, label_smoothing, sample_weight, bucket=True),
         LogitOptions(softcap, temperature, margin, log_q),
         ReductionOptions(reduction, denominator, z_loss, data_group),
         Execution(check_targets=check_targets, group=group),
@@ -177,7 +177,7 @@ def linear_cross_entropy(
         0.2484614
     """
     options = Options(
-        TargetOptions(weight, ignore_index, label_smoothing, sample_weight),
+        TargetOptions(weight, ignore_index, label_smoothing, sample_weight, bucket=True),
         LogitOptions(softcap, temperature, margin, log_q, classes, sparse_grad, normalize, logit_scale),
         ReductionOptions(reduction, denominator, z_loss, data_group),
         Execution(product_dtype, memory_budget, check_targets, group),

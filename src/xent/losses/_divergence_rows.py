@@ -172,3 +172,30 @@ def _difference(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     d = a - b
     other = a - d
     return d, (a - (d + other)) + (other - b)
+
+
+def reduced(value: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Return weighted rows, their sum, or their mean, which is 0 over nothing."""
+    weight = None if weight is None else weight.to(value.dtype)
+    value = value if weight is None else value * weight
+    if reduction != "mean":
+        return value if reduction == "none" else value.sum()
+    if weight is None:
+        return value.sum() / max(1, value.numel())
+    divisor = weight.sum()
+    return (value.sum() / divisor.masked_fill(divisor == 0, 1.0)).masked_fill(divisor == 0, 0.0)
+
+
+def check_probabilities(t: Tensor) -> None:
+    """Name negative, infinite and nan ones where asking costs nothing and is possible."""
+    if t.device.type != "cpu" or not t.numel() or transforms.is_opaque(t) or transforms.batched(t):
+        return
+    low, high = t.detach().aminmax()
+    if low >= 0 and high < math.inf:  # nan is neither
+        return
+    bad = ~((t >= 0) & (t < math.inf))
+    at = tuple(bad.nonzero()[0].tolist())
+    raise ValueError(
+        f"target holds probabilities, which must be finite and not negative; got {t[at].item()} at {at} "
+        "(for logits pass target_is_logits=True)"
+    )

@@ -29,7 +29,15 @@ from xent._core.logits import compute_dtype
 from xent._core.selection import Selection
 from xent._core.target import TopKTarget, thawed_target
 from xent._core.validators import valid
-from xent.losses._divergence_rows import ByChunks, Settings, at_a_time, rows
+from xent.losses._divergence_rows import (
+    ByChunks,
+    Settings,
+    at_a_time,
+    check_probabilities,
+    reduced,
+    rows,
+)
+from xent.losses._top_k_divergence import refuse_dropped, top_k_divergence
 
 
 def kl_divergence(
@@ -54,7 +62,8 @@ def kl_divergence(
     Args:
         target: t, the shape of ``input``: probabilities of any non-negative mass, 0·log 0 = 0 (the slope
             there, asked for, is −inf); or with ``target_is_logits`` the teacher's logits. Or a
-            :class:`TopKTarget`, of which nothing is spread where its probabilities exceed 1.
+            :class:`TopKTarget`, of which nothing is spread where its probabilities exceed 1, and whose bucket
+            is one class more of both (two derivatives then).
         input: logits z, (C,), (N, C) or (N, C, d1, ...). Forward, a class masked by −inf costs nothing
             without target mass, and +inf with it; in reverse a class without target mass costs +inf unless
             p is 0.
@@ -157,12 +166,14 @@ def _divergence(target: Tensor | TopKTarget, input: Tensor, beta: float, options
     target_is_logits = valid("target_is_logits", options.target_is_logits)
     input, target = transforms.thawed(input), thawed_target(target)
     if isinstance(target, TopKTarget):
-        if beta == 1.0 and target.remainder == "drop":
-            raise ValueError(
-                "the reverse divergence from a TopKTarget whose remainder is dropped is infinite: the other "
-                "classes have no mass; pass remainder='spread'"
-            )
-        target = _spelt_out(target, input, target_is_logits)
+        if target_is_logits:
+            raise ValueError("a TopKTarget holds probabilities: pass target_is_logits=False")
+        refuse_dropped(target, beta)
+        if target.remainder == "bucket":
+            call = resolve_logits(of_logits.with_options(sample_weight=weight, bucket=True), input, target)
+            value = top_k_divergence(call, beta, weight, by_t2=by_t2)
+            return value / math.log(2) if bits else value
+        target = _spelt_out(target, input)
     axis = _check(target, input)
     dtype = compute_dtype(torch.promote_types(input.dtype, target.dtype))
     z, t = (v.movedim(axis, -1) for v in (input, target))
@@ -176,7 +187,7 @@ def _divergence(target: Tensor | TopKTarget, input: Tensor, beta: float, options
         z = torch.where(left_out[..., None], 0.0, z)
         t = torch.where(left_out[..., None], 1.0, t)  # whatever they held reaches nothing
     if not target_is_logits:
-        _check_probabilities(t.movedim(-1, axis))
+        check_probabilities(t.movedim(-1, axis))
     settings = Settings(target_is_logits, dtype, beta)
     if isinstance(each, Tensor):
         each = row_temperatures(transforms.thawed(each), shape)[..., None]
@@ -193,29 +204,15 @@ def _divergence(target: Tensor | TopKTarget, input: Tensor, beta: float, options
     if by_t2:
         value = value * (each[..., 0] ** 2 if isinstance(each, Tensor) else each**2)
     value = value / math.log(2) if bits else value
-    return _reduced(value, weight, of_logits.reduction.reduction).to(loss_dtype(input))
+    return reduced(value, weight, of_logits.reduction.reduction).to(loss_dtype(input))
 
 
-def _reduced(value: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
-    """Return weighted rows, their sum, or their mean, which is 0 over nothing."""
-    weight = None if weight is None else weight.to(value.dtype)
-    value = value if weight is None else value * weight
-    if reduction != "mean":
-        return value if reduction == "none" else value.sum()
-    if weight is None:
-        return value.sum() / max(1, value.numel())
-    divisor = weight.sum()
-    return (value.sum() / divisor.masked_fill(divisor == 0, 1.0)).masked_fill(divisor == 0, 0.0)
-
-
-def _spelt_out(target: TopKTarget, input: Tensor, target_is_logits: bool) -> Tensor:
+def _spelt_out(target: TopKTarget, input: Tensor) -> Tensor:
     """Return a sparse target as a dense one in the shape of the logits."""
-    if target_is_logits:
-        raise ValueError("a TopKTarget holds probabilities: pass target_is_logits=False")
     (problem,) = resolve_logits(Options(), input, target).problems  # which checks shape and indices
     classes = problem.targets.n_classes
     q = target.probabilities.to(compute_dtype(torch.promote_types(input.dtype, target.probabilities.dtype)))
-    _check_probabilities(q)
+    check_probabilities(q)
     t = TopKTarget(target.indices, q, target.remainder).to_dense(classes).clamp_min(0.0)
     return t if input.dim() == 1 else t.movedim(-1, 1)
 
@@ -234,18 +231,3 @@ def _check(target: Tensor, input: Tensor) -> int:
     check_floating(input=input)
     check_floating(target=target)
     return axis
-
-
-def _check_probabilities(t: Tensor) -> None:
-    """Name negative, infinite and nan ones where asking costs nothing and is possible."""
-    if t.device.type != "cpu" or not t.numel() or transforms.is_opaque(t) or transforms.batched(t):
-        return
-    low, high = t.detach().aminmax()
-    if low >= 0 and high < math.inf:  # nan is neither
-        return
-    bad = ~((t >= 0) & (t < math.inf))
-    at = tuple(bad.nonzero()[0].tolist())
-    raise ValueError(
-        f"target holds probabilities, which must be finite and not negative; got {t[at].item()} at {at} "
-        "(for logits pass target_is_logits=True)"
-    )

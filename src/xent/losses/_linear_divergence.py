@@ -8,12 +8,12 @@ In reverse, KL(p ‖ t), the heads change their places.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, resolve_head
+from xent._arguments.call import Call, agreed, resolve_head, resolve_local_head
 from xent._arguments.options import Options
 from xent._arguments.targets import select
 from xent._arguments.validation import check_devices, check_tensors, require_tensors
@@ -22,8 +22,14 @@ from xent._autograd.chain import needs_gradient
 from xent._core.class_indices import UNCHECKED
 from xent._core.logits import LinearHead
 from xent._core.reduction import Kind, Scale
+from xent._core.target import TopKTarget
 from xent._core.tiles.two_heads import Pair
 from xent._core.validators import valid
+from xent.losses._top_k_divergence import as_bucket, top_k_divergence
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
 
 Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 
@@ -31,13 +37,14 @@ Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
 def linear_kl_divergence(
     *,
     student: Head,
-    teacher: Head,
+    teacher: Head | TopKTarget,
     direction: str = "forward",
     temperature: float | Tensor = 1.0,
     scale_by_t2: bool = False,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
     memory_budget: int | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Return KL(teacher ‖ student), or in reverse, of two linear heads, from features: without any logits.
 
@@ -49,7 +56,9 @@ def linear_kl_divergence(
 
     Args:
         student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,).
-        teacher: the same over the same rows and classes; its features may be of another width.
+        teacher: the same over the same rows and classes; its features may be of another width. Or a
+            :class:`TopKTarget` of remainder ``"bucket"`` or ``"drop"``, as stored, whose temperature is its
+            own: two products, and the exact KL of k + 1 classes.
         direction: ``"forward"``, KL(teacher ‖ student), or ``"reverse"``, KL(student ‖ teacher).
         temperature: divides both heads' logits: a number, or one for each row, a tensor (...). No gradient.
         scale_by_t2: multiply each row by its temperature squared, so that gradients keep their size.
@@ -58,6 +67,8 @@ def linear_kl_divergence(
         sample_weight: (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
         memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
             whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
+        group: of a :class:`TopKTarget`, the processes that share the student's classes, as in
+            :func:`linear_cross_entropy`.
 
     Returns:
         A scalar in nats, or (...) for ``"none"``, of the type of the student's features (float32 under
@@ -76,20 +87,21 @@ def linear_kl_divergence(
         0.020136
     """
     beta = {"forward": 0.0, "reverse": 1.0}[valid("direction", direction)]
-    options = _Options(temperature, scale_by_t2, reduction, sample_weight, memory_budget)
+    options = _Options(temperature, scale_by_t2, reduction, sample_weight, memory_budget, group)
     return _divergence(student, teacher, beta, options)
 
 
 def linear_js_divergence(
     *,
     student: Head,
-    teacher: Head,
+    teacher: Head | TopKTarget,
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
     scale_by_t2: bool = False,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
     memory_budget: int | None = None,
+    group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
     r"""Return the generalised Jensen–Shannon divergence of two linear heads, from features, without logits.
 
@@ -99,7 +111,7 @@ def linear_js_divergence(
     logits are computed twice more. Two derivatives in closed form.
 
     Args:
-        student, teacher, temperature, scale_by_t2, reduction, sample_weight, memory_budget: as in
+        student, teacher, temperature, scale_by_t2, reduction, sample_weight, memory_budget, group: as in
             :func:`linear_kl_divergence`.
         beta: the share of the teacher in the mixture, from 0 to 1; 0 is KL(teacher ‖ student) and 1
             KL(student ‖ teacher), as trainers of language models have it.
@@ -118,7 +130,7 @@ def linear_js_divergence(
         0.693147
     """
     share: float = valid("beta", beta)
-    options = _Options(temperature, scale_by_t2, reduction, sample_weight, memory_budget)
+    options = _Options(temperature, scale_by_t2, reduction, sample_weight, memory_budget, group)
     return _divergence(student, teacher, share, options)
 
 
@@ -128,9 +140,10 @@ class _Options(NamedTuple):
     reduction: str
     sample_weight: Tensor | None
     memory_budget: int | None
+    group: Any
 
 
-def _divergence(student: Head, teacher: Head, beta: float, options: _Options) -> Tensor:
+def _divergence(student: Head, teacher: Head | TopKTarget, beta: float, options: _Options) -> Tensor:
     """Return JS_β of two heads, of which 0 and 1 are KL forward and in reverse."""
     by_t2 = valid("scale_by_t2", options.scale_by_t2)
     check_tensors(sample_weight=options.sample_weight)
@@ -141,6 +154,11 @@ def _divergence(student: Head, teacher: Head, beta: float, options: _Options) ->
         left_out = (sample_weight == 0) & (not sample_weight.requires_grad)
         each = torch.where(left_out, 1.0, each) if each.dim() else each
     of_head = Options.of(reduction=options.reduction, temperature=each, memory_budget=options.memory_budget)
+    if isinstance(teacher, TopKTarget):
+        of_head = of_head.with_options(sample_weight=sample_weight, group=options.group, bucket=True)
+        return _of_top_k(student, as_bucket(teacher, beta), beta, of_head, by_t2=by_t2)
+    if options.group is not None:
+        raise ValueError("group needs a teacher that is a TopKTarget: two heads lie on one process")
     distillation = _resolve(
         _head("student", student, of_head), _head("teacher", teacher, of_head), sample_weight
     )
@@ -166,6 +184,17 @@ def _divergence(student: Head, teacher: Head, beta: float, options: _Options) ->
         return two_heads.total(kl, weight, scale).to(call.dtype)
     kl = kl if weight is None else kl * weight
     return call.stack([selection.scatter(kl)])
+
+
+def _of_top_k(student: Head, teacher: TopKTarget, beta: float, options: Options, *, by_t2: bool) -> Tensor:
+    """Return the divergence of a head from a target with a bucket."""
+    features, weight, bias = _tensors("student", student)
+
+    def found() -> Tensor:
+        call = resolve_local_head(options, features, weight, bias, teacher)
+        return top_k_divergence(call, beta, options.target.sample_weight, by_t2=by_t2)
+
+    return agreed(found, options, weight)
 
 
 class _Distillation(NamedTuple):
@@ -237,16 +266,23 @@ def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
 
 def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
     """Resolve one head, as every loss from features does; an error names the role."""
-    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
-        raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")
-    features, weight, bias = (*given, None)[:3]
-    require_tensors(**{f"the {role}'s features": features, f"the {role}'s weight": weight})
-    assert weight is not None
-    if weight.dim() != 2:
-        raise ValueError(f"the {role}'s weight must be (C, D), got {tuple(weight.shape)}")
+    features, weight, bias = _tensors(role, given)
     try:
         call = resolve_head(options, features, weight, bias, None)
     except (ValueError, TypeError) as error:
         raise type(error)(f"the {role}: {error}") from None
     (problem,) = call.problems
     return call, cast(LinearHead, problem.logits)
+
+
+def _tensors(role: str, given: Head) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return features, weight and bias of a head."""
+    if not isinstance(given, tuple | list) or len(given) not in (2, 3):
+        raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")
+    features, weight, bias = (*given, None)[:3]
+    require_tensors(**{f"the {role}'s features": features, f"the {role}'s weight": weight}, spread=True)
+    assert features is not None
+    assert weight is not None
+    if weight.dim() != 2:
+        raise ValueError(f"the {role}'s weight must be (C, D), got {tuple(weight.shape)}")
+    return features, weight, bias

@@ -10,6 +10,10 @@ upstream gradient has a factor of its own, none of which does (`target_residual`
 
     γ·(a·p_y − t_y) + ∂L/∂lse·p_y − λ_y·expm1(log p_y) − p_y·Σ_{j≠y} λ_j − η·p_y·(z_y − m − ē)
 
+Of log P̄, P̄ the sum of p over the classes that are not own, μ = ∂L/∂log P̄ and π = p/P̄ there:
+
+    ∂L/∂z = π·(α·P̄ + μ·(1 − P̄)) of these        − μ·p_y of an own one
+
 Which tiles there are, and whose memory they use, is decided elsewhere: by the sweep, or by the one tile that
 holds a small problem whole.
 """
@@ -121,26 +125,16 @@ def differentiate_logits(
     """Return gain·(α·p − γ·t) (R, T) of a tile."""
     targets, ops = problem.targets, problem.ops
     asked = asked.scaled(tile.gain)
-    alpha, gamma, eta = asked.alpha(found.a), asked.loss, asked.entropy
-    share, bent = alpha if tile.base is None else alpha / (1 + found.r), None
-    # what lies between the row's maximum and the one that was subtracted from this tile
-    behind = None
-    if tile.base is not None and tile.base is not found.m:
-        behind = torch.where(tile.base == found.m, 0.0, tile.base - found.m)
-    if eta is not None:
-        mean = mean_shift(found)
-        share = (alpha + eta * (mean if behind is None else mean - behind)) / (1 + found.r)
-        bent = torch.special.entr(tile.z)  # −E log E, E = exp(z − base)
-    if behind is not None:
-        near = torch.exp(behind)
-        share = share * near
-        if eta is not None:
-            share, eta = torch.where(behind == -torch.inf, 0.0, share), eta * near
-    dtype = tile.z.dtype
+    gamma, dtype = asked.loss, tile.z.dtype
+    if found.lse_others is not None:
+        assert asked.entropy is None  # which nothing has asked for beside log P̄
+        share, of_entropy = _share_of_others(found, asked, tile), None
+    else:
+        share, of_entropy = _shares(found, asked, tile)
+    bent = None if of_entropy is None else torch.special.entr(tile.z)  # −E log E, E = exp(z − base)
     g = ops.mul(tile.z, share.to(dtype)[:, None])
-    if bent is not None:
-        assert eta is not None
-        g = ops.add(g, bent * (eta / (1 + found.r)).to(dtype)[:, None])
+    if bent is not None and of_entropy is not None:
+        g = ops.add(g, bent * of_entropy.to(dtype)[:, None])
     t = targets.tile(chunk, tile.classes, dtype)
     if isinstance(t, float):
         g = ops.sub(g, (gamma * t).to(dtype)[:, None])
@@ -152,6 +146,8 @@ def differentiate_logits(
         at_own = target_residual(targets, chunk, found.a, log_p, gamma)
         if asked.logsumexp is not None:
             at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
+        if asked.log_rest is not None:
+            at_own = at_own - asked.log_rest[:, None] * torch.exp(log_p)
         if asked.log_prob is not None:
             at_own = at_own - asked.log_prob * torch.expm1(log_p)
             if asked.log_prob.shape[1] > 1:
@@ -162,6 +158,46 @@ def differentiate_logits(
             at_own = at_own + torch.where(tile.own_z == -torch.inf, 0.0, of_entropy)
         g = tile.own.put(ops, g, at_own.to(dtype))
     return g
+
+
+def _shares(found: Statistics, asked: Coefficients, tile: Tile) -> tuple[Tensor, Tensor | None]:
+    """Return the factors of E = exp(z − base) and of −E log E of a tile, (R,)."""
+    alpha, eta = asked.alpha(found.a), asked.entropy
+    if tile.base is None:  # E is p
+        return alpha, None
+    # what lies between the row's maximum and the one that was subtracted from this tile
+    behind = None
+    if tile.base is not found.m:
+        behind = torch.where(tile.base == found.m, 0.0, tile.base - found.m)
+    if eta is not None:
+        mean = mean_shift(found)
+        alpha = alpha + eta * (mean if behind is None else mean - behind)
+    share = alpha / (1 + found.r)
+    if behind is not None:
+        near = torch.exp(behind)
+        share = share * near
+        if eta is not None:
+            share, eta = torch.where(behind == -torch.inf, 0.0, share), eta * near
+    return share, None if eta is None else eta / (1 + found.r)
+
+
+def _share_of_others(found: Statistics, asked: Coefficients, tile: Tile) -> Tensor:
+    """Return (α·P̄ + μ·(1 − P̄))·exp(base − lse_others), (R,), the factor of exp(z − base)."""
+    assert tile.base is not None
+    return share_of_others(found, asked) * beside_others(found, tile.base)
+
+
+def share_of_others(found: Statistics, asked: Coefficients) -> Tensor:
+    """Return α·P̄ + μ·(1 − P̄), (R,), the factor of π."""
+    share = asked.alpha(found.a) * torch.exp(found.log_rest)
+    return share if asked.log_rest is None else share - asked.log_rest * torch.expm1(found.log_rest)
+
+
+def beside_others(found: Statistics, base: Tensor) -> Tensor:
+    """Return exp(base − lse_others), (R,); 0 where there is nothing to add to the others."""
+    assert found.lse_others is not None
+    nothing = (base == -torch.inf) | (found.lse_others == -torch.inf)
+    return torch.where(nothing, 0.0, torch.exp(torch.where(nothing, 0.0, base - found.lse_others)))
 
 
 def sum_of_others(v: Tensor) -> Tensor:

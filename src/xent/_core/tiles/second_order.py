@@ -17,6 +17,12 @@ A row that is sure of a class k has p_k = 1 to the last digit, and none left of 
 own class, and another with more than half of a row's probability, are apart; with p̂ of all but k,
 
     ⟨p, ζ⟩ − ζ_k = ⟨p̂, ζ⟩ − ζ_k·Σ p̂
+
+Of log P̄, P̄ the sum of p over the classes that are not own, μ = ∂L/∂log P̄ and π = p/P̄ there:
+
+    (log P̄)˙ = ⟨π, ζ⟩ − ⟨p, ζ⟩ = (1 − P̄)·⟨π, ζ⟩ − Σ_own p·ζ
+    R = dz/du·π∘((α·P̄ + μ·(1 − P̄))·(ζ − ⟨π, ζ⟩) + (α − μ)·P̄·(log P̄)˙)
+    R = dz/du·(α − μ)·p∘(ζ − ⟨p, ζ⟩)                                     of an own class
 """
 
 from __future__ import annotations
@@ -34,7 +40,14 @@ from xent._core.ops import cut
 from xent._core.plan import Plan
 from xent._core.problem import Problem
 from xent._core.statistics import Statistics, TargetColumns
-from xent._core.tiles.formulas import Tile, differentiate_logits, sum_of_others, target_residual
+from xent._core.tiles.formulas import (
+    Tile,
+    beside_others,
+    differentiate_logits,
+    share_of_others,
+    sum_of_others,
+    target_residual,
+)
 from xent._core.tiles.sweep import TileGradients, Workspace, revisit, target_total
 
 
@@ -43,6 +56,7 @@ class RowTangent(NamedTuple):
     logsumexp: Tensor  # (M,)
     mass: Tensor  # (M,) ⟨f, q̇⟩
     entropy: Tensor | None = None  # (M,) Ḣ
+    log_rest: Tensor | None = None  # (M,) (log P̄)˙
     log_prob: Tensor | None = None  # (M, K)
     centred: Tensor | None = None  # (M, K) ζ_y − ⟨p, ζ⟩ of the own classes
     # where a class k that is no target is sure
@@ -50,6 +64,7 @@ class RowTangent(NamedTuple):
     left: Tensor | None = None  # (M,) Σ p̂
     at_sure: Tensor | None = None  # (M,) ζ_k
     sure: Tensor | None = None  # (M,) int64 k, −1 where it is not here
+    of_rest: Tensor | None = None  # (M,) ⟨π, ζ⟩
 
     def rows(self, rows: slice) -> RowTangent:
         return RowTangent(*(None if t is None else cut(t, rows) for t in self))  # type: ignore[arg-type]
@@ -64,7 +79,7 @@ class RowTangent(NamedTuple):
 
     @property
     def outputs(self) -> tuple[Tensor | None, ...]:
-        return self.loss, self.logsumexp, self.entropy, self.log_prob
+        return self.loss, self.logsumexp, self.entropy, self.log_rest, self.log_prob
 
 
 class _Pushed(NamedTuple):
@@ -165,7 +180,7 @@ def _chunk_tangent(
     loaded = logits.load(picked)
     p_zeta = slope = surprise = mass = p_zeta_z = torch.zeros_like(found.m)
     centred = p_zeta[:, None].expand(-1, targets.n_own)
-    apart = left = at_sure = p_zeta
+    apart = left = at_sure = of_rest = own_zeta = p_zeta
     sure = torch.full_like(found.m, -1, dtype=torch.int64)
     kept = []
     for classes in plan.class_tiles(targets.n_classes):
@@ -176,6 +191,10 @@ def _chunk_tangent(
         others = part.rest + part.of_sure * part.at_sure
         p_zeta, slope, centred = p_zeta + others, slope + found.a * others, centred - others[:, None]
         apart, left, at_sure = apart + part.rest, left + part.left, at_sure + part.at_sure
+        if problem.requested.log_rest:
+            assert pushed.tile.base is not None
+            here = (pushed.tile.z * zeta).sum(1).to(found.m.dtype)
+            of_rest = of_rest + here * beside_others(found, pushed.tile.base)
         sure = torch.where(part.sure >= 0, part.sure, sure)
         t = targets.tile(chunk, classes, zeta.dtype)
         if t is not None:
@@ -188,7 +207,7 @@ def _chunk_tangent(
             slope = slope + own.here(excess * here).sum(1)
             each = own.here(torch.exp(log_p) * here)
             of_own = each.sum(1)
-            p_zeta, apart = p_zeta + of_own, apart + of_own
+            p_zeta, apart, own_zeta = p_zeta + of_own, apart + of_own, own_zeta + of_own
             left = left + own.here(torch.exp(log_p)).sum(1)
             # (1 − p_y)·ζ_y − Σ_{j≠y} p_j·ζ_j: of a row that is sure, all that is left of ζ_y − ⟨p, ζ⟩
             centred = centred - own.here(torch.expm1(log_p) * here)
@@ -208,7 +227,9 @@ def _chunk_tangent(
     entropy = None if found.e is None else found.e / (1 + found.r) * p_zeta - p_zeta_z
     log_prob = centred if problem.requested.log_prob else None
     own_classes = None if targets.index is None else centred
-    out = RowTangent(slope + surprise, p_zeta, mass, entropy, log_prob, own_classes)
+    out = RowTangent(slope + surprise, p_zeta, mass, entropy, None, log_prob, own_classes)
+    if problem.requested.log_rest:
+        out = out._replace(log_rest=-torch.expm1(found.log_rest) * of_rest - own_zeta, of_rest=of_rest)
     return out._replace(apart=apart, left=left, at_sure=at_sure, sure=sure), kept
 
 
@@ -225,7 +246,7 @@ class _Part(NamedTuple):
 def _part_of_tile(problem: Problem, pushed: _Pushed, found: Statistics) -> tuple[_Pushed, _Part]:
     """Return the tile, as it was, and its part."""
     ops, tile, zeta = problem.ops, pushed.tile, pushed.zeta
-    own, dtype, whole = tile.own, found.m.dtype, 1 + found.r
+    own, dtype, whole = tile.own, found.m.dtype, _partition(found, tile)
     of_own = None if own is None else own.take(tile.z, 0.0)
     e = tile.z if own is None else own.put(ops, tile.z, 0.0)
     most, top = e.max(1, keepdim=True)
@@ -238,6 +259,14 @@ def _part_of_tile(problem: Problem, pushed: _Pushed, found: Statistics) -> tuple
     at_sure = torch.where(is_sure, zeta.gather(1, top), 0.0)[:, 0].to(dtype)
     sure = torch.where(is_sure, tile.classes.start + top, -1)[:, 0]
     return pushed._replace(tile=tile._replace(z=e)), _Part(rest, left, of_sure, at_sure, sure)
+
+
+def _partition(found: Statistics, tile: Tile) -> Tensor:
+    """Return Σ exp(z − base) over all classes, (R,)."""
+    if found.lse_others is None:
+        return 1 + found.r
+    near = beside_others(found, tile.base) * torch.exp(found.log_rest)  # type: ignore[arg-type]  # there is one
+    return 1 / near
 
 
 def _others(problem: Problem, own: TargetColumns | None, values: Tensor) -> Tensor:
@@ -260,10 +289,13 @@ def _push(
     tile, shifted = revisit(problem, workspace, chunk, loaded, classes, found)
     bend = None
     if tile.slope is not None:
-        bend = loaded.map.bend(shifted + found.m.to(shifted.dtype)[:, None], tile.slope, classes)
+        assert tile.base is not None
+        bend = loaded.map.bend(shifted + tile.base.to(shifted.dtype)[:, None], tile.slope, classes)
     wanted = targets.probabilities is not None or problem.requested.entropy
     saved = shifted.clone() if wanted else None
     tile = tile._replace(z=ops.exp(shifted))
+    if found.lse_others is not None and tile.own is not None:
+        tile = tile._replace(z=tile.own.put(ops, tile.z, 0.0))
     du = zeta = torch.zeros_like(tile.z)
     if any(t is not None for t in tangents):
         du = logits.push(ops, picked, loaded, tangents, classes, workspace.tile(chunk, classes, 1))
@@ -289,6 +321,8 @@ def _hessian_tile(
     targets, ops = problem.targets, problem.ops
     dtype = pushed.zeta.dtype
     asked = asked.scaled(pushed.tile.gain)
+    if found.lse_others is not None:
+        return _hessian_of_others(problem, pushed, found, asked, part)
     gamma, alpha = asked.loss, asked.alpha(found.a)
     r = ops.sub(pushed.zeta, part.logsumexp.to(dtype)[:, None])
     if part.centred is not None and pushed.tile.own is not None:
@@ -316,6 +350,28 @@ def _hessian_tile(
     return r
 
 
+def _hessian_of_others(
+    problem: Problem, pushed: _Pushed, found: Statistics, asked: Coefficients, part: RowTangent
+) -> Tensor:
+    """Return gain times the derivative of ∂L/∂z where log P̄ is an output, in the memory of ζ."""
+    ops, tile, dtype = problem.ops, pushed.tile, pushed.zeta.dtype
+    assert part.of_rest is not None
+    assert part.log_rest is not None
+    assert tile.base is not None
+    alpha = asked.alpha(found.a)
+    alpha = alpha if asked.log_rest is None else alpha - asked.log_rest  # the factor of p
+    near = beside_others(found, tile.base)
+    spread, moved = share_of_others(found, asked), alpha * torch.exp(found.log_rest) * part.log_rest
+    r = ops.mul(ops.sub(pushed.zeta, part.of_rest.to(dtype)[:, None]), (spread * near).to(dtype)[:, None])
+    r = ops.mul(ops.add(r, (moved * near).to(dtype)[:, None]), tile.z)
+    if tile.own is not None:
+        assert tile.own_z is not None
+        assert part.centred is not None
+        p = torch.exp(found.log_prob(tile.own_z))
+        r = tile.own.put(ops, r, (alpha[:, None] * p * part.centred).to(dtype))
+    return r
+
+
 def _plan(problem: Problem, *, resident: bool) -> Plan:
     # kept: probabilities and tangents, and where the transform is curved its slopes, bends and ζ beside u̇
     curved, soft = problem.logits.map.curved, problem.targets.probabilities is not None
@@ -339,10 +395,11 @@ def _of_all_classes(part: RowTangent, ranks: ClassGroup) -> RowTangent:
 def _concatenate(parts: list[RowTangent], found: Statistics, problem: Problem) -> RowTangent:
     requested = problem.requested
     if not parts:
-        loss, logsumexp, mass, entropy = (found.a.clone() for _ in range(4))
+        loss, logsumexp, mass, entropy, rest = (found.a.clone() for _ in range(5))
+        log_rest = rest if requested.log_rest else None
         log_prob = found.a.new_empty((0, problem.targets.n_own))
         wanted = entropy if requested.entropy else None, log_prob if requested.log_prob else None
-        return RowTangent(loss, logsumexp, mass, *wanted)
+        return RowTangent(loss, logsumexp, mass, wanted[0], log_rest, wanted[1])
     if len(parts) == 1:
         return parts[0]
     columns = (None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True))

@@ -203,7 +203,10 @@ def chunk_statistics(
         mass = None if targets.index_mass is None else cut(targets.index_mass, chunk)
         assert targets.index is not None
         index = cut(targets.index, chunk) + problem.first
-        found = found.merge(target_statistics(ops, own_z, mass, index, problem.requested))
+        own_part, others = target_statistics(ops, own_z, mass, index, problem.requested), found
+        found = others.merge(own_part)
+        if problem.requested.log_rest:
+            found = replace(found, lse_own=own_part.logsumexp, lse_others=others.logsumexp)
         if problem.requested.log_prob:
             elsewhere = targets.elsewhere(chunk)
             own_z = own_z if elsewhere is None else own_z.masked_fill(elsewhere, 0.0)
@@ -223,8 +226,11 @@ def revisit(
     z, slope = logits.tile(ops, loaded, classes, buffers, borrow=True)
     own = target_columns(targets, chunk, classes)
     own_z = None if own is None else own.take(z, 0.0).to(found.m.dtype)
-    shifted = ops.difference(z, finite_base(found.m.to(z.dtype))[:, None], buffers.z)
-    return Tile(classes, shifted, slope, loaded.map.gain, found.m, own, own_z), shifted
+    base = found.m
+    if found.lse_others is not None:  # far below m where the own classes have all the probability
+        base = finite_base(found.lse_others.to(z.dtype)).to(found.m.dtype)
+    shifted = ops.difference(z, finite_base(base.to(z.dtype))[:, None], buffers.z)
+    return Tile(classes, shifted, slope, loaded.map.gain, base, own, own_z), shifted
 
 
 def target_total(problem: Problem) -> Accumulator:
