@@ -62,10 +62,10 @@ def exact(z, target):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-@pytest.mark.parametrize("budget", [None, 64])
+@pytest.mark.parametrize("few", [False, True])  # classes at a time
 @pytest.mark.parametrize("scale", [1.0, 30.0, 800.0])  # to 800: P̄ and Q̄/P̄ are beyond any type
 @pytest.mark.parametrize("sure", [True, False])
-def test_values_and_gradients_at_every_distance(dtype, budget, scale, sure):
+def test_values_and_gradients_at_every_distance(dtype, few, scale, sure):
     """The student is sure of a class that the teacher names, or of one that it does not."""
     z = torch.linspace(-1, 1, 8, dtype=F64).mul(scale).to(dtype)
     target = xent.TopKTarget(
@@ -74,8 +74,9 @@ def test_values_and_gradients_at_every_distance(dtype, budget, scale, sure):
     loss, kl, slope = exact(z.double(), target)
     w = z[:, None].clone().requires_grad_()
     one = torch.ones(1, 1, dtype=dtype)
+    budget = 4 * dtype.itemsize if few else None
     found = xent.linear_cross_entropy(one, w, target, memory_budget=budget)
-    far = xent.linear_kl_divergence(student=(one, w), teacher=target, memory_budget=budget and 200)
+    far = xent.linear_kl_divergence(student=(one, w), teacher=target, memory_budget=budget)
     tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
     assert_close(found.double().item(), loss, **tolerance)
     assert_close(far.double().item(), kl, **tolerance)
@@ -85,6 +86,26 @@ def test_values_and_gradients_at_every_distance(dtype, budget, scale, sure):
     dense = z[None].clone().requires_grad_()
     xent.cross_entropy(dense, target).backward()
     assert_close(dense.grad[0].double(), slope, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_student_that_is_sure_of_the_bucket_keeps_its_digits(dtype):
+    """Loss and gradient of log P̄ alone, relative to themselves: they are 1e-21 here."""
+    z = torch.tensor([-48.0, 0.5, 0.25, -49.0], dtype=dtype)
+    target = xent.TopKTarget(torch.tensor([[0, 3]]), torch.zeros(1, 2), "bucket", torch.ones(1))
+    loss, kl, slope = exact(z.double(), target)
+    w = z[:, None].clone().requires_grad_()
+    options = {"student": (torch.ones(1, 1, dtype=dtype), w), "teacher": target}
+    for found in (
+        xent.linear_cross_entropy(torch.ones(1, 1, dtype=dtype), w, target, reduction="sum"),
+        xent.linear_cross_entropy(torch.ones(1, 1, dtype=dtype), w, target, reduction="none").sum(),
+        xent.linear_kl_divergence(**options),
+    ):
+        (g,) = torch.autograd.grad(found, w)
+        rtol = 64 * torch.finfo(dtype).eps
+        assert_close(found.double().item(), loss, rtol=rtol, atol=0)
+        assert_close(g[:, 0].double(), slope, rtol=rtol, atol=0)
+    assert kl == loss
 
 
 @pytest.mark.parametrize("beta", BETAS)
