@@ -192,6 +192,47 @@ def extremes() -> None:
         torch.testing.assert_close(g_here, g[:, classes], rtol=1e-12, atol=1e-300, equal_nan=True)
 
 
+def known_values() -> None:
+    """Values that other vocabulary-parallel losses miss: log 2 more, or smoothing over a rank's classes."""
+    classes = here({2: (2, 2), 3: (2, 1, 1)}[dist.get_world_size()])
+    z, y = torch.tensor([[2.0, 1.0, 0.0, -1.0]]), torch.tensor([0])
+    found = xent.cross_entropy(z[:, classes], y, group=dist.group.WORLD)
+    assert round(found.item(), 7) == 0.4401897
+    smoothed = xent.cross_entropy(z[:, classes], y, group=dist.group.WORLD, label_smoothing=0.2)
+    assert round(smoothed.item(), 7) == round(0.4401897 + 0.2 * 1.5, 7)  # 2 − the mean of the logits
+
+
+def buckets() -> None:
+    """A teacher of k classes, on several ranks, of a student that is sure of one, or of another."""
+    sizes = CASE[dist.get_world_size()]
+    classes = here(sizes)
+    z = torch.randn(4, 101, dtype=torch.float64)
+    z[0, 100], z[1, 3], z[2, 50] = 900.0, 900.0, 900.0
+    x = torch.eye(4, dtype=torch.float64).requires_grad_()
+    target = xent.TopKTarget(
+        torch.tensor([[100, 3]] * 4), torch.tensor([[0.5, 0.25]] * 4, dtype=torch.float64), "bucket"
+    )
+    whole, mine = z.t().clone().requires_grad_(), z.t()[classes].clone().requires_grad_()
+    group, none = dist.group.WORLD, {"reduction": "none"}
+    for loss in (
+        lambda w, **options: xent.linear_cross_entropy(x, w, target, **none, **options),
+        lambda w, **options: xent.linear_kl_divergence(student=(x, w), teacher=target, **none, **options),
+        lambda w, **options: xent.linear_js_divergence(student=(x, w), teacher=target, **none, **options),
+    ):
+        one, spread = loss(whole), loss(mine, group=group)
+        torch.testing.assert_close(spread, one, rtol=1e-14, atol=1e-15)
+        expected, found = grad(one.sum(), [x, whole]), grad(spread.sum(), [x, mine])
+        torch.testing.assert_close(found, [expected[0], expected[1][classes]], rtol=1e-12, atol=1e-15)
+        up = [torch.randn_like(t) for t in expected]
+        of_whole = grad(grad(loss(whole).sum(), [x, whole], create_graph=True), [x, whole], up)
+        of_mine = grad(
+            grad(loss(mine, group=group).sum(), [x, mine], create_graph=True),
+            [x, mine],
+            [up[0], up[1][classes]],
+        )
+        torch.testing.assert_close(of_mine[1], of_whole[1][classes], rtol=1e-10, atol=1e-12)
+
+
 @contextlib.contextmanager
 def counted() -> Iterator[list[tuple[str, int]]]:
     """Every collective of torch.distributed that is called meanwhile: its kind and bytes."""

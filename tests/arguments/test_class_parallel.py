@@ -44,6 +44,8 @@ CASES = [
     "uneven_shards",
     "tied_maxima",
     "extremes",
+    "known_values",
+    "buckets",
     "which_tensors",
     "other_slices",
     "beside_a_graph",
