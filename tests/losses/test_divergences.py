@@ -370,3 +370,47 @@ def test_the_factor_of_the_temperature_is_its_square():
     plain_one = xent.linear_kl_divergence(student=(x, w), teacher=(x, v), temperature=3.0)
     scaled = xent.linear_kl_divergence(student=(x, w), teacher=(x, v), temperature=3.0, scale_by_t2=True)
     assert_close(scaled, 9 * plain_one)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, torch.tensor([0.5, 1.0, 2.0], dtype=F64)])
+@pytest.mark.parametrize("budget", [None, 6_000])
+def test_a_logit_scale_is_a_factor_of_both_heads(beta, temperature, budget):
+    """As features scaled by it, whichever head learns; the factor T² is that of the temperature."""
+    x, y = torch.randn(3, 4, dtype=F64, requires_grad=True), torch.randn(3, 5, dtype=F64)
+    w, v = (
+        torch.randn(20, 4, dtype=F64, requires_grad=True),
+        torch.randn(20, 5, dtype=F64, requires_grad=True),
+    )
+    options = {"temperature": temperature, "scale_by_t2": True, "memory_budget": budget}
+
+    def f(student, teacher, **more):
+        if beta in (0.0, 1.0):
+            direction = "forward" if beta == 0.0 else "reverse"
+            return xent.linear_kl_divergence(
+                student=student, teacher=teacher, direction=direction, **options, **more
+            )
+        return xent.linear_js_divergence(student=student, teacher=teacher, beta=beta, **options, **more)
+
+    for teacher in (v, v.detach()):
+        of = [x, w, v] if teacher.requires_grad else [x, w]
+        for reduction in ("mean", "none"):
+            one = f((x, w), (y, teacher), logit_scale=0.3, reduction=reduction)
+            other = f((0.3 * x, w), (0.3 * y, teacher), reduction=reduction)
+            assert_close(one, other)
+            assert_close(
+                torch.autograd.grad(one.sum(), of, create_graph=True)[0],
+                torch.autograd.grad(other.sum(), of, create_graph=True)[0],
+            )
+    assert gradgradcheck(lambda x, w: f((x, w), (y, v.detach()), logit_scale=0.3), (x, w))
+
+
+def test_a_logit_scale_in_a_graph():
+    x, y, v = torch.randn(3, 4), torch.randn(3, 5), torch.randn(20, 5)
+    w = torch.randn(20, 4, requires_grad=True)
+
+    def f(w):
+        return xent.linear_js_divergence(student=(x, w), teacher=(y, v), logit_scale=0.3, temperature=2.0)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_close(torch.autograd.grad(compiled(w), w), torch.autograd.grad(f(w), w))

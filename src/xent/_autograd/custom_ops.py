@@ -43,7 +43,7 @@ class _Encoded(NamedTuple):
 def _encoded(form: Form) -> _Encoded:
     if isinstance(form, TwoHeads):
         pair = form.form
-        numbers = [NO_SOFTCAP, pair.temperature, 1.0, pair.beta]
+        numbers = [NO_SOFTCAP, pair.temperature, pair.scale, pair.beta]
         dtypes = pair.product_dtype, pair.teacher_product_dtype
         return _Encoded(PAIR, numbers, pair.budget, *dtypes, [False] * 4)
     one = form.form
@@ -70,7 +70,8 @@ def _decoded(
 ) -> Form:
     softcap, temperature, scale, smoothing = numbers
     if kind == PAIR:
-        return TwoHeads(PairForm(product_dtype, teacher_product_dtype, temperature, budget, smoothing))
+        dtypes = product_dtype, teacher_product_dtype
+        return TwoHeads(PairForm(*dtypes, temperature, scale, budget, smoothing))
     entropy, log_rest, log_prob, argmax = requested
     return OneHead(
         core.Form(

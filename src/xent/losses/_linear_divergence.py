@@ -43,6 +43,7 @@ def linear_kl_divergence(
     scale_by_t2: bool = False,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
@@ -65,6 +66,8 @@ def linear_kl_divergence(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ ``sample_weight``, or by the
             number of rows, and is 0 over no rows.
         sample_weight: (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
+        logit_scale: both heads' logits are multiplied by it, as some language models do; the student's alone
+            where the teacher is a :class:`TopKTarget`.
         memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
             whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
         group: of a :class:`TopKTarget`, the processes that share the student's classes, as in
@@ -87,7 +90,7 @@ def linear_kl_divergence(
         0.020136
     """
     beta = {"forward": 0.0, "reverse": 1.0}[valid("direction", direction)]
-    options = _Options(temperature, scale_by_t2, reduction, sample_weight, memory_budget, group)
+    options = _Options(temperature, scale_by_t2, reduction, sample_weight, logit_scale, memory_budget, group)
     return _divergence(student, teacher, beta, options)
 
 
@@ -100,6 +103,7 @@ def linear_js_divergence(
     scale_by_t2: bool = False,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
@@ -111,8 +115,8 @@ def linear_js_divergence(
     logits are computed twice more. Two derivatives in closed form.
 
     Args:
-        student, teacher, temperature, scale_by_t2, reduction, sample_weight, memory_budget, group: as in
-            :func:`linear_kl_divergence`.
+        student, teacher, temperature, scale_by_t2, reduction, sample_weight, logit_scale, memory_budget,
+            group: as in :func:`linear_kl_divergence`.
         beta: the share of the teacher in the mixture, from 0 to 1; 0 is KL(teacher ‖ student) and 1
             KL(student ‖ teacher), as trainers of language models have it.
 
@@ -130,7 +134,7 @@ def linear_js_divergence(
         0.693147
     """
     share: float = valid("beta", beta)
-    options = _Options(temperature, scale_by_t2, reduction, sample_weight, memory_budget, group)
+    options = _Options(temperature, scale_by_t2, reduction, sample_weight, logit_scale, memory_budget, group)
     return _divergence(student, teacher, share, options)
 
 
@@ -139,6 +143,7 @@ class _Options(NamedTuple):
     scale_by_t2: bool
     reduction: str
     sample_weight: Tensor | None
+    logit_scale: float
     memory_budget: int | None
     group: Any
 
@@ -153,7 +158,12 @@ def _divergence(student: Head, teacher: Head | TopKTarget, beta: float, options:
         # a row that is left out may have any; one whose weight is learnt counts
         left_out = (sample_weight == 0) & (not sample_weight.requires_grad)
         each = torch.where(left_out, 1.0, each) if each.dim() else each
-    of_head = Options.of(reduction=options.reduction, temperature=each, memory_budget=options.memory_budget)
+    of_head = Options.of(
+        reduction=options.reduction,
+        temperature=each,
+        logit_scale=options.logit_scale,
+        memory_budget=options.memory_budget,
+    )
     if isinstance(teacher, TopKTarget):
         of_head = of_head.with_options(sample_weight=sample_weight, group=options.group, bucket=True)
         return _of_top_k(student, as_bucket(teacher, beta), beta, of_head, by_t2=by_t2)

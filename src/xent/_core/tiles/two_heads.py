@@ -41,7 +41,7 @@ Both: TypeAlias = tuple[Loaded, Loaded]  # a chunk of rows of both
 
 @record
 class Pair:
-    """A student and a teacher over the same rows and classes; both have the same temperature."""
+    """A student and a teacher over the same rows and classes; both have the same temperature and scale."""
 
     student: LinearHead
     teacher: LinearHead
@@ -86,6 +86,7 @@ class Pair:
             self.student.product_dtype,
             self.teacher.product_dtype,
             1.0 if isinstance(temperature, Tensor) else temperature,
+            self.student.map.scale,
             self.budget,
             self.beta,
         )
@@ -153,6 +154,7 @@ class PairForm:
     product_dtype: torch.dtype | None
     teacher_product_dtype: torch.dtype | None
     temperature: float  # 1 where each row has its own
+    scale: float
     budget: int
     beta: float = 0.0
 
@@ -163,7 +165,7 @@ class PairForm:
         assert w is not None
         assert teacher_x is not None
         assert teacher_w is not None
-        logits = LogitMap(None, self.temperature if each is None else each)
+        logits = LogitMap(None, self.temperature if each is None else each, scale=self.scale)
         return Pair(
             LinearHead(x, w, b, logits, self.product_dtype),
             LinearHead(teacher_x, teacher_w, teacher_b, logits, self.teacher_product_dtype),
