@@ -206,21 +206,25 @@ ROWS = [
         class_weight=True,
         sample_weight=True,
     ),
-    Row("top-k-bucket", target="top_k", remainder="bucket"),
-    Row(
-        "top-k-bucket-everything",
-        target="top_k",
-        remainder="bucket",
-        options={"z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
-        sample_weight=True,
-        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
-    ),
     Row(
         "top-k-spread-everything",
         target="top_k",
         remainder="spread",
         options={"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
         class_weight=True,
+        sample_weight=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
+]
+
+# cross-entropy of k + 1 classes: what needs the mass of every class refuses them
+BUCKETS = [
+    Row("top-k-bucket", target="top_k", remainder="bucket"),
+    Row(
+        "top-k-bucket-everything",
+        target="top_k",
+        remainder="bucket",
+        options={"z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
         sample_weight=True,
         exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
     ),
@@ -256,6 +260,7 @@ OTHERS = [
         target="top_k",
         exempt=SURROGATE,
     ),
+    *BUCKETS,
     Row("focal", loss="focal", ignored=True, exempt={"convex": CONVEX_ROW_LOSS}),
     Row(
         "focal-everything",

@@ -15,7 +15,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.testing import assert_close
 
 import xent
-from table import ROWS, Problem, plain_cross_entropy, problem
+from table import BUCKETS, ROWS, Problem, plain_cross_entropy, problem
 from xent._autograd import custom_ops
 from xent._autograd.forms import OneHead
 from xent._core import problem as core
@@ -29,7 +29,8 @@ from xent._core.targets import Targets, probability_targets
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 REDUCTIONS = ["mean", "sum", "none"]
-CASES = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+EVERY = ROWS + BUCKETS
+CASES = pytest.mark.parametrize("row", EVERY, ids=lambda row: row.name)
 SCORES = pytest.mark.parametrize("scores", ["dense", "linear"])
 
 
@@ -263,7 +264,7 @@ def test_compiled_in_one_graph(row, scores):
     heads every other loss takes that of rows.
     """
     torch._dynamo.reset()
-    of_rows = scores == "linear" and ROWS.index(row) % 2
+    of_rows = scores == "linear" and EVERY.index(row) % 2
     ours, _, arguments, _ = pair(row, scores, "none" if of_rows else "mean")
     leaves = [a.clone().requires_grad_() for a in arguments]
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import xent
 from contributing import run_example
-from table import ROWS, only, problem
+from table import BUCKETS, ROWS, only, problem
 from xent._core import backends
 
 
@@ -22,7 +22,9 @@ def test_the_backends_are_listed():
     assert all(info.serves for info in xent.backends())
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if r.loss == "cross_entropy"], ids=lambda row: row.name)
+@pytest.mark.parametrize(
+    "row", [*(r for r in ROWS if r.loss == "cross_entropy"), *BUCKETS], ids=lambda row: row.name
+)
 def test_every_backend_computes_every_row_of_the_table(row, counting):
     assert xent.backends()[0].name == "counting"
     found, drawn = {}, problem(row)
