@@ -266,6 +266,17 @@ def test_a_rest_that_is_none(rest, error, message):
         xent.cross_entropy(torch.randn(4, 9, dtype=F64), teacher(rest=rest))
 
 
+def test_an_error_counts_the_rows_that_are_left_out():
+    q = torch.tensor([[0.5, 0.25]] * 3 + [[0.5, -0.25]])
+    target = xent.TopKTarget(torch.tensor([[0, 1]] * 4), q, "bucket")
+    weight = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    with pytest.raises(ValueError, match=r"got -0.25 at \(3, 1\)"):
+        xent.kl_divergence(input=torch.zeros(4, 5), target=target, sample_weight=weight)
+    target = xent.TopKTarget(target.indices, q + q.abs(), "bucket")
+    with pytest.raises(ValueError, match=r"mass -0.5 in row 1"):
+        xent.cross_entropy(torch.zeros(4, 5), target, sample_weight=weight)
+
+
 def test_masses_that_exceed_one():
     too_much = xent.TopKTarget(torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.5]]), "bucket")
     with pytest.raises(ValueError, match=r"mass -0.25 in row 0.*rest="):

@@ -56,7 +56,7 @@ def top_k_divergence(call: Call, beta: float, sample_weight: Tensor | None, *, b
 def _of_problem(problem: Problem, beta: float, *, by_t2: bool) -> Tensor:
     """Return the divergence of each of N rows, float64; 0 of one that is left out."""
     assert problem.bucket is not None
-    check_probabilities(problem.bucket.mass)
+    check_probabilities(problem.selection.scatter(problem.bucket.mass))  # whose rows an error counts
     found = one_head.rows(problem.request(RequestedOutputs(log_prob=True, log_rest=True)))
     assert found.log_prob is not None
     assert found.log_rest is not None
