@@ -88,7 +88,7 @@ def require_index(options: Options, target: Target) -> None:
 
 
 def _check_bucket(options: Options, target: TopKTarget) -> None:
-    """Raise a ValueError where a function or an option needs to know of which classes a bucket's mass is."""
+    """Raise a ValueError where a function or an option needs a mass for every class, which a bucket hides."""
     of_target = options.target
     if not of_target.bucket:
         raise ValueError(
@@ -109,8 +109,8 @@ def _check_bucket(options: Options, target: TopKTarget) -> None:
 def bucket_of(target: TopKTarget, classes: int, selection: Selection) -> Bucket:
     """Return the masses of the rows that count of a target of remainder "bucket", over so many classes.
 
-    Where they can be read, a ValueError names the first row whose bucket has a mass below 0, or one of no
-    class.
+    Where they can be read, a ValueError names the first row whose bucket has a mass below 0, or has a mass
+    although the target names every class.
     """
     dtype = statistics_dtype(target.indices.device)
     mass = selection.gather(target.probabilities.detach()).to(dtype)
@@ -224,7 +224,7 @@ def _targets(
         q = selection.gather(target.probabilities)
         return top_k_targets(
             selection.gather(target.indices),
-            torch.zeros_like(q) if target.remainder == "bucket" else q,  # whose loss is that of the bucket
+            torch.zeros_like(q) if target.remainder == "bucket" else q,  # they are the `Bucket`'s
             classes,
             selection,
             spread=target.remainder == "spread",

@@ -102,8 +102,11 @@ class OneHead:
 
     form: core.Form
 
-    n_saved = 6
     third = THIRD
+
+    @property
+    def n_saved(self) -> int:
+        return len(self.saves)
 
     @property
     def n_leaves(self) -> int:

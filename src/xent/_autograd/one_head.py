@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xent._autograd import chain, custom_ops
 from xent._autograd.chain import Loss, needs_gradient
-from xent._autograd.forms import OneHead, Tensors, outputs_of, saved_of
+from xent._autograd.forms import OneHead, Tensors, saved_of
 from xent._autograd.transforms import split, transformed
 from xent._core.backend import Gradients
 from xent._core.backends import backend_for
@@ -75,10 +75,10 @@ class _Step:
 
     def fused(self, problem: Problem, wants: tuple[bool, ...]) -> tuple[Tensor, Statistics, Gradients]:
         found, gradients = backend_for(problem).fused(problem, self._coefficients, wants)
-        _, lse, _, log_rest, log_prob = outputs_of(found) if found.own is not None else (None,) * 5
-        if lse is None:
-            lse = found.logsumexp if self.reduction.z_loss else found.m
-        return self.loss((found.loss, lse, None, log_rest, log_prob)), found, gradients
+        # without a z-loss, a shift and a bucket nothing reads the logsumexp
+        bare = found.own is None and self.reduction.z_loss == 0.0
+        rows = RowValues(found.loss, found.m, None, None) if bare else RowValues.of(found)
+        return self._reduced(rows), found, gradients
 
     def saved(self, found: Statistics) -> Tensors:
         return saved_of(found)
@@ -87,7 +87,10 @@ class _Step:
         loss, logsumexp, _, log_rest, log_prob = outputs
         assert loss is not None
         assert logsumexp is not None
-        values = self.reduction.values(self.terms, RowValues(loss, logsumexp, log_prob, log_rest))
+        return self._reduced(RowValues(loss, logsumexp, log_prob, log_rest))
+
+    def _reduced(self, rows: RowValues) -> Tensor:
+        values = self.reduction.values(self.terms, rows)
         if self.reduction.kind == "none":
             return self.terms.selection.scatter(values).to(self.dtype)
         return self.reduction.total(values, self.scale).to(self.dtype)

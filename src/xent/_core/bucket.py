@@ -34,7 +34,7 @@ class Bucket(NamedTuple):
 def bucket_mass(mass: Tensor, rest: Tensor | None, others: int) -> Tensor:
     """Return the mass of `others` further classes together, (...), from those of K, (..., K).
 
-    A mass that is below 0 by no more than rounding is 0, and so is one above it of no class; nan if by more.
+    One below 0 by no more than `SLACK` is 0, by more nan; so is one above 0 where there is no other class.
     """
     found = 1 - mass.sum(-1) if rest is None else rest
     small = found.abs() <= SLACK
