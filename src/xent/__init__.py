@@ -8,6 +8,7 @@ from xent._arguments.class_subset import sample_classes
 from xent._calibration import fit_temperature
 from xent._core.backend import Backend
 from xent._core.backends import backends, register_backend, unregister_backend
+from xent._core.low_rank import LowRank
 from xent._core.margin import Margin
 from xent._core.target import TopKTarget
 from xent._log_prob import LogProb, linear_log_prob, log_prob
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Backend",
     "LogProb",
+    "LowRank",
     "Margin",
     "RowStatistics",
     "SoftmaxRegression",

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from xent._arguments.call import Call, agreed, resolve_local_head, resolve_local_logits
 from xent._arguments.options import Execution, LogitOptions, Options, ReductionOptions, TargetOptions
-from xent._arguments.validation import is_readable, require_tensors
+from xent._arguments.validation import is_readable, require_tensors, require_weight
 from xent._autograd.one_head import scattered
 from xent._core.class_indices import NO_CLASS, holds_integers, widened
 from xent._core.logits import compute_dtype
+from xent._core.low_rank import LowRank, tensors_of_weight
 from xent._core.statistics import RequestedOutputs
 from xent._core.target import ChosenClasses, Target
 from xent._core.validators import valid
@@ -122,7 +123,7 @@ def log_prob(
 @overload
 def linear_log_prob(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | LowRank,
     indices: Tensor,
     *,
     linear_bias: Tensor | None = ...,
@@ -141,7 +142,7 @@ def linear_log_prob(
 @overload
 def linear_log_prob(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | LowRank,
     indices: Tensor,
     *,
     linear_bias: Tensor | None = ...,
@@ -159,7 +160,7 @@ def linear_log_prob(
 
 def linear_log_prob(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | LowRank,
     indices: Tensor,
     *,
     linear_bias: Tensor | None = None,
@@ -208,7 +209,8 @@ def linear_log_prob(
     )
 
     def run() -> Tensor | LogProb:
-        require_tensors(spread=True, input=input, linear_weight=linear_weight)
+        require_tensors(spread=True, input=input)
+        require_weight(spread=True, linear_weight=linear_weight)
         rows = input.shape[:-1] + linear_weight.shape[1:-1]
         chosen = _Chosen.of(indices, rows, -1, options)
         head = (input, linear_weight, linear_bias)
@@ -216,7 +218,7 @@ def linear_log_prob(
             lambda options, target: resolve_local_head(options, *head, target), return_entropy
         )
 
-    return agreed(run, options, linear_weight)
+    return agreed(run, options, *tensors_of_weight(linear_weight))
 
 
 def _options(ignore_index: int | None, logits: LogitOptions, execution: Execution) -> Options:

@@ -28,6 +28,7 @@ from xent._arguments.targets import is_index
 from xent._autograd import custom_ops, transforms
 from xent._autograd.one_head import scattered
 from xent._core.logits import compute_dtype
+from xent._core.low_rank import LowRank, tensors_of_weight
 from xent._core.ops import any_batched
 from xent._core.problem import Problem
 from xent._core.statistics import RequestedOutputs
@@ -102,7 +103,7 @@ def row_statistics(
 
 def linear_row_statistics(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | LowRank,
     target: Tensor | TopKTarget | None = None,
     *,
     linear_bias: Tensor | None = None,
@@ -150,7 +151,9 @@ def linear_row_statistics(
     )
     head = (input, linear_weight, linear_bias)
     return agreed(
-        lambda: _row_statistics(resolve_local_head(options, *head, target), options), options, linear_weight
+        lambda: _row_statistics(resolve_local_head(options, *head, target), options),
+        options,
+        *tensors_of_weight(linear_weight),
     )
 
 
@@ -207,7 +210,7 @@ def top_k(
 
 def linear_top_k(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | LowRank,
     k: int,
     *,
     linear_bias: Tensor | None = None,

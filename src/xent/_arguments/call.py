@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -24,15 +25,19 @@ from xent._arguments.validation import (
     autocasts,
     check_floating,
     check_tensors,
+    is_readable,
     loss_dtype,
     lower,
     product_dtype,
     require_tensors,
+    require_weight,
 )
 from xent._autograd import one_head, transforms
+from xent._autograd.projection import project
 from xent._core.directions import unit
 from xent._core.logit_map import LogitMap
 from xent._core.logits import DenseLogits, LinearHead, compute_dtype
+from xent._core.low_rank import LowRank, Weight, mapped_weight, tensors_of_weight
 from xent._core.plan import DEFAULT_BUDGET
 from xent._core.problem import Problem
 from xent._core.reduction import Reduction
@@ -124,7 +129,7 @@ def resolve_logits(
 def resolve_head(
     options: Options,
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Weight,
     linear_bias: Tensor | None,
     target: Target,
     row_loss: RowLoss | None = None,
@@ -133,16 +138,17 @@ def resolve_head(
 ) -> Call:
     """Resolve a head, input (..., D) and linear_weight (C, D) or (C, d1, ..., D), and its target."""
     if not plain or input is None:
-        require_tensors(input=input, linear_weight=linear_weight)
+        require_tensors(input=input)
+        require_weight(linear_weight=linear_weight)
         check_tensors(linear_bias=linear_bias)
-        head = (input, linear_weight, linear_bias)
+        head = (input, *tensors_of_weight(linear_weight), linear_bias)
         if transforms.is_frozen(*head, *tensors_of(target), *options.tensors()):
-            x, w = transforms.thawed(input), transforms.thawed(linear_weight)
+            x, w = transforms.thawed(input), mapped_weight(transforms.thawed, linear_weight)
             b = transforms.thawed(linear_bias)
             return resolve_head(_thawed(options), x, w, b, thawed_target(target), row_loss)
     if not isinstance(target, Tensor) or target.dtype is not torch.int64:
         target = with_wide_indices(target)
-    if input.dim() < 1 or linear_weight.dim() < 2:
+    if input.dim() < 1 or len(linear_weight.shape) < 2:
         raise ValueError(
             f"input must be (..., D) and linear_weight (C, D) or (C, d1, ..., D); "
             f"got {tuple(input.shape)} and {tuple(linear_weight.shape)}"
@@ -160,10 +166,15 @@ def resolve_head(
     if of_logits.sparse_grad:
         raise ValueError("sparse_grad is the form of the gradient of a subset of the classes: pass classes")
     autocast = autocasts(input)
-    x, weight, bias = input, linear_weight, linear_bias
+    x, bias = input, linear_bias
+    low = up = None
+    if isinstance(linear_weight, LowRank):
+        weight, (low, up) = linear_weight.weight, _low_rank_factors(options, input, linear_weight, target)
+    else:
+        weight = linear_weight
     if of_logits.normalize:
         check_floating(input=x, linear_weight=weight)
-        x, weight = unit(_harmless(options, x, target)), unit(weight)
+        x, weight = unit(harmless(options, x, target)), unit(weight)
         bias = None if bias is None else bias.to(compute_dtype(bias.dtype))
     if autocast:
         x, weight, bias = lower(x), lower(weight), None if bias is None else lower(bias)
@@ -173,7 +184,8 @@ def resolve_head(
     full_shape = torch.Size((*batch, classes, *positions))
     dtype = torch.float32 if autocast else input.dtype
     factor = product_dtype(execution.product_dtype, x)
-    common = common_of(options, x, target, classes, features, rows_shape, full_shape, row_loss, plain=plain)
+    width = features if up is None else (features, up.shape[1])
+    common = common_of(options, x, target, classes, width, rows_shape, full_shape, row_loss, plain=plain)
     places, n = math.prod(positions), math.prod(batch)
     x = x if x.dim() == 2 else x.reshape(n, features)
     log_q = None if of_logits.log_q is None else log_q_of(of_logits.log_q, classes)
@@ -184,7 +196,7 @@ def resolve_head(
         flat = target if x is input and isinstance(target, Tensor) else at_positions(target, n, classes, 1)[0]
         each = each.reshape(n) if isinstance(each, Tensor) else each
         of_map = LogitMap(of_logits.softcap, each, log_q, of_logits.logit_scale)
-        logits = LinearHead(x, weight, bias, of_map, factor)
+        logits = LinearHead(x, weight, bias, of_map, factor, low, up)
         problem = problem_of(common, logits, flat, None if s is None else s.reshape(n), budget, n, classes)
         return Call((problem,), common.reduction, rows_shape, dtype, target)
     if places > 1:  # so that the gradients of all positions add up before they are rounded
@@ -231,21 +243,26 @@ def resolve_local_logits(
 def resolve_local_head(
     options: Options,
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Weight,
     linear_bias: Tensor | None,
     target: Target,
     row_loss: RowLoss | None = None,
 ) -> Call:
     """Resolve the head that this process holds; a DTensor is replaced by its local part."""
-    (x, w, b, target, weight), group = class_parallel.localised(
+    w, *factors = tensors_of_weight(linear_weight)
+    (x, b, target, weight, w, *factors), group = class_parallel.localised(
         options.execution.group,
         input=(input, None),
-        linear_weight=(linear_weight, 0),
         linear_bias=(linear_bias, 0),
         target=(target, None),
         weight=(options.target.weight, 0),
+        linear_weight=(w, 0),
+        **{name: (t, axis) for name, t, axis in zip(("down", "up"), factors, (None, 0), strict=False)},
     )
-    return resolve_head(options.with_options(group=group, weight=weight), x, w, b, target, row_loss)
+    local: Weight = w
+    if isinstance(linear_weight, LowRank):
+        local = replace(linear_weight, weight=w, down=factors[0], up=factors[1])
+    return resolve_head(options.with_options(group=group, weight=weight), x, local, b, target, row_loss)
 
 
 def _thawed(options: Options) -> Options:
@@ -263,7 +280,7 @@ def _thawed(options: Options) -> Options:
 def _resolve_subset(
     options: Options,
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Weight,
     linear_bias: Tensor | None,
     target: Target,
     row_loss: RowLoss | None,
@@ -284,7 +301,15 @@ def _resolve_subset(
         weight=None if weight is None else subset.rows(weight),
         ignore_index=-100,
     )
-    w = subset.rows(linear_weight, sparse=sparse)
+    w: Weight
+    if isinstance(linear_weight, LowRank):
+        w = replace(
+            linear_weight,
+            weight=subset.rows(linear_weight.weight, sparse=sparse),
+            up=subset.rows(linear_weight.up, sparse=sparse),
+        )
+    else:
+        w = subset.rows(linear_weight, sparse=sparse)
     b = None if linear_bias is None else subset.rows(linear_bias, sparse=sparse)
     return resolve_head(options, input, w, b, local, row_loss)
 
@@ -299,8 +324,23 @@ def row_temperatures(temperature: Tensor, rows_shape: torch.Size) -> Tensor:
     return temperature.to(statistics_dtype(temperature.device)).expand(rows_shape)
 
 
-def _harmless(options: Options, input: Tensor, target: Target) -> Tensor:
-    """Return features (..., D) with zeros in the rows left out: scaling would spread what they hold."""
+def _low_rank_factors(
+    options: Options, input: Tensor, weight: LowRank, target: Target
+) -> tuple[Tensor, Tensor]:
+    """Return κ x Aᵀ (N, rank), in the type of the computation, and B (C, rank)."""
+    if options.logits.normalize:
+        raise ValueError(
+            "normalize needs the length of each classifier, which a LowRank never forms: "
+            "pass linear_weight.to_dense()"
+        )
+    x, down, up = harmless(options, input, target), weight.down, weight.up
+    if autocasts(input):
+        x, down, up = lower(x), lower(down), lower(up)
+    return weight.scale * project(x.reshape(-1, x.shape[-1]), down), up
+
+
+def harmless(options: Options, input: Tensor, target: Target) -> Tensor:
+    """Return features (..., D) with zeros in the rows left out, so that nothing spreads what they hold."""
     batch, s, kept = input.dim() - 1, options.target.sample_weight, None
     if is_index(target):
         assert isinstance(target, Tensor)
@@ -308,6 +348,8 @@ def _harmless(options: Options, input: Tensor, target: Target) -> Tensor:
     if s is not None and not s.requires_grad:
         kept = s != 0 if kept is None else kept & (s != 0)
     if kept is None or kept.shape[:batch] != input.shape[:-1]:  # whose shape is an error found elsewhere
+        return input
+    if is_readable(kept) and bool(kept.all()):
         return input
     if kept.dim() > batch:
         kept = kept.flatten(batch).any(-1)

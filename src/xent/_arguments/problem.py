@@ -49,7 +49,7 @@ def common_of(
     input: Tensor,
     target: Target,
     classes: int,  # that this process holds
-    features: int | None,
+    features: int | tuple[int, int] | None,  # with the rank of a low-rank term
     rows_shape: torch.Size,
     full_shape: torch.Size,
     row_loss: RowLoss | None,
@@ -99,7 +99,7 @@ def check_temperatures(temperature: Tensor, selection: Selection) -> None:
 def _ranks(
     options: Options,
     input: Tensor,
-    features: int | None,
+    features: int | tuple[int, int] | None,
     held: int,
     rows_shape: torch.Size,
     target: Target,

@@ -8,6 +8,7 @@ from torch import Tensor
 from xent._arguments import class_parallel
 from xent._autograd import transforms
 from xent._core.logits import compute_dtype
+from xent._core.low_rank import LowRank
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -15,6 +16,11 @@ FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def check_tensors(*, spread: bool = False, **given: object) -> None:
     """Raise a TypeError that names what is no dense tensor, None apart; DTensors pass where ``spread``."""
     for name, value in given.items():
+        if isinstance(value, LowRank):
+            raise TypeError(
+                f"{name} is a LowRank, which losses from features take, and this does not: "
+                f"pass {name}.to_dense()"
+            )
         if value is not None and not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
         if not spread and class_parallel.is_dtensor(value):
@@ -32,6 +38,13 @@ def require_tensors(*, spread: bool = False, **given: object) -> None:
         if value is None:
             raise TypeError(f"{name} must be a tensor, got None")
     check_tensors(spread=spread, **given)
+
+
+def require_weight(*, spread: bool = False, **given: object) -> None:
+    """Raise a TypeError unless each is a dense tensor or a LowRank."""
+    require_tensors(
+        spread=spread, **{name: value for name, value in given.items() if not isinstance(value, LowRank)}
+    )
 
 
 def is_ordinary(tensor: Tensor) -> bool:

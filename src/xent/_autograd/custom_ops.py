@@ -25,14 +25,13 @@ from xent._core.statistics import RequestedOutputs, statistics_dtype
 from xent._core.tiles import top_k as streaming
 from xent._core.tiles.two_heads import PairForm
 
-LOGITS, HEAD, PAIR = range(3)
 NO_SOFTCAP = 0.0
 
 
 class _Encoded(NamedTuple):
     """A form in the types that an operator's arguments can have."""
 
-    kind: int  # LOGITS, HEAD or PAIR
+    leaves: list[int]  # of the one head or of the logits, or of both heads
     numbers: list[float]  # softcap, temperature, logit scale, smoothing or β
     budget: int
     product_dtype: torch.dtype | None
@@ -45,13 +44,14 @@ def _encoded(form: Form) -> _Encoded:
         pair = form.form
         numbers = [NO_SOFTCAP, pair.temperature, pair.scale, pair.beta]
         dtypes = pair.product_dtype, pair.teacher_product_dtype
-        return _Encoded(PAIR, numbers, pair.budget, *dtypes, [False] * 4)
+        leaves = [pair.student_leaves, pair.teacher_leaves]
+        return _Encoded(leaves, numbers, pair.budget, *dtypes, [False] * 4)
     one = form.form
     softcap = NO_SOFTCAP if one.softcap is None else one.softcap
     numbers = [softcap, one.temperature, one.scale, one.smoothing]
     wanted = one.requested
     return _Encoded(
-        HEAD if one.is_head else LOGITS,
+        [one.n_leaves],
         numbers,
         one.budget,
         one.product_dtype,
@@ -61,7 +61,7 @@ def _encoded(form: Form) -> _Encoded:
 
 
 def _decoded(
-    kind: int,
+    leaves: Sequence[int],
     numbers: Sequence[float],
     budget: int,
     product_dtype: torch.dtype | None,
@@ -69,14 +69,14 @@ def _decoded(
     requested: Sequence[bool],
 ) -> Form:
     softcap, temperature, scale, smoothing = numbers
-    if kind == PAIR:
+    if len(leaves) == 2:
         dtypes = product_dtype, teacher_product_dtype
-        return TwoHeads(PairForm(*dtypes, temperature, scale, budget, smoothing))
+        return TwoHeads(PairForm(*dtypes, temperature, scale, budget, smoothing, *leaves))
     entropy, log_rest, log_prob, argmax = requested
     return OneHead(
         core.Form(
             product_dtype,
-            core.LEAVES_OF_HEAD if kind == HEAD else core.LEAVES_OF_LOGITS,
+            leaves[0],
             None if softcap == NO_SOFTCAP else softcap,
             temperature,
             scale,
@@ -134,14 +134,14 @@ def _rows(
     given: Sequence[Tensor],
     present: Sequence[bool],  # which of the form's tensors are given
     check: bool,
-    kind: int,
+    leaves: Sequence[int],
     numbers: Sequence[float],
     budget: int,
     product_dtype: torch.dtype | None,
     teacher_product_dtype: torch.dtype | None,
     requested: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    form = _decoded(kind, numbers, budget, product_dtype, teacher_product_dtype, requested)
+    form = _decoded(leaves, numbers, budget, product_dtype, teacher_product_dtype, requested)
     tensors = spread(tuple(given), tuple(present), len(present))
     refuse_tangents(*tensors[: form.n_leaves])
     if check and isinstance(form, OneHead):
@@ -189,14 +189,14 @@ def _rows_gradient(
     wants: Sequence[bool],  # of the leaves
     given: Sequence[Tensor],
     present: Sequence[bool],
-    kind: int,
+    leaves: Sequence[int],
     numbers: Sequence[float],
     budget: int,
     product_dtype: torch.dtype | None,
     teacher_product_dtype: torch.dtype | None,
     requested: Sequence[bool],
 ) -> list[Tensor]:
-    form = _decoded(kind, numbers, budget, product_dtype, teacher_product_dtype, requested)
+    form = _decoded(leaves, numbers, budget, product_dtype, teacher_product_dtype, requested)
     tensors = spread(tuple(given), tuple(present), len(present))
     selection, chosen = _resolved(form, tensors)
     if selection.index is not None:
@@ -259,14 +259,14 @@ def _top_k(
     given: Sequence[Tensor],
     present: Sequence[bool],
     k: int,
-    kind: int,
+    leaves: Sequence[int],
     numbers: Sequence[float],
     budget: int,
     product_dtype: torch.dtype | None,
     teacher_product_dtype: torch.dtype | None,
     requested: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    form = _decoded(kind, numbers, budget, product_dtype, teacher_product_dtype, requested)
+    form = _decoded(leaves, numbers, budget, product_dtype, teacher_product_dtype, requested)
     assert isinstance(form, OneHead)
     return streaming.top_k(form.form.bind(spread(tuple(given), tuple(present), len(present))), k)
 

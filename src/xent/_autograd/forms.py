@@ -10,7 +10,7 @@ backend computes with one head is chosen for every problem.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from xent._core.tiles import two_heads, two_heads_second_order
 from xent._core.tiles.divergences import Divergence, divergence
 from xent._core.tiles.two_heads import Found, PairForm
 
+T = TypeVar("T")
 Tensors: TypeAlias = tuple[Tensor | None, ...]
 
 THIRD = "xent's losses have two derivatives; this asks for a third: use torch.nn.functional for it"
@@ -195,10 +196,13 @@ class TwoHeads:
 
     form: PairForm
 
-    n_leaves = 6
     outputs = (True,)
     further = 0
     third = THIRD_OF_TWO
+
+    @property
+    def n_leaves(self) -> int:
+        return self.form.n_leaves
 
     @property
     def saves(self) -> tuple[bool, ...]:
@@ -227,11 +231,11 @@ class TwoHeads:
         pair = self.form.bind(tensors, *upstream, *saved)
         (gamma,) = upstream
         assert gamma is not None
-        return two_heads.gradient(pair, pair_found(saved), gamma, both(wants))[1]
+        return two_heads.gradient(pair, pair_found(saved), gamma, self.both(wants))[1]
 
     def tangent(self, tensors: Tensors, saved: Tensors, along: Tensors) -> Tensors:
         pair = self.form.bind(tensors, *saved, *along)
-        return (two_heads_second_order.tangent(pair, pair_found(saved), (along[:3], along[3:])),)
+        return (two_heads_second_order.tangent(pair, pair_found(saved), self.both(along)),)
 
     def product(
         self, tensors: Tensors, saved: Tensors, upstream: Tensors, along: Tensors, wants: tuple[bool, ...]
@@ -240,9 +244,13 @@ class TwoHeads:
         (gamma,) = upstream
         assert gamma is not None
         kl, gradients = two_heads_second_order.product(
-            pair, pair_found(saved), gamma, (along[:3], along[3:]), both(wants)
+            pair, pair_found(saved), gamma, self.both(along), self.both(wants)
         )
         return (kl,), gradients
+
+    def both(self, of_leaves: tuple[T, ...]) -> tuple[tuple[T, ...], tuple[T, ...]]:
+        """Split a value for each leaf into those of the student and of the teacher."""
+        return of_leaves[: self.form.student_leaves], of_leaves[self.form.student_leaves :]
 
 
 def pair_saved(found: Found) -> tuple[Tensor, ...]:
@@ -260,8 +268,3 @@ def pair_found(saved: Tensors) -> Found:
     student = Statistics(m=student_m, r=student_r, d=zero, a=zero)
     known = tuple(moment for moment in moments if moment is not None)
     return Found(student, Statistics(m=teacher_m, r=teacher_r, d=zero, a=zero), known)
-
-
-def both(wants: tuple[bool, ...]) -> tuple[two_heads.Wants, two_heads.Wants]:
-    x, w, b, teacher_x, teacher_w, teacher_b = wants
-    return (x, w, b), (teacher_x, teacher_w, teacher_b)

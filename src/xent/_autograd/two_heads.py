@@ -7,7 +7,7 @@ from torch import Tensor
 
 from xent._autograd import chain, custom_ops
 from xent._autograd.chain import Loss
-from xent._autograd.forms import Tensors, TwoHeads, both, pair_saved
+from xent._autograd.forms import Tensors, TwoHeads, pair_saved
 from xent._autograd.transforms import split
 from xent._core.backend import Gradients
 from xent._core.record import record
@@ -38,6 +38,7 @@ def total(kl: Tensor, weight: Tensor | None, scale: Scale) -> Tensor:
 class _Step:
     """The step from the rows' KL to their weighted sum."""
 
+    form: TwoHeads
     count: int  # M
     device: torch.device
     weight: Tensor | None
@@ -48,7 +49,7 @@ class _Step:
 
     def fused(self, pair: Pair, wants: tuple[bool, ...]) -> tuple[Tensor, Found, Gradients]:
         gamma = self._gamma()
-        found, gradients = two_heads.fused(pair, lambda chunk: gamma[chunk], both(wants))
+        found, gradients = two_heads.fused(pair, lambda chunk: gamma[chunk], self.form.both(wants))
         return self.loss((pair.divergence.value(found.moments),)), found, gradients
 
     def saved(self, found: Found) -> Tensors:
@@ -70,8 +71,9 @@ class _Step:
 
 def loss(pair: Pair, weight: Tensor | None, scale: Scale, dtype: torch.dtype) -> Tensor:
     """Return Σ weight·KL·scale (), its gradient formed in the forward sweep."""
-    form, tensors = pair.flatten()
-    step = _Step(pair.selection.count, pair.student.device, weight, scale, dtype)
-    leaves, others = split(tensors, TwoHeads.n_leaves)
-    value: Tensor = Loss.apply(pair, step, TwoHeads(form), (*others, None), *leaves)
+    flat, tensors = pair.flatten()
+    form = TwoHeads(flat)
+    step = _Step(form, pair.selection.count, pair.student.device, weight, scale, dtype)
+    leaves, others = split(tensors, form.n_leaves)
+    value: Tensor = Loss.apply(pair, step, form, (*others, None), *leaves)
     return value

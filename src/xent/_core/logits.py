@@ -6,12 +6,16 @@ Both answer the same calls. `load` brings a chunk of rows into the type of the c
 of a chunk over some classes, and a gradient accumulator pulls a tile of G = ∂L/∂u back:
 
     ∂L/∂x += G W        ∂L/∂W += Gᵀ x        ∂L/∂b += Gᵀ 1        G (R, T)
+
+A head with a low-rank term has a second pair of factors, u = x Wᵀ + b + l Bᵀ with l = κ x Aᵀ (N, rank), which
+has the same formulas. What becomes of ∂L/∂l is left to whoever made l.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +24,8 @@ from xent._core.collectives import ClassGroup
 from xent._core.logit_map import IDENTITY, LogitMap, Rows, TileBuffers
 from xent._core.ops import TileOps, cut, take
 from xent._core.record import record
+
+T = TypeVar("T")
 
 Tile: TypeAlias = tuple[Tensor, Tensor | None]  # z and slope, (R, T)
 Tangents: TypeAlias = tuple[Tensor | None, ...]  # one for each of Logits.leaves, of its shape
@@ -35,6 +41,7 @@ class Loaded(NamedTuple):
 
     x: Tensor  # (R, D) features or (R, C) logits
     map: LogitMap  # of these rows
+    low: Tensor | None = None  # (R, rank), the features' low-rank image
 
 
 class Logits(Protocol):
@@ -46,6 +53,11 @@ class Logits(Protocol):
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
         """The tensors in which the logits are differentiable."""
+        ...
+
+    @property
+    def of_rows(self) -> tuple[bool, ...]:
+        """A flag for each leaf: whether it has a row for each of the N."""
         ...
 
     @property
@@ -134,6 +146,8 @@ class DenseLogits:
 
     u: Tensor  # (N, C)
     map: LogitMap = IDENTITY
+
+    of_rows = (True,)
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
@@ -239,13 +253,15 @@ class _DenseLogitsAccumulator:
 
 @record
 class LinearHead:
-    """Logits of a linear classifier on features: u = x Wᵀ + b."""
+    """Logits of a linear classifier on features: u = x Wᵀ + b, and + l Bᵀ where there is a low-rank term."""
 
     x: Tensor  # (N, D)
     w: Tensor  # (C, D)
     b: Tensor | None  # (C,)
     map: LogitMap = IDENTITY
     product_dtype: torch.dtype | None = None  # to which products round their factors; None means dtype
+    low: Tensor | None = None  # l, (N, rank)
+    up: Tensor | None = None  # B, (C, rank)
 
     @property
     def factor_dtype(self) -> torch.dtype:
@@ -253,7 +269,12 @@ class LinearHead:
 
     @property
     def leaves(self) -> tuple[Tensor | None, ...]:
-        return self.x, self.w, self.b
+        whole = self.x, self.w, self.b
+        return whole if self.up is None else (*whole, self.low, self.up)
+
+    @property
+    def of_rows(self) -> tuple[bool, ...]:
+        return (True, False, False) if self.up is None else (True, False, False, True, False)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -269,7 +290,11 @@ class LinearHead:
 
     @property
     def depth(self) -> int:
-        return self.x.shape[1]
+        return self.x.shape[1] + self.rank
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.up is None else self.up.shape[1]
 
     @property
     def least_resident_rows(self) -> int:
@@ -283,29 +308,31 @@ class LinearHead:
         factor = self.factor_dtype
         rows = factor.itemsize * (gathered or self.x.dtype != factor)
         # products of half factors come out in their own type first
-        return self.x.shape[1] * (
-            rows + self.dtype.itemsize * gathered + factor.itemsize * (factor != self.dtype)
-        )
+        return self.depth * (rows + self.dtype.itemsize * gathered + factor.itemsize * (factor != self.dtype))
 
     def bytes_per_class(self) -> int:
         factor = self.factor_dtype
-        return self.w.shape[1] * factor.itemsize * ((self.w.dtype != factor) + (factor != self.dtype))
+        return self.depth * factor.itemsize * ((self.w.dtype != factor) + (factor != self.dtype))
 
     @property
     def bytes_per_logit(self) -> int:
         return self.factor_dtype.itemsize if self.factor_dtype != self.dtype else 0
 
     def load(self, rows: Rows) -> Loaded:
-        return Loaded(take(self.x, rows).to(self.factor_dtype), self.map.rows(rows))
+        low = None if self.low is None else take(self.low, rows).to(self.factor_dtype)
+        return Loaded(take(self.x, rows).to(self.factor_dtype), self.map.rows(rows), low)
 
     def select(self, kept: Tensor) -> LinearHead:
         """Return the same with zeros in the rows that are not kept (N,), whatever they held."""
-        return replace(self, x=torch.where(kept[:, None], self.x, 0.0))
+        low = None if self.low is None else torch.where(kept[:, None], self.low, 0.0)
+        return replace(self, x=torch.where(kept[:, None], self.x, 0.0), low=low)
 
     def tile(
         self, ops: TileOps, loaded: Loaded, classes: slice, buffers: TileBuffers, *, borrow: bool = False
     ) -> Tile:
         u = ops.product(loaded.x, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, buffers.z)
+        if loaded.low is not None and self.up is not None:
+            u = ops.add_product(u, loaded.low, cut(self.up, classes).to(self.factor_dtype).t())
         if self.b is not None:
             u = ops.add(u, cut(self.b, classes).to(self.dtype))
         return loaded.map.apply(ops, u, classes, buffers)
@@ -313,6 +340,9 @@ class LinearHead:
     def entries(self, loaded: Loaded, classes: Tensor) -> Tensor:
         factors = self.w[classes].to(self.factor_dtype)  # (R, K, D)
         u = (factors @ loaded.x[:, :, None])[:, :, 0].to(self.dtype)
+        if loaded.low is not None and self.up is not None:
+            factors = self.up[classes].to(self.factor_dtype)
+            u = u + (factors @ loaded.low[:, :, None])[:, :, 0].to(self.dtype)
         if self.b is not None:
             u = u + self.b[classes].to(self.dtype)
         return loaded.map.at(u)
@@ -326,15 +356,21 @@ class LinearHead:
         classes: slice,
         out: Tensor | None,
     ) -> Tensor:
-        """Return ẋ Wᵀ + x Ẇᵀ + ḃ of a tile, a term for each tangent that there is."""
-        dx, dw, db = tangents
-        v = None
-        if dx is not None:
-            x, w = take(dx, rows).to(self.factor_dtype), cut(self.w, classes).to(self.factor_dtype)
-            v = ops.product(x, w.t(), self.dtype, out)
-        if dw is not None:
-            w = cut(dw, classes).to(self.factor_dtype).t()
-            v = ops.product(loaded.x, w, self.dtype, out) if v is None else ops.add_product(v, loaded.x, w)
+        """Return ẋ Wᵀ + x Ẇᵀ + ḃ (+ l̇ Bᵀ + l Ḃᵀ) of a tile, a term for each tangent that there is."""
+        db, v = tangents[2], None
+        for (x, w), (dx, dw) in zip(self._factors(loaded), _of_factors(tangents), strict=True):
+            for left, right in (
+                (None if dx is None else take(dx, rows).to(self.factor_dtype), w),
+                (x, dw),
+            ):
+                if left is None or right is None:
+                    continue
+                factor = cut(right, classes).to(self.factor_dtype).t()
+                v = (
+                    ops.product(left, factor, self.dtype, out)
+                    if v is None
+                    else ops.add_product(v, left, factor)
+                )
         if db is not None:
             b = db[classes].to(self.dtype)
             v = ops.copy(b.expand(loaded.x.shape[0], -1), out) if v is None else ops.add(v, b)
@@ -342,16 +378,31 @@ class LinearHead:
         return v
 
     def pull_back(self, loaded: Loaded, g: Tensor, wants: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        wants_x, wants_w, wants_b = wants
         factor = g.to(self.factor_dtype)
-        return (
-            torch.mm(factor, self.w.to(factor.dtype)) if wants_x else None,
-            torch.mm(factor.t(), loaded.x) if wants_w else None,
-            g.sum(0) if wants_b else None,
+        (of_x, of_w), *of_low = (
+            (
+                torch.mm(factor, w.to(factor.dtype)) if wants_x else None,
+                torch.mm(factor.t(), x) if wants_w else None,
+            )
+            for (x, w), (wants_x, wants_w) in zip(self._factors(loaded), _of_factors(wants), strict=True)
         )
+        return of_x, of_w, g.sum(0) if wants[2] else None, *(t for pair in of_low for t in pair)
+
+    def _factors(self, loaded: Loaded) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the factors (x, W) and, where there is a low-rank term, (l, B), of a chunk's rows."""
+        yield loaded.x, self.w
+        if loaded.low is not None and self.up is not None:
+            yield loaded.low, self.up
 
     def accumulator(self, ops: TileOps, wants: tuple[bool, ...]) -> GradientAccumulator:
         return _LinearHeadAccumulator(self, ops, wants)
+
+
+def _of_factors(values: tuple[T, ...]) -> Iterator[tuple[T, T]]:
+    """Yield a value for each of the leaves by pairs of factors: those of x and W, of l and B."""
+    yield values[0], values[1]
+    if len(values) > 3:
+        yield values[3], values[4]
 
 
 class _LinearHeadAccumulator:
@@ -359,7 +410,7 @@ class _LinearHeadAccumulator:
 
     def __init__(self, logits: LinearHead, ops: TileOps, wants: tuple[bool, ...]) -> None:
         self.logits = logits
-        self.dx, self.dw, self.db = (
+        self.totals = tuple(
             ops.total(tuple(tensor.shape), logits.dtype, logits.device)
             if want and tensor is not None
             else None
@@ -367,35 +418,39 @@ class _LinearHeadAccumulator:
         )
 
     def add(self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor) -> None:
-        factor = g.to(self.logits.factor_dtype)
-        if self.dx is not None:
-            self.dx.add_product(rows, factor, cut(self.logits.w, classes).to(factor.dtype))
-        if self.dw is not None:
-            self.dw.add_product(classes, factor.t(), loaded.x)
-        if self.db is not None:
-            self.db.add(classes, g.sum(0))
+        factor, db = g.to(self.logits.factor_dtype), self.totals[2]
+        for (x, w), (dx, dw) in zip(self.logits._factors(loaded), _of_factors(self.totals), strict=True):
+            if dx is not None:
+                dx.add_product(rows, factor, cut(w, classes).to(factor.dtype))
+            if dw is not None:
+                dw.add_product(classes, factor.t(), x)
+        if db is not None:
+            db.add(classes, g.sum(0))
 
     def crosses(self, tangents: Tangents) -> bool:
         """Return whether `add_tangent` has anything to add."""
-        dx, dw, _ = tangents
-        return (self.dx is not None and dw is not None) or (self.dw is not None and dx is not None)
+        return any(
+            (of_x is not None and dw is not None) or (of_w is not None and dx is not None)
+            for (of_x, of_w), (dx, dw) in zip(_of_factors(self.totals), _of_factors(tangents), strict=True)
+        )
 
     def add_tangent(self, rows: Rows, tangents: Tangents, classes: slice, g: Tensor) -> None:
         """Add the part of a tile of ∂L/∂u̇ that comes from u̇ = ẋ Wᵀ + x Ẇᵀ + ḃ as a function of x and W."""
-        dx, dw, _ = tangents
         factor = g.to(self.logits.factor_dtype)
-        if self.dx is not None and dw is not None:
-            self.dx.add_product(rows, factor, cut(dw, classes).to(factor.dtype))
-        if self.dw is not None and dx is not None:
-            self.dw.add_product(classes, factor.t(), take(dx, rows).to(factor.dtype))
+        for (of_x, of_w), (dx, dw) in zip(_of_factors(self.totals), _of_factors(tangents), strict=True):
+            if of_x is not None and dw is not None:
+                of_x.add_product(rows, factor, cut(dw, classes).to(factor.dtype))
+            if of_w is not None and dx is not None:
+                of_w.add_product(classes, factor.t(), take(dx, rows).to(factor.dtype))
 
     def share(self, rows: Rows, ranks: ClassGroup) -> None:
         """Sum the features' gradient over ranks, for rows to which all classes here have been added.
 
         It is sent in the background, so nothing may be added to these rows any more.
         """
-        if self.dx is not None:
-            self.dx.send(rows, ranks.sum_later)
+        for of_x, _ in _of_factors(self.totals):
+            if of_x is not None:
+                of_x.send(rows, ranks.sum_later)
 
     def place(self, rows: Rows) -> Tensor | None:
         return None
@@ -403,5 +458,5 @@ class _LinearHeadAccumulator:
     def finish(self, scale: Tensor | None) -> tuple[Tensor | None, ...]:
         return tuple(
             None if total is None or tensor is None else total.finish(scale, tensor.dtype)
-            for total, tensor in zip((self.dx, self.dw, self.db), self.logits.leaves, strict=True)
+            for total, tensor in zip(self.totals, self.logits.leaves, strict=True)
         )

@@ -79,7 +79,10 @@ def _pull_back(
 ) -> Gradients:
     (tile,) = tiles
     g = differentiate(problem, slice(0, problem.selection.count), tile, found, coefficients)
-    of_rows, *others = problem.logits.pull_back(loaded, g, wants[1:])
-    if of_rows is not None and problem.selection.index is not None:
-        of_rows = problem.selection.scatter(of_rows)
-    return FinishedGradients((None, of_rows, *others), problem.leaves)
+    found_gradients = problem.logits.pull_back(loaded, g, wants[1:])
+    if problem.selection.index is not None:
+        found_gradients = tuple(
+            problem.selection.scatter(t) if t is not None and of_rows else t
+            for t, of_rows in zip(found_gradients, problem.logits.of_rows, strict=True)
+        )
+    return FinishedGradients((None, *found_gradients), problem.leaves)

@@ -32,8 +32,9 @@ from xent._core.targets import ClassSlice, Targets
 
 Tensors = tuple[Tensor | None, ...]
 
-LEAVES_OF_HEAD = 4  # probabilities, features, weight, bias
 LEAVES_OF_LOGITS = 2  # probabilities, logits
+LEAVES_OF_HEAD = 4  # probabilities, features, weight, bias
+LEAVES_OF_LOW_RANK_HEAD = 6  # those, the features' low-rank image, and the factor that it is multiplied with
 
 
 class RowTerms(NamedTuple):
@@ -174,7 +175,7 @@ class Problem:
         each = temperature if isinstance(temperature, Tensor) else None
         form = Form(
             logits.product_dtype if isinstance(logits, LinearHead) else None,
-            LEAVES_OF_HEAD if isinstance(logits, LinearHead) else LEAVES_OF_LOGITS,
+            1 + len(logits.leaves),
             of_map.softcap,
             1.0 if isinstance(temperature, Tensor) else temperature,
             of_map.scale,
@@ -215,7 +216,7 @@ class Form:
 
     @property
     def is_head(self) -> bool:
-        return self.n_leaves == LEAVES_OF_HEAD
+        return self.n_leaves != LEAVES_OF_LOGITS
 
     def bind(self, tensors: Tensors, *others: Tensor | None) -> Problem:
         """Return the problem made of the tensors; `others` are further ones that `vmap` may have batched."""
@@ -227,9 +228,9 @@ class Form:
         assert x is not None
         logits: Logits
         if self.is_head:
-            w, b = head
+            w, b, *low_rank = head
             assert w is not None
-            logits = LinearHead(x, w, b, of_map, self.product_dtype)
+            logits = LinearHead(x, w, b, of_map, self.product_dtype, *low_rank)
         else:
             logits = DenseLogits(x, of_map)
         targets = Targets(

@@ -120,9 +120,14 @@ def _logits(problem: Problem, leaves: tuple[Tensor | None, ...]) -> Tensor:
     assert first is not None
     u = problem.selection.gather(first)
     if isinstance(problem.logits, LinearHead):
-        w, b = head
+        w, b, *low_rank = head
         assert w is not None
         u = u @ w.t() if b is None else u @ w.t() + b
+        if low_rank:
+            low, up = low_rank
+            assert low is not None
+            assert up is not None
+            u = u + problem.selection.gather(low) @ up.t()
     of_map = problem.logits.map
     u = of_map.scale * u
     if of_map.softcap is not None:

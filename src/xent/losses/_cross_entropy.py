@@ -14,6 +14,7 @@ from xent._arguments.options import (
     ReductionOptions,
     TargetOptions,
 )
+from xent._core.low_rank import LowRank
 from xent._core.margin import Margin
 from xent._core.target import TopKTarget
 from xent.losses._loss import loss_of_head, loss_of_logits
@@ -102,7 +103,7 @@ def cross_entropy(
 
 def linear_cross_entropy(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | LowRank,
     target: Tensor | TopKTarget,
     *,
     linear_bias: Tensor | None = None,

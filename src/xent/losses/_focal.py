@@ -12,6 +12,7 @@ from torch import Tensor
 
 from xent._arguments.options import Execution, LogitOptions, Options, ReductionOptions, TargetOptions
 from xent._arguments.validation import check_tensors, is_readable
+from xent._core.low_rank import LowRank
 from xent._core.row_losses import Focal
 from xent._core.validators import Number
 from xent.losses._loss import loss_of_head, loss_of_logits, refuse_smoothing
@@ -78,7 +79,7 @@ def focal_loss(
 
 def linear_focal_loss(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | LowRank,
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,

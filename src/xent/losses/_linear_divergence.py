@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, agreed, resolve_head, resolve_local_head
+from xent._arguments.call import Call, agreed, harmless, resolve_head, resolve_local_head
 from xent._arguments.options import Options
 from xent._arguments.targets import select
-from xent._arguments.validation import check_devices, check_tensors, require_tensors
+from xent._arguments.validation import check_devices, check_tensors, require_tensors, require_weight
 from xent._autograd import transforms, two_heads
 from xent._autograd.chain import needs_gradient
 from xent._core.class_indices import UNCHECKED
 from xent._core.logits import LinearHead
+from xent._core.low_rank import LowRank, Weight, tensors_of_weight
 from xent._core.reduction import Kind, Scale
 from xent._core.target import TopKTarget
 from xent._core.tiles.two_heads import Pair
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-Head: TypeAlias = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]
+Head: TypeAlias = tuple[Tensor, Weight] | tuple[Tensor, Weight, Tensor | None]
 
 
 def linear_kl_divergence(
@@ -56,7 +57,8 @@ def linear_kl_divergence(
     ``∂KL/∂z_S = p − t``, ``∂KL/∂z_T = t∘(log t − log p − KL)``.
 
     Args:
-        student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,).
+        student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,); the weight
+            may be a :class:`LowRank`.
         teacher: the same over the same rows and classes; its features may be of another width. Or a
             :class:`TopKTarget` of remainder ``"bucket"`` or ``"drop"``, as stored, whose temperature is its
             own: two products, and the exact KL of k + 1 classes.
@@ -169,9 +171,11 @@ def _divergence(student: Head, teacher: Head | TopKTarget, beta: float, options:
         return _of_top_k(student, as_bucket(teacher, beta), beta, of_head, by_t2=by_t2)
     if options.group is not None:
         raise ValueError("group needs a teacher that is a TopKTarget: two heads lie on one process")
-    distillation = _resolve(
-        _head("student", student, of_head), _head("teacher", teacher, of_head), sample_weight
+    student_head, teacher_head = (
+        _head(role, head, of_head, sample_weight)
+        for role, head in (("student", student), ("teacher", teacher))
     )
+    distillation = _resolve(student_head, teacher_head, sample_weight)
     call, pair, weight, in_graph = distillation
     kind, selection = call.reduction.kind, pair.selection
     scale = _scale(kind, weight, selection.count)
@@ -204,7 +208,7 @@ def _of_top_k(student: Head, teacher: TopKTarget, beta: float, options: Options,
         call = resolve_local_head(options, features, weight, bias, teacher)
         return top_k_divergence(call, beta, options.target.sample_weight, by_t2=by_t2)
 
-    return agreed(found, options, weight)
+    return agreed(found, options, *tensors_of_weight(weight))
 
 
 class _Distillation(NamedTuple):
@@ -274,9 +278,11 @@ def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
     return (1.0 / divisor.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
 
 
-def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
+def _head(role: str, given: Head, options: Options, sample_weight: Tensor | None) -> tuple[Call, LinearHead]:
     """Resolve one head, as every loss from features does; an error names the role."""
     features, weight, bias = _tensors(role, given)
+    if isinstance(weight, LowRank):
+        features = harmless(options.with_options(sample_weight=sample_weight), features, None)
     try:
         call = resolve_head(options, features, weight, bias, None)
     except (ValueError, TypeError) as error:
@@ -285,14 +291,15 @@ def _head(role: str, given: Head, options: Options) -> tuple[Call, LinearHead]:
     return call, cast(LinearHead, problem.logits)
 
 
-def _tensors(role: str, given: Head) -> tuple[Tensor, Tensor, Tensor | None]:
+def _tensors(role: str, given: Head) -> tuple[Tensor, Weight, Tensor | None]:
     """Return features, weight and bias of a head."""
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")
     features, weight, bias = (*given, None)[:3]
-    require_tensors(**{f"the {role}'s features": features, f"the {role}'s weight": weight}, spread=True)
-    assert features is not None
-    assert weight is not None
-    if weight.dim() != 2:
+    require_tensors(**{f"the {role}'s features": features}, spread=True)
+    require_weight(**{f"the {role}'s weight": weight}, spread=True)
+    assert isinstance(features, Tensor)
+    assert isinstance(weight, Tensor | LowRank)
+    if len(weight.shape) != 2:
         raise ValueError(f"the {role}'s weight must be (C, D), got {tuple(weight.shape)}")
     return features, weight, bias

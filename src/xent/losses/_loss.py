@@ -13,6 +13,7 @@ from xent._arguments import call as calls
 from xent._arguments.call import agreed
 from xent._arguments.options import Options
 from xent._autograd.transforms import is_plain
+from xent._core.low_rank import Weight, tensors_of_weight
 from xent._core.row_losses import RowLoss
 from xent._core.target import Target
 from xent._core.validators import valid
@@ -31,7 +32,7 @@ def loss_of_logits(
 def loss_of_head(
     options: Options,
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Weight,
     linear_bias: Tensor | None,
     target: Target,
     row_loss: RowLoss | None = None,
@@ -39,10 +40,11 @@ def loss_of_head(
     """Return a loss of a head, input (..., D), linear_weight (C, D) or (C, d1, ..., D)."""
     calls.require_target(target)
     head = (input, linear_weight, linear_bias)
+    tensors = tensors_of_weight(linear_weight)
     if options.on_one_process and linear_weight is not None and is_plain(*head, target, *options.tensors()):
         return calls.resolve_head(options, *head, target, row_loss, plain=True).loss(plain=True)
     return agreed(
-        lambda: calls.resolve_local_head(options, *head, target, row_loss).loss(), options, linear_weight
+        lambda: calls.resolve_local_head(options, *head, target, row_loss).loss(), options, *tensors
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from xent._arguments.options import Execution, LogitOptions, Options, ReductionOptions, TargetOptions
+from xent._core.low_rank import LowRank
 from xent._core.row_losses import Poly
 from xent._core.validators import FINITE
 from xent.losses._loss import loss_of_head, loss_of_logits, refuse_smoothing
@@ -72,7 +73,7 @@ def poly_loss(
 
 def linear_poly_loss(
     input: Tensor,
-    linear_weight: Tensor,
+    linear_weight: Tensor | LowRank,
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call
+from xent._arguments.call import Call, resolve_head
 from xent._arguments.options import Options
+from xent._arguments.validation import require_tensors
 from xent._autograd import transforms
 from xent._core.ops import any_batched
 from xent._core.problem import Problem
@@ -26,6 +27,14 @@ def class_indices(target: Tensor) -> Tensor:
         given = target.dtype if isinstance(target, Tensor) else type(target).__name__
         raise TypeError(f"a triplet has one positive: target must be a tensor of class indices, got {given}")
     return target
+
+
+def resolve_plain_head(
+    options: Options, input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, target: Tensor
+) -> Call:
+    """Resolve a head whose weight is a tensor, and a class for each row."""
+    require_tensors(linear_weight=linear_weight)
+    return resolve_head(options, input, linear_weight, linear_bias, class_indices(target))
 
 
 def report_options(

@@ -12,11 +12,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, resolve_head, resolve_logits
+from xent._arguments.call import Call, resolve_logits
 from xent._core.logits import compute_dtype
 from xent._core.validators import valid
 from xent.triplets import _attribution_sweep
-from xent.triplets._arguments import class_indices, join_parts, report_options, report_rows
+from xent.triplets._arguments import (
+    class_indices,
+    join_parts,
+    report_options,
+    report_rows,
+    resolve_plain_head,
+)
 
 
 class Attribution(NamedTuple):
@@ -106,9 +112,7 @@ def linear_attribution(
         (torch.Size([8, 3]), torch.Size([8]))
     """
     options = report_options(ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget)
-    return _attribution(
-        resolve_head(options, input, linear_weight, linear_bias, class_indices(target)), top_k
-    )
+    return _attribution(resolve_plain_head(options, input, linear_weight, linear_bias, target), top_k)
 
 
 def _attribution(call: Call, top_k: int) -> Attribution:

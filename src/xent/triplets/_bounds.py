@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, resolve_head, resolve_logits
+from xent._arguments.call import Call, resolve_logits
 from xent._arguments.options import Options
 from xent._core.logit_map import TileBuffers
 from xent._core.logits import DenseLogits, LinearHead, compute_dtype
 from xent._core.ops import FunctionalOps
-from xent.triplets._arguments import class_indices, join_parts, no_autocast, report_options, report_rows
+from xent.triplets._arguments import (
+    class_indices,
+    join_parts,
+    no_autocast,
+    report_options,
+    report_rows,
+    resolve_plain_head,
+)
 from xent.triplets._sweep import Bounds, chain
 
 
@@ -80,7 +87,7 @@ def linear_margins(
         tensor([[1.]])
     """
     options = Options.of(ignore_index=ignore_index, reduction="none", check_targets=check_targets)
-    call = resolve_head(options, input, linear_weight, linear_bias, class_indices(target))
+    call = resolve_plain_head(options, input, linear_weight, linear_bias, target)
     return _margins(call, options.target.ignored)
 
 
@@ -196,7 +203,7 @@ def linear_bounds(
     options = report_options(
         ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget, **reducing
     )
-    return _bounds(resolve_head(options, input, linear_weight, linear_bias, class_indices(target)))
+    return _bounds(resolve_plain_head(options, input, linear_weight, linear_bias, target))
 
 
 def _bounds(call: Call) -> Bounds:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent._arguments.call import Call, resolve_head, resolve_logits
+from xent._arguments.call import Call, resolve_logits
 from xent._arguments.options import Options
 from xent._autograd import transforms
 from xent._core.class_indices import holds_integers, widened
@@ -22,7 +22,7 @@ from xent._core.logits import DenseLogits, LinearHead
 from xent._core.problem import Problem
 from xent._core.validators import Whole, valid
 from xent.triplets import _tiles
-from xent.triplets._arguments import class_indices, no_autocast, scatter_rows
+from xent.triplets._arguments import class_indices, no_autocast, resolve_plain_head, scatter_rows
 from xent.triplets._forms import Form, in_geometry, softplus
 
 Negatives: TypeAlias = str | int | Tensor
@@ -162,7 +162,7 @@ def linear_triplet_loss(
         >>> loss.backward()
     """
     options = _options(ignore_index, reduction, sample_weight, check_targets, memory_budget, geometry)
-    call = resolve_head(options, input, linear_weight, linear_bias, class_indices(target))
+    call = resolve_plain_head(options, input, linear_weight, linear_bias, target)
     return _loss(call, _hinge(margin), negatives, geometry)
 
 
@@ -203,7 +203,7 @@ def linear_smooth_triplet_loss(
         True
     """
     options = _options(ignore_index, reduction, sample_weight, check_targets, memory_budget, geometry)
-    call = resolve_head(options, input, linear_weight, linear_bias, class_indices(target))
+    call = resolve_plain_head(options, input, linear_weight, linear_bias, target)
     return _loss(call, _smooth(margin), negatives, geometry)
 
 

@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._arguments.call import Call, resolve_head, resolve_logits
+from xent._arguments.call import Call, resolve_logits
 from xent._core.statistics import statistics_dtype
 from xent._core.validators import valid
 from xent.triplets import _attribution_sweep
-from xent.triplets._arguments import class_indices, eager_problem, report_options
+from xent.triplets._arguments import class_indices, eager_problem, report_options, resolve_plain_head
 from xent.triplets._attribution import weighted_loss
 
 MAX_DENSE_CLASSES = 4096  # a dense matrix of 128 MiB
@@ -176,9 +176,7 @@ def linear_pair_matrix(
         (True, 3)
     """
     options = report_options(ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget)
-    return _pair_matrix(
-        resolve_head(options, input, linear_weight, linear_bias, class_indices(target)), top_k
-    )
+    return _pair_matrix(resolve_plain_head(options, input, linear_weight, linear_bias, target), top_k)
 
 
 def _pair_matrix(call: Call, top_k: int | None) -> PairMatrix:

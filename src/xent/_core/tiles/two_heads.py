@@ -34,7 +34,7 @@ from xent._core.tiles.sweep import Workspace
 PIECE = 1 << 16  # elements of a tile at a time: what is made on the way stays in the cache
 TEMPORARIES = 12  # tensors of a piece that are alive at once
 
-Wants: TypeAlias = tuple[bool, bool, bool]  # of features, weight and bias
+Wants: TypeAlias = tuple[bool, ...]  # of a head's leaves
 Tile: TypeAlias = tuple[Tensor, Tensor]  # (R, T) of the student and of the teacher
 Both: TypeAlias = tuple[Loaded, Loaded]  # a chunk of rows of both
 
@@ -89,6 +89,8 @@ class Pair:
             self.student.map.scale,
             self.budget,
             self.beta,
+            len(self.student.leaves),
+            len(self.teacher.leaves),
         )
         rest = (each, self.selection.index, self.selection.mask)
         return form, (*self.student.leaves, *self.teacher.leaves, *rest)
@@ -157,23 +159,36 @@ class PairForm:
     scale: float
     budget: int
     beta: float = 0.0
+    student_leaves: int = 3  # which say whether a head has a low-rank term
+    teacher_leaves: int = 3
+
+    @property
+    def n_leaves(self) -> int:
+        return self.student_leaves + self.teacher_leaves
 
     def bind(self, tensors: tuple[Tensor | None, ...], *others: Tensor | None) -> Pair:
         """Return the pair made of the tensors; `others` are further ones that `vmap` may have batched."""
-        x, w, b, teacher_x, teacher_w, teacher_b, each, index, mask = tensors
-        assert x is not None
-        assert w is not None
-        assert teacher_x is not None
-        assert teacher_w is not None
+        of_student, of_teacher = tensors[: self.student_leaves], tensors[self.student_leaves : self.n_leaves]
+        each, index, mask = tensors[self.n_leaves :]
         logits = LogitMap(None, self.temperature if each is None else each, scale=self.scale)
+        student = _head(of_student, logits, self.product_dtype)
         return Pair(
-            LinearHead(x, w, b, logits, self.product_dtype),
-            LinearHead(teacher_x, teacher_w, teacher_b, logits, self.teacher_product_dtype),
-            Selection(x.shape[0], index, mask),
+            student,
+            _head(of_teacher, logits, self.teacher_product_dtype),
+            Selection(student.shape[0], index, mask),
             self.budget,
             any_batched(*tensors, *others),
             self.beta,
         )
+
+
+def _head(
+    leaves: tuple[Tensor | None, ...], of_logits: LogitMap, product_dtype: torch.dtype | None
+) -> LinearHead:
+    x, w, b, *low_rank = leaves
+    assert x is not None
+    assert w is not None
+    return LinearHead(x, w, b, of_logits, product_dtype, *low_rank)
 
 
 class PairGradients(NamedTuple):
