@@ -17,6 +17,7 @@ import xent
 from table import Problem, close
 
 UNEVEN = {2: (4, 2), 3: (3, 0, 3)}  # of six classes
+EVERYTHING = next(row for row in table.ROWS if row.name == "index-everything")
 CASE = {2: (60, 41), 3: (40, 21, 40)}  # of 101
 
 
@@ -200,6 +201,30 @@ def known_values() -> None:
     assert round(found.item(), 7) == 0.4401897
     smoothed = xent.cross_entropy(z[:, classes], y, group=dist.group.WORLD, label_smoothing=0.2)
     assert round(smoothed.item(), 7) == round(0.4401897 + 0.2 * 1.5, 7)  # 2 − the mean of the logits
+
+
+def low_rank() -> None:
+    """An adapter's factors on several ranks: its up spread like the classes, its down on all of them."""
+    p = table.problem(EVERYTHING).differentiable()
+    down, up = torch.randn(2, p.x.shape[1], dtype=p.x.dtype), torch.randn(6, 2, dtype=p.x.dtype)
+    down.requires_grad_()
+    classes = here({2: (4, 2), 3: (1, 3, 2)}[dist.get_world_size()])
+    whole, mine = up.clone().requires_grad_(), up[classes].clone().requires_grad_()
+    w = p.w.detach()[classes].clone().requires_grad_()
+    p_here = share(p, classes)
+
+    def loss(w: Tensor, up: Tensor, options: dict[str, Any], **group: Any) -> Tensor:
+        return xent.linear_cross_entropy(p.x, xent.LowRank(w, down, up, 0.7), p.target, **options, **group)
+
+    for budget in (1 << 26, 600):
+        more = {"memory_budget": budget}
+        one = loss(p.w, whole, p.options | more)
+        spread = loss(w, mine, p_here.options | more, group=dist.group.WORLD)
+        expected = grad(one, [p.x, down, p.w, whole], create_graph=True)
+        found = grad(spread, [p.x, down, w, mine], create_graph=True)
+        all_close([spread, *found], [one, *expected[:2], *(g[classes] for g in expected[2:])])
+        up_1, up_2 = torch.randn_like(p.x), torch.randn_like(down)
+        all_close(grad(found[:2], [p.x, down], [up_1, up_2]), grad(expected[:2], [p.x, down], [up_1, up_2]))
 
 
 def buckets() -> None:

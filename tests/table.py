@@ -244,6 +244,7 @@ SURROGATE |= {
 CONVEX_ROW_LOSS = "a function of p that is not convex in the logits, though cross-entropy is"
 CONVEX_REVERSE = "not convex in the logits that weigh the logarithms"
 CONVEX_ENTROPY = "entropy is neither convex nor concave in the logits"
+OF_CLASSES = UNWEIGHTED | {"convex": CONVEX_ENTROPY}
 
 # the losses that have not all of cross-entropy's options
 OTHERS = [
@@ -287,14 +288,25 @@ OTHERS = [
         exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY, "shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP},
     ),
     Row("log-prob", loss="log_prob", ignored=True, exempt=UNWEIGHTED),
-    Row("log-probs", loss="log_probs", target="classes", exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY}),
+    Row("log-probs", loss="log_probs", target="classes", exempt=OF_CLASSES),
     Row(
         "log-probs-scaled",
         loss="log_probs",
         target="classes",
         options={"logit_scale": 0.5, "softcap": 3.0, "temperature": 0.7},
-        exempt=UNWEIGHTED | {"convex": CONVEX_ENTROPY, "shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP},
+        exempt=OF_CLASSES | {"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP},
     ),
+    Row("low-rank", loss="low_rank", ignored=True),
+    Row(
+        "low-rank-everything",
+        loss="low_rank",
+        options={"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 4.0, "temperature": 0.7},
+        class_weight=True,
+        sample_weight=True,
+        ignored=True,
+        exempt={"shift": SHIFT_SOFTCAP, "gradient_sum": SUMS_SOFTCAP, "convex": CONVEX_SOFTCAP},
+    ),
+    Row("low-rank-log-probs", loss="low_rank_log_probs", target="classes", exempt=OF_CLASSES),
     Row("index-scaled", options={"logit_scale": 0.5, "label_smoothing": 0.1}, class_weight=True),
     Row(
         "kl-divergence",
@@ -345,6 +357,17 @@ OTHERS += [
     Row(
         "linear-kl-divergence",
         loss="linear_kl",
+        target="probabilities",
+        exempt={
+            "finite_differences": "a teacher of given probabilities has features without bound",
+            "learnt_weights": "takes no learnt weight",
+            "additive": "takes no denominator",
+            "half": "the teacher's logarithms have rounded to the half type already",
+        },
+    ),
+    Row(
+        "low-rank-kl-divergence",
+        loss="low_rank_kl",
         target="probabilities",
         exempt={
             "finite_differences": "a teacher of given probabilities has features without bound",
@@ -490,7 +513,7 @@ def dense_log_probs(z: Tensor, target: Tensor, *, reduction: str = "mean", **opt
 
 
 def linear_log_probs(
-    x: Tensor, w: Tensor, b: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any
+    x: Tensor, w: Tensor | xent.LowRank, b: Tensor, target: Tensor, *, reduction: str = "mean", **options: Any
 ) -> Tensor:
     found = xent.linear_log_prob(x, w, target, linear_bias=b, return_entropy=True, **options)
     return of_classes(found, target, reduction, x.dtype)
@@ -583,7 +606,17 @@ def plain_kl_div(z: Tensor, target: Tensor, *, reduction: str = "mean") -> Tenso
     return values if reduction == "none" else values.sum() if reduction == "sum" else values.mean()
 
 
-def distilled(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options: Any) -> Tensor:
+def low_rank(w: Tensor) -> xent.LowRank:
+    """The same classifier, exactly, the last of its columns in a low-rank term."""
+    whole, last = w.split([w.shape[1] - 1, 1], dim=1)
+    down = torch.zeros(1, w.shape[1], dtype=w.dtype)
+    down[0, -1] = 2.0
+    return xent.LowRank(torch.cat([whole, torch.zeros_like(last)], 1), down, last, scale=0.5)
+
+
+def distilled(
+    x: Tensor, w: Tensor | xent.LowRank, b: Tensor | None, target: Tensor, **options: Any
+) -> Tensor:
     """KL of a head and a teacher whose softmax is the target."""
     teacher = target.log(), torch.eye(target.shape[1], dtype=target.dtype)
     return xent.linear_kl_divergence(student=(x, w, b), teacher=teacher, **options)
@@ -599,6 +632,13 @@ LOSSES = {
     "cross_entropy": Loss(
         xent.cross_entropy,
         lambda x, w, b, target, **options: xent.linear_cross_entropy(x, w, target, linear_bias=b, **options),
+        plain_cross_entropy,
+    ),
+    "low_rank": Loss(
+        xent.cross_entropy,
+        lambda x, w, b, target, **options: xent.linear_cross_entropy(
+            x, low_rank(w), target, linear_bias=b, **options
+        ),
         plain_cross_entropy,
     ),
     "focal": of_cross_entropy(
@@ -649,6 +689,13 @@ LOSSES = {
         lambda x, w, b, target, **options: distilled(x, w, b, target, **options),
         plain_kl,
     ),
+    "low_rank_kl": Loss(
+        lambda z, target, **options: distilled(
+            z, low_rank(torch.eye(z.shape[1], dtype=z.dtype)), None, target, **options
+        ),
+        lambda x, w, b, target, **options: distilled(x, low_rank(w), b, target, **options),
+        plain_kl,
+    ),
     "linear_kl_bucket": Loss(
         lambda z, target, **options: xent.kl_divergence(
             target=target, input=z, **{"reduction": "mean", **options}
@@ -675,6 +722,11 @@ LOSSES = {
     "entropy": of_rows("entropy"),
     "log_prob": of_rows("log_prob", -1.0),
     "log_probs": Loss(dense_log_probs, linear_log_probs, plain_log_probs),
+    "low_rank_log_probs": Loss(
+        dense_log_probs,
+        lambda x, w, b, target, **options: linear_log_probs(x, low_rank(w), b, target, **options),
+        plain_log_probs,
+    ),
 }
 
 

@@ -46,6 +46,7 @@ CASES = [
     "extremes",
     "known_values",
     "buckets",
+    "low_rank",
     "which_tensors",
     "other_slices",
     "beside_a_graph",

@@ -45,6 +45,9 @@ FUNCTIONS = {
     "frozen features": lambda _, w, t: xent.linear_cross_entropy(t["x"], w, t["y"]),
     "frozen classes": lambda x, _, t: xent.linear_cross_entropy(x, t["w"], t["y"], linear_bias=t["weight"]),
     "normalised": lambda x, _, t: xent.linear_cross_entropy(x, t["w"], t["y"], normalize=True),
+    "low rank": lambda x, w, t: xent.linear_cross_entropy(
+        x, xent.LowRank(t["w"], w[:3], t["w"][:, :3]), t["y"]
+    ),
     "rows": lambda x, _, t: xent.linear_row_statistics(x, t["w"], t["y"]).log_prob.sum(),
     "kl_divergence": lambda x, w, t: xent.kl_divergence(
         target=t["z"], input=x @ w.T, target_is_logits=True

@@ -49,6 +49,8 @@ WRONG = {
     "linear_bias": TENSOR,
     "bias": TENSOR,
     "weight": [*TENSOR, SPARSE],
+    "down": [*TENSOR, *NONE, SPARSE, Y[None], W[:, :2]],
+    "up": [*TENSOR, *NONE, SPARSE, Y[None], W],
     "class_weight": [*TENSOR, SPARSE],
     "pos_weight": TENSOR,
     "sample_weight": [*TENSOR, SPARSE],
@@ -173,6 +175,7 @@ CALLS = {
     xent.binary_cross_entropy_with_logits: {"input": X, "target": P},
     xent.kl_div: {"input": P.log(), "target": P},
     xent.Margin: {},
+    xent.LowRank: {"weight": W, "down": W[:2], "up": W[:, :2]},
     xent.TopKTarget: {
         "indices": torch.zeros(N, 1, dtype=torch.int64),
         "probabilities": torch.ones(N, 1),
@@ -245,6 +248,8 @@ def wrong_values(function, name):
         values.append(None)
     if name == "top_k" and "attribution" in function.__name__:
         values.append(None)
+    if name == "scale" and function is xent.LowRank:
+        return [*NUMBER, *NONE, float("inf")]
     if name == "bias" and function is curvature.HeadKronecker:
         return []
     return values
