@@ -84,6 +84,8 @@ def __getattr__(name: str) -> object:
         "load_model",
     ):  # need an extra, which importing xent must not
         return getattr(_import_module("xent.linear_model"), name)
+    if name == "integrations":  # a module that few need
+        return _import_module("xent.integrations")
     raise AttributeError(f"module 'xent' has no attribute {name!r}")
 
 

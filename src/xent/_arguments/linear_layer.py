@@ -1,6 +1,6 @@
 """The weight and bias of a linear layer that is read instead of called.
 
-    linear(x) = x Wᵀ + b
+    linear(x) = x Wᵀ + b        with a LoRA adapter of PEFT: x Wᵀ + b + κ B (A x)
 
 A fused loss takes W and b from the layer and never calls it. So all that a call would do beside this product
 (an adapter's term, a quantised product, a hook that makes the weight anew) would be left out in silence.
@@ -9,9 +9,13 @@ That is an error, which names the way out. Parametrizations make the weight when
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
+from xent._arguments import lora_layer
 from xent._arguments.validation import is_ordinary
+from xent._core.low_rank import LowRank, Weight
 
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 FSDP = "torch.distributed.fsdp"  # its hooks gather and free the parameters
@@ -19,38 +23,35 @@ DTENSOR = "torch.distributed.tensor"  # its hooks place what goes in and out, an
 OUT = "or call the layer yourself and pass its logits to xent.cross_entropy"
 
 
-def weight_and_bias(layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+def weight_and_bias(layer: nn.Module, name: str) -> tuple[Weight, Tensor | None]:
     """Return the weight (C, D) and the bias (C,) of a layer, seen to compute x Wᵀ + b and nothing else.
+
+    The weight of a layer with a LoRA adapter is a `LowRank`. An embedding has a weight and no bias.
 
     Raises:
         TypeError: a call of the layer would do more than that; the message says what, and the way out.
     """
-    kind = type(layer).__name__
-    if not isinstance(layer, nn.Linear) or any(
-        getattr(type(layer), name) is not getattr(nn.Module, name) or name in layer.__dict__ for name in CALLS
-    ):
+    copy = lora_layer.saved_copy(layer)
+    if copy is not None:
+        _check_hooks(layer, name)
+        return weight_and_bias(copy, name)
+    if lora_layer.is_lora(layer):
+        _check_calls(layer, name)
+        _check_hooks(layer, name)
+        return _adapted(layer, name)
+    kind = next((kind for kind in (nn.Linear, nn.Embedding) if isinstance(layer, kind)), None)
+    if kind is None:
+        raise TypeError(_no_linear(layer, name))
+    _check_calls(layer, name)
+    if type(layer).forward is not kind.forward or "forward" in layer.__dict__:
         raise TypeError(
-            f"{name} is a {kind} and no torch.nn.Linear: the loss reads the weight and would leave out the "
-            "rest; merge an adapter into the weight and put the torch.nn.Linear back, dequantise a quantised "
-            f"layer, {OUT}"
+            f"{name} ({type(layer).__name__}) has a forward of its own, which the loss, reading the weight, "
+            "would leave out; merge what it adds into the weight and put the torch.nn.Linear back, "
+            f"dequantise a quantised layer, {OUT}"
         )
-    if type(layer).forward is not nn.Linear.forward or "forward" in layer.__dict__:
-        raise TypeError(
-            f"{name} ({kind}) has a forward of its own, which the loss, reading the weight, would leave out; "
-            f"merge what it adds into the weight and put the torch.nn.Linear back, {OUT}"
-        )
-    for hooks in (
-        layer._forward_pre_hooks,
-        layer._forward_hooks,
-        layer._backward_pre_hooks,
-        layer._backward_hooks,
-    ):
-        for hook in hooks.values():
-            if not _module_of(hook).startswith((FSDP, DTENSOR)):
-                raise TypeError(_about_hook(name, hook))
-    if any(_module_of(hook).startswith(FSDP) for hook in layer._forward_pre_hooks.values()):
-        _gather(layer, name)
-    weight, bias = layer.weight, layer.bias
+    _check_hooks(layer, name)
+    weight: Any = layer.weight
+    bias: Any = getattr(layer, "bias", None)
     for which, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None and which == "weight":
             raise TypeError(f"{name}.weight must be a tensor, got None")
@@ -62,12 +63,57 @@ def weight_and_bias(layer: nn.Module, name: str) -> tuple[Tensor, Tensor | None]
     return weight, bias
 
 
+def _adapted(layer: Any, name: str) -> tuple[Weight, Tensor | None]:
+    """Return the weight and bias of a layer with an adapter: of the layer below, and of the adapter's two."""
+    weight, bias = weight_and_bias(layer.base_layer, f"{name}.base_layer")
+    adapter = lora_layer.active_adapter(layer, name, OUT)
+    if adapter is None:
+        return weight, bias
+    down, _ = weight_and_bias(layer.lora_A[adapter], f"{name}.lora_A")
+    up, of_up = weight_and_bias(layer.lora_B[adapter], f"{name}.lora_B")
+    if not (isinstance(weight, Tensor) and isinstance(down, Tensor) and isinstance(up, Tensor)):
+        raise TypeError(f"{name} has an adapter on an adapter: merge one of them, {OUT}")
+    scale = float(layer.scaling[adapter])
+    if of_up is not None:
+        bias = scale * of_up if bias is None else bias + scale * of_up
+    return LowRank(weight, down, up, scale), bias
+
+
+def _no_linear(layer: nn.Module, name: str) -> str:
+    return (
+        f"{name} is a {type(layer).__name__} and no torch.nn.Linear: the loss reads the weight and would "
+        "leave out the rest; merge an adapter into the weight and put the torch.nn.Linear back, dequantise a "
+        f"quantised layer, {OUT}"
+    )
+
+
+def _check_calls(layer: nn.Module, name: str) -> None:
+    """Raise a TypeError where the layer's call is not that of `nn.Module`."""
+    if any(getattr(type(layer), c) is not getattr(nn.Module, c) or c in layer.__dict__ for c in CALLS):
+        raise TypeError(_no_linear(layer, name))
+
+
+def _check_hooks(layer: nn.Module, name: str) -> None:
+    """Raise a TypeError for a hook that a call would run; gather what FSDP2 has sharded."""
+    for hooks in (
+        layer._forward_pre_hooks,
+        layer._forward_hooks,
+        layer._backward_pre_hooks,
+        layer._backward_hooks,
+    ):
+        for hook in hooks.values():
+            if not _module_of(hook).startswith((FSDP, DTENSOR)):
+                raise TypeError(_about_hook(name, hook))
+    if any(_module_of(hook).startswith(FSDP) for hook in layer._forward_pre_hooks.values()):
+        _gather(layer, name)
+
+
 def _module_of(hook: object) -> str:
     """Return where a hook comes from."""
     return str(getattr(hook, "__module__", ""))
 
 
-def _gather(layer: nn.Linear, name: str) -> None:
+def _gather(layer: nn.Module, name: str) -> None:
     """Gather the parameters of a layer that FSDP2 shards by itself, as its hook before a call does.
 
     Its gradients are reduced at the end of the outermost module's backward, so there must be such a module.

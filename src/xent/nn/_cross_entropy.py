@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from xent import _log_prob, _row_statistics
 from xent._arguments.linear_layer import weight_and_bias
 from xent._arguments.validation import check_tensors
+from xent._core.low_rank import LowRank, Weight
 from xent._core.target import TopKTarget
 from xent._core.validators import Whole, valid
 from xent._log_prob import LogProb
@@ -250,9 +251,8 @@ class LinearCrossEntropyLoss(nn.Module):
         Returns:
             (..., C), or (..., C, d1, ...), as :func:`xent.cross_entropy` takes them for one batch dimension.
         """
-        weight, bias = self._head()
-        u = nn.functional.linear(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
-        z = u.unflatten(-1, weight.shape[:-1]) * self.logit_scale
+        weight, _ = self._head()
+        z = self.linear(input).unflatten(-1, weight.shape[:-1]) * self.logit_scale
         z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
         return z if self.temperature == 1.0 else z / self.temperature
 
@@ -300,16 +300,19 @@ class LinearCrossEntropyLoss(nn.Module):
     def _products(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("logit_scale", "product_dtype", "memory_budget")}
 
-    def _head(self) -> tuple[Tensor, Tensor | None]:
+    def _head(self) -> tuple[Weight, Tensor | None]:
         """Return the classifier, (C, D) or (C, d1, ..., D), and its bias."""
         shape = (self.num_classes, *self.out_features)
         weight, bias = weight_and_bias(self.linear, "linear")
-        if weight.dim() != 2 or weight.shape[0] != math.prod(shape):
+        if len(weight.shape) != 2 or weight.shape[0] != math.prod(shape):
             raise ValueError(
                 f"linear.weight is {tuple(weight.shape)} where num_classes and out_features, {shape}, ask "
                 f"for {math.prod(shape)} rows: set num_classes to the new number of classes too"
             )
-        weight = weight.reshape(*shape, weight.shape[-1]) if self.out_features else weight
+        if self.out_features:
+            if isinstance(weight, LowRank):
+                raise TypeError("linear has an adapter, which does not go with out_features: merge it")
+            weight = weight.reshape(*shape, weight.shape[-1])
         return weight, None if bias is None else bias.reshape(shape)
 
 

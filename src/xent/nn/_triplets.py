@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from xent import triplets
 from xent._arguments.linear_layer import weight_and_bias
+from xent._core.low_rank import LowRank
 from xent._core.validators import valid
 from xent.nn._options import changed, keep
 from xent.triplets._losses import count_of_negatives
@@ -128,6 +129,8 @@ class LinearSoftTripletLoss(nn.Module):
     ) -> Tensor:
         """Return the loss; input (..., D), target (...); ``negatives`` (..., k) are sampled."""
         weight, bias = weight_and_bias(self.linear, "linear")
+        if isinstance(weight, LowRank):
+            raise TypeError("linear has an adapter, which triplets do not take: merge it into the weight")
         return triplets.linear_smooth_triplet_loss(
             input,
             weight,
