@@ -1,0 +1,285 @@
+"""The loss of a causal language model of Transformers, from its hidden states and its head: without logits.
+
+    hidden states → scale, softcap of the architecture → −log p of the next token, its entropy, its argmax
+
+The labels are shifted by one, −100 is left out, as in Transformers. A wrapper around the model (DDP, FSDP,
+PEFT, `torch.compile`) runs as it would: it is called, and the model inside computes this loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor, nn
+
+from xent._arguments.call import resolve_local_head
+from xent._arguments.options import Execution, LogitOptions, Options, ReductionOptions, TargetOptions
+from xent._row_statistics import linear_row_statistics
+from xent.integrations._architecture import LanguageHead, check, language_head, last_hidden
+
+__all__ = ["CausalLMLoss", "causal_lm_loss", "compute_loss", "language_head"]
+
+
+class CausalLMLoss(NamedTuple):
+    """The loss of a batch and what trainers log beside it, over the tokens that count."""
+
+    loss: Tensor  # (), float32; differentiable
+    correct: Tensor  # (), int64: tokens whose most probable class is the label
+    entropy_sum: Tensor  # (), nats, no gradient
+    tokens: Tensor  # (), int64: labels that are not ignored
+
+
+@overload
+def causal_lm_loss(
+    model: nn.Module,
+    input_ids: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    *,
+    num_items_in_batch: Tensor | float | None = ...,
+    shift_labels: Tensor | None = ...,
+    return_statistics: Literal[False] = ...,
+    check_model: bool = ...,
+    memory_budget: int | None = ...,
+    **inputs: Any,
+) -> Tensor: ...
+
+
+@overload
+def causal_lm_loss(
+    model: nn.Module,
+    input_ids: Tensor | None = ...,
+    labels: Tensor | None = ...,
+    *,
+    num_items_in_batch: Tensor | float | None = ...,
+    shift_labels: Tensor | None = ...,
+    return_statistics: Literal[True],
+    check_model: bool = ...,
+    memory_budget: int | None = ...,
+    **inputs: Any,
+) -> CausalLMLoss: ...
+
+
+def causal_lm_loss(
+    model: nn.Module,
+    input_ids: Tensor | None = None,
+    labels: Tensor | None = None,
+    *,
+    num_items_in_batch: Tensor | float | None = None,
+    shift_labels: Tensor | None = None,
+    return_statistics: bool = False,
+    check_model: bool = True,
+    memory_budget: int | None = None,
+    **inputs: Any,
+) -> Tensor | CausalLMLoss:
+    r"""Return the loss of a causal language model, ``model(input_ids, labels=labels).loss``, without logits.
+
+    Works on the base model's hidden states; scale, softcap and bias of the head come from the architecture's
+    config, and are compared with the model's own loss on a few tokens, once for each model. Adapters of PEFT
+    on the head are followed (:func:`xent.integrations.head_of`). Mixed precision by Accelerate replaces the
+    model's forward, which is not called here: run this under ``accelerator.autocast()``.
+
+    Args:
+        model: a causal language model of Transformers, or one wrapped by PEFT, DDP, FSDP or
+            ``torch.compile``.
+        input_ids: (batch, tokens); or pass ``inputs_embeds=``.
+        labels: (batch, tokens), not shifted; −100 is left out.
+        num_items_in_batch: replaces the number of labels that count as the divisor, as a trainer that
+            accumulates gradients passes it.
+        shift_labels: labels that are shifted already, in place of ``labels``.
+        return_statistics: also return correct tokens, entropy and count, from the same sweep; one product
+            more.
+        check_model: compare with the model's own loss at first use; not in a graph that is being compiled.
+        memory_budget: as in :func:`xent.linear_cross_entropy`.
+        **inputs: further arguments of the model: attention_mask, position_ids, ...
+
+    Returns:
+        The loss, (), float32; with ``return_statistics`` a :class:`CausalLMLoss`.
+
+    Raises:
+        ValueError: the model's own loss is another, with both numbers; a mixture of experts that adds its
+            balancing loss; an encoder-decoder; neither labels nor shift_labels.
+        TypeError: a head that computes more than x Wᵀ + b.
+
+    Example:
+        >>> import torch, transformers
+        >>> from xent.integrations.transformers import causal_lm_loss
+        >>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100)
+        >>> model, ids = transformers.GPT2LMHeadModel(config), torch.randint(100, (2, 6))
+        >>> loss = causal_lm_loss(model, ids, ids)
+        >>> loss.backward()
+    """
+    if (labels is None) == (shift_labels is None):
+        raise ValueError("pass labels, or shift_labels where they are shifted already")
+    inner = _causal_lm(model)
+    if check_model and input_ids is not None and not torch.compiler.is_compiling():
+        bare = getattr(model, "_orig_mod", model)  # so that nothing is compiled for a few tokens
+
+        def ours(ids: Tensor, size: float) -> Tensor:
+            return _called(bare, inner, input_ids=ids, labels=ids, size=size)[0]
+
+        check(bare, inner, input_ids, ours)
+    found = _called(
+        model,
+        inner,
+        **inputs if input_ids is None else {"input_ids": input_ids, **inputs},
+        labels=labels,
+        shift_labels=shift_labels,
+        num_items_in_batch=num_items_in_batch,
+        return_statistics=return_statistics,
+        memory_budget=memory_budget,
+    )
+    return CausalLMLoss(*found) if return_statistics else found[0]
+
+
+def compute_loss(
+    trainer: Any,
+    model: nn.Module,
+    inputs: dict[str, Any],
+    return_outputs: bool = False,
+    num_items_in_batch: Tensor | float | None = None,
+) -> Any:
+    """Return the loss of a batch of `transformers.Trainer`, whose method this is to replace in a subclass.
+
+    ``compute_loss_func`` cannot do this: it is handed logits that exist already. With the statistics
+    ``return_outputs`` returns a dictionary: ``loss``, and ``correct``, ``entropy_sum`` and ``tokens``, (1,)
+    each, which evaluation gathers for ``compute_metrics``.
+
+    Args:
+        trainer: the trainer.
+        model, inputs, return_outputs, num_items_in_batch: as `transformers.Trainer.compute_loss`.
+
+    Raises:
+        ValueError, TypeError: as :func:`causal_lm_loss`; a trainer with label smoothing or a
+            ``compute_loss_func``.
+
+    Example:
+        >>> import transformers
+        >>> from xent.integrations.transformers import compute_loss
+        >>> class Trainer(transformers.Trainer):
+        ...     compute_loss = compute_loss
+    """
+    for name, what in (("label_smoother", "label_smoothing_factor"), ("compute_loss_func",) * 2):
+        if getattr(trainer, name, None) is not None:
+            raise ValueError(f"{what} needs logits, which this loss does not form: drop it, or compute_loss")
+    accepts = trainer.model_accepts_loss_kwargs
+    items = num_items_in_batch if accepts else None
+    options: Any = {"num_items_in_batch": items, "return_statistics": return_outputs}
+    with trainer.accelerator.autocast():
+        found: Tensor | CausalLMLoss = causal_lm_loss(model, **inputs, **options)
+    loss = found.loss if isinstance(found, CausalLMLoss) else found
+    if trainer.args.average_tokens_across_devices and items is not None:
+        processes = trainer.accelerator.num_processes // trainer.get_tp_size()
+        loss = loss * (processes if trainer.args.n_gpu <= 1 else trainer.args.n_gpu)
+    if not isinstance(found, CausalLMLoss):
+        return loss
+    return loss, {"loss": loss} | {name: t[None] for name, t in found._asdict().items() if name != "loss"}
+
+
+def _causal_lm(model: Any) -> Any:
+    """Return the model of Transformers inside its wrappers."""
+    inner = model
+    while True:
+        if hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        elif hasattr(inner, "module") and not hasattr(inner, "get_output_embeddings"):  # DDP, FSDP
+            inner = inner.module
+        else:
+            break
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
+        raise TypeError(f"model must be a causal language model of Transformers, got {type(inner).__name__}")
+    config = inner.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(inner).__name__} is an encoder-decoder, whose labels are not shifted")
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"{type(inner).__name__} adds the balancing loss of its experts (output_router_logits), which is "
+            "not made here: set config.output_router_logits = False"
+        )
+    return inner
+
+
+def _called(model: Any, inner: Any, **given: Any) -> tuple[Tensor, ...]:
+    """Return what `_forward` does, inside everything that a call of the model with its wrappers runs."""
+    found: tuple[Tensor, ...]
+    if model is inner and not _is_hooked(inner):
+        found = _forward(inner, **given)
+    else:
+        with _computes_loss(inner):
+            found = model(**given)
+    return found
+
+
+def _is_hooked(model: nn.Module) -> bool:
+    """Return whether a call of the model runs more than its forward."""
+    hooks = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks
+    return bool(hooks or model._backward_pre_hooks)
+
+
+@contextmanager
+def _computes_loss(model: nn.Module) -> Iterator[None]:
+    """Let a call of the model return what `_forward` does; its own forward comes back on every way out."""
+    before = model.__dict__.get("forward")
+    model.forward = _forward.__get__(model)
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
+
+
+def _forward(
+    self: Any,
+    *,
+    labels: Tensor | None = None,
+    shift_labels: Tensor | None = None,
+    num_items_in_batch: Tensor | float | None = None,
+    return_statistics: bool = False,
+    memory_budget: int | None = None,
+    size: float = 1.0,
+    **inputs: Any,
+) -> tuple[Tensor, ...]:
+    """Return the loss, and with statistics also correct tokens, the sum of entropies and the count.
+
+    ``size`` multiplies the hidden states, to compare with the model's own loss.
+    """
+    hidden, head = last_hidden(self, inputs), language_head(self)
+    hidden = hidden if size == 1.0 else hidden * size
+    if labels is not None:  # the last token's own is ignored, which costs no product and no copy
+        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
+    assert shift_labels is not None
+    target = shift_labels.to(hidden.device)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(hidden.device)
+    if not return_statistics:
+        return (_loss(hidden, head, target, num_items_in_batch, memory_budget),)
+    rows = linear_row_statistics(hidden, target=target, memory_budget=memory_budget, **head)
+    assert rows.loss is not None
+    assert rows.correct is not None
+    tokens = (target != -100).sum()
+    divisor = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    return rows.loss.sum() / divisor, rows.correct.sum(), rows.entropy.detach().sum(), tokens
+
+
+def _loss(
+    hidden: Tensor,
+    head: LanguageHead,
+    target: Tensor,
+    denominator: Tensor | float | None,
+    memory_budget: int | None,
+) -> Tensor:
+    """Return the mean, float32 for half types too, as Transformers has it."""
+    options = Options(
+        TargetOptions(),
+        LogitOptions(softcap=head["softcap"], logit_scale=head["logit_scale"]),
+        ReductionOptions("mean", denominator),
+        Execution(memory_budget=memory_budget),
+    )
+    call = resolve_local_head(options, hidden, head["linear_weight"], head["linear_bias"], target)
+    dtype = torch.float64 if call.dtype == torch.float64 else torch.float32
+    return call._replace(dtype=dtype).loss()
