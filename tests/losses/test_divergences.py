@@ -411,3 +411,96 @@ def test_a_logit_scale_in_a_graph():
 
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
     assert_close(torch.autograd.grad(compiled(w), w), torch.autograd.grad(f(w), w))
+
+
+def dense_divergence(z_s, z_t, beta, *, temperature=1.0, scales=(1.0, 1.0), softcaps=(None, None)):
+    """The divergence of logits by plain operations, behind both heads' scales and softcaps."""
+    each = temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature
+    p, t = (
+        ((k * torch.tanh(c * z / k) if k else c * z) / each).log_softmax(1)
+        for z, c, k in zip((z_s, z_t), scales, softcaps, strict=True)
+    )
+    if beta == 0.0:
+        return (t.exp() * (t - p)).sum(1)
+    if beta == 1.0:
+        return (p.exp() * (p - t)).sum(1)
+    m = (beta * t.exp() + (1 - beta) * p.exp()).log()
+    return (beta * t.exp() * (t - m) + (1 - beta) * p.exp() * (p - m)).sum(1)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("budget", [None, 6_000], ids=["kept", "tiled"])
+@pytest.mark.parametrize("softcap", [2.0, (2.0, None), (None, 3.0), (1.5, 3.0)], ids=str)
+def test_a_softcap_of_either_head(beta, budget, softcap):
+    """Values and two derivatives, whichever head learns, with scales of their own and row temperatures."""
+    scales, temperature = (0.5, 1.5), torch.tensor([0.5, 1.0, 2.0], dtype=F64)
+    softcaps = softcap if isinstance(softcap, tuple) else (softcap, softcap)
+    given = [torch.randn(s, dtype=F64, requires_grad=True) for s in ((3, 4), (20, 4), (3, 5), (20, 5))]
+
+    def fused(x, w, y, v, **more):
+        return of_heads(
+            (x, w),
+            (y, v),
+            beta,
+            temperature=temperature,
+            logit_scale=scales,
+            softcap=softcap,
+            memory_budget=budget,
+            **more,
+        )
+
+    def dense(x, w, y, v):
+        return dense_divergence(
+            x @ w.T, y @ v.T, beta, temperature=temperature, scales=scales, softcaps=softcaps
+        )
+
+    for learns in ((0, 1), (2, 3), (0, 1, 2, 3)):
+        heads = [t if i in learns else t.detach() for i, t in enumerate(given)]
+        of = [heads[i] for i in learns]
+        along = [torch.randn_like(t) for t in of]
+        for reduction in ("none", "mean"):
+            found, expected = fused(*heads, reduction=reduction), dense(*heads)
+            expected = expected if reduction == "none" else expected.mean()
+            assert_close(found, expected)
+            first, right = (
+                torch.autograd.grad(value.sum(), of, create_graph=True) for value in (found, expected)
+            )
+            assert_close(first, right)
+            second, right = (
+                torch.autograd.grad(sum((g * a).sum() for g, a in zip(gs, along, strict=True)), of)
+                for gs in (first, right)
+            )
+            assert_close(second, right)
+    plain = [t.detach() for t in given]
+    directions = tuple(torch.randn_like(t) for t in plain)
+    slope, right = (
+        torch.func.jvp(f, tuple(plain), directions)[1]
+        for f in (lambda *heads: fused(*heads, reduction="none"), dense)
+    )
+    assert_close(slope, right)
+
+
+def test_a_softcap_in_a_graph():
+    x, y, v = torch.randn(3, 4), torch.randn(3, 5), torch.randn(20, 5)
+    w = torch.randn(20, 4, requires_grad=True)
+
+    def f(w):
+        return xent.linear_js_divergence(
+            student=(x, w), teacher=(y, v), logit_scale=(0.3, 2.0), softcap=(2.0, None), temperature=2.0
+        )
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    assert_close(torch.autograd.grad(compiled(w), w), torch.autograd.grad(f(w), w))
+
+
+def test_a_softcap_and_a_stored_teacher():
+    x, w = torch.randn(3, 4, dtype=F64), torch.randn(20, 4, dtype=F64)
+    target = xent.TopKTarget(torch.tensor([[2, 0]] * 3), torch.tensor([[0.5, 0.25]] * 3).double(), "bucket")
+    found = xent.linear_kl_divergence(student=(x, w), teacher=target, softcap=2.0, logit_scale=0.5)
+    z = 2.0 * torch.tanh(0.5 * x @ w.T / 2.0)
+    assert_close(found, xent.kl_divergence(target=target, input=z, reduction="mean"))
+    for pair in ({"softcap": (2.0, None)}, {"logit_scale": (1.0, 2.0)}):
+        with pytest.raises(ValueError, match="must be one number where the teacher is a TopKTarget"):
+            xent.linear_kl_divergence(student=(x, w), teacher=target, **pair)
+    with pytest.raises(ValueError, match="one for the student and one for the teacher"):
+        xent.linear_kl_divergence(student=(x, w), teacher=(x, w), softcap=(1.0, 2.0, 3.0))

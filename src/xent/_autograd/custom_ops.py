@@ -32,7 +32,7 @@ class _Encoded(NamedTuple):
     """A form in the types that an operator's arguments can have."""
 
     leaves: list[int]  # of the one head or of the logits, or of both heads
-    numbers: list[float]  # softcap, temperature, logit scale, smoothing or β
+    numbers: list[float]  # softcap, logit scale (of each head), temperature, smoothing or β
     budget: int
     product_dtype: torch.dtype | None
     teacher_product_dtype: torch.dtype | None
@@ -42,13 +42,14 @@ class _Encoded(NamedTuple):
 def _encoded(form: Form) -> _Encoded:
     if isinstance(form, TwoHeads):
         pair = form.form
-        numbers = [NO_SOFTCAP, pair.temperature, pair.scale, pair.beta]
+        softcaps = (NO_SOFTCAP if softcap is None else softcap for softcap in pair.softcaps)
+        numbers = [*softcaps, *pair.scales, pair.temperature, pair.beta]
         dtypes = pair.product_dtype, pair.teacher_product_dtype
         leaves = [pair.student_leaves, pair.teacher_leaves]
         return _Encoded(leaves, numbers, pair.budget, *dtypes, [False] * 4)
     one = form.form
     softcap = NO_SOFTCAP if one.softcap is None else one.softcap
-    numbers = [softcap, one.temperature, one.scale, one.smoothing]
+    numbers = [softcap, one.scale, one.temperature, one.smoothing]
     wanted = one.requested
     return _Encoded(
         [one.n_leaves],
@@ -68,10 +69,12 @@ def _decoded(
     teacher_product_dtype: torch.dtype | None,
     requested: Sequence[bool],
 ) -> Form:
-    softcap, temperature, scale, smoothing = numbers
     if len(leaves) == 2:
-        dtypes = product_dtype, teacher_product_dtype
-        return TwoHeads(PairForm(*dtypes, temperature, scale, budget, smoothing, *leaves))
+        *softcaps, scale, teacher_scale, temperature, beta = numbers
+        student, teacher = (None if softcap == NO_SOFTCAP else softcap for softcap in softcaps)
+        dtypes, scales = (product_dtype, teacher_product_dtype), (scale, teacher_scale)
+        return TwoHeads(PairForm(*dtypes, temperature, scales, (student, teacher), budget, beta, *leaves))
+    softcap, scale, temperature, smoothing = numbers
     entropy, log_rest, log_prob, argmax = requested
     return OneHead(
         core.Form(

@@ -44,7 +44,8 @@ def linear_kl_divergence(
     scale_by_t2: bool = False,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | tuple[float, float] = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
@@ -68,8 +69,10 @@ def linear_kl_divergence(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ ``sample_weight``, or by the
             number of rows, and is 0 over no rows.
         sample_weight: (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
-        logit_scale: both heads' logits are multiplied by it, as some language models do; the student's alone
-            where the teacher is a :class:`TopKTarget`.
+        logit_scale: logits are multiplied by it, as some language models do: a number for both heads, or one
+            for the student and one for the teacher. Where the teacher is a :class:`TopKTarget`, one number.
+        softcap: k; logits pass through k·tanh(z/k) after the scale and before the temperature: a number or
+            None for both heads, or a pair, as ``logit_scale``.
         memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
             whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
         group: of a :class:`TopKTarget`, the processes that share the student's classes, as in
@@ -92,7 +95,8 @@ def linear_kl_divergence(
         0.020136
     """
     beta = {"forward": 0.0, "reverse": 1.0}[valid("direction", direction)]
-    options = _Options(temperature, scale_by_t2, reduction, sample_weight, logit_scale, memory_budget, group)
+    of_logits = logit_scale, softcap
+    options = _Options(temperature, scale_by_t2, reduction, sample_weight, *of_logits, memory_budget, group)
     return _divergence(student, teacher, beta, options)
 
 
@@ -105,7 +109,8 @@ def linear_js_divergence(
     scale_by_t2: bool = False,
     reduction: str = "mean",
     sample_weight: Tensor | None = None,
-    logit_scale: float = 1.0,
+    logit_scale: float | tuple[float, float] = 1.0,
+    softcap: float | tuple[float | None, float | None] | None = None,
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
@@ -117,8 +122,8 @@ def linear_js_divergence(
     logits are computed twice more. Two derivatives in closed form.
 
     Args:
-        student, teacher, temperature, scale_by_t2, reduction, sample_weight, logit_scale, memory_budget,
-            group: as in :func:`linear_kl_divergence`.
+        student, teacher, temperature, scale_by_t2, reduction, sample_weight, logit_scale, softcap,
+            memory_budget, group: as in :func:`linear_kl_divergence`.
         beta: the share of the teacher in the mixture, from 0 to 1; 0 is KL(teacher ‖ student) and 1
             KL(student ‖ teacher), as trainers of language models have it.
 
@@ -136,7 +141,8 @@ def linear_js_divergence(
         0.693147
     """
     share: float = valid("beta", beta)
-    options = _Options(temperature, scale_by_t2, reduction, sample_weight, logit_scale, memory_budget, group)
+    of_logits = logit_scale, softcap
+    options = _Options(temperature, scale_by_t2, reduction, sample_weight, *of_logits, memory_budget, group)
     return _divergence(student, teacher, share, options)
 
 
@@ -145,7 +151,8 @@ class _Options(NamedTuple):
     scale_by_t2: bool
     reduction: str
     sample_weight: Tensor | None
-    logit_scale: float
+    logit_scale: float | tuple[float, float]
+    softcap: float | tuple[float | None, float | None] | None
     memory_budget: int | None
     group: Any
 
@@ -163,17 +170,22 @@ def _divergence(student: Head, teacher: Head | TopKTarget, beta: float, options:
     of_head = Options.of(
         reduction=options.reduction,
         temperature=each,
-        logit_scale=options.logit_scale,
         memory_budget=options.memory_budget,
     )
+    scales = _of_both("logit_scale", options.logit_scale, teacher)
+    softcaps = _of_both("softcap", options.softcap, teacher)
+    of_student, of_teacher = (
+        of_head.with_options(logit_scale=scale, softcap=softcap)
+        for scale, softcap in zip(scales, softcaps, strict=True)
+    )
     if isinstance(teacher, TopKTarget):
-        of_head = of_head.with_options(sample_weight=sample_weight, group=options.group, bucket=True)
+        of_head = of_student.with_options(sample_weight=sample_weight, group=options.group, bucket=True)
         return _of_top_k(student, as_bucket(teacher, beta), beta, of_head, by_t2=by_t2)
     if options.group is not None:
         raise ValueError("group needs a teacher that is a TopKTarget: two heads lie on one process")
     student_head, teacher_head = (
-        _head(role, head, of_head, sample_weight)
-        for role, head in (("student", student), ("teacher", teacher))
+        _head(role, head, of_one, sample_weight)
+        for role, head, of_one in (("student", student, of_student), ("teacher", teacher, of_teacher))
     )
     distillation = _resolve(student_head, teacher_head, sample_weight)
     call, pair, weight, in_graph = distillation
@@ -209,6 +221,17 @@ def _of_top_k(student: Head, teacher: TopKTarget, beta: float, options: Options,
         return top_k_divergence(call, beta, options.target.sample_weight, by_t2=by_t2)
 
     return agreed(found, options, *tensors_of_weight(weight))
+
+
+def _of_both(name: str, value: Any, teacher: Any) -> tuple[Any, Any]:
+    """Return an option's value for the student and for the teacher, of one for both or of a pair."""
+    if not isinstance(value, tuple | list):
+        return value, value
+    if isinstance(teacher, TopKTarget):
+        raise ValueError(f"{name} must be one number where the teacher is a TopKTarget, got {value}")
+    if len(value) != 2:
+        raise ValueError(f"{name} must be a number, or one for the student and one for the teacher: {value}")
+    return value[0], value[1]
 
 
 class _Distillation(NamedTuple):

@@ -10,7 +10,6 @@ where tiles are not kept.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -41,7 +40,7 @@ Both: TypeAlias = tuple[Loaded, Loaded]  # a chunk of rows of both
 
 @record
 class Pair:
-    """A student and a teacher over the same rows and classes; both have the same temperature and scale."""
+    """A student and a teacher over the same rows and classes; both have the same temperature."""
 
     student: LinearHead
     teacher: LinearHead
@@ -70,9 +69,28 @@ class Pair:
         """Return the problem of one of the heads, for what a head alone decides."""
         return Problem(head, no_targets(self.n_classes, self.selection), self.budget, batched=self.batched)
 
-    def gain(self, chunk: slice) -> float | Tensor:
-        """Return dz/du, a number or (R,)."""
-        return self.student.map.rows(self.selection.pick(chunk)).gain
+    def gains(self, chunk: slice) -> tuple[float | Tensor, float | Tensor]:
+        """Return dz/du ÷ the slope of a softcap, of both heads, a number or (R,)."""
+        picked = self.selection.pick(chunk)
+        return self.student.map.rows(picked).gain, self.teacher.map.rows(picked).gain
+
+    def curves(self, chunk: slice, found: Found) -> tuple[Tensor, ...]:
+        """Return lse and T/k (R,) of each head with a softcap k: τ = tanh(κu/k) = (log p + lse)·T/k."""
+        columns: list[Tensor] = []
+        for head, part in zip(self.heads, (found.student, found.teacher), strict=True):
+            if head.map.softcap is not None:
+                t = head.map.rows(self.selection.pick(chunk)).temperature
+                columns += part.logsumexp, torch.ones_like(part.m) * t / head.map.softcap
+        return tuple(columns)
+
+    def taus(self, logs: Tile, curves: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Return τ (R, T) of both heads, None where there is no softcap."""
+        columns = iter(curves)
+        student, teacher = (
+            (log + next(columns)) * next(columns) if head.map.curved else None
+            for head, log in zip(self.heads, logs, strict=True)
+        )
+        return student, teacher
 
     def resolved(self) -> Pair:
         """Return the pair with its rows selected by index, for code that may look at data."""
@@ -86,7 +104,8 @@ class Pair:
             self.student.product_dtype,
             self.teacher.product_dtype,
             1.0 if isinstance(temperature, Tensor) else temperature,
-            self.student.map.scale,
+            (self.student.map.scale, self.teacher.map.scale),
+            (self.student.map.softcap, self.teacher.map.softcap),
             self.budget,
             self.beta,
             len(self.student.leaves),
@@ -156,7 +175,8 @@ class PairForm:
     product_dtype: torch.dtype | None
     teacher_product_dtype: torch.dtype | None
     temperature: float  # 1 where each row has its own
-    scale: float
+    scales: tuple[float, float]
+    softcaps: tuple[float | None, float | None]
     budget: int
     beta: float = 0.0
     student_leaves: int = 3  # which say whether a head has a low-rank term
@@ -170,11 +190,14 @@ class PairForm:
         """Return the pair made of the tensors; `others` are further ones that `vmap` may have batched."""
         of_student, of_teacher = tensors[: self.student_leaves], tensors[self.student_leaves : self.n_leaves]
         each, index, mask = tensors[self.n_leaves :]
-        logits = LogitMap(None, self.temperature if each is None else each, scale=self.scale)
-        student = _head(of_student, logits, self.product_dtype)
+        of_logits, of_teacher_logits = (
+            LogitMap(softcap, self.temperature if each is None else each, scale=scale)
+            for softcap, scale in zip(self.softcaps, self.scales, strict=True)
+        )
+        student = _head(of_student, of_logits, self.product_dtype)
         return Pair(
             student,
-            _head(of_teacher, logits, self.teacher_product_dtype),
+            _head(of_teacher, of_teacher_logits, self.teacher_product_dtype),
             Selection(student.shape[0], index, mask),
             self.budget,
             any_batched(*tensors, *others),
@@ -276,7 +299,7 @@ def fused(
                     loaded,
                     classes,
                     logs,
-                    found.moments,
+                    found,
                     gamma,
                     formed=frozen,
                 )
@@ -301,14 +324,19 @@ def _one_learner(
     that no logarithm is formed twice.
     """
     student = any(wants[0])
-    apart = functools.partial(pair.divergence.apart, student=student)
-    moments, halves = found.moments, []
+    own = 0 if student else 1
+
+    def apart(log_p: Tensor, log_t: Tensor, *curves: Tensor) -> tuple[Tensor, ...]:
+        tau = pair.taus((log_p, log_t), curves)[own]
+        f, g, *sums = pair.divergence.apart(log_p, log_t, student=student)
+        return curved(f, tau), curved(g, tau), *sums
+
+    moments, halves, curves = found.moments, [], pair.curves(chunk, found)
     for classes, logs in kept:
-        pieces, here = over(pair, apart, logs, (), places=2)
+        pieces, here = over(pair, apart, logs, curves, places=2)
         halves.append((classes, pieces))
         moments = tuple(total + part for total, part in zip(moments, here, strict=True))
-    own = 0 if student else 1
-    gamma, mu = coefficients(chunk) * pair.gain(chunk), moments[0 if student else -1]
+    gamma, mu = coefficients(chunk) * pair.gains(chunk)[own], moments[0 if student else -1]
 
     def joined(f: Tensor, g: Tensor, mu: Tensor, gamma: Tensor) -> tuple[Tensor, ...]:
         return ((f - mu * g) * gamma,)
@@ -350,7 +378,7 @@ def gradient(
                     loaded,
                     classes,
                     logs,
-                    rows.moments,
+                    rows,
                     gamma[chunk],
                     formed=formed,
                 )
@@ -445,32 +473,41 @@ def _pull_back(
     loaded: Both,
     classes: slice,
     logs: Tile,
-    moments: tuple[Tensor, ...],  # (R,) each
+    found: Found,  # of the chunk
     gamma: Tensor,  # (R,)
     *,
     formed: bool,
 ) -> Tensor | None:
     """Add a tile's gradients to the accumulators; return its part of the one moment (R,) if it is formed."""
-    gamma = gamma * pair.gain(chunk)
+    gammas = tuple(gamma * gain for gain in pair.gains(chunk))
+    curves, known = pair.curves(chunk, found), pair.divergence.n_moments
 
-    def of_student(log_p: Tensor, log_t: Tensor, gamma: Tensor) -> Tile:
+    def of_student(log_p: Tensor, log_t: Tensor, gamma: Tensor, *curves: Tensor) -> Tile:
         here, slope = terms(log_p, log_t)
-        return slope * gamma, here
+        return curved(slope, pair.taus((log_p, log_t), curves)[0]) * gamma, here
 
-    def of_both(log_p: Tensor, log_t: Tensor, gamma: Tensor, *moments: Tensor) -> tuple[Tensor, ...]:
-        student, teacher = pair.divergence.slopes(log_p, log_t, *moments)
+    def of_both(
+        log_p: Tensor, log_t: Tensor, of_student: Tensor, of_teacher: Tensor, *columns: Tensor
+    ) -> tuple[Tensor, ...]:
+        student, teacher = pair.divergence.slopes(log_p, log_t, *columns[:known])
+        tau_s, tau_t = pair.taus((log_p, log_t), columns[known:])
         here = pair.divergence.moments(log_p, log_t) if formed else ()
-        return student * gamma, teacher * gamma, *here
+        return curved(student, tau_s) * of_student, curved(teacher, tau_t) * of_teacher, *here
 
     if any(wants[1]) or not pair.divergence.alone:
-        gradients, added = over(pair, of_both, logs, (gamma, *moments), places=2)
+        gradients, added = over(pair, of_both, logs, (*gammas, *found.moments, *curves), places=2)
     else:
-        gradients, added = over(pair, of_student, logs, (gamma,), places=1)
+        gradients, added = over(pair, of_student, logs, (gammas[0], *curves), places=1)
     picked = pair.selection.pick(chunk)
     for accumulator, want, x, g in zip(accumulators, wants, loaded, gradients, strict=False):
         if any(want):
             accumulator.add(picked, x, classes, g)
     return added[0] if added else None
+
+
+def curved(slope: Tensor, tau: Tensor | None) -> Tensor:
+    """Return ∂/∂u ÷ gain (R, T) from ∂/∂z: times 1 − τ², where there is a softcap."""
+    return slope if tau is None else slope * ((1 - tau) * (1 + tau))
 
 
 def over(

@@ -2,7 +2,9 @@
 
 Along tangents of both heads' tensors, with ζ those of the logits and G = ∂L/∂u, R the derivative of G
 (`divergences`), each head pulls its own back: R W + G Ẇ into features, Rᵀx + Gᵀẋ into the weight, Rᵀ1 into
-the bias.
+the bias. Behind a softcap k, with τ = tanh(κu/k) and the gain g, G = g(1 − τ²)·∂L/∂z and
+
+    ζ = g(1 − τ²)·u̇        R = g(1 − τ²)·(∂L/∂z)˙ − (2κ/k)·τ·ζ·∂L/∂z
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from xent._core.tiles.two_heads import (
     PairGradients,
     Tile,
     Wants,
+    curved,
     log_probabilities,
     over,
 )
@@ -66,7 +69,8 @@ def product(
             loaded, rows = pair.load(chunk), found.rows(chunk)
             sums, kept = _chunk(pair, plan, workspace, chunk, loaded, rows, tangents)
             parts.append(sums[0])
-            columns = (gamma[chunk] * pair.gain(chunk), *rows.moments, *sums)
+            gammas = tuple(gamma[chunk] * gain for gain in pair.gains(chunk))
+            columns = (gamma[chunk], *gammas, *pair.curves(chunk, rows), *rows.moments, *sums)
             for number, classes in enumerate(plan.class_tiles(pair.n_classes)):
                 if plan.resident:
                     pushed = kept[number]
@@ -116,10 +120,23 @@ def _push(
             du = head.push(ops, picked, x, along, classes, buffers)
             gain = x.map.gain
             gain = gain.to(du.dtype)[:, None] if isinstance(gain, Tensor) else gain
-            zeta.append(du if isinstance(gain, float) and gain == 1.0 else ops.mul(du, gain))
+            du = du if isinstance(gain, float) and gain == 1.0 else ops.mul(du, gain)
+            zeta.append(_curved_tile(pair, number, du, logs, pair.curves(chunk, found)))
         else:
             zeta.append(ops.copy(logs[0].new_zeros(()).expand(logs[0].shape), buffers))
     return _Pushed(classes, logs, (zeta[0], zeta[1]))
+
+
+def _curved_tile(pair: Pair, number: int, du: Tensor, logs: Tile, curves: tuple[Tensor, ...]) -> Tensor:
+    """Return du times the slope of one head's softcap, in the memory of du."""
+    if not pair.heads[number].map.curved:
+        return du
+
+    def bent(du: Tensor, log_p: Tensor, log_t: Tensor, *curves: Tensor) -> tuple[Tensor, ...]:
+        return (curved(du, pair.taus((log_p, log_t), curves)[number]),)
+
+    ((zeta,), _) = over(pair, bent, (du, *logs), curves, places=1)
+    return zeta
 
 
 def _pull_back(
@@ -132,16 +149,27 @@ def _pull_back(
     columns: tuple[Tensor, ...],
     tangents: BothTangents,
 ) -> None:
-    known = pair.divergence.n_moments
+    known, n_curves = pair.divergence.n_moments, 2 * sum(head.map.curved for head in pair.heads)
 
     def both(
         zeta_s: Tensor, zeta_t: Tensor, log_p: Tensor, log_t: Tensor, gamma: Tensor, *columns: Tensor
     ) -> tuple[Tensor, ...]:
         """Return R of both heads, then G of both."""
-        moments, sums = columns[:known], columns[known:]
+        gammas, curves = columns[:2], columns[2 : 2 + n_curves]
+        moments, sums = columns[2 + n_curves : 2 + n_curves + known], columns[2 + n_curves + known :]
         second = pair.divergence.second(zeta_s, zeta_t, log_p, log_t, sums, moments)
         first = pair.divergence.slopes(log_p, log_t, *moments)
-        return tuple(slope * gamma for slope in (*second, *first))
+        taus = pair.taus((log_p, log_t), curves)
+        of_second = [curved(r, tau) * own for r, tau, own in zip(second, taus, gammas, strict=True)]
+        of_first = [curved(g, tau) * own for g, tau, own in zip(first, taus, gammas, strict=True)]
+        for number, (head, g, tau, zeta) in enumerate(
+            zip(pair.heads, first, taus, (zeta_s, zeta_t), strict=True)
+        ):
+            if tau is not None and head.map.softcap is not None:
+                of_second[number] = of_second[number] - (2 * head.map.scale / head.map.softcap) * (
+                    tau * zeta * g * gamma
+                )
+        return *of_second, *of_first
 
     found, _ = over(pair, both, (*pushed.zeta, *pushed.logs), columns, places=4)
     second_s, second_t, first_s, first_t = found
