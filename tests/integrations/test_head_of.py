@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,6 @@ from torch import Tensor, nn
 
 import xent
 from xent.integrations import head_of
-
-peft = pytest.importorskip("peft")
 
 N, D, C = 6, 5, 11
 Y = torch.tensor([3, 0, 10, 5, 5, 1])

@@ -720,7 +720,7 @@ def test_a_derivative_that_a_graph_has_not_is_no_silent_zero():
 def test_opcheck():
     leaves = leaf(heads())
     kept = torch.tensor([True, False, True, True, True, True])
-    form = TwoHeads(PairForm(None, None, 1.5, 0.5, 1 << 20))
+    form = TwoHeads(PairForm(None, None, 1.5, (0.5, 2.0), (None, 3.0), 1 << 20))
     for tensors in ((*leaves, None, None, kept), (*leaves[:2], None, *leaves[3:], None, None, None)):
         given, present, *settings = custom_ops.arguments(form, tensors)
         torch.library.opcheck(torch.ops.xent.rows.default, (given, present, True, *settings))

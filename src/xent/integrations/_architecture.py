@@ -10,7 +10,7 @@ once with the hidden states made larger, so that a softcap which small logits wo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypedDict
 from weakref import WeakSet
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from xent._arguments.linear_layer import weight_and_bias
 from xent._core.low_rank import LowRank
+from xent.integrations._wrappers import forward_replaced
 
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # of the logits
 DIVISORS = ("logits_scaling",)
@@ -65,10 +66,10 @@ def _of_config(config: Any) -> tuple[float, float | None]:
     return scale, None if softcap is None else float(softcap)
 
 
-def last_hidden(model: Any, inputs: dict[str, Any]) -> Tensor:
+def last_hidden(model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
     """Return the base model's hidden states (..., D), on the device of the head."""
     inputs = {**inputs, "use_cache": False, "return_dict": True}
-    hidden: Tensor = model.base_model(**inputs).last_hidden_state
+    hidden: Tensor = model.base_model(*args, **inputs).last_hidden_state
     return hidden.to(model.get_output_embeddings().weight.device)
 
 
@@ -104,7 +105,8 @@ def _compare(
     head = inner.get_output_embeddings()
     handle = None if size == 1.0 else head.register_forward_pre_hook(enlarge)
     try:
-        own = model(input_ids=ids, labels=ids, use_cache=False)
+        with _original_forward(inner):
+            own = model(input_ids=ids, labels=ids, use_cache=False)
     finally:
         if handle is not None:
             handle.remove()
@@ -122,6 +124,12 @@ def _compare(
             "loss, or pass hidden states and head to xent.linear_cross_entropy yourself"
         )
     return largest
+
+
+def _original_forward(model: nn.Module) -> AbstractContextManager[None]:
+    """Take off the mixed precision of Accelerate, which is a forward of the model itself."""
+    original = model.__dict__.get("_original_forward")
+    return nullcontext() if original is None else forward_replaced(model, original.__func__)
 
 
 @contextmanager

@@ -8,8 +8,6 @@ PEFT, `torch.compile`) runs as it would: it is called, and the model inside comp
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, overload
 
 import torch
@@ -19,6 +17,7 @@ from xent._arguments.call import resolve_local_head
 from xent._arguments.options import Execution, LogitOptions, Options, ReductionOptions, TargetOptions
 from xent._row_statistics import linear_row_statistics
 from xent.integrations._architecture import LanguageHead, check, language_head, last_hidden
+from xent.integrations._wrappers import causal_lm, forward_replaced, is_hooked
 
 __all__ = ["CausalLMLoss", "causal_lm_loss", "compute_loss", "language_head"]
 
@@ -113,7 +112,7 @@ def causal_lm_loss(
     """
     if (labels is None) == (shift_labels is None):
         raise ValueError("pass labels, or shift_labels where they are shifted already")
-    inner = _causal_lm(model)
+    inner = causal_lm(model)
     if check_model and input_ids is not None and not torch.compiler.is_compiling():
         bare = getattr(model, "_orig_mod", model)  # so that nothing is compiled for a few tokens
 
@@ -178,59 +177,15 @@ def compute_loss(
     return loss, {"loss": loss} | {name: t[None] for name, t in found._asdict().items() if name != "loss"}
 
 
-def _causal_lm(model: Any) -> Any:
-    """Return the model of Transformers inside its wrappers."""
-    inner = model
-    while True:
-        if hasattr(inner, "_orig_mod"):  # torch.compile
-            inner = inner._orig_mod
-        elif hasattr(inner, "get_base_model"):  # PEFT
-            inner = inner.get_base_model()
-        elif hasattr(inner, "module") and not hasattr(inner, "get_output_embeddings"):  # DDP, FSDP
-            inner = inner.module
-        else:
-            break
-    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
-        raise TypeError(f"model must be a causal language model of Transformers, got {type(inner).__name__}")
-    config = inner.config
-    if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(inner).__name__} is an encoder-decoder, whose labels are not shifted")
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        raise ValueError(
-            f"{type(inner).__name__} adds the balancing loss of its experts (output_router_logits), which is "
-            "not made here: set config.output_router_logits = False"
-        )
-    return inner
-
-
 def _called(model: Any, inner: Any, **given: Any) -> tuple[Tensor, ...]:
     """Return what `_forward` does, inside everything that a call of the model with its wrappers runs."""
     found: tuple[Tensor, ...]
-    if model is inner and not _is_hooked(inner):
+    if model is inner and not is_hooked(inner):
         found = _forward(inner, **given)
     else:
-        with _computes_loss(inner):
+        with forward_replaced(inner, _forward):
             found = model(**given)
     return found
-
-
-def _is_hooked(model: nn.Module) -> bool:
-    """Return whether a call of the model runs more than its forward."""
-    hooks = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks
-    return bool(hooks or model._backward_pre_hooks)
-
-
-@contextmanager
-def _computes_loss(model: nn.Module) -> Iterator[None]:
-    """Let a call of the model return what `_forward` does; its own forward comes back on every way out."""
-    before = model.__dict__.get("forward")
-    model.forward = _forward.__get__(model)
-    try:
-        yield
-    finally:
-        del model.forward
-        if before is not None:
-            model.forward = before
 
 
 def _forward(

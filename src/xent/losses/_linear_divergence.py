@@ -20,7 +20,7 @@ from xent._arguments.validation import check_devices, check_tensors, require_ten
 from xent._autograd import transforms, two_heads
 from xent._autograd.chain import needs_gradient
 from xent._core.class_indices import UNCHECKED
-from xent._core.logits import LinearHead
+from xent._core.logits import LinearHead, compute_dtype
 from xent._core.low_rank import LowRank, Weight, tensors_of_weight
 from xent._core.reduction import Kind, Scale
 from xent._core.target import TopKTarget
@@ -157,8 +157,25 @@ class _Options(NamedTuple):
     group: Any
 
 
-def _divergence(student: Head, teacher: Head | TopKTarget, beta: float, options: _Options) -> Tensor:
-    """Return JS_β of two heads, of which 0 and 1 are KL forward and in reverse."""
+def divergence_of_rows(
+    student: Head,
+    teacher: Head,
+    beta: float,
+    *,
+    temperature: float = 1.0,
+    logit_scale: tuple[float, float] = (1.0, 1.0),
+    softcap: tuple[float | None, float | None] = (None, None),
+) -> Tensor:
+    """Return JS_β of each row of two heads (...), float32 for half types; 0 and 1 are KL and its reverse."""
+    share: float = valid("beta", beta)
+    options = _Options(temperature, False, "none", None, logit_scale, softcap, None, None)
+    return _divergence(student, teacher, share, options, wide=True)
+
+
+def _divergence(
+    student: Head, teacher: Head | TopKTarget, beta: float, options: _Options, *, wide: bool = False
+) -> Tensor:
+    """Return JS_β of two heads, of which 0 and 1 are KL forward and in reverse; ``wide``: not rounded."""
     by_t2 = valid("scale_by_t2", options.scale_by_t2)
     check_tensors(sample_weight=options.sample_weight)
     sample_weight = transforms.thawed(options.sample_weight)
@@ -209,7 +226,7 @@ def _divergence(student: Head, teacher: Head | TopKTarget, beta: float, options:
     if kind != "none":
         return two_heads.total(kl, weight, scale).to(call.dtype)
     kl = kl if weight is None else kl * weight
-    return call.stack([selection.scatter(kl)])
+    return call.stack([selection.scatter(kl)], compute_dtype(call.dtype) if wide else None)
 
 
 def _of_top_k(student: Head, teacher: TopKTarget, beta: float, options: Options, *, by_t2: bool) -> Tensor:

@@ -1,0 +1,62 @@
+"""The wrappers around a causal language model of Transformers: what is inside, and a call through them.
+
+model = torch.compile(DDP(PEFT(inner)))        model(...), with the forward of `inner` replaced meanwhile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the causal language model inside its wrappers; raise an error unless it is one."""
+    inner = model
+    while True:
+        if hasattr(inner, "_orig_mod"):  # torch.compile
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        elif type(inner).__module__.startswith("torch.distributed.fsdp") and hasattr(inner, "module"):
+            raise TypeError(
+                "model is a FullyShardedDataParallel, which frees the head's weight before the backward: "
+                "shard it with torch.distributed.fsdp.fully_shard"
+            )
+        elif type(inner).__module__.startswith("torch.nn.parallel"):  # DDP
+            inner = inner.module
+        else:
+            break
+    if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
+        raise TypeError(f"model must be a causal language model of Transformers, got {type(inner).__name__}")
+    config = inner.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(inner).__name__} is an encoder-decoder, whose labels are not shifted")
+    if getattr(config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"{type(inner).__name__} adds the balancing loss of its experts (output_router_logits), which is "
+            "not made here: set config.output_router_logits = False"
+        )
+    return inner
+
+
+def is_hooked(model: nn.Module) -> bool:
+    """Return whether a call of the model runs more than its forward."""
+    hooks = model._forward_hooks or model._forward_pre_hooks or model._backward_hooks
+    return bool(hooks or model._backward_pre_hooks)
+
+
+@contextmanager
+def forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Replace the forward of a model by a method, and put its own back on every way out."""
+    before = model.__dict__.get("forward")
+    model.forward = MethodType(forward, model)
+    try:
+        yield
+    finally:
+        del model.forward
+        if before is not None:
+            model.forward = before
