@@ -761,6 +761,58 @@ def sharded_layers() -> str:
     return "nothing"
 
 
+def language_models() -> None:
+    """The loss of a language model under DDP and FSDP2, of all rows' tokens, and an adapter under both."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+
+    from integrations.models import batch, gemma2, made, peft, trained
+    from xent.integrations.transformers import causal_lm_loss
+
+    size = dist.get_world_size()
+    ids, labels = batch(6)
+    mine = slice(dist.get_rank(), None, size)
+    items = (labels[:, 1:] != -100).sum() / size  # of which the wrappers average the gradients
+
+    def parallel(model: torch.nn.Module) -> torch.nn.Module:
+        return DistributedDataParallel(model)
+
+    def sharded(model: torch.nn.Module) -> torch.nn.Module:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    def freed(model: torch.nn.Module) -> torch.nn.Module:
+        fully_shard(model.lm_head)
+        return fully_shard(model, reshard_after_forward=True)
+
+    def adapted() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return peft()
+
+    def untied() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return gemma2(tie_word_embeddings=False)
+
+    for make, wrap in (
+        (lambda: made("Llama"), parallel),
+        (lambda: made("Llama"), sharded),
+        (lambda: made("Gemma-2"), sharded),
+        (untied, freed),
+        (adapted, parallel),
+    ):
+        whole = make().eval()
+        whole(input_ids=ids, labels=labels).loss.backward()
+        model = wrap(make().eval())
+        for _ in range(2):
+            loss = causal_lm_loss(model, ids[mine], labels[mine], num_items_in_batch=items)
+            loss.backward()
+            for p, e in zip(trained(model), trained(whole), strict=True):
+                g = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                torch.testing.assert_close(g, e.grad, rtol=1e-4, atol=1e-5)
+                p.grad = None
+
+
 def sharded_both_ways() -> None:
     """FSDP2 over the rows of a head that is placed by its classes: what a model in two dimensions has."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -47,6 +47,7 @@ CASES = [
     "known_values",
     "buckets",
     "low_rank",
+    "language_models",
     "which_tensors",
     "other_slices",
     "beside_a_graph",

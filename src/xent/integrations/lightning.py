@@ -112,6 +112,6 @@ class Classifier(_Trained):
 
 
 def _log(module: LightningModule, stage: str, values: dict[str, Tensor], count: int) -> None:
-    """Log values by their stage, weighed by the number of tokens or rows; nothing where no trainer is."""
+    """Write values by their stage, weighed by the number of tokens or rows, where there is a trainer."""
     if module._trainer is not None:
         module.log_dict({f"{stage}_{name}": value for name, value in values.items()}, batch_size=count)

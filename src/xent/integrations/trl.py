@@ -34,9 +34,9 @@ OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 class TokenOutputs(NamedTuple):
-    """What TRL reads of each token, in its order; float32, None where not requested."""
+    """The numbers of each token, in the order in which TRL reads them; None where not requested."""
 
-    log_probs: Tensor
+    log_probs: Tensor  # float32, as the others
     entropy: Tensor | None  # nats
     log_sum_sq_probs: Tensor | None  # log Σ p², no gradient
     mean_logits: Tensor | None  # after scale, softcap and temperature, no gradient
