@@ -5,7 +5,8 @@
 Each number of ranks is a gloo group of fresh processes with one thread each, on this machine; one forward +
 backward is measured after one of a small head. Memory is the resident set's high-water mark less the resident
 set before (inputs made), less the bytes of the gradients. Bytes are those of the tensors handed to
-torch.distributed, of one rank. The peer is torch's own: DTensor logits under `loss_parallel`. Linux only.
+torch.distributed, of one rank. The peers are torch's own, DTensor logits under `loss_parallel`, and the plain
+form that Megatron-LM has: each rank's logits, and three all-reduces of a number a row. Linux only.
 
 More ranks than cores share these, so times say only what a rank computes where there are as many cores.
 """
@@ -29,7 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-FORMS = ("xent", "loss_parallel")
+FORMS = ("xent", "loss_parallel", "Megatron-style")
 
 
 def status(name: str) -> int:
@@ -44,11 +45,60 @@ def cut(total: int, rank: int, size: int) -> slice:
     return slice(min(rank * part, total), min((rank + 1) * part, total))
 
 
+class VocabularyParallel(torch.autograd.Function):
+    """The cross-entropy (N,) of logits of which each rank has some classes, from all of a rank's at once."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, y: Tensor, first: int) -> Tensor:
+        largest = z.amax(1)
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+        z = z - largest[:, None]
+        here = (y >= first) & (y < first + z.shape[1])
+        local = torch.where(here, y - first, 0)
+        own = z.gather(1, local[:, None])[:, 0].masked_fill(~here, 0.0)
+        dist.all_reduce(own)
+        p = z.exp_()
+        total = p.sum(1)
+        dist.all_reduce(total)
+        ctx.save_for_backward(p.div_(total[:, None]), local, here)
+        return total.log() - own
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        p, local, here = ctx.saved_tensors
+        rows = torch.arange(len(local))
+        p[rows, local] -= here.to(p.dtype)
+        return p.mul_(upstream[:, None]), None, None
+
+
+class Copied(torch.autograd.Function):
+    """Features that every rank has, whose gradient is the sum of the ranks' own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        dist.all_reduce(upstream)
+        return upstream
+
+
+def megatron(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+    sizes = [torch.tensor([0]) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(w)]))
+    first = sum(int(size) for size in sizes[: dist.get_rank()])
+    losses: Tensor = VocabularyParallel.apply(Copied.apply(x) @ w.t(), y, first)
+    return losses.mean()
+
+
 def forward(form: str, group: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     import xent
 
     if form == "xent":
         return lambda x, w, y: xent.linear_cross_entropy(x, w, y, group=group)
+    if form == "Megatron-style":
+        return megatron
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -66,7 +116,7 @@ def forward(form: str, group: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def step(form: str, loss: Callable[..., Tensor], x: Tensor, w: Tensor, y: Tensor) -> float:
-    if form == "xent":
+    if form != "loss_parallel":
         value = loss(x, w, y)
         value.backward()
         return value.item()
@@ -104,7 +154,8 @@ def one_rank(rank: int, size: int, form: str, shape: tuple[int, int, int], at: s
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")
     before, start = status("VmRSS"), time.perf_counter()
-    value = loss(x, w, y) if form == "xent" else None
+    apart = form != "loss_parallel"  # whose forward and backward need one setting around both
+    value = loss(x, w, y) if apart else None
     halfway, ahead = time.perf_counter() - start, list(sent)
     if value is not None:
         value.backward()
@@ -121,8 +172,8 @@ def one_rank(rank: int, size: int, form: str, shape: tuple[int, int, int], at: s
         "forward_seconds": halfway,
         "extra": status("VmHWM") - before - x.grad.nbytes - w.grad.nbytes,
         "held": x.nbytes + 2 * w.nbytes + x.grad.nbytes,
-        "forward_bytes": sum(ahead) if form == "xent" else None,
-        "backward_bytes": sum(sent) - sum(ahead) if form == "xent" else None,
+        "forward_bytes": sum(ahead) if apart else None,
+        "backward_bytes": sum(sent) - sum(ahead) if apart else None,
         "collectives": len(sent),
     }
     Path(out, f"{rank}.json").write_text(json.dumps(said))
@@ -166,7 +217,7 @@ def main() -> None:
             most = {key: max(row[key] or 0 for row in found) for key in found[0]}
             wire = (
                 f"{most['forward_bytes'] / 1024:13.1f}{most['backward_bytes'] / 1024:14.1f}"
-                if form == "xent"
+                if form != "loss_parallel"
                 else f"{'':27}"
             )
             print(

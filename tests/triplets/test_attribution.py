@@ -299,3 +299,18 @@ def test_half_types_are_computed_in_float32(dtype):
     assert found.loss.dtype == torch.float32
     close(found.losses, triplets.attribution(z.float(), y, 2).losses)
     assert_close(triplets.pair_matrix(z, y).loss, triplets.pair_matrix(z.float(), y).loss)
+
+
+def test_a_logit_scale_is_a_factor_of_the_features():
+    """Before the softcap, in every report of a head."""
+    x, w = (torch.randn(s, dtype=torch.float64) for s in ((6, 4), (9, 4)))
+    y = torch.randint(9, (6,))
+    for report in (
+        xent.triplets.linear_bounds,
+        xent.triplets.linear_attribution,
+        xent.triplets.linear_pair_matrix,
+    ):
+        scaled = report(x, w, y, logit_scale=0.3, softcap=2.0)
+        other = report(0.3 * x, w, y, softcap=2.0)
+        for name, value in vars(scaled).items() if hasattr(scaled, "__dict__") else scaled._asdict().items():
+            torch.testing.assert_close(value, getattr(other, name))

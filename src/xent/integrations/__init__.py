@@ -1,7 +1,7 @@
 """The ways between xent and libraries that train models, each of which is imported where it is used.
 
-`head_of` reads the classifier of a layer. `xent.integrations.transformers` and `xent.integrations.lightning`
-are modules of their own, which need these libraries.
+`head_of` reads the classifier of a layer. `xent.integrations.transformers`, `xent.integrations.trl` and
+`xent.integrations.lightning` are modules of their own, which need these libraries.
 """
 
 from __future__ import annotations

@@ -44,6 +44,7 @@ def report_options(
     check_targets: bool | None,
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
+    logit_scale: float = 1.0,
     **reducing: Any,
 ) -> Options:
     """Validate the options of a function that reports on rows; without `reducing`, on each of them."""
@@ -54,6 +55,7 @@ def report_options(
         check_targets=check_targets,
         product_dtype=product_dtype,
         memory_budget=memory_budget,
+        logit_scale=logit_scale,
         **(reducing or {"reduction": "none"}),
     )
 

@@ -85,6 +85,7 @@ def linear_attribution(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int | None = -100,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     check_targets: bool | None = None,
@@ -94,7 +95,7 @@ def linear_attribution(
     r"""Return the attribution of a linear head from its features, streaming over the classes.
 
     Args:
-        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
             :func:`xent.linear_cross_entropy`.
         target, top_k, ignore_index, softcap, temperature, check_targets: as in :func:`attribution`.
 
@@ -111,7 +112,9 @@ def linear_attribution(
         >>> found.classes.shape, found.loss.shape
         (torch.Size([8, 3]), torch.Size([8]))
     """
-    options = report_options(ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget)
+    options = report_options(
+        ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget, logit_scale
+    )
     return _attribution(resolve_plain_head(options, input, linear_weight, linear_bias, target), top_k)
 
 

@@ -169,6 +169,7 @@ def linear_bounds(
     ignore_index: int | None = -100,
     reduction: str = "none",
     sample_weight: Tensor | None = None,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     check_targets: bool | None = None,
@@ -181,7 +182,7 @@ def linear_bounds(
     logit, like the loss itself.
 
     Args:
-        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
             :func:`xent.linear_cross_entropy`.
         target, ignore_index, reduction, sample_weight, softcap, temperature, check_targets: as in
             :func:`bounds`.
@@ -201,7 +202,14 @@ def linear_bounds(
     """
     reducing: dict[str, Any] = {"reduction": reduction, "sample_weight": sample_weight}
     options = report_options(
-        ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget, **reducing
+        ignore_index,
+        softcap,
+        temperature,
+        check_targets,
+        product_dtype,
+        memory_budget,
+        logit_scale,
+        **reducing,
     )
     return _bounds(resolve_plain_head(options, input, linear_weight, linear_bias, target))
 

@@ -149,6 +149,7 @@ def linear_pair_matrix(
     top_k: int | None = None,
     linear_bias: Tensor | None = None,
     ignore_index: int | None = -100,
+    logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     check_targets: bool | None = None,
@@ -158,7 +159,7 @@ def linear_pair_matrix(
     r"""Return the pair matrix of a linear head from its features, tiles of logits within the memory budget.
 
     Args:
-        input, linear_weight, linear_bias, product_dtype, memory_budget: as in
+        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
             :func:`xent.linear_cross_entropy`; the matrix itself comes beside the budget.
         target, top_k, ignore_index, softcap, temperature, check_targets: as in :func:`pair_matrix`.
 
@@ -175,7 +176,9 @@ def linear_pair_matrix(
         >>> pairs.matrix.is_sparse, len(pairs.largest(3))
         (True, 3)
     """
-    options = report_options(ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget)
+    options = report_options(
+        ignore_index, softcap, temperature, check_targets, product_dtype, memory_budget, logit_scale
+    )
     return _pair_matrix(resolve_plain_head(options, input, linear_weight, linear_bias, target), top_k)
 
 

@@ -62,6 +62,10 @@ class Divergence(Protocol):
         """Return ∂D/∂z of the student and of the teacher."""
         ...
 
+    def slope(self, log_p: Tensor, log_t: Tensor, *moments: Tensor, student: bool) -> Tensor:
+        """Return one of the slopes, of the student or of the teacher."""
+        ...
+
     def apart(self, log_p: Tensor, log_t: Tensor, *, student: bool) -> Terms:
         """Return f and g of one head, whose slope is f − μ·g, and the terms of the moments.
 
@@ -95,9 +99,15 @@ class KL:
         return terms(log_p, log_t)[:1]
 
     def slopes(self, log_p: Tensor, log_t: Tensor, *moments: Tensor) -> tuple[Tensor, Tensor]:
+        of_student = self.slope(log_p, log_t, *moments, student=True)
+        return of_student, self.slope(log_p, log_t, *moments, student=False)
+
+    def slope(self, log_p: Tensor, log_t: Tensor, *moments: Tensor, student: bool) -> Tensor:
+        if student:
+            return terms(log_p, log_t)[1]
         (kl,) = moments
         t = log_t.exp()
-        return terms(log_p, log_t)[1], torch.where(t == 0, 0.0, t * (log_t - log_p - kl))
+        return torch.where(t == 0, 0.0, t * (log_t - log_p - kl))
 
     def apart(self, log_p: Tensor, log_t: Tensor, *, student: bool) -> Terms:
         assert not student, "the student's slope needs no moment"
@@ -146,10 +156,15 @@ class JS:
         return self.beta * of_t, self.beta * t, *terms
 
     def slopes(self, log_p: Tensor, log_t: Tensor, *moments: Tensor) -> tuple[Tensor, Tensor]:
+        of_student = self.slope(log_p, log_t, *moments, student=True)
+        return of_student, self.slope(log_p, log_t, *moments, student=False)
+
+    def slope(self, log_p: Tensor, log_t: Tensor, *moments: Tensor, student: bool) -> Tensor:
         of_p, of_t = moments
-        p, t = log_p.exp(), log_t.exp()
-        a, b = self._logs(log_p, log_t)
-        return (1 - self.beta) * p * (a - of_p), self.beta * t * (b - of_t)
+        delta = self._delta(log_p, log_t)
+        if student:
+            return (1 - self.beta) * log_p.exp() * (self._of_student(delta) - of_p)
+        return self.beta * log_t.exp() * (self._of_teacher(delta) - of_t)
 
     def along(self, log_p: Tensor, log_t: Tensor, zeta_s: Tensor, zeta_t: Tensor, *moments: Tensor) -> Terms:
         p, t = log_p.exp(), log_t.exp()
@@ -182,10 +197,20 @@ class JS:
 
     def _logs(self, log_p: Tensor, log_t: Tensor) -> tuple[Tensor, Tensor]:
         """Return a = log p/M and b = log t/M, bounded where p or t is nothing beside the other."""
+        delta = self._delta(log_p, log_t)
+        return self._of_student(delta), self._of_teacher(delta)
+
+    def _delta(self, log_p: Tensor, log_t: Tensor) -> Tensor:
         most = MOST[log_p.dtype]
-        delta = (log_p - log_t).nan_to_num(0.0, most, -most).clamp(-most, most)  # nan where both are masked
-        a = -torch.log1p(self.beta * torch.expm1(-delta))
-        return a, -torch.log1p((1 - self.beta) * torch.expm1(delta))
+        return (log_p - log_t).nan_to_num(0.0, most, -most).clamp(-most, most)  # nan where both are masked
+
+    def _of_student(self, delta: Tensor) -> Tensor:
+        """Return log p/M."""
+        return -torch.log1p(self.beta * torch.expm1(-delta))
+
+    def _of_teacher(self, delta: Tensor) -> Tensor:
+        """Return log t/M."""
+        return -torch.log1p((1 - self.beta) * torch.expm1(delta))
 
     def _share(self, p: Tensor, t: Tensor) -> Tensor:
         """Return w = (1 − β)·p/M; ½ where both are 0 and it counts nothing."""

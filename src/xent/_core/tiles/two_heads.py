@@ -494,8 +494,14 @@ def _pull_back(
         here = pair.divergence.moments(log_p, log_t) if formed else ()
         return curved(student, tau_s) * of_student, curved(teacher, tau_t) * of_teacher, *here
 
-    if any(wants[1]) or not pair.divergence.alone:
+    def of_first(log_p: Tensor, log_t: Tensor, gamma: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+        slope = pair.divergence.slope(log_p, log_t, *columns[:known], student=True)
+        return (curved(slope, pair.taus((log_p, log_t), columns[known:])[0]) * gamma,)
+
+    if any(wants[1]) or (formed and not pair.divergence.alone):
         gradients, added = over(pair, of_both, logs, (*gammas, *found.moments, *curves), places=2)
+    elif not pair.divergence.alone:
+        gradients, added = over(pair, of_first, logs, (gammas[0], *found.moments, *curves), places=1)
     else:
         gradients, added = over(pair, of_student, logs, (gammas[0], *curves), places=1)
     picked = pair.selection.pick(chunk)
