@@ -112,6 +112,30 @@ def test_float32_adapters_of_a_half_model():
     assert head["linear_weight"].up.dtype == torch.float32
 
 
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_a_bias_of_float32_adapters_of_a_half_model(half):
+    module = adapted(lora_bias=True).to(half)
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    x = torch.randn(N, D).to(half)
+    loss = xent.linear_cross_entropy(x, target=Y, **head_of(module))
+    torch.testing.assert_close(loss.float(), F.cross_entropy(module(x).float(), Y), rtol=2e-2, atol=2e-2)
+
+
+def test_a_forward_that_is_replaced_in_its_class(monkeypatch):
+    module = nn.Linear(D, C)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * F.linear(x, self.weight, self.bias))
+    with pytest.raises(TypeError, match="has a forward of its own"):
+        head_of(module)
+
+
+def test_another_tuner_is_named_with_its_module():
+    model = peft.get_peft_model(Model(), peft.LoHaConfig(target_modules=["lm_head"]))
+    with pytest.raises(TypeError, match=r"module is a peft\.tuners\.loha\.layer\.Linear|module is a LoHa"):
+        head_of(model.base_model.model.lm_head)
+
+
 def test_the_module_of_a_loss_knows_an_adapter():
     loss = xent.nn.LinearCrossEntropyLoss(D, C, bias=True)
     layer = adapted()

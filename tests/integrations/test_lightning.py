@@ -66,3 +66,22 @@ def test_a_classifier():
     assert after < before
     assert logged["train_loss"] > 0
     assert module(x).shape == (64,)
+
+
+def test_rows_that_are_ignored_do_not_weigh():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 5), torch.tensor([0, -100, -100, -100, 1, 2, 0, 1])
+    module = Classifier(nn.Linear(5, 4), xent.nn.LinearCrossEntropyLoss(4, 3), functools.partial(SGD, lr=0.0))
+    rows = DataLoader(list(zip(x, y, strict=True)), batch_size=4)
+    logged = fitted(module, rows, rows)
+    whole = torch.nn.functional.cross_entropy(module.head.logits(module.features(x)), y)
+    assert logged["val_loss"] == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_a_validation_without_labels_logs_nothing():
+    ids, _ = batch(4)
+    rows = [{"input_ids": i, "labels": torch.full_like(i, -100)} for i in ids]
+    logged = fitted(
+        CausalLM(made("Llama"), SGD), DataLoader(rows, batch_size=2), DataLoader(rows, batch_size=2)
+    )
+    assert logged == {}

@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from integrations.models import CLASSES, MODELS, batch, gemma2, gpt2, llama, made, peft, trained
+from integrations.models import CLASSES, GROUPED, MODELS, batch, gemma2, gpt2, llama, made, peft, trained
 from xent.integrations import _architecture
 from xent.integrations.transformers import CausalLMLoss, causal_lm_loss, compute_loss, language_head
 
@@ -306,18 +306,119 @@ def test_what_is_not_known_is_an_error(make, error, message):
         causal_lm_loss(make(), ids, labels)
 
 
-def test_labels_are_given_once():
+def test_labels_that_are_shifted_stand_before_others():
+    model, (ids, labels) = made("Llama").eval(), batch()
+    shifted = labels.roll(1, 1)
+    own = model(input_ids=ids, labels=labels, shift_labels=shifted).loss
+    close(causal_lm_loss(model, ids, labels, shift_labels=shifted), own)
+    with pytest.raises(ValueError, match="pass labels, or shift_labels"):
+        causal_lm_loss(gpt2(), ids)
+
+
+def test_another_index_is_ignored():
+    model, (ids, labels) = made("Llama").eval(), batch()
+    other = labels.clamp(min=0)
+    own = model(input_ids=ids, labels=other, ignore_index=0).loss
+    close(causal_lm_loss(model, ids, other, ignore_index=0), own)
+    close(causal_lm_loss(model, ids, other, ignore_index=0, return_statistics=True).loss, own)
+
+
+@pytest.mark.parametrize("how", ["argument", "config", "fused"])
+def test_the_balancing_loss_of_experts_is_no_silent_loss(how):
+    from xent.integrations.trl import add_fused_lm_head
+
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**GROUPED, **sizes)).eval()
     ids, labels = batch()
-    for wrong in ({}, {"labels": labels, "shift_labels": labels}):
-        with pytest.raises(ValueError, match="pass labels, or shift_labels"):
-            causal_lm_loss(gpt2(), ids, **wrong)
+    close(causal_lm_loss(model, ids, labels), model(input_ids=ids, labels=labels).loss)
+    given = {"output_router_logits": True} if how != "config" else {}
+    model.config.output_router_logits = how == "config"
+    if how == "fused":
+        add_fused_lm_head(model)
+        given["fused_lm_head"] = True
+
+    def loss() -> torch.Tensor:
+        if how == "fused":
+            return model(input_ids=ids, labels=labels, **given)
+        return causal_lm_loss(model, ids, labels, **given)
+
+    with pytest.raises(ValueError, match="adds the balancing loss of its experts"):
+        loss()
+
+
+def test_a_model_that_casts_before_its_head():
+    sizes = {"vocab_size": CLASSES, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes)).bfloat16().eval()
+    ids, labels = batch()
+    own = model(input_ids=ids, labels=labels).loss
+    close(causal_lm_loss(model, ids, labels), own, 1e-2)
+
+
+def test_a_configuration_that_changes_is_compared_again():
+    model, (ids, labels) = made("Llama").eval(), batch()
+    causal_lm_loss(model, ids, labels)
+    model.config.final_logit_softcapping = 1.0  # which this model does not read
+    with pytest.raises(ValueError, match="the loss of LlamaForCausalLM is"):
+        causal_lm_loss(model, ids, labels)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "prompt"])
+def test_mixed_precision_around_an_adapter(tmp_path, kind):
+    """Accelerate's forward is then that of the wrapper."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        return peft() if kind == "LoRA" else get_peft_model(llama(), prompt)
+
+    curves = [
+        torch.tensor(logged(trainer, str(tmp_path), make, bf16=True))
+        for trainer in (transformers.Trainer, Trainer)
+    ]
+    torch.testing.assert_close(*curves, rtol=2e-2, atol=2e-2)
+
+
+def test_a_wrapper_without_the_models_forward_is_an_error():
+    from peft import AdaptionPromptConfig, get_peft_model
+
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1)
+    model, (ids, labels) = get_peft_model(llama(), config).eval(), batch()
+    with pytest.raises(TypeError, match="does not call the forward of the LlamaForCausalLM"):
+        causal_lm_loss(model, ids, labels, check_model=False)
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_numbers_of_items(statistics):
+    model, (ids, labels) = made("Llama").eval(), batch()
+    options = {"return_statistics": statistics}
+    for wrong in (0, -1.0):
+        with pytest.raises(ValueError, match="num_items_in_batch must be positive"):
+            causal_lm_loss(model, ids, labels, num_items_in_batch=wrong, **options)
+    found = causal_lm_loss(model, ids, labels, num_items_in_batch=torch.tensor([7]), **options)
+    assert (found.loss if statistics else found).shape == ()
+
+
+def test_tokens_without_a_batch():
+    ids, labels = batch()
+    with pytest.raises(ValueError, match=r"input_ids must be \(batch, tokens\), got \(9,\)"):
+        causal_lm_loss(llama(), ids[0], labels[0])
+    with pytest.raises(TypeError, match="model is a DataParallel"):
+        causal_lm_loss(nn.DataParallel(llama()), ids, labels)
+    electra = transformers.ElectraForCausalLM(
+        transformers.ElectraConfig(
+            vocab_size=CLASSES, hidden_size=8, embedding_size=16, num_hidden_layers=1, num_attention_heads=1
+        )
+    )
+    with pytest.raises(TypeError, match="ElectraForCausalLM does more between its base model and its head"):
+        causal_lm_loss(electra, ids, labels, check_model=False)
 
 
 class Trainer(transformers.Trainer):
     compute_loss = compute_loss
 
 
-def logged(kind: type, folder: str, **options) -> list[float]:
+def logged(kind: type, folder: str, make=lambda: made("Llama"), **options) -> list[float]:
     torch.manual_seed(0)
     ids, labels = batch(16)
     rows = [{"input_ids": i, "labels": y} for i, y in zip(ids, labels, strict=True)]
@@ -335,7 +436,7 @@ def logged(kind: type, folder: str, **options) -> list[float]:
         seed=0,
         **options,
     )
-    trainer = kind(made("Llama"), arguments, train_dataset=rows, eval_dataset=rows)
+    trainer = kind(make(), arguments, train_dataset=rows, eval_dataset=rows)
     trainer.train()
     curve = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return [*curve, trainer.evaluate()["eval_loss"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import trl
@@ -145,6 +147,18 @@ def test_a_fused_head_leaves_the_forward():
     assert after.loss == before.loss
     assert (after.logits == before.logits).all()
     assert model.generate(ids[:1], max_new_tokens=2, do_sample=False).shape == (1, ids.shape[1] + 2)
+
+
+def test_a_copy_of_a_patched_model_is_its_own():
+    model, (ids, labels) = made("Llama").eval(), batch()
+    add_fused_lm_head(model)
+    twin = copy.deepcopy(model)
+    before = model(input_ids=ids).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(twin(input_ids=ids).logits, before)
+    assert twin(input_ids=ids, labels=labels, fused_lm_head=True).loss > 0
 
 
 def test_a_fused_head_of_an_adapter():

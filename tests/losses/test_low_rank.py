@@ -249,7 +249,7 @@ def test_what_needs_the_matrix_refuses_by_name():
         ({"weight": torch.ones(C, 2, D)}, r"must be \(C, D\), \(R, D\) and \(C, R\)"),
         ({"down": torch.ones(R, D).double()}, "down is torch.float64 but up is torch.float32"),
         ({"down": torch.ones(R, D).half(), "up": torch.ones(C, R).half()}, "must be torch.float32, as"),
-        ({"down": torch.ones(R, D, dtype=torch.int64)}, "down must be floating"),
+        ({"down": torch.ones(R, D, dtype=torch.int64)}, "down must be of a floating type"),
     ],
 )
 def test_factors_that_do_not_fit(changed, message):
@@ -263,3 +263,13 @@ def test_the_scale_may_be_zero_or_negative():
     for scale in (0.0, -2.0):
         found = xent.linear_cross_entropy(x, xent.LowRank(w, down, up, scale), TARGET)
         close(found, xent.linear_cross_entropy(x, w + scale * up @ down, TARGET))
+
+
+def test_devices_and_tensors_without_data():
+    x, w, down, up, _ = (t.detach() for t in leaves())
+    with pytest.raises(ValueError, match="all tensors must be on one device, got cpu, meta"):
+        xent.linear_cross_entropy(x, xent.LowRank(w, down.to("meta"), up), TARGET)
+    head = xent.LowRank(w, down, up).mapped(lambda t: t.to("meta"))
+    assert xent.linear_cross_entropy(x.to("meta"), head, TARGET.to("meta")).is_meta
+    with pytest.raises(TypeError, match="down must be of a floating type of 16, 32 or 64 bits"):
+        xent.LowRank(w.float(), down.to(torch.float8_e4m3fn), up.to(torch.float8_e4m3fn))

@@ -23,6 +23,7 @@ from xent._arguments.problem import common_of, problem_of, refuse_slices
 from xent._arguments.targets import is_index, require_index
 from xent._arguments.validation import (
     autocasts,
+    check_devices,
     check_floating,
     check_tensors,
     is_readable,
@@ -333,6 +334,7 @@ def _low_rank_factors(
             "normalize needs the length of each classifier, which a LowRank never forms: "
             "pass linear_weight.to_dense()"
         )
+    check_devices(input, *weight.tensors)
     x, down, up = harmless(options, input, target), weight.down, weight.up
     if autocasts(input):
         x, down, up = lower(x), lower(down), lower(up)

@@ -43,7 +43,8 @@ def weight_and_bias(layer: nn.Module, name: str) -> tuple[Weight, Tensor | None]
     if kind is None:
         raise TypeError(_no_linear(layer, name))
     _check_calls(layer, name)
-    if type(layer).forward is not kind.forward or "forward" in layer.__dict__:
+    own = type(layer).forward is kind.forward and kind.forward.__module__.startswith("torch.nn.modules.")
+    if not own or "forward" in layer.__dict__:
         raise TypeError(
             f"{name} ({type(layer).__name__}) has a forward of its own, which the loss, reading the weight, "
             "would leave out; merge what it adds into the weight and put the torch.nn.Linear back, "
@@ -75,16 +76,23 @@ def _adapted(layer: Any, name: str) -> tuple[Weight, Tensor | None]:
         raise TypeError(f"{name} has an adapter on an adapter: merge one of them, {OUT}")
     scale = float(layer.scaling[adapter])
     if of_up is not None:
-        bias = scale * of_up if bias is None else bias + scale * of_up
+        added = scale * of_up if bias is None else bias + scale * of_up
+        bias = added.to(weight.dtype)
     return LowRank(weight, down, up, scale), bias
 
 
 def _no_linear(layer: nn.Module, name: str) -> str:
     return (
-        f"{name} is a {type(layer).__name__} and no torch.nn.Linear: the loss reads the weight and would "
+        f"{name} is a {_named(layer)} and no torch.nn.Linear: the loss reads the weight and would "
         "leave out the rest; merge an adapter into the weight and put the torch.nn.Linear back, dequantise a "
         f"quantised layer, {OUT}"
     )
+
+
+def _named(layer: nn.Module) -> str:
+    """Return the name of a layer's class, with its module where the name alone would mislead."""
+    kind = type(layer)
+    return kind.__name__ if kind.__name__ != "Linear" else f"{kind.__module__}.{kind.__name__}"
 
 
 def _check_calls(layer: nn.Module, name: str) -> None:

@@ -18,7 +18,9 @@ from torch import nn
 def is_lora(layer: nn.Module) -> bool:
     """Return whether a layer is PEFT's linear layer with LoRA adapters, and its forward is that class's."""
     module = sys.modules.get("peft.tuners.lora.layer")
-    return module is not None and type(layer) is module.Linear and "forward" not in layer.__dict__
+    if module is None or type(layer) is not module.Linear or "forward" in layer.__dict__:
+        return False
+    return bool(module.Linear.forward.__module__ == module.__name__)
 
 
 def saved_copy(layer: Any) -> nn.Module | None:

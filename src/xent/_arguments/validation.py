@@ -9,8 +9,7 @@ from xent._arguments import class_parallel
 from xent._autograd import transforms
 from xent._core.logits import compute_dtype
 from xent._core.low_rank import LowRank
-
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from xent._core.validators import FLOATING
 
 
 def check_tensors(*, spread: bool = False, **given: object) -> None:

@@ -20,7 +20,8 @@ from xent._core.logits import compute_dtype
 def project(x: Tensor, down: Tensor) -> Tensor:
     """Return x Aᵀ (N, R), float32 for half types, of x (N, D) and A (R, D); differentiable in both."""
     if is_opaque(x, down):  # where the compiler writes the derivatives
-        with torch.autocast(x.device.type, enabled=False):
+        kind = "cpu" if x.is_meta else x.device.type  # which the meta device is no type of
+        with torch.autocast(kind, enabled=False):
             return x.to(compute_dtype(x.dtype)) @ down.to(compute_dtype(down.dtype)).t()
     product: Tensor = _Product.apply(x, down.t())
     return product

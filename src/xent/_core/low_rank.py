@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from xent._core.validators import FINITE
+from xent._core.validators import FINITE, FLOATING
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,8 +57,8 @@ class LowRank:
             if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
                 kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
                 raise TypeError(f"{name} must be a dense tensor, got {kind}")
-            if not tensor.is_floating_point():
-                raise TypeError(f"{name} must be floating, got {tensor.dtype}")
+            if tensor.dtype not in FLOATING:
+                raise TypeError(f"{name} must be of a floating type of 16, 32 or 64 bits, got {tensor.dtype}")
         shapes = tuple(tuple(t.shape) for t in self.tensors)
         if any(len(shape) != 2 for shape in shapes):
             raise ValueError(f"weight, down and up must be (C, D), (R, D) and (C, R); got {_and(shapes)}")

@@ -19,6 +19,9 @@ from torch import Tensor
 
 from xent._core.functorch import followed
 
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The types that losses are computed of."""
+
 
 class Validator(Protocol):
     """A kind of value."""

@@ -14,8 +14,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from xent._arguments.validation import FLOATING, require_tensors
+from xent._arguments.validation import require_tensors
 from xent._core.logits import compute_dtype
+from xent._core.validators import FLOATING
 
 
 class RowOperator(ABC):

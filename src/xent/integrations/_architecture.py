@@ -10,16 +10,17 @@ once with the hidden states made larger, so that a softcap which small logits wo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypedDict
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from xent._arguments.linear_layer import weight_and_bias
+from xent._arguments.validation import autocasts
 from xent._core.low_rank import LowRank
-from xent.integrations._wrappers import forward_replaced
+from xent.integrations._wrappers import forward_replaced, wrappers
 
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # of the logits
 DIVISORS = ("logits_scaling",)
@@ -27,7 +28,8 @@ MULTIPLIES = ("hyperclovax",)  # whose logits_scaling is a factor
 TOKENS = 16  # that are compared
 LARGE = 30.0  # the size of logits at which they are compared once more
 
-_checked: WeakSet[nn.Module] = WeakSet()
+_checked: WeakKeyDictionary[nn.Module, tuple[float, float | None]] = WeakKeyDictionary()
+"""The scale and softcap with which a model's loss has been found to be ours."""
 
 
 class LanguageHead(TypedDict):
@@ -67,10 +69,36 @@ def _of_config(config: Any) -> tuple[float, float | None]:
 
 
 def last_hidden(model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
-    """Return the base model's hidden states (..., D), on the device of the head."""
-    inputs = {**inputs, "use_cache": False, "return_dict": True}
-    hidden: Tensor = model.base_model(*args, **inputs).last_hidden_state
-    return hidden.to(model.get_output_embeddings().weight.device)
+    """Return hidden states (..., D) on the device of the head and, but for autocast, in its type.
+
+    Raises:
+        ValueError: a mixture of experts that adds its balancing loss.
+        TypeError: the model has no base model, or does more between it and the head.
+    """
+    name, base, weight = type(model).__name__, _base(model), model.get_output_embeddings().weight
+    if inputs.get("output_router_logits", getattr(model.config, "output_router_logits", False)):
+        raise ValueError(
+            f"{name} adds the balancing loss of its experts (output_router_logits), which is not made here: "
+            "set config.output_router_logits = False"
+        )
+    found = base(*args, **{**inputs, "use_cache": False, "return_dict": True})
+    hidden: Tensor = found[0] if isinstance(found, tuple) else found.last_hidden_state
+    if hidden.shape[-1] != weight.shape[1]:
+        raise TypeError(
+            f"{name} does more between its base model and its head: hidden states have {hidden.shape[-1]} "
+            f"features, and the head takes {weight.shape[1]}"
+        )
+    if hidden.dtype != weight.dtype and not autocasts(hidden):  # as models that cast do before their head
+        hidden = hidden.to(weight.dtype)
+    return hidden.to(weight.device)
+
+
+def _base(model: Any) -> Any:
+    """Return the model below the head."""
+    for found in (model.base_model, getattr(model, "model", None)):
+        if found is not None and found is not model:
+            return found
+    raise TypeError(f"{type(model).__name__} names no base model, whose hidden states its head takes")
 
 
 def check(model: Any, inner: Any, input_ids: Tensor, loss: Callable[[Tensor, float], Tensor]) -> None:
@@ -81,14 +109,21 @@ def check(model: Any, inner: Any, input_ids: Tensor, loss: Callable[[Tensor, flo
 
     model: with its wrappers; inner: without them.
     """
-    ids = input_ids[:1, :TOKENS]
-    if inner in _checked or ids.numel() < 2:
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be (batch, tokens), got {tuple(input_ids.shape)}")
+    ids, settings = input_ids[:1, :TOKENS], _of_config(inner.config.get_text_config())
+    if _checked.get(inner) == settings or ids.numel() < 2:
         return
-    with _evaluating(inner), torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
+    with (
+        _evaluating(inner),
+        _original_forwards(model),
+        torch.no_grad(),
+        torch.autocast(ids.device.type, enabled=False),
+    ):
         largest = _compare(model, inner, ids, loss, 1.0)
         if 0.0 < largest < LARGE:
             _compare(model, inner, ids, loss, LARGE / largest)
-    _checked.add(inner)
+    _checked[inner] = settings
 
 
 def _compare(
@@ -105,8 +140,7 @@ def _compare(
     head = inner.get_output_embeddings()
     handle = None if size == 1.0 else head.register_forward_pre_hook(enlarge)
     try:
-        with _original_forward(inner):
-            own = model(input_ids=ids, labels=ids, use_cache=False)
+        own = model(input_ids=ids, labels=ids, use_cache=False, return_dict=True)
     finally:
         if handle is not None:
             handle.remove()
@@ -115,7 +149,7 @@ def _compare(
     if own.loss is None:
         raise TypeError(f"{type(inner).__name__} has no loss of its own to compare with: check_model=False")
     ours, largest = loss(ids, size).item(), own.logits.float().abs().max().item()
-    near = 1e-4 + 8 * max(_rounding(t) for t in (own.logits, head.weight)) * largest
+    near = 1e-4 + 2 * max(_rounding(t) for t in (own.logits, head.weight)) * largest
     if not abs(ours - own.loss.item()) <= near:
         scale, softcap = _of_config(inner.config.get_text_config())
         where = "" if size == 1.0 else f", its hidden states multiplied by {size:.3g}"
@@ -135,10 +169,15 @@ def _rounding(t: Tensor) -> float:
     return max(eps, 2.0**-10) if reduced else eps
 
 
-def _original_forward(model: nn.Module) -> AbstractContextManager[None]:
-    """Take off the mixed precision of Accelerate, which is a forward of the model itself."""
-    original = model.__dict__.get("_original_forward")
-    return nullcontext() if original is None else forward_replaced(model, original.__func__)
+@contextmanager
+def _original_forwards(model: nn.Module) -> Iterator[None]:
+    """Take off the mixed precision of Accelerate, which is a forward of the model or of a wrapper."""
+    with ExitStack() as stack:
+        for module in wrappers(model):
+            original = module.__dict__.get("_original_forward")
+            if original is not None:
+                stack.enter_context(forward_replaced(module, original.__func__))
+        yield
 
 
 @contextmanager

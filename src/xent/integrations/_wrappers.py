@@ -13,33 +13,39 @@ from typing import Any
 from torch import nn
 
 
-def causal_lm(model: Any) -> Any:
-    """Return the causal language model inside its wrappers; raise an error unless it is one."""
-    inner = model
+def wrappers(model: Any) -> Iterator[Any]:
+    """Yield a model, and what is inside each of its wrappers, the innermost last."""
+    yield model
     while True:
-        if hasattr(inner, "_orig_mod"):  # torch.compile
-            inner = inner._orig_mod
-        elif hasattr(inner, "get_base_model"):  # PEFT
-            inner = inner.get_base_model()
-        elif type(inner).__module__.startswith("torch.distributed.fsdp") and hasattr(inner, "module"):
+        kind = type(model)
+        if hasattr(model, "_orig_mod"):  # torch.compile
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):  # PEFT
+            model = model.get_base_model()
+        elif kind.__module__.startswith("torch.distributed.fsdp") and hasattr(model, "module"):
             raise TypeError(
                 "model is a FullyShardedDataParallel, which frees the head's weight before the backward: "
                 "shard it with torch.distributed.fsdp.fully_shard"
             )
-        elif type(inner).__module__.startswith("torch.nn.parallel"):  # DDP
-            inner = inner.module
+        elif kind.__module__ == "torch.nn.parallel.data_parallel":
+            raise TypeError(
+                "model is a DataParallel, whose copies cannot compute this loss: use one process a device, "
+                "with torchrun"
+            )
+        elif kind.__module__.startswith("torch.nn.parallel"):  # DDP
+            model = model.module
         else:
-            break
+            return
+        yield model
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the causal language model inside its wrappers; raise an error unless it is one."""
+    *_, inner = wrappers(model)
     if not hasattr(inner, "get_output_embeddings") or not hasattr(inner, "base_model"):
         raise TypeError(f"model must be a causal language model of Transformers, got {type(inner).__name__}")
-    config = inner.config
-    if getattr(config, "is_encoder_decoder", False):
+    if getattr(inner.config, "is_encoder_decoder", False):
         raise ValueError(f"{type(inner).__name__} is an encoder-decoder, whose labels are not shifted")
-    if getattr(config.get_text_config(), "output_router_logits", False):
-        raise ValueError(
-            f"{type(inner).__name__} adds the balancing loss of its experts (output_router_logits), which is "
-            "not made here: set config.output_router_logits = False"
-        )
     return inner
 
 

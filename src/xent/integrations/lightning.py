@@ -107,11 +107,13 @@ class Classifier(_Trained):
     def _step(self, batch: tuple[Any, Tensor], stage: str) -> Tensor:
         rows, target = batch
         loss: Tensor = self.head(self.features(rows), target)
-        _log(self, stage, {"loss": loss.detach()}, len(target))
+        index: Any = self.head.ignore_index
+        ignored = (target == index).sum() if target.dim() == 1 else 0
+        _log(self, stage, {"loss": loss.detach()}, len(target) - int(ignored))
         return loss
 
 
 def _log(module: LightningModule, stage: str, values: dict[str, Tensor], count: int) -> None:
-    """Write values by their stage, weighed by the number of tokens or rows, where there is a trainer."""
-    if module._trainer is not None:
+    """Write values by their stage, weighed by a count of tokens or rows, where it and a trainer are there."""
+    if module._trainer is not None and count:
         module.log_dict({f"{stage}_{name}": value for name, value in values.items()}, batch_size=count)

@@ -40,6 +40,7 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | float | None = ...,
     shift_labels: Tensor | None = ...,
     return_statistics: Literal[False] = ...,
+    ignore_index: int = ...,
     check_model: bool = ...,
     memory_budget: int | None = ...,
     **inputs: Any,
@@ -55,6 +56,7 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | float | None = ...,
     shift_labels: Tensor | None = ...,
     return_statistics: Literal[True],
+    ignore_index: int = ...,
     check_model: bool = ...,
     memory_budget: int | None = ...,
     **inputs: Any,
@@ -69,6 +71,7 @@ def causal_lm_loss(
     num_items_in_batch: Tensor | float | None = None,
     shift_labels: Tensor | None = None,
     return_statistics: bool = False,
+    ignore_index: int = -100,
     check_model: bool = True,
     memory_budget: int | None = None,
     **inputs: Any,
@@ -77,8 +80,10 @@ def causal_lm_loss(
 
     Works on the base model's hidden states; scale, softcap and bias of the head come from the architecture's
     config, and are compared with the model's own loss on a few tokens, once for each model. Adapters of PEFT
-    on the head are followed (:func:`xent.integrations.head_of`). Mixed precision by Accelerate replaces the
-    model's forward, which is not called here: run this under ``accelerator.autocast()``.
+    on the head are followed (:func:`xent.integrations.head_of`). The model runs without a cache of keys and
+    values, as in training, so that packed ``position_ids`` keep sequences apart. Mixed precision by
+    Accelerate replaces the model's forward, which is not called here: run this under
+    ``accelerator.autocast()``. Forward hooks of the model and its wrappers see a tuple.
 
     Args:
         model: a causal language model of Transformers, or one wrapped by PEFT, DDP, FSDP or
@@ -87,9 +92,10 @@ def causal_lm_loss(
         labels: (batch, tokens), not shifted; −100 is left out.
         num_items_in_batch: replaces the number of labels that count as the divisor, as a trainer that
             accumulates gradients passes it.
-        shift_labels: labels that are shifted already, in place of ``labels``.
+        shift_labels: labels that are shifted already; ``labels`` are then not read.
         return_statistics: also return correct tokens, entropy and count, from the same sweep; one product
             more.
+        ignore_index: labels that are left out.
         check_model: compare with the model's own loss at first use; not in a graph that is being compiled.
         memory_budget: as in :func:`xent.linear_cross_entropy`.
         **inputs: further arguments of the model: attention_mask, position_ids, ...
@@ -100,7 +106,7 @@ def causal_lm_loss(
     Raises:
         ValueError: the model's own loss is another, with both numbers; a mixture of experts that adds its
             balancing loss; an encoder-decoder; neither labels nor shift_labels.
-        TypeError: a head that computes more than x Wᵀ + b.
+        TypeError: a head that computes more than x Wᵀ + b; a wrapper of which the model's forward is no part.
 
     Example:
         >>> import torch, transformers
@@ -110,14 +116,14 @@ def causal_lm_loss(
         >>> loss = causal_lm_loss(model, ids, ids)
         >>> loss.backward()
     """
-    if (labels is None) == (shift_labels is None):
+    if labels is None and shift_labels is None:
         raise ValueError("pass labels, or shift_labels where they are shifted already")
     inner = causal_lm(model)
     if check_model and input_ids is not None and not torch.compiler.is_compiling():
         bare = getattr(model, "_orig_mod", model)  # so that nothing is compiled for a few tokens
 
         def ours(ids: Tensor, size: float) -> Tensor:
-            return _called(bare, inner, input_ids=ids, labels=ids, size=size)[0]
+            return _called(bare, inner, input_ids=ids, labels=ids, hidden_factor=size)[0]
 
         check(bare, inner, input_ids, ours)
     found = _called(
@@ -128,6 +134,7 @@ def causal_lm_loss(
         shift_labels=shift_labels,
         num_items_in_batch=num_items_in_batch,
         return_statistics=return_statistics,
+        ignore_index=ignore_index,
         memory_budget=memory_budget,
     )
     return CausalLMLoss(*found) if return_statistics else found[0]
@@ -139,6 +146,8 @@ def compute_loss(
     inputs: dict[str, Any],
     return_outputs: bool = False,
     num_items_in_batch: Tensor | float | None = None,
+    *,
+    check_model: bool = True,
 ) -> Any:
     """Return the loss of a batch of `transformers.Trainer`, whose method this is to replace in a subclass.
 
@@ -149,6 +158,7 @@ def compute_loss(
     Args:
         trainer: the trainer.
         model, inputs, return_outputs, num_items_in_batch: as `transformers.Trainer.compute_loss`.
+        check_model: as in :func:`causal_lm_loss`.
 
     Raises:
         ValueError, TypeError: as :func:`causal_lm_loss`; a trainer with label smoothing or a
@@ -166,12 +176,12 @@ def compute_loss(
     accepts = trainer.model_accepts_loss_kwargs
     items = num_items_in_batch if accepts else None
     options: Any = {"num_items_in_batch": items, "return_statistics": return_outputs}
+    options["check_model"] = check_model
     with trainer.accelerator.autocast():
         found: Tensor | CausalLMLoss = causal_lm_loss(model, **inputs, **options)
     loss = found.loss if isinstance(found, CausalLMLoss) else found
     if trainer.args.average_tokens_across_devices and items is not None:
-        processes = trainer.accelerator.num_processes // trainer.get_tp_size()
-        loss = loss * (processes if trainer.args.n_gpu <= 1 else trainer.args.n_gpu)
+        loss = loss * (trainer.accelerator.num_processes // trainer.get_tp_size())
     if not isinstance(found, CausalLMLoss):
         return loss
     return loss, {"loss": loss} | {name: t[None] for name, t in found._asdict().items() if name != "loss"}
@@ -185,6 +195,11 @@ def _called(model: Any, inner: Any, **given: Any) -> tuple[Tensor, ...]:
     else:
         with forward_replaced(inner, _forward):
             found = model(**given)
+    if not isinstance(found, tuple):
+        raise TypeError(
+            f"{type(model).__name__} does not call the forward of the {type(inner).__name__} in it, which is "
+            "where this loss is made: use the model's own loss"
+        )
     return found
 
 
@@ -195,28 +210,32 @@ def _forward(
     shift_labels: Tensor | None = None,
     num_items_in_batch: Tensor | float | None = None,
     return_statistics: bool = False,
+    ignore_index: int = -100,
     memory_budget: int | None = None,
-    size: float = 1.0,
+    hidden_factor: float = 1.0,
     **inputs: Any,
 ) -> tuple[Tensor, ...]:
     """Return the loss, and with statistics also correct tokens, the sum of entropies and the count.
 
-    ``size`` multiplies the hidden states, to compare with the model's own loss.
+    ``hidden_factor`` multiplies the hidden states, to compare with the model's own loss.
     """
     hidden, head = last_hidden(self, inputs), language_head(self)
-    hidden = hidden if size == 1.0 else hidden * size
-    if labels is not None:  # the last token's own is ignored, which costs no product and no copy
-        shift_labels = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
-    assert shift_labels is not None
+    hidden = hidden if hidden_factor == 1.0 else hidden * hidden_factor
+    if shift_labels is None:  # the last token's own is ignored, which costs no product and no copy
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.to(hidden.device)
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(hidden.device)
+        num_items_in_batch = num_items_in_batch.to(hidden.device).reshape(())
+    elif num_items_in_batch is not None and not num_items_in_batch > 0:
+        raise ValueError(f"num_items_in_batch must be positive, got {num_items_in_batch}")
     if not return_statistics:
-        return (_loss(hidden, head, target, num_items_in_batch, memory_budget),)
-    rows = linear_row_statistics(hidden, target=target, memory_budget=memory_budget, **head)
+        return (_loss(hidden, head, target, num_items_in_batch, ignore_index, memory_budget),)
+    options: Any = {"ignore_index": ignore_index, "memory_budget": memory_budget}
+    rows = linear_row_statistics(hidden, target=target, **options, **head)
     assert rows.loss is not None
     assert rows.correct is not None
-    tokens = (target != -100).sum()
+    tokens = (target != ignore_index).sum()
     divisor = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     return rows.loss.sum() / divisor, rows.correct.sum(), rows.entropy.detach().sum(), tokens
 
@@ -226,11 +245,12 @@ def _loss(
     head: LanguageHead,
     target: Tensor,
     denominator: Tensor | float | None,
+    ignore_index: int,
     memory_budget: int | None,
 ) -> Tensor:
     """Return the mean, float32 for half types too, as Transformers has it."""
     options = Options(
-        TargetOptions(),
+        TargetOptions(ignore_index=ignore_index),
         LogitOptions(softcap=head["softcap"], logit_scale=head["logit_scale"]),
         ReductionOptions("mean", denominator),
         Execution(memory_budget=memory_budget),

@@ -238,7 +238,8 @@ def add_fused_lm_head(
         >>> add_fused_lm_head(model, outputs=("log_probs", "entropy"))  # SFTTrainer(model, ...).model
     """
     inner = causal_lm(model)
-    original = inner.forward
+    language_head(inner)
+    own = type(inner).forward if "forward" not in inner.__dict__ else inner.forward.__func__
 
     @functools.wraps(type(inner).forward)  # which `generate` reads the signature of
     def forward(
@@ -252,7 +253,7 @@ def add_fused_lm_head(
     ) -> Any:
         if not fused_lm_head:
             given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
-            return original(*args, **kwargs, **{name: t for name, t in given.items() if t is not None})
+            return own(self, *args, **kwargs, **{name: t for name, t in given.items() if t is not None})
         return _fused(self, args, kwargs, labels, shift_labels, num_items_in_batch, settings)
 
     settings = _Settings(temperature, cast_lm_head_to_fp32, outputs)
@@ -279,14 +280,14 @@ def _fused(
     """Return TRL's output of a model, from its hidden states."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    if (labels is None) == (shift_labels is None):
+    if labels is None and shift_labels is None:
         raise ValueError("pass labels, or shift_labels where they are shifted already")
     hidden, head = last_hidden(model, inputs, *args), language_head(model)
     weight, bias = head["linear_weight"], head["linear_bias"]
-    if labels is not None:  # the last token of a row has no label, which costs no product and no copy
+    if shift_labels is None:  # the last token of a row has no label, which costs no product and no copy
+        assert labels is not None
         targets = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:]
     else:
-        assert shift_labels is not None
         targets = shift_labels
     targets = targets.to(hidden.device)
     enabled = torch.is_autocast_enabled(hidden.device.type) and not settings.cast
@@ -303,7 +304,7 @@ def _fused(
             settings.outputs,
         )
     mask = targets != -100
-    if labels is not None:
+    if shift_labels is None:
         mask = mask[:, :-1]
         shorter: list[Any] = [None if t is None else t[:, :-1] for t in found]
         found = TokenOutputs(*shorter)

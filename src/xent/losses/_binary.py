@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xent._arguments.validation import FLOATING, autocasts, check_tensors, require_tensors
+from xent._arguments.validation import autocasts, check_tensors, require_tensors
 from xent._autograd import transforms
 from xent._core.logits import compute_dtype
-from xent._core.validators import OneOf, valid
+from xent._core.validators import FLOATING, OneOf, valid
 from xent.losses._elementwise import Into, loss
 
 KL_REDUCTIONS = OneOf(("none", "batchmean", "mean", "sum"))
