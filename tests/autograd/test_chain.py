@@ -256,15 +256,20 @@ def test_a_third_derivative_raises():
 
 
 @CASES
-@SCORES
+@pytest.mark.parametrize("scores", ["in turn", pytest.param("all", marks=pytest.mark.slow)])
 def test_compiled_in_one_graph(row, scores):
     """torch.compile(fullgraph=True): the eager loss and gradients.
 
-    The reduction is ordinary operations behind one operator, so that one is enough for each loss, and of
-    heads every other loss takes that of rows.
+    The reduction is ordinary operations behind one operator, so that one is enough for each loss, and every
+    other loss takes that of rows. Losses from logits and from features take turns; the slow test has both.
     """
+    number = EVERY.index(row)
+    for each_scores in ("linear", "dense") if scores == "all" else (("linear", "dense")[number // 2 % 2],):
+        compiled_in_one_graph(row, each_scores, of_rows=number % 2 == 1)
+
+
+def compiled_in_one_graph(row, scores, of_rows):
     torch._dynamo.reset()
-    of_rows = scores == "linear" and EVERY.index(row) % 2
     ours, _, arguments, _ = pair(row, scores, "none" if of_rows else "mean")
     leaves = [a.clone().requires_grad_() for a in arguments]
     compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")

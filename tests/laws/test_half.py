@@ -28,7 +28,7 @@ CASES = [
 
 @pytest.mark.parametrize(("row", "scores"), CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
 def test_half_types_are_rounded_once(row, dtype, reduction, scores):
     p = problem(row, dtype)
     exact = in_double(p).differentiable()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -149,26 +150,30 @@ def law_of(test: Callable[..., None]) -> list[Row]:
 
 
 CASES = [
-    pytest.param(spoil, test, row, id=f"{name}-{test.__name__}-{row.name}")
+    pytest.param(spoil, test, id=f"{name}-{test.__name__}")
     for name, (spoil, tests) in NONSENSE.items()
     for test in tests
-    for row in law_of(test)
 ]
 
 
-@pytest.mark.parametrize(("spoil", "test", "row"), CASES)
-def test_nonsense_fails(spoil, test, row, monkeypatch):
-    monkeypatch.setitem(LOSSES, row.loss, spoil(LOSSES[row.loss]))
-    choices = {
-        "row": row,
-        "dtype": torch.float64,
-        "reduction": "mean",
-        "scores": "dense",
-        "gradient": "early",
-    }
-    given = {name: choices[name] for name in inspect.signature(test).parameters}
-    with pytest.raises((AssertionError, RuntimeError)):
-        test(**given)
+@pytest.mark.parametrize(("spoil", "test"), CASES)
+def test_nonsense_fails(spoil, test):
+    """On every row of the law, of which a failure names the first that passes."""
+    for row in law_of(test):
+        choices = {
+            "row": row,
+            "dtype": torch.float64,
+            "reduction": "mean",
+            "scores": "dense",
+            "gradient": "early",
+        }
+        given = {name: choices[name] for name in inspect.signature(test).parameters}
+        with mock.patch.dict(LOSSES, {row.loss: spoil(LOSSES[row.loss])}):
+            try:
+                test(**given)
+            except (AssertionError, RuntimeError):
+                continue
+        pytest.fail(f"the law holds for nonsense, in row {row.name}")
 
 
 def test_every_law_is_broken_by_something():
