@@ -1,0 +1,62 @@
+"""The measures of rows, by the formulas written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import xent
+from xent.report._audit_rows import measure_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_measures_are_the_formulas(dtype):
+    torch.manual_seed(0)
+    z, y = 3 * torch.randn(200, 7, dtype=dtype), torch.randint(7, (200,))
+    rows = measure_rows(z.log_softmax(1), y)
+    log_p = z.double().log_softmax(1)
+    p = log_p.exp()
+    t = torch.nn.functional.one_hot(y, 7).double()
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(rows.loss, -(t * log_p).sum(1), **near)
+    torch.testing.assert_close(rows.entropy, -(p * log_p).sum(1), **near)
+    torch.testing.assert_close(rows.brier, (p - t).square().sum(1), **near)
+    torch.testing.assert_close(rows.gradient_norm, (p - t).norm(dim=1), **near)
+    jacobian = torch.diag_embed(p) - p[:, :, None] * p[:, None]
+    torch.testing.assert_close(rows.curvature_trace, jacobian.diagonal(dim1=1, dim2=2).sum(1), **near)
+    torch.testing.assert_close(rows.confidence, p.amax(1), **near)
+    others = log_p.masked_fill(t > 0, -torch.inf)
+    torch.testing.assert_close(rows.margin, (t * log_p).sum(1) - others.amax(1), **near)
+    assert (rows.prediction == p.argmax(1)).all()
+    assert (rows.correct == (p.argmax(1) == y)).all()
+    without = log_p.scatter(1, rows.prediction[:, None], -torch.inf)
+    assert (rows.runner_up == without.argmax(1)).all()
+    assert (rows.rank == (p > p.gather(1, y[:, None])).sum(1)).all()
+
+
+def test_gradient_norms_are_those_of_curvature():
+    torch.manual_seed(1)
+    x, w, y = torch.randn(20, 5), torch.randn(4, 5), torch.randint(4, (20,))
+    rows = measure_rows((x @ w.T).log_softmax(1), y)
+    norms = xent.curvature.row_gradient_norms(x, w, y)
+    torch.testing.assert_close((rows.gradient_norm * x.double().norm(dim=1)).float(), norms.float())
+
+
+def test_a_probability_of_0_and_equal_ones():
+    log_p = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]])
+    log_p[1:] = log_p[1:].log()
+    rows = measure_rows(log_p, torch.tensor([0, 1, 1]))
+    assert rows.entropy[0] == 0
+    assert rows.loss.tolist()[0] == 0
+    assert rows.prediction.tolist() == [0, 0, 2]
+    assert rows.runner_up.tolist()[1] == 1
+    assert rows.rank.tolist() == [0, 0, 1]
+    assert rows.margin[0] == torch.inf
+    assert measure_rows(log_p[:1], torch.tensor([1])).loss.item() == torch.inf
+
+
+def test_sure_rows_keep_their_digits():
+    """z = (40, 0): ‖p − t‖ = √2·(1 − p) and the trace 2·p·(1 − p), where 1 − p = 4.248e-18."""
+    rows = measure_rows(torch.tensor([[40.0, 0.0]]).log_softmax(1), torch.tensor([0]))
+    assert rows.gradient_norm.item() == pytest.approx(2**0.5 * 4.248354255291589e-18, rel=1e-6)
+    assert rows.curvature_trace.item() == pytest.approx(2 * 4.248354255291589e-18, rel=1e-6)
