@@ -337,6 +337,12 @@ OTHERS = [
 SUMS_REVERSE = "its sum is known to the rounding of the divergence, which may be larger than the gradient"
 OF_TARGET = UNWEIGHTED | UNTILED | {"finite_differences": "test_divergences.py has them"}
 OF_TARGET |= {"convex": CONVEX_REVERSE, "gradient_sum": SUMS_REVERSE, "leaving_out": SURROGATE["leaving_out"]}
+OF_TEACHER = {
+    "finite_differences": "a teacher of given probabilities has features without bound",
+    "learnt_weights": "takes no learnt weight",
+    "additive": "takes no denominator",
+    "half": "the teacher's logarithms have rounded to the half type already",
+}
 OTHERS += [
     Row(
         "binary-of-probabilities",
@@ -358,23 +364,13 @@ OTHERS += [
         "linear-kl-divergence",
         loss="linear_kl",
         target="probabilities",
-        exempt={
-            "finite_differences": "a teacher of given probabilities has features without bound",
-            "learnt_weights": "takes no learnt weight",
-            "additive": "takes no denominator",
-            "half": "the teacher's logarithms have rounded to the half type already",
-        },
+        exempt=OF_TEACHER,
     ),
     Row(
         "low-rank-kl-divergence",
         loss="low_rank_kl",
         target="probabilities",
-        exempt={
-            "finite_differences": "a teacher of given probabilities has features without bound",
-            "learnt_weights": "takes no learnt weight",
-            "additive": "takes no denominator",
-            "half": "the teacher's logarithms have rounded to the half type already",
-        },
+        exempt=OF_TEACHER,
     ),
     Row(
         "linear-kl-bucket",
@@ -389,27 +385,13 @@ OTHERS += [
         "linear-kl-reverse",
         loss="linear_kl_reverse",
         target="probabilities",
-        exempt={
-            "finite_differences": "a teacher of given probabilities has features without bound",
-            "learnt_weights": "takes no learnt weight",
-            "additive": "takes no denominator",
-            "half": "the teacher's logarithms have rounded to the half type already",
-            "convex": CONVEX_REVERSE,
-            "gradient_sum": SUMS_REVERSE,
-        },
+        exempt=OF_TEACHER | {"convex": CONVEX_REVERSE, "gradient_sum": SUMS_REVERSE},
     ),
     Row(
         "linear-js-divergence",
         loss="linear_js",
         target="probabilities",
-        exempt={
-            "finite_differences": "a teacher of given probabilities has features without bound",
-            "learnt_weights": "takes no learnt weight",
-            "additive": "takes no denominator",
-            "half": "the teacher's logarithms have rounded to the half type already",
-            "convex": CONVEX_REVERSE,
-            "gradient_sum": SUMS_REVERSE,
-        },
+        exempt=OF_TEACHER | {"convex": CONVEX_REVERSE, "gradient_sum": SUMS_REVERSE},
     ),
 ]
 

@@ -32,9 +32,7 @@ from xent._core.targets import ClassSlice, Targets
 
 Tensors = tuple[Tensor | None, ...]
 
-LEAVES_OF_LOGITS = 2  # probabilities, logits
-LEAVES_OF_HEAD = 4  # probabilities, features, weight, bias
-LEAVES_OF_LOW_RANK_HEAD = 6  # those, the features' low-rank image, and the factor that it is multiplied with
+LEAVES_OF_LOGITS = 2  # probabilities, logits; of a head 4, of one with a low-rank term 6
 
 
 class RowTerms(NamedTuple):
