@@ -20,7 +20,7 @@ from xent._autograd import custom_ops
 from xent._autograd.forms import TwoHeads
 from xent._core import matmul, ops
 from xent._core.tiles.divergences import NEAR, phi
-from xent._core.tiles.two_heads import PairForm
+from xent._core.tiles.pair import PairForm
 
 F64 = torch.float64
 EPS = {dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32)}

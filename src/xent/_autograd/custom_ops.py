@@ -23,7 +23,7 @@ from xent._core.problem import Problem
 from xent._core.selection import Selection
 from xent._core.statistics import RequestedOutputs, statistics_dtype
 from xent._core.tiles import top_k as streaming
-from xent._core.tiles.two_heads import PairForm
+from xent._core.tiles.pair import PairForm
 
 NO_SOFTCAP = 0.0
 

@@ -23,7 +23,7 @@ from xent._core.record import record
 from xent._core.statistics import Statistics
 from xent._core.tiles import two_heads, two_heads_second_order
 from xent._core.tiles.divergences import Divergence, divergence
-from xent._core.tiles.two_heads import Found, PairForm
+from xent._core.tiles.pair import Found, PairForm
 
 T = TypeVar("T")
 Tensors: TypeAlias = tuple[Tensor | None, ...]

@@ -14,7 +14,7 @@ from xent._core.record import record
 from xent._core.reduction import Scale
 from xent._core.statistics import statistics_dtype
 from xent._core.tiles import two_heads
-from xent._core.tiles.two_heads import Found, Pair
+from xent._core.tiles.pair import Found, Pair
 
 
 def rows(pair: Pair, *, in_graph: bool) -> Tensor:

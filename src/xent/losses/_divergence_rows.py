@@ -22,7 +22,7 @@ from torch import Tensor
 from xent._autograd import transforms
 from xent._core.statistics import statistics_dtype
 from xent._core.tiles.divergences import NEAR, log_mixture, phi_terms
-from xent._core.tiles.two_heads import PIECE
+from xent._core.tiles.pair import PIECE
 
 
 class Settings(NamedTuple):

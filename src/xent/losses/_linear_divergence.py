@@ -24,7 +24,7 @@ from xent._core.logits import LinearHead, compute_dtype
 from xent._core.low_rank import LowRank, Weight, tensors_of_weight
 from xent._core.reduction import Kind, Scale
 from xent._core.target import TopKTarget
-from xent._core.tiles.two_heads import Pair
+from xent._core.tiles.pair import Pair
 from xent._core.validators import valid
 from xent.losses._top_k_divergence import as_bucket, top_k_divergence
 

@@ -16,18 +16,9 @@ from torch import Tensor
 
 from xent._core.logits import Tangents
 from xent._core.plan import Plan
+from xent._core.tiles.pair import Both, Found, Pair, PairGradients, Tile, Wants, curved, over
 from xent._core.tiles.sweep import Workspace
-from xent._core.tiles.two_heads import (
-    Both,
-    Found,
-    Pair,
-    PairGradients,
-    Tile,
-    Wants,
-    curved,
-    log_probabilities,
-    over,
-)
+from xent._core.tiles.two_heads import log_probabilities
 
 BUFFERS = 4  # log p, log t and the tangents of both heads' logits
 
