@@ -149,6 +149,17 @@ def test_a_fused_head_leaves_the_forward():
     assert model.generate(ids[:1], max_new_tokens=2, do_sample=False).shape == (1, ids.shape[1] + 2)
 
 
+def test_a_forward_that_is_a_plain_function():
+    """As some wrappers leave it on a model."""
+    model, (ids, labels) = made("Llama").eval(), batch()
+    method = model.forward
+    before = model(input_ids=ids, labels=labels).loss
+    model.forward = lambda *args, **inputs: method(*args, **inputs)
+    add_fused_lm_head(model)
+    assert model(input_ids=ids, labels=labels).loss == before
+    torch.testing.assert_close(model(input_ids=ids, labels=labels, fused_lm_head=True).loss, before)
+
+
 def test_a_copy_of_a_patched_model_is_its_own():
     model, (ids, labels) = made("Llama").eval(), batch()
     add_fused_lm_head(model)

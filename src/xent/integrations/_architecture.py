@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from xent._arguments.linear_layer import weight_and_bias
 from xent._arguments.validation import autocasts
 from xent._core.low_rank import LowRank
-from xent.integrations._wrappers import forward_replaced, wrappers
+from xent.integrations._wrappers import forward_replaced, unbound, wrappers
 
 FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # of the logits
 DIVISORS = ("logits_scaling",)
@@ -176,7 +176,7 @@ def _original_forwards(model: nn.Module) -> Iterator[None]:
         for module in wrappers(model):
             original = module.__dict__.get("_original_forward")
             if original is not None:
-                stack.enter_context(forward_replaced(module, original.__func__))
+                stack.enter_context(forward_replaced(module, unbound(original)))
         yield
 
 

@@ -55,6 +55,12 @@ def is_hooked(model: nn.Module) -> bool:
     return bool(hooks or model._backward_pre_hooks)
 
 
+def unbound(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a forward as a function of the model and its arguments, whether it is a method or not."""
+    function: Callable[..., Any] | None = getattr(forward, "__func__", None)
+    return function or (lambda _, *args, **inputs: forward(*args, **inputs))
+
+
 @contextmanager
 def forward_replaced(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Replace the forward of a model by a method, and put its own back on every way out."""

@@ -25,7 +25,7 @@ from xent._core.statistics import RequestedOutputs
 from xent._core.validators import valid
 from xent._row_statistics import linear_row_statistics
 from xent.integrations._architecture import language_head, last_hidden
-from xent.integrations._wrappers import causal_lm
+from xent.integrations._wrappers import causal_lm, unbound
 from xent.losses._linear_divergence import divergence_of_rows
 
 __all__ = ["ChunkedDivergenceFunction", "ChunkedLogProbFunction", "TokenOutputs", "add_fused_lm_head"]
@@ -239,7 +239,7 @@ def add_fused_lm_head(
     """
     inner = causal_lm(model)
     language_head(inner)
-    own = type(inner).forward if "forward" not in inner.__dict__ else inner.forward.__func__
+    own = unbound(inner.forward)
 
     @functools.wraps(type(inner).forward)  # which `generate` reads the signature of
     def forward(
