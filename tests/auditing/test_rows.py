@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import xent
-from xent.report._audit_rows import measure_rows
+from xent.auditing.rows import measure_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

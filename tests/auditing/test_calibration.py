@@ -7,7 +7,7 @@ import pytest
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
-from xent.report._audit_calibration import Reliability, pool
+from xent.auditing.calibration import Reliability, pool
 
 
 def of(p: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None) -> Reliability:
