@@ -12,7 +12,7 @@ from xent.auditing.calibration import Reliability, pool
 
 def of(p: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None) -> Reliability:
     found = Reliability.empty()
-    found.update(p, y, np.ones(len(p)) if weight is None else weight)
+    found.update(p, 1 - p, y, np.ones(len(p)) if weight is None else weight)
     return found
 
 

@@ -3,8 +3,8 @@
     𝒮(p) = MCB − DSC + UNC        MCB = 𝒮(p) − 𝒮(p̂)        DSC = UNC − 𝒮(p̂)        UNC = 𝒮(base rate)
 
 p̂ is the isotonic recalibration, found by pooling adjacent violators over cells of the score; 𝒮 is the mean
-log loss or the mean Brier score. The cells are of equal width in the logit of p, so that both ends are
-resolved.
+log loss or the mean Brier score. Cells are intervals of p up to one half, and of 1 − p above: as many in each
+octave, so that both ends are resolved, and read off the bits of a float32.
 Source: Dimitriadis, Gneiting and Jordan, "Stable reliability diagrams", 2021.
 """
 
@@ -13,9 +13,35 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import torch
+from torch import Tensor
 
-CELLS = 1 << 16
-LARGEST = 40.0  # logits beyond this are in the last cell: 1 − p below 4e-18
+from xent.auditing.rows import Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Cells of a probability: ``2**bits`` in each of as many octaves below one half, and of 1 − p as many."""
+
+    octaves: int  # smaller probabilities are in the last cell
+    bits: int
+
+    @property
+    def cells(self) -> int:
+        """The number of cells."""
+        return 2 * (self.octaves << self.bits)
+
+    def lower(self, p: Tensor) -> Tensor:
+        """Return the cells of probabilities up to one half, of any shape, int64."""
+        below = (126 - self.octaves) << 23  # the bits of 2**−(octaves + 1), as a float32
+        at = (p.float().view(torch.int32) - below) >> (23 - self.bits)
+        return at.clamp_(0, self.cells // 2 - 1).long()
+
+
+FINE = Grid(64, 9)
+COARSE = Grid(32, 6)
+MOST_CELLS = 1 << 22
+"""Cells of all classes together that are fine ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +65,18 @@ class Reliability:
     brier: float = 0.0  # Σ s·(p − y)²
 
     @classmethod
-    def empty(cls, cells: int = CELLS) -> Reliability:
+    def empty(cls) -> Reliability:
         """Return the cells of no rows."""
-        return cls(np.zeros(cells), np.zeros(cells), np.zeros(cells))
+        return cls(*np.zeros((3, FINE.cells)))
 
-    def update(self, p: np.ndarray, event: np.ndarray, weight: np.ndarray) -> None:
-        """Add rows: probabilities (n,), whether the event was (n,), and weights (n,)."""
-        cells = len(self.weight)
-        at, event = cell_of(p, cells), event.astype(np.float64)
-        self.weight += np.bincount(at, weight, cells)
-        self.hits += np.bincount(at, weight * event, cells)
-        self.confidence += np.bincount(at, weight * p, cells)
-        with np.errstate(divide="ignore"):
-            losses = -np.where(event > 0, np.log(p), np.log1p(-p))
-        self.log_loss += float((weight * np.where(weight > 0, losses, 0.0)).sum())
-        self.brier += float((weight * (p - event) ** 2).sum())
+    def update(self, p: np.ndarray, q: np.ndarray, event: np.ndarray, weight: np.ndarray) -> None:
+        """Add rows: probabilities p (n,), 1 − p (n,), the event's share 0 to 1 (n,), and weights (n,)."""
+        at = cell_of(torch.from_numpy(p), torch.from_numpy(q)).numpy()
+        self.weight += np.bincount(at, weight, FINE.cells)
+        self.hits += np.bincount(at, weight * event, FINE.cells)
+        self.confidence += np.bincount(at, weight * p, FINE.cells)
+        self.log_loss += float((weight * _binary_loss(p, q, event, weight)).sum())
+        self.brier += float((weight * (event * q**2 + (1 - event) * p**2)).sum())
 
     def merge(self, other: Reliability) -> None:
         """Add the rows of another."""
@@ -67,16 +90,7 @@ class Reliability:
 
     def decomposition(self) -> tuple[Decomposition, Decomposition]:
         """Return the decompositions of the log loss and of the Brier score."""
-        total = self.weight.sum()
-        weight, rate = self.recalibrated()
-        base = np.array([self.hits.sum() / total])
-        whole = np.array([total])
-        found = []
-        for score, mean in ((_entropy, self.log_loss), (_variance, self.brier)):
-            own, best = mean / total, float((weight * score(rate)).sum() / total)
-            uncertainty = float((whole * score(base)).sum() / total)
-            found.append(Decomposition(own, own - best, uncertainty - best, uncertainty))
-        return found[0], found[1]
+        return decomposed(self.weight, self.hits, self.log_loss, self.brier)
 
     def error(self, bins: int = 15) -> float:
         """Return the expected calibration error over bins of equal mass: the mean of |confidence − rate|."""
@@ -87,15 +101,103 @@ class Reliability:
         return float(np.abs(gap).sum() / total)
 
 
-def cell_of(p: np.ndarray, cells: int = CELLS) -> np.ndarray:
-    """Return the cell of each probability, (n,) int64.
+class ClassReliability:
+    """The cells of each class against the rest, of some classes."""
 
-    >>> cell_of(np.array([0.0, 0.5, 1.0]), 10).tolist()
-    [0, 5, 9]
+    def __init__(self, chosen: np.ndarray, classes: int) -> None:
+        self.classes = chosen  # (K,) class numbers, ascending
+        self.every = len(chosen) == classes
+        count = len(chosen)
+        self.grid = FINE if count * FINE.cells <= MOST_CELLS else COARSE
+        self.weight, self.hits = torch.zeros((2, count, self.grid.cells), dtype=torch.float64)
+        self.log_loss, self.brier = torch.zeros((2, count), dtype=torch.float64)  # sums
+
+    def update(self, batch: Batch) -> None:
+        """Add rows."""
+        n, count, s = len(batch), len(self.classes), batch.weight
+        p, log_p = (self._chosen(x) for x in (batch.p, batch.log_p))
+        index, miss, square = self.grid.lower(p), torch.log1p(-p), p.square()
+        rows, places = self._places(batch.prediction, batch.confidence > 0.5)  # no other p is above one half
+        index[rows, places] = self.grid.cells - 1 - self.grid.lower(batch.rest[rows])
+        miss[rows, places] = batch.rest[rows].log().to(p.dtype)
+        self.weight.scatter_add_(1, index.t(), s.expand(count, n))
+        if batch.mass is not None:
+            mass = self._chosen(batch.mass)
+            self.hits.scatter_add_(1, index.t(), (s[:, None] * mass).t())
+            loss = torch.where(mass > 0, mass * log_p, 0.0) + torch.where(mass < 1, (1 - mass) * miss, 0.0)
+            self.log_loss -= _summed(loss, s)
+            self.brier += _summed(mass * (1 - p).square() + (1 - mass) * square, s)
+            return
+        rows, places = self._places(batch.label, s > 0)
+        self.hits.index_put_((places, index[rows, places]), s[rows], accumulate=True)
+        self.log_loss.index_add_(0, places, s[rows] * batch.loss[rows])
+        self.brier.index_add_(0, places, s[rows] * batch.others[rows].square())
+        miss[rows, places] = square[rows, places] = 0.0
+        self.log_loss -= _summed(miss, s)
+        self.brier += _summed(square, s)
+
+    def _chosen(self, x: Tensor) -> Tensor:
+        """Return the columns (n, K) of the classes, of numbers (n, C)."""
+        if self.every:
+            return x
+        return x.t().index_select(0, torch.from_numpy(self.classes)).t()
+
+    def _places(self, of: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Return rows, and the position of the class of each, (n,), among those that are wanted."""
+        if self.every:
+            rows = where.nonzero()[:, 0]
+            return rows, of[rows]
+        chosen = torch.from_numpy(self.classes)
+        place = torch.searchsorted(chosen, of).clamp_(max=len(chosen) - 1)
+        rows = ((chosen[place] == of) & where).nonzero()[:, 0]
+        return rows, place[rows]
+
+    def merge(self, other: ClassReliability) -> None:
+        """Add the rows of another."""
+        for name in ("weight", "hits", "log_loss", "brier"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def decomposition(self, at: int) -> tuple[Decomposition, Decomposition]:
+        """Return the decompositions of the log loss and of the Brier score of ``classes[at]``."""
+        return decomposed(
+            self.weight[at].numpy(),
+            self.hits[at].numpy(),
+            float(self.log_loss[at]),
+            float(self.brier[at]),
+        )
+
+
+def _summed(x: Tensor, weight: Tensor) -> Tensor:
+    """Return the sums over rows (K,) of numbers (n, K), in float64; what has weight 0 is left out."""
+    if (weight == 1).all():
+        return x.sum(0).double()
+    return torch.where(weight[:, None] > 0, x * weight[:, None], 0.0).sum(0)
+
+
+def decomposed(
+    weight: np.ndarray, hits: np.ndarray, log_loss: float, brier: float
+) -> tuple[Decomposition, Decomposition]:
+    """Return the decompositions of two scores: cells (cells,) in the order of the score, sums of losses."""
+    there = weight > 0
+    total = weight[there].sum()
+    pools, rate = pool(weight[there], hits[there])
+    base = np.array([hits.sum() / total])
+    found = []
+    for score, mean in ((_entropy, log_loss), (_variance, brier)):
+        own, best = mean / total, float((pools * score(rate)).sum() / total)
+        uncertainty = float(score(base)[0])
+        found.append(Decomposition(own, own - best, uncertainty - best, uncertainty))
+    return found[0], found[1]
+
+
+def cell_of(p: Tensor, q: Tensor) -> Tensor:
+    """Return the fine cell of each probability p (n,), with q = 1 − p, (n,) int64.
+
+    >>> p = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
+    >>> cell_of(p, 1 - p).tolist()
+    [0, 32256, 32767, 33279, 65535]
     """
-    with np.errstate(divide="ignore"):
-        logit = np.clip(np.log(p) - np.log1p(-p), -LARGEST, LARGEST)
-    return np.minimum((cells * (logit + LARGEST) / (2 * LARGEST)).astype(np.int64), cells - 1)
+    return torch.where(p <= 0.5, FINE.lower(p), FINE.cells - 1 - FINE.lower(q))
 
 
 def pool(weight: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -112,6 +214,14 @@ def pool(weight: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weights.append(w)
         sums.append(h)
     return np.array(weights), np.array(sums) / np.array(weights)
+
+
+def _binary_loss(p: np.ndarray, q: np.ndarray, event: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Return −event·log p − (1 − event)·log q, (n,); 0 of rows of weight 0."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        hit = np.where((event > 0) & (weight > 0), event * np.log(p), 0.0)
+        miss = np.where((event < 1) & (weight > 0), (1 - event) * np.log(q), 0.0)
+    return -hit - miss
 
 
 def _entropy(rate: np.ndarray) -> np.ndarray:

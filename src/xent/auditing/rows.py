@@ -1,38 +1,157 @@
-"""The measures of each row of a classifier's predictions, from its log-probabilities and its class.
+"""Rows of a classifier's predictions with their measures.
 
-    ℓ = −log p_y      H = −Σ p log p      ‖p − t‖² = (Σ_{j≠y} p_j)² + Σ_{j≠y} p_j²      tr J = Σ p (1 − p)
+    ℓ = −Σ t log p      H = −Σ p log p      ‖p − t‖² = (Σ_{j≠y} p_j)² + Σ_{j≠y} p_j²      tr J = Σ p (1 − p)
 
-with t the class's indicator and J = diag(p) − p pᵀ the Jacobian of the softmax. One less a probability is the
-sum of the others, so that a sure row keeps its digits. Numbers of a row are float64.
+with t the masses of the classes, for one class its indicator, and J = diag(p) − p pᵀ the Jacobian of the
+softmax. One less a probability is the sum of the others, so that a sure row keeps its digits. Probabilities
+are of the caller's type, in either memory layout; numbers of a row are float64.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import math
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 
-class RowMeasures(NamedTuple):
-    """The measures of n rows; everything else is made of these and of the probabilities."""
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some consecutive rows: their probabilities over C classes, C at least 2, and each row's measures.
 
-    label: Tensor  # (n,) int64, the class of the row
+    A measure, (n,) float64 unless it is a class or a count, is made when it is first used.
+
+    Example:
+        >>> p = torch.tensor([[0.7, 0.2, 0.1]])
+        >>> row = Batch(p, p.log(), torch.tensor([0]), torch.ones(1, dtype=torch.float64))
+        >>> round(row.gradient_norm.item(), 6), round(row.curvature_trace.item(), 2)
+        (0.374166, 0.46)
+    """
+
+    p: Tensor  # (n, C)
+    log_p: Tensor  # (n, C), −inf where p is 0
+    label: Tensor  # (n,) int64, the class of the row, or that of the largest mass
     weight: Tensor  # (n,) float64
-    loss: Tensor  # (n,) nats
-    prediction: Tensor  # (n,) int64, the lowest of the most probable classes
-    confidence: Tensor  # (n,) the largest probability
-    runner_up: Tensor  # (n,) int64, the most probable of the other classes
-    margin: Tensor  # (n,) log p of the class less that of the most probable other
-    rank: Tensor  # (n,) int64, classes that are more probable than the row's own
-    entropy: Tensor  # (n,) nats
-    brier: Tensor  # (n,) ‖p − t‖², t the class's indicator
-    curvature_trace: Tensor  # (n,) of the loss's Hessian in the logits
+    mass: Tensor | None = None  # (n, C) of soft labels, which sum to 1; None means that of one class
+    start: int = 0  # number of the first row among all, from 0
+
+    def __len__(self) -> int:
+        """Return n."""
+        return len(self.label)
 
     @property
-    def correct(self) -> Tensor:
+    def classes(self) -> int:
+        """The number of classes, C."""
+        return self.p.shape[1]
+
+    @cached_property
+    def own_log(self) -> Tensor:
+        """The log-probability of the class, in the type of the probabilities."""
+        return self.log_p.gather(1, self.label[:, None])[:, 0]
+
+    @cached_property
+    def own(self) -> Tensor:
+        """The probability of the class."""
+        return self.p.gather(1, self.label[:, None])[:, 0].double()
+
+    @cached_property
+    def loss(self) -> Tensor:
+        """−Σ t log p, nats."""
+        if self.mass is None:
+            return -self.own_log.double()
+        return -(self.mass * self.log_p).nansum(1).double()  # 0·(−inf) is nan, and counts as 0
+
+    @cached_property
+    def top_log(self) -> Tensor:
+        """The largest log-probability, in the type of the probabilities."""
+        return self.log_p.amax(1)
+
+    @cached_property
+    def prediction(self) -> Tensor:
+        """The lowest of the most probable classes, int64."""
+        return first_equal(self.log_p, self.top_log)
+
+    @cached_property
+    def confidence(self) -> Tensor:
+        """The largest probability."""
+        return self.p.gather(1, self.prediction[:, None])[:, 0].double()
+
+    @cached_property
+    def right(self) -> Tensor:
         """A flag for each row: whether its prediction is its class."""
         return self.prediction == self.label
+
+    @cached_property
+    def hit(self) -> Tensor:
+        """The mass of the predicted class: 1 or 0 without soft labels."""
+        if self.mass is None:
+            return self.right.double()
+        return self.mass.gather(1, self.prediction[:, None])[:, 0].double()
+
+    @cached_property
+    def _second(self) -> tuple[Tensor, Tensor]:
+        """The most probable class beside the prediction, and its log-probability."""
+        beside = self.log_p.clone().scatter_(1, self.prediction[:, None], -math.inf)
+        most = beside.amax(1)
+        return first_equal(beside, most), most
+
+    @property
+    def runner_up(self) -> Tensor:
+        """The most probable of the classes beside the prediction, int64."""
+        return self._second[0]
+
+    @cached_property
+    def margin(self) -> Tensor:
+        """The log-probability of the class less that of the most probable other class."""
+        return (self.own_log - torch.where(self.right, self._second[1], self.top_log)).double()
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """The number of classes that are more probable than the row's own."""
+        more = torch.gt(self.log_p, self.own_log[:, None], out=torch.empty_like(self.log_p))
+        return more.sum(1).long()
+
+    @cached_property
+    def _beside_prediction(self) -> tuple[Tensor, Tensor]:
+        return _beside(self.p, self.prediction)
+
+    @cached_property
+    def _beside_label(self) -> tuple[Tensor, Tensor]:
+        return _beside(self.p, self.label)
+
+    @property
+    def rest(self) -> Tensor:
+        """1 − confidence, the sum of the other probabilities."""
+        return self._beside_prediction[0]
+
+    @property
+    def others(self) -> Tensor:
+        """1 − p of the class, the sum of the other probabilities."""
+        return self._beside_label[0]
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """−Σ p log p, nats."""
+        product = self.p * self.log_p
+        total = product.sum(1)
+        return -(product.nansum(1) if total.isnan().any() else total).double()  # 0·(−inf) counts as 0
+
+    @cached_property
+    def brier(self) -> Tensor:
+        """‖p − t‖²."""
+        if self.mass is not None:
+            return (self.p - self.mass).square_().sum(1).double()
+        others, squares = self._beside_label
+        return others.square() + squares
+
+    @cached_property
+    def curvature_trace(self) -> Tensor:
+        """The trace of the loss's Hessian in the logits, Σ p (1 − p)."""
+        rest, squares = self._beside_prediction
+        # of the other probabilities at most one is above ½, so that the difference keeps its digits
+        return self.confidence * rest + (rest - squares)
 
     @property
     def gradient_norm(self) -> Tensor:
@@ -40,37 +159,36 @@ class RowMeasures(NamedTuple):
         return self.brier.sqrt()
 
 
-def measure_rows(log_p: Tensor, label: Tensor, weight: Tensor | None = None) -> RowMeasures:
-    """Return the measures of rows of log-probabilities (n, C), C at least 2, and classes (n,).
+def from_logits(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return probabilities and log-probabilities of logits (n, C), of which each row has a finite one.
 
-    Example:
-        >>> import torch
-        >>> rows = measure_rows(torch.tensor([[0.7, 0.2, 0.1]]).log(), torch.tensor([0]))
-        >>> round(rows.gradient_norm.item(), 6), round(rows.curvature_trace.item(), 2)
-        (0.374166, 0.46)
+    >>> p, log_p = from_logits(torch.tensor([[40.0, 0.0]]))
+    >>> log_p.tolist()
+    [[-4.248354255291589e-18, -40.0]]
     """
-    own = log_p.gather(1, label[:, None])
-    top, classes = log_p.topk(2, dim=1)
-    first = classes[:, 0] == label
-    best_other = torch.where(first, top[:, 1], top[:, 0]).double()
-    p = log_p.exp()
-    wide = own[:, 0].double()
-    # argmax and not topk, whose order among equal ones is not said
-    prediction = log_p.argmax(1)
-    runner_up = torch.where(classes[:, 0] == prediction, classes[:, 1], classes[:, 0])
-    beside_own, beside_top = (p.scatter(1, y[:, None], 0.0) for y in (label, prediction))
-    wrong, rest = (others.sum(1, dtype=torch.float64) for others in (beside_own, beside_top))
-    most = p.gather(1, prediction[:, None])[:, 0].double()
-    return RowMeasures(
-        label=label,
-        weight=torch.ones_like(wide) if weight is None else weight.double(),
-        loss=-wide,
-        prediction=prediction,
-        confidence=top[:, 0].double().exp(),
-        runner_up=runner_up,
-        margin=wide - best_other,
-        rank=(log_p > own).sum(1),
-        entropy=-torch.where(p == 0, 0.0, p * log_p).sum(1, dtype=torch.float64),
-        brier=wrong.square() + beside_own.square().sum(1, dtype=torch.float64),
-        curvature_trace=most * rest + (beside_top * (1 - beside_top)).sum(1, dtype=torch.float64),
-    )
+    most = z.amax(1)
+    u = z - most[:, None]
+    e = u.exp()
+    others = e.clone().scatter_(1, first_equal(z, most)[:, None], 0.0).sum(1, keepdim=True)
+    return e.div_(1 + others), u.sub_(others.log1p())
+
+
+def first_equal(x: Tensor, value: Tensor) -> Tensor:
+    """Return of each row (n, C) the lowest class whose entry is ``value`` (n,); each row has one.
+
+    >>> first_equal(torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]]), torch.tensor([3.0, 2.0])).tolist()
+    [1, 0]
+    """
+    equal = torch.eq(x, value[:, None], out=torch.empty_like(x))
+    ties = equal.sum(1) > 1
+    at = equal.mul_(torch.arange(x.shape[1], dtype=x.dtype, device=x.device)).sum(1).long()
+    if ties.any():
+        rows = ties.nonzero()[:, 0]
+        at[rows] = (x[rows] == value[rows, None]).int().argmax(1)
+    return at
+
+
+def _beside(p: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Σ p and Σ p² over the classes beside one, (n,) each."""
+    q = p.clone().scatter_(1, of[:, None], 0.0)
+    return q.sum(1).double(), q.square_().sum(1).double()

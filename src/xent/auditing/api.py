@@ -1,0 +1,190 @@
+"""The audit of predictions in memory, at once or as a stream of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from xent._util.text import class_text
+from xent.auditing.arrays import Given, read
+from xent.auditing.form import formed
+from xent.auditing.result import AuditResult
+from xent.auditing.sweeps import WORST, FirstSweep, SecondSweep
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+
+def audit(
+    probabilities: Any = None,
+    *,
+    target: Any,
+    logits: Any = None,
+    log_probabilities: Any = None,
+    features: Any = None,
+    head: Any = None,
+    classes: Sequence[Any] | None = None,
+    sample_weight: Any = None,
+    ids: Sequence[Any] | None = None,
+    renormalize: bool = False,
+    sweeps: int = 2,
+    worst: int = WORST,
+) -> AuditResult:
+    r"""Return where the loss of a classifier comes from.
+
+    The mean cross-entropy with its interval, and its parts: by class, by pair of a class and a rival, by
+    calibration and discrimination, by temperature; the rows that cost most and those whose label looks wrong.
+    Arrays are NumPy's, torch's (computed on the CPU), data frames or lists. The formulas are those of
+    ``docs/audit.md``.
+
+    Args:
+        probabilities: (N, C), or (N,) of the second of two classes. Rows sum to 1, as for
+            :func:`xent.metrics.log_loss`.
+        target: (N,) labels, or (N, C) masses of the classes.
+        logits, log_probabilities: in the place of probabilities, of the same shapes.
+        features, head: (N, D) and the classifier over them: a weight (C, D), a pair of weight and bias (C,),
+            a module that :func:`xent.integrations.head_of` knows, or what that returns. The logits of some
+            rows exist at a time.
+        classes: (C,) the labels of the columns. None: positions 0 to C − 1, or of other labels those that
+            occur, sorted.
+        sample_weight: (N,), not negative.
+        ids: (N,) names of the rows, which lists of rows show.
+        renormalize: whether probabilities of few digits, off 1 by up to 1e-3, are divided by their sum.
+        sweeps: 1 leaves out what takes a second sweep: the best temperature and the suspects.
+        worst: how many rows of the largest losses are kept.
+
+    Returns:
+        An :class:`xent.auditing.AuditResult`.
+
+    Raises:
+        ValueError, TypeError: shapes that do not fit; nan; numbers that are no probabilities; a label that is
+            no class; each by row, column and value.
+
+    Example:
+        >>> import xent
+        >>> found = xent.audit([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], target=["no", "yes", "yes"])
+        >>> round(found.log_loss, 6), round(found.accuracy, 3), found.per_class[1].name
+        (0.414932, 0.667, 'yes')
+    """
+    if sweeps not in (1, 2):
+        raise ValueError(f"sweeps must be 1 or 2, got {sweeps!r}")
+    given = read(
+        probabilities,
+        log_probabilities,
+        logits,
+        features,
+        head,
+        target,
+        classes,
+        sample_weight,
+        ids,
+        renormalize,
+    )
+    first = FirstSweep(len(given.names), worst)
+    for batch, names, _ in given.batches():
+        first.update(batch, names)
+    second = None
+    if sweeps == 2:
+        second = SecondSweep(first)
+        for batch, names, _ in given.batches():
+            second.update(batch, names)
+    return formed(first, second, given.names, rows=lambda: _row_table(given))
+
+
+def _row_table(given: Given) -> pa.Table:
+    """Return the measures of every row."""
+    import pyarrow as pa
+
+    from xent.auditing.row_table import row_table
+
+    tables = [row_table(batch, given.names, ids, length) for batch, ids, length in given.batches()]
+    return pa.concat_tables(tables)
+
+
+class Audit:
+    """An audit of a stream of batches, or of parts that are merged.
+
+    Each batch is given to ``update``; audits of other rows of the same classes are added by ``merge``; the
+    temperature and the suspects take the same rows once more, given to ``second_sweep()``.
+
+    Args:
+        classes: their labels, or their number C for labels 0 to C − 1.
+        worst: how many rows of the largest losses are kept.
+
+    Example:
+        >>> import numpy as np, xent
+        >>> p, y = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]]), np.array([0, 1, 1])
+        >>> audit = xent.Audit(2)
+        >>> for rows in (slice(0, 2), slice(2, 3)):
+        ...     audit.update(p[rows], target=y[rows])
+        >>> round(audit.result().log_loss, 6)
+        0.414932
+    """
+
+    def __init__(self, classes: Sequence[Any] | int, *, worst: int = WORST) -> None:
+        self.classes = list(range(classes)) if isinstance(classes, int) else list(classes)
+        if len(self.classes) < 2:
+            raise ValueError(f"an audit needs two classes, got {len(self.classes)}")
+        self._first = FirstSweep(len(self.classes), worst)
+        self._second: SecondSweep | None = None
+        self._next = 0
+
+    def update(
+        self,
+        probabilities: Any = None,
+        *,
+        target: Any,
+        logits: Any = None,
+        log_probabilities: Any = None,
+        features: Any = None,
+        head: Any = None,
+        sample_weight: Any = None,
+        ids: Sequence[Any] | None = None,
+        renormalize: bool = False,
+        start: int | None = None,
+    ) -> None:
+        """Add rows; the arguments are those of :func:`audit`.
+
+        ``start`` is the number of the first row among all, from 0, where rows do not follow those before: the
+        blocks of the bootstrap and the sample of rows go by it.
+        """
+        given = read(
+            probabilities,
+            log_probabilities,
+            logits,
+            features,
+            head,
+            target,
+            self.classes,
+            sample_weight,
+            ids,
+            renormalize,
+        )
+        at = self._next if start is None else start
+        measures = self._first if self._second is None else self._second
+        for batch, names, _ in given.batches(at):
+            measures.update(batch, names)
+        self._next = at + given.predictions.count
+
+    def merge(self, other: Audit) -> None:
+        """Add the rows of an audit of the same classes and sweep."""
+        if self.classes != other.classes or (self._second is None) != (other._second is None):
+            raise ValueError("audits are merged that have the same classes and are in the same sweep")
+        if self._second is None or other._second is None:
+            self._first.merge(other._first)
+        else:
+            self._second.merge(other._second)
+
+    def second_sweep(self) -> Audit:
+        """Return an audit that takes the same rows once more, for the best temperature and the suspects."""
+        if not self._first.mean_loss.rows:
+            raise ValueError("no rows were given yet; a second sweep follows a first one")
+        again = Audit(self.classes, worst=self._first.worst.most)
+        again._first, again._second = self._first, SecondSweep(self._first)
+        return again
+
+    def result(self) -> AuditResult:
+        """Return the result of the rows so far; raise a ValueError if there are none."""
+        if not self._first.mean_loss.rows:
+            raise ValueError("no rows were given yet")
+        return formed(self._first, self._second, [class_text(value) for value in self.classes])

@@ -1,0 +1,239 @@
+"""Predictions, labels and weights in memory, as batches of rows.
+
+    probabilities, log-probabilities, logits (N, C), or features (N, D) with a head (C, D)  →  Batch, Batch, ...
+
+Of features and a head the logits of some rows exist at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xent._core.low_rank import LowRank
+from xent._util.text import class_text
+from xent.auditing.kinds import Fault, Kind, fault, judged
+from xent.auditing.rows import Batch
+from xent.auditing.sweeps import parts
+from xent.integrations import head_of
+from xent.metrics._arrays import Rows, read_numbers
+from xent.metrics._comparison import read_weight
+from xent.metrics._labels import Labels, read_labels
+
+LOGITS = 1 << 24
+"""Logits of a head that exist at a time, 64 MiB of float32."""
+
+FEW = 64
+"""Classes up to which sums over them are faster with the rows of a class side by side in memory."""
+
+
+class Predictions:
+    """A matrix of predictions of one kind."""
+
+    name = "probabilities"
+
+    def __init__(self, given: Any, kind: Kind, name: str) -> None:
+        self.name, self.kind = name, kind
+        rows = read_numbers(given, name)
+        if len(rows.shape) == 1:
+            rows = Rows(rows.source[:, None])
+        if len(rows.shape) != 2 or 0 in rows.shape:
+            raise ValueError(
+                f"{name} must be (N, C), one column for each class, or (N,), of the second of two classes; "
+                f"got shape {rows.shape}"
+            )
+        self.rows = rows
+        self.count, columns = rows.shape
+        self.classes = max(2, columns)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield some rows, their numbers (n, C) on the CPU, and the lengths of their features."""
+        for here in parts(self.count, self.classes):
+            yield here, self.rows[here].cpu(), None
+
+
+class Head:
+    """Features (N, D) and the head (C, D) that makes logits of them."""
+
+    name: str = "logits"
+    kind: Kind = "logits"
+
+    def __init__(self, features: Any, head: Any) -> None:
+        self.features = read_numbers(features, "features")
+        weight, bias = _weight_and_bias(head)
+        if len(self.features.shape) != 2 or weight.ndim != 2 or weight.shape[1] != self.features.shape[1]:
+            raise ValueError(
+                f"features must be (N, D) and the head's weight (C, D); got {self.features.shape} and "
+                f"{tuple(weight.shape)}"
+            )
+        self.count, self.classes = self.features.shape[0], len(weight)
+        if bias is not None and bias.shape != (self.classes,):
+            raise ValueError(f"the head's bias must be ({self.classes},), one for each class; got {tuple(bias.shape)}")
+        if self.classes < 2:
+            raise ValueError("the head has one class; an audit needs two")
+        self.low_rank = weight if isinstance(weight, LowRank) else None
+        self.weight = _wide(weight.weight if isinstance(weight, LowRank) else weight)
+        self.bias = None if bias is None else _wide(bias).to(self.weight.dtype)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """Yield some rows, their logits (n, C) on the CPU, and the lengths of their features."""
+        step = max(1, LOGITS // self.classes)
+        for start in range(0, self.count, step):
+            x = self.features[slice(start, start + step)].to(self.weight)
+            z = x @ self.weight.t()
+            if self.low_rank is not None:
+                down, up = (t.detach().to(self.weight) for t in (self.low_rank.down, self.low_rank.up))
+                z.addmm_(x @ down.t(), up.t(), alpha=self.low_rank.scale)
+            if self.bias is not None:
+                z += self.bias
+            length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu()
+            z = z.cpu()
+            for here in parts(len(z), self.classes):
+                yield slice(start + here.start, start + here.stop), z[here], length[here]
+
+
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """The checked arguments of an audit."""
+
+    predictions: Predictions | Head
+    labels: Labels | None  # None where each row has masses of the classes
+    masses: Rows | None  # (N, C)
+    weight: Rows | None  # (N,)
+    names: list[str]  # (C,) the classes as text
+    ids: Any  # (N,) the caller's names of the rows; None without any
+    renormalize: bool
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Batch, Any, Tensor | None]]:
+        """Yield batches, the names of their rows, and the lengths of their features."""
+        source = self.predictions
+        for here, x, length in source.chunks():
+            found = judged(x, source.kind, self.renormalize)
+            if found.bad is not None:
+                row = int(found.bad.nonzero()[0])
+                raise ValueError(_described(fault(x, source.kind, row), source.name, start + here.start))
+            p, log_p = found.p, found.log_p
+            if source.classes <= FEW:
+                p, log_p = (by_class(each) for each in (p, log_p))
+            mass = None if self.masses is None else self._mass(here, p)
+            if mass is not None:
+                label = mass.argmax(1)
+            else:
+                assert self.labels is not None
+                label = torch.from_numpy(self.labels.codes(here))
+            if self.weight is None:
+                weight = torch.ones(len(p), dtype=torch.float64)
+            else:
+                weight = self.weight[here].cpu().double()
+            ids = None if self.ids is None else self.ids[here]
+            yield Batch(p, log_p, label, weight, mass, start + here.start), ids, length
+
+    def _mass(self, here: slice, p: Tensor) -> Tensor:
+        assert self.masses is not None
+        x = self.masses[here].cpu()
+        found = judged(x, "probs", self.renormalize)
+        if found.bad is not None:
+            raise ValueError(_described(fault(x, "probs", int(found.bad.nonzero()[0])), "target", here.start))
+        return found.p.to(p.dtype)
+
+
+def read(
+    probabilities: Any,
+    log_probabilities: Any,
+    logits: Any,
+    features: Any,
+    head: Any,
+    target: Any,
+    classes: Any,
+    sample_weight: Any,
+    ids: Any,
+    renormalize: bool,
+) -> Given:
+    """Check the arguments of an audit; raise a ValueError or TypeError that names what does not fit."""
+    forms = {
+        "probabilities": probabilities,
+        "log_probabilities": log_probabilities,
+        "logits": logits,
+        "features": features,
+    }
+    there = [name for name, value in forms.items() if value is not None]
+    if len(there) != 1:
+        raise TypeError(
+            "give the predictions as one of probabilities, log_probabilities, logits, or features with head; "
+            f"got {', '.join(there) or 'none'}"
+        )
+    if (features is None) != (head is None):
+        raise TypeError("features and head go together: the head makes logits of the features")
+    if target is None:
+        raise TypeError("target is missing: the class of each row, or its masses of the classes")
+    kinds: dict[str, Kind] = {"probabilities": "probs", "log_probabilities": "log-probs", "logits": "logits"}
+    (name,) = there
+    made = Head(features, head) if name == "features" else Predictions(forms[name], kinds[name], name)
+    labels, masses, values = _target(target, classes, made.classes)
+    count = masses.shape[0] if labels is None and masses is not None else labels.count if labels else 0
+    if count != made.count:
+        raise ValueError(f"target has {count} rows and the predictions have {made.count}; they must agree")
+    if ids is not None and len(ids) != made.count:
+        raise ValueError(f"ids has {len(ids)} entries and the predictions have {made.count} rows")
+    names = [class_text(value) for value in values]
+    return Given(made, labels, masses, read_weight(sample_weight, made.count), names, ids, renormalize)
+
+
+def _target(target: Any, classes: Any, count: int) -> tuple[Labels | None, Rows | None, list[Any]]:
+    """Return labels, or masses of the classes (N, C), and the classes."""
+    values = list(range(count)) if classes is None else list(classes)
+    if len(values) != count:
+        raise ValueError(f"classes has {len(values)} entries and the predictions have {count} classes")
+    shape = tuple(getattr(target, "shape", ()))
+    if len(shape) == 2 and shape[1] == count:
+        return None, read_numbers(target, "target"), values
+    labels = read_labels(target, values if classes is not None else None, name="target")
+    if classes is None:
+        if labels.values.dtype.kind in "iubf":
+            return read_labels(target, np.arange(count), name="target"), None, values
+        if len(labels.values) != count:
+            raise ValueError(
+                f"target holds {len(labels.values)} labels and the predictions have {count} classes; name "
+                "those of the columns as classes="
+            )
+        values = labels.values.tolist()
+    return labels, None, values
+
+
+def _weight_and_bias(head: Any) -> tuple[Any, Tensor | None]:
+    """Return weight and bias of a module, of a pair, of a mapping as ``head_of`` returns, or of a weight."""
+    if isinstance(head, nn.Module):
+        head = head_of(head)
+    if isinstance(head, Mapping):
+        weight, bias = head["linear_weight"], head.get("linear_bias")
+    elif isinstance(head, tuple | list) and len(head) == 2 and np.ndim(head[0]) == 2:
+        weight, bias = head
+    else:
+        weight, bias = head, None
+    if not isinstance(weight, LowRank):
+        weight = torch.as_tensor(weight).detach()
+    return weight, None if bias is None else torch.as_tensor(bias).detach()
+
+
+def _described(found: Fault, name: str, start: int) -> str:
+    if found.column is None:
+        return f"{name} sums to {found.value:.9g} at row {start + found.row} {found.what}" if found.value > -1 else (
+            f"{name} is -inf at row {start + found.row} {found.what}"
+        )
+    return f"{name} is {found.value:.6g} at row {start + found.row}, column {found.column}, {found.what}"
+
+
+def by_class(x: Tensor) -> Tensor:
+    """Return a matrix (n, C) that lies in memory a class after the other."""
+    return x if x.stride(0) == 1 else x.t().contiguous().t()
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return numbers in the type in which products are formed: half types as float32."""
+    x = x.detach()
+    return x.float() if x.dtype.itemsize < 4 else x

@@ -1,0 +1,150 @@
+"""The loss carried by each pair of a class and a rival, which adds up to the whole.
+
+    ℓ = Σ_{j≠y} π_j ℓ        π_j = p_j / Σ_{k≠y} p_k        pair (y, j): Σ_{n of y} s π_nj ℓ_n
+
+Up to 1,000 classes every pair has its sum; beyond, those heavy pairs that a first sweep finds among the two
+strongest rivals of each row, and what is left to each class. A row with masses of classes carries, for each,
+its mass of the loss that the class alone would have.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xent.auditing.rows import Batch
+
+DENSE = 1000
+"""The largest number of classes of which every pair has its sum."""
+
+HEAVIEST = 1000
+"""The number of pairs that are reported of more classes."""
+
+KEPT = 1 << 17
+"""Pairs that a first sweep keeps before it forgets the lighter half."""
+
+
+class Pair(NamedTuple):
+    """A class, a rival, and the loss that they carry, Σ s π ℓ in nats."""
+
+    label: int
+    rival: int
+    loss: float
+
+
+class DensePairs:
+    """The loss of every pair."""
+
+    def __init__(self, classes: int) -> None:
+        # [rival, class]; the diagonal, a class beside itself, means nothing
+        self.loss = torch.zeros((classes, classes), dtype=torch.float64)
+
+    def update(self, batch: Batch) -> None:
+        """Add rows."""
+        if batch.mass is None:
+            share = _share(batch.weight, batch.loss, batch.others)
+            self.loss.index_add_(1, batch.label, (batch.p * share[:, None]).t())
+            return
+        total, p = batch.p.double().sum(1, keepdim=True), batch.p.double()
+        others = (total - p).clamp_(min=0)
+        likely = p.argmax(1)  # the one whose others a difference would not hold
+        others[torch.arange(len(p)), likely] = batch.rest
+        loss = torch.where(batch.mass > 0, -batch.mass * batch.log_p, 0.0).double()
+        given = _share(batch.weight[:, None], loss, others)
+        self.loss += p.t() @ given
+
+    def merge(self, other: DensePairs) -> None:
+        """Add the rows of another."""
+        self.loss += other.loss
+
+    def heaviest(self, count: int) -> list[Pair]:
+        """Return the pairs that carry most, in that order."""
+        loss = self.matrix().numpy()
+        order = np.argsort(-loss, axis=None, kind="stable")[:count]
+        labels, rivals = np.unravel_index(order, loss.shape)
+        return [
+            Pair(int(y), int(j), float(loss[y, j]))
+            for y, j in zip(labels, rivals, strict=True)
+            if y != j and loss[y, j] > 0
+        ]
+
+    def matrix(self) -> Tensor:
+        """Return the loss of each pair, (C, C), by class and rival."""
+        own = self.loss.t().clone()
+        own.diagonal().zero_()
+        return own
+
+
+class CandidatePairs:
+    """The pairs that are heavy among the two strongest rivals of each row."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.keys = np.empty(0, np.int64)  # class · C + rival, ascending
+        self.loss = np.empty(0)
+
+    def update(self, batch: Batch) -> None:
+        """Add rows."""
+        share = _share(batch.weight, batch.loss, batch.others)
+        first = torch.where(batch.prediction == batch.label, batch.runner_up, batch.prediction)
+        p = batch.p.gather(1, first[:, None])[:, 0]
+        self._add((batch.label * self.classes + first).numpy(), (share * p).numpy())
+        second = ~((batch.prediction == batch.label) | (batch.runner_up == batch.label))
+        if second.any():
+            rival = batch.runner_up[second]
+            p = batch.p[second].gather(1, rival[:, None])[:, 0]
+            self._add((batch.label[second] * self.classes + rival).numpy(), (share[second] * p).numpy())
+
+    def merge(self, other: CandidatePairs) -> None:
+        """Add the rows of another."""
+        self._add(other.keys, other.loss)
+
+    def heaviest(self, count: int) -> list[Pair]:
+        """Return the pairs that carry most, in that order; their losses are too small."""
+        order = np.argsort(-self.loss, kind="stable")[:count]
+        return [Pair(*divmod(int(self.keys[i]), self.classes), float(self.loss[i])) for i in order]
+
+    def _add(self, keys: np.ndarray, loss: np.ndarray) -> None:
+        self.keys, place = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
+        self.loss = np.bincount(place, np.concatenate([self.loss, loss]), len(self.keys))
+        if len(self.keys) > KEPT:
+            kept = np.sort(np.argsort(-self.loss, kind="stable")[: KEPT // 2])
+            self.keys, self.loss = self.keys[kept], self.loss[kept]
+
+
+class ChosenPairs:
+    """The loss of pairs that a first sweep has chosen."""
+
+    def __init__(self, pairs: list[Pair], classes: int) -> None:
+        self.labels, self.rivals = torch.tensor([pair[:2] for pair in pairs]).reshape(-1, 2).t()
+        order = torch.argsort(self.labels, stable=True)
+        self.labels, self.rivals = self.labels[order], self.rivals[order]
+        self.first = torch.searchsorted(self.labels, torch.arange(classes + 1))
+        self.loss = torch.zeros(len(pairs), dtype=torch.float64)
+
+    def update(self, batch: Batch) -> None:
+        """Add rows."""
+        share = _share(batch.weight, batch.loss, batch.others)
+        counts = self.first[batch.label + 1] - self.first[batch.label]
+        row = torch.repeat_interleave(torch.arange(len(batch)), counts)
+        before = counts.cumsum(0) - counts
+        pair = self.first[batch.label][row] + torch.arange(len(row)) - before[row]
+        self.loss.index_add_(0, pair, share[row] * batch.p[row, self.rivals[pair]])
+
+    def merge(self, other: ChosenPairs) -> None:
+        """Add the rows of another."""
+        self.loss += other.loss
+
+    def heaviest(self, count: int) -> list[Pair]:
+        """Return the pairs that carry most, in that order."""
+        order = torch.argsort(-self.loss, stable=True)[:count]
+        return [Pair(int(self.labels[i]), int(self.rivals[i]), float(self.loss[i])) for i in order]
+
+
+def _share(weight: Tensor, loss: Tensor, others: Tensor) -> Tensor:
+    """Return s ℓ / Σ_{k≠y} p_k, of the shape of the losses; 0 where a row does not count or has no loss."""
+    there = (weight > 0) & (others > 0) & loss.isfinite()
+    return torch.where(there, weight * loss / others, 0.0)

@@ -1,0 +1,68 @@
+"""Rows whose label looks wrong, and an estimate of their number.
+
+    threshold_j = mean of p_j over the rows labelled j
+    expected(n) = the most probable class j with p_nj ≥ threshold_j        n̂ = #{n: expected(n) ≠ y_n}
+    saving(n) = log p_n,prediction − log p_n,y                             suspects: the n̂ rows of largest saving
+
+n̂ counts the rows that the model believes of another class as firmly as it believes the rows of that class;
+which rows they are is better told by what another label would save.
+Source of n̂: Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset labels", 2021.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from xent.auditing.largest import Largest
+from xent.auditing.mean_loss import QUANTILE, Interval
+from xent.auditing.rows import Batch
+
+MOST = 10_000
+"""Suspects that are listed at most."""
+
+
+class Suspects:
+    """The number of rows whose label looks wrong, and those that another label would save most."""
+
+    def __init__(self, thresholds: np.ndarray) -> None:
+        self.thresholds = torch.from_numpy(thresholds)  # (C,)
+        self.count = 0
+        self.rows = 0
+        self.largest = Largest(MOST)
+
+    def update(self, batch: Batch, ids: Sequence[Any] | None = None) -> None:
+        """Add rows."""
+        counts = batch.weight > 0
+        threshold = self.thresholds.to(batch.p.dtype)
+        sure = torch.ge(batch.p, threshold, out=torch.empty_like(batch.p)).mul_(batch.p)
+        # one of two classes that are equally sure may be the label
+        another = sure.amax(1) > sure.gather(1, batch.label[:, None])[:, 0]
+        self.count += int((another & counts).sum())
+        self.rows += int(counts.sum())
+        self.largest.update(batch, (-batch.margin).numpy(), ids)
+
+    def merge(self, other: Suspects) -> None:
+        """Add the rows of another."""
+        self.count += other.count
+        self.rows += other.rows
+        self.largest.merge(other.largest)
+
+    def interval(self) -> Interval:
+        """Return an interval of the number: Wilson's for a share of the rows."""
+        n, z = self.rows, QUANTILE
+        if not n:
+            return Interval(0.0, 0.0)
+        share = self.count / n
+        center = share + z * z / (2 * n)
+        half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        scale = n / (1 + z * z / n)
+        return Interval(max(0.0, (center - half) * scale), min(float(n), (center + half) * scale))
+
+    def listed(self) -> Largest:
+        """Return the suspects, those that another label would save most first."""
+        return self.largest.first(min(self.count, MOST))
