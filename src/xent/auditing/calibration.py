@@ -184,7 +184,7 @@ def decomposed(
     base = np.array([hits.sum() / total])
     found = []
     for score, mean in ((_entropy, log_loss), (_variance, brier)):
-        own, best = mean / total, float((pools * score(rate)).sum() / total)
+        own, best = float(mean / total), float((pools * score(rate)).sum() / total)
         uncertainty = float(score(base)[0])
         found.append(Decomposition(own, own - best, uncertainty - best, uncertainty))
     return found[0], found[1]

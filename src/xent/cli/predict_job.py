@@ -14,7 +14,7 @@ import numpy as np
 from xent._processes.group import ALONE, Ranks
 from xent._util.text import class_text, quoted
 from xent.data.batches import as_array
-from xent.data.labels import comparison_kind, meaning
+from xent.data.labels import ClassIndex
 from xent.data.layout import PLAIN, Layout
 from xent.data.model_file import Model
 from xent.data.read import read_table
@@ -99,19 +99,13 @@ class Labels:
     """The labels of rows beside a model's classes, compared by the kind of the model's."""
 
     def __init__(self, model: Model) -> None:
-        self.model, self.kind = model, comparison_kind(model.classes, model.kind)
-        self._known = {meaning(value, self.kind): code for code, value in enumerate(model.classes.tolist())}
+        self.model, self._index = model, ClassIndex(model.classes, model.kind)
 
     def codes(self, table: Table) -> tuple[np.ndarray, dict[str, int]]:
         """Return the positions (N,) among the model's classes, −1 of others, and how often others occur."""
         assert table.codes is not None
         assert table.classes is not None
-        own = [self._known.get(meaning(value, self.kind), -1) for value in table.classes]
-        place = np.array([*own, -1], dtype=np.int64)  # the last is where −1 points
-        counts = np.bincount(table.codes[table.codes >= 0], minlength=len(own))
-        texts = [class_text(value) for value in table.classes]
-        unknown = {t: int(n) for t, n, code in zip(texts, counts, own, strict=True) if code < 0 and n}
-        return place[table.codes], unknown
+        return self._index.codes(table.codes, table.classes)
 
     def none_known(self, source: str, name: str | None, texts: Sequence[str]) -> BadInput:
         """Return the error for labels of which none is a class of the model."""

@@ -21,6 +21,10 @@ Batches: TypeAlias = Callable[[Path, Wanted, Sequence[str]], Iterator[tuple[Tabl
 """``batches(path, wanted, keep)`` yields tables of the next rows, and Arrow tables of columns to keep."""
 
 
+SharedBatches: TypeAlias = Callable[[Path, Wanted, Sequence[str], Share], Iterator[tuple[int, Table, Any]]]
+"""``shared_batches(path, wanted, keep, share)`` also yields the position of each table's first row."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """A file format: its name in messages, and what reads it.
@@ -38,6 +42,7 @@ class Format:
     compressed: bool = False
     batches: Batches | None = None
     layout: Sequence[str] = ()
+    shared_batches: SharedBatches | None = None
 
 
 _FORMATS: dict[str, Format] = {}
@@ -53,6 +58,7 @@ def register_reader(
     compressed: bool = False,
     batches: Batches | None = None,
     layout: Sequence[str] = (),
+    shared_batches: SharedBatches | None = None,
 ) -> None:
     """Make a file format known by the suffix of its files.
 
@@ -73,6 +79,9 @@ def register_reader(
             of their columns to keep; predictions for formats with it take constant memory.
         layout: the options of ``wanted.layout`` that the reader goes by, such as ``"--encoding"``; others are
             an error that names them.
+        shared_batches: called as ``shared_batches(path, wanted, keep, share)`` where several processes share
+            a file, for formats of which a part can be read alone, and with ``count``; yields the position of
+            each table's first row too. Of other formats each process reads all rows, and uses its own.
 
     Raises:
         ValueError: the suffix has no dot or is not in lower case; it is another reader's.
@@ -87,7 +96,9 @@ def register_reader(
         raise ValueError(f"a suffix is a dot and lower-case letters, such as '.csv'; got {suffix!r}")
     if suffix in _FORMATS:
         raise ValueError(f"files called {suffix} have a reader already; choose another suffix")
-    _FORMATS[suffix] = Format(name or suffix[1:].upper(), reader, count, labels, compressed, batches, layout)
+    _FORMATS[suffix] = Format(
+        name or suffix[1:].upper(), reader, count, labels, compressed, batches, layout, shared_batches
+    )
 
 
 def format_of(path: Path) -> Format | None:

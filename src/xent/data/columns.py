@@ -345,7 +345,8 @@ def matrix(
     parts = [_numbers(path, wanted, arrow.column(column.name), column, start) for column in features]
     if len(parts) == 1 and parts[0].dtype == dtype and parts[0].ndim == 2:
         return np.ascontiguousarray(parts[0])
-    made = np.empty((arrow.num_rows, sum(part.shape[1] if part.ndim == 2 else 1 for part in parts)), dtype)
+    shape = (arrow.num_rows, sum(part.shape[1] if part.ndim == 2 else 1 for part in parts))
+    made = np.empty(shape, dtype, order="F" if wanted.raw else "C")
     at = 0
     for part in parts:
         here = made[:, at : at + part.shape[1]] if part.ndim == 2 else made[:, at]

@@ -93,6 +93,28 @@ def _whole(label: Any) -> int | None:
     return int(value) if value == value.to_integral_value() else None
 
 
+class ClassIndex:
+    """The labels of rows beside known classes, compared by the kind of these."""
+
+    def __init__(self, classes: np.ndarray, kind: Kind) -> None:
+        self.kind = comparison_kind(classes, kind)
+        self._known = {meaning(value, self.kind): code for code, value in enumerate(classes.tolist())}
+
+    def codes(self, codes: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+        """Return the positions (N,) among the classes, −1 of others, and how often others occur.
+
+        ``codes`` (N,) are positions in ``values``, −1 of a row without a label.
+        """
+        own = [self._known.get(meaning(value, self.kind), -1) for value in values]
+        place = np.array([*own, -1], dtype=np.int64)  # the last is where −1 points
+        if min(own, default=0) >= 0:
+            return place[codes], {}
+        counts = np.bincount(codes[codes >= 0], minlength=len(own))
+        texts = [class_text(value) for value in values]
+        unknown = {t: int(n) for t, n, code in zip(texts, counts, own, strict=True) if code < 0 and n}
+        return place[codes], unknown
+
+
 def comparison_kind(classes: np.ndarray, kind: Kind) -> Kind:
     """Return the kind by which labels are compared: the whole numbers 0 and 1 are booleans too."""
     two = kind == "whole" and {int(each) for each in classes.tolist()} == {0, 1}

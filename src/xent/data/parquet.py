@@ -159,6 +159,14 @@ def with_numbers_beside(path: Path, wanted: Wanted, arrow: Any, columns: Columns
 
 def parquet_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tuple[Table, Any]]:
     """Yield the rows of a Parquet file, some at a time, with the columns that are kept."""
+    for _, table, kept in parquet_batches_of(path, wanted, keep, Share()):
+        yield table, kept
+
+
+def parquet_batches_of(
+    path: Path, wanted: Wanted, keep: Sequence[str], share: Share
+) -> Iterator[tuple[int, Table, Any]]:
+    """Yield the first row's position, the rows and the columns that are kept, of a share of the row groups."""
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import parquet
@@ -172,13 +180,18 @@ def parquet_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator
         if not about.num_rows:
             raise NoRows(path)
         read = list(dict.fromkeys([*columns.every, *keep]))
-        size, start = max(1, min(MOST_ROWS, BATCH // max(1, len(columns.names)))), 0
-        for batch in file.iter_batches(size, columns=read):
-            batch.validate(full=True)
-            part = pa.Table.from_batches([batch])
-            yield from_arrow(path, wanted, part, columns, start), part.select(list(keep))
-            start += len(batch)
-        _check_rows(start, about.num_rows)
+        size, ends = max(1, min(MOST_ROWS, BATCH // max(1, len(columns.names)))), _ends(about)
+        stretches = [slice(0, about.num_rows)]
+        if not share.whole:
+            bounds = [0, *ends.tolist()]
+            stretches = [slice(*pair) for pair in itertools.pairwise(bounds)][share.index :: share.count]
+        for rows in stretches:
+            start = rows.start
+            for batch in _batches_of(file, read, rows, size):
+                batch.validate(full=True)
+                part = pa.Table.from_batches([batch])
+                yield start, from_arrow(path, wanted, part, columns, start), part.select(list(keep))
+                start += len(batch)
 
 
 def check_kept(path: Path, keep: Sequence[str], names: Sequence[str]) -> None:
@@ -321,7 +334,8 @@ def from_arrow(
     check_numbers(path, wanted, columns, arrow.schema)
     names, label = columns.names, columns.label
     made = matrix(path, wanted, arrow, columns.features, start, columns.dtype)
-    check_finite(path, wanted, row_source(made), names, start, columns.bases)
+    if not wanted.raw:
+        check_finite(path, wanted, row_source(made), names, start, columns.bases)
     table = Table(str(path), made, tuple(names), unused=columns.unused, lists=columns.lists, start=start)
     table = with_categories(path, wanted, columns, table, lambda name: [arrow.column(name)], blank)
     if columns.beside:

@@ -19,7 +19,7 @@ from xent.data.csv import csv_batches, read_csv
 from xent.data.labels import recoded, union
 from xent.data.layout import OF_TEXT, matching
 from xent.data.numpy import count_npy, labels_of_npy, read_npy, read_npz
-from xent.data.parquet import count_parquet, parquet_batches, read_parquet
+from xent.data.parquet import count_parquet, parquet_batches, parquet_batches_of, read_parquet
 from xent.data.parts import files_of, read_parts
 from xent.data.reading import reading
 from xent.data.rows import blocks
@@ -29,7 +29,14 @@ from xent.errors import BadInput
 
 register_reader(".csv", read_csv, name="CSV", compressed=True, batches=csv_batches, layout=OF_TEXT)
 register_reader(".tsv", read_csv, name="CSV", compressed=True, batches=csv_batches, layout=OF_TEXT)
-register_reader(".parquet", read_parquet, name="Parquet", count=count_parquet, batches=parquet_batches)
+register_reader(
+    ".parquet",
+    read_parquet,
+    name="Parquet",
+    count=count_parquet,
+    batches=parquet_batches,
+    shared_batches=parquet_batches_of,
+)
 register_reader(".npz", read_npz, layout=["--array"])
 register_reader(".safetensors", read_safetensors, name="safetensors", layout=["--array"])
 register_reader(".npy", read_npy, count=count_npy, labels=labels_of_npy)

@@ -37,17 +37,34 @@ class Part:
     start: int  # of its first row among the rows of all files
 
 
-def stream(paths: Sequence[Path], wanted: Wanted, keep: Sequence[str] = ()) -> Iterator[Part]:
+def stream(
+    paths: Sequence[Path], wanted: Wanted, keep: Sequence[str] = (), share: Share | None = None
+) -> Iterator[Part]:
     """Yield the rows of some files; files without rows are passed over, unless all are.
 
-    Raises ``BadInput`` as ``read_table`` does, and for columns to keep that are not there.
+    Of a share of several there are some of the parts, and each row is in one share. Raises ``BadInput`` as
+    ``read_table`` does, and for columns to keep that are not there.
     """
-    start, empty = 0, None
+    start, number, empty = 0, 0, None
+    share = Share() if share is None else share
     for file in files_of([each for path in paths for each in matching(path)]):
         try:
+            found = format_of(file)
+            if not share.whole and found is not None and found.shared_batches and found.count:
+                # a file of one row group is that of another share than the file before it
+                own = Share((share.index - number) % share.count, share.count)
+                with reading(file, found.name):
+                    check_layout(file, found, wanted)
+                    for at, table, kept in found.shared_batches(file, wanted, keep, own):
+                        yield Part(table, kept, start + at)
+                    start += found.count(file)
+                number += 1
+                continue
             for table, kept in _parts(file, wanted, keep):
-                yield Part(table, kept, start)
+                if number % share.count == share.index:
+                    yield Part(table, kept, start)
                 start += len(table)
+                number += 1
         except NoRows as error:
             empty = empty or error
     if not start and empty is not None:

@@ -115,7 +115,8 @@ class Wanted:
     fixed: these have any number of others, and text such as ``NA`` is no value unless it is one of them.
     ``weight`` names the column of rows' weights, ``soft`` those of the classes' masses, which stand in the
     place of labels. With ``skip_bad`` rows whose numbers cannot be used are read as nan or inf,
-    and the caller passes them over.
+    and the caller passes them over. With ``raw`` numbers come as they are stored, nan and infinite ones too, and
+    of a file of columns a column after the other in memory: the caller judges them.
     """
 
     label: str | None = None
@@ -134,6 +135,7 @@ class Wanted:
     weight: str | None = None
     soft: Sequence[str] = ()
     skip_bad: bool = False
+    raw: bool = False
 
     def most_of(self, column: str) -> int:
         """Return the number of values up to which a column is one of categories."""
@@ -370,7 +372,7 @@ def check_finite(
     columns: Sequence[str] | None = None,
 ) -> None:
     """Raise ``BadInput`` for the first number that is not finite; ``columns`` are those of the features."""
-    if wanted.skip_bad:
+    if wanted.skip_bad or wanted.raw:
         return
     for here, x in blocks(source):
         if not x.numel() or all(end.isfinite() for end in x.aminmax()):  # one pass; nan is both ends
