@@ -130,7 +130,7 @@ def predict(
             fitted = model_file.load(model)
             job.check_output(fitted, model, keep, top, skip_bad)
         ranks.check_equal(f"model in {model}", fitted.fingerprint)
-        wanted = job.wanted_for(fitted, model, label, layout, skip_bad)
+        wanted = model_file.wanted_for(fitted, model, label, layout, skip_bad)
         if ranks.size > 1:
             done = _shared(fitted, model, files, label, layout, output, ranks)
         else:

@@ -16,7 +16,7 @@ from xent._util.text import class_text, quoted
 from xent.data.batches import as_array
 from xent.data.labels import ClassIndex
 from xent.data.layout import PLAIN, Layout
-from xent.data.model_file import Model
+from xent.data.model_file import Model, wanted_for
 from xent.data.read import read_table
 from xent.data.rows import SelectedRows, blocks, steps
 from xent.data.stream import stream
@@ -34,26 +34,6 @@ class Scored:
     evaluation: Evaluation
     unlabelled: int
     unknown: dict[str, int]  # label -> rows
-
-
-def wanted_for(
-    model: Model, model_path: Path, label: str | None, layout: Layout = PLAIN, skip_bad: bool = False
-) -> Wanted:
-    """Return what is to be read for a model: its columns, and the label's where it is there."""
-    encoding = model.encoding
-    return Wanted(
-        label=label or model.label_name,
-        features=model.feature_names if encoding is None else encoding.numbers,
-        label_optional=label is None,
-        model=model_path,
-        width=model.array_width,
-        lists=model.lists,
-        layout=layout,
-        categorical=[] if encoding is None else list(encoding.categories),
-        known={} if encoding is None else encoding.categories,
-        missing="error" if encoding is None or encoding.fill is None else "impute",
-        skip_bad=skip_bad,
-    )
 
 
 def read_for(

@@ -26,9 +26,10 @@ from xent._util.atomic_write import atomic_write
 from xent._util.text import json_text, quoted
 from xent.data.encoding import Encoding
 from xent.data.labels import Kind, array_of_texts, kind_of
+from xent.data.layout import PLAIN, Layout
 from xent.data.limits import text_fault
 from xent.data.reading import reading
-from xent.data.table import Table
+from xent.data.table import Table, Wanted
 from xent.errors import BadInput, needs
 
 VERSION = 2
@@ -96,6 +97,26 @@ class Model:
         z = self.logits(x)
         z = z - z.max(axis=1, keepdims=True)
         return z - np.log(np.exp(z).sum(axis=1, keepdims=True))
+
+
+def wanted_for(
+    model: Model, model_path: Path, label: str | None, layout: Layout = PLAIN, skip_bad: bool = False
+) -> Wanted:
+    """Return what is to be read for a model: its columns, and the label's where it is there."""
+    encoding = model.encoding
+    return Wanted(
+        label=label or model.label_name,
+        features=model.feature_names if encoding is None else encoding.numbers,
+        label_optional=label is None,
+        model=model_path,
+        width=model.array_width,
+        lists=model.lists,
+        layout=layout,
+        categorical=[] if encoding is None else list(encoding.categories),
+        known={} if encoding is None else encoding.categories,
+        missing="error" if encoding is None or encoding.fill is None else "impute",
+        skip_bad=skip_bad,
+    )
 
 
 def save(model: Model, path: Path) -> None:

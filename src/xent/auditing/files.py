@@ -1,0 +1,421 @@
+"""Files of predictions, or of a model's features, as batches of rows that are never all in memory.
+
+    columns of probabilities, log-probabilities or logits + labels  →  Batch, Batch, ...
+    features + a fitted model + labels                               →  Batch, Batch, ...
+
+A fault of a number or a label is counted to the end of the sweep, and then raised with the first one's place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xent._processes.group import Share
+from xent._util.text import class_text, quoted
+from xent.auditing.arrays import FEW, by_class
+from xent.auditing.kinds import Fault, Kind, fault, judged
+from xent.auditing.rows import Batch
+from xent.auditing.sweeps import parts
+from xent.data.batches import as_tensor
+from xent.data.labels import ClassIndex, kind_of
+from xent.data.layout import PLAIN, Layout
+from xent.data.model_file import Model, wanted_for
+from xent.data.rows import steps
+from xent.data.stream import Part, stream
+from xent.data.table import Table, Wanted, some
+from xent.errors import BadInput
+
+OWN_COLUMNS = ("prediction", "row_number", "true_label")
+"""Columns of a file of predictions that are no class, unless the options name them."""
+
+LOGITS = 1 << 22
+"""Logits of a model that exist at a time."""
+
+REPLAYED = 1 << 24
+"""Numbers up to which a first sweep's rows are kept for a second, 64 MiB of float32."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns of a file of predictions, as the options name them."""
+
+    label: str | None
+    kind: Kind = "probs"
+    classes: Sequence[str] = ()  # the columns, or of arrays the classes of the columns
+    prefix: str | None = None  # of the columns; what follows it is the class
+    soft_prefix: str | None = None  # of the columns of the classes' masses
+    id: str | None = None
+    weight: str | None = None
+    positive: str | None = None  # the class whose probability the only column holds
+    renormalize: bool = False
+    allow_zero: bool = False
+    layout: Layout = PLAIN
+
+
+class Piece(NamedTuple):
+    """Some rows of a file."""
+
+    x: Tensor  # (n, columns) predictions
+    codes: np.ndarray | None  # (n,) position of the label among the classes, −1 of another
+    mass: Tensor | None  # (n, C)
+    weight: np.ndarray | None  # (n,)
+    ids: Any  # (n,) Arrow
+    length: Tensor | None  # (n,) of the features
+    start: int  # of the first row among all
+    source: str
+    row: int  # of the first row in its file
+    label_of: Any  # position in the piece -> label as text, for messages
+
+
+class Faults:
+    """The first fault of a file, and how many rows have one."""
+
+    def __init__(self) -> None:
+        self.first: str | None = None
+        self.rows = 0
+
+    def add(self, text: str, rows: int) -> None:
+        """Count the rows; keep the text of the first."""
+        self.first = self.first or text
+        self.rows += rows
+
+    def check(self) -> None:
+        """Raise ``BadInput`` if there was one."""
+        if self.first is not None:
+            more = f"; {self.rows:,} rows are bad" if self.rows > 1 else ""
+            raise BadInput(self.first + more)
+
+
+class Files:
+    """Files of predictions with their labels."""
+
+    def __init__(self, paths: Sequence[Path], columns: Columns) -> None:
+        self.paths, self.columns = paths, columns
+        self.kind = columns.kind
+        self.source = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+        head = self._head()
+        self._arrays = head.width is not None
+        self.features, self.names, self.soft = self._chosen(head)
+        if len(self.features) == 1:
+            self.names = self._two()
+        elif columns.positive is not None:
+            raise BadInput(
+                f"{self.source}: --positive is of a single column, and there are {len(self.features)}; leave it out"
+            )
+        self._index = ClassIndex(np.array(self.names), kind_of(np.array(self.names)))
+        self._kept: list[Piece] | None = []
+        self._order: np.ndarray | None = None
+
+    def _head(self) -> Table:
+        """Return the first rows, with every numeric column."""
+        named = self.columns
+        wanted = Wanted(
+            label=named.label,
+            weight=named.weight,
+            layout=named.layout,
+            raw=True,
+            missing="impute",
+            features=None,
+        )
+        for part in stream(self.paths, wanted):
+            return part.table
+        raise BadInput(f"{self.source}: there are no rows")
+
+    def _chosen(self, head: Table) -> tuple[list[str], list[str], list[str]]:
+        """Return the columns of the classes, their names, and the columns of the classes' masses."""
+        named, there = self.columns, list(head.feature_names)
+        if self._arrays:
+            if named.prefix is not None or named.soft_prefix is not None or named.id is not None:
+                raise BadInput(f"{self.source}: arrays have no columns with names, of which --prefix, --soft-prefix and --id are")
+            names = list(named.classes) or [str(c) for c in range(len(there))]
+            if len(names) != len(there):
+                raise BadInput(
+                    f"{self.source}: --classes names {len(names)} classes and the array has {len(there)} columns"
+                )
+            return there, names, []
+        taken = {named.label, named.id, named.weight}
+        soft: list[str] = []
+        if named.soft_prefix is not None:
+            soft = [name for name in there if name.startswith(named.soft_prefix)]
+            if not soft:
+                raise BadInput(f"{self.source}: no numeric column starts with {quoted(named.soft_prefix)} (--soft-prefix)")
+        if named.classes:
+            lacking = [name for name in named.classes if name not in there]
+            chosen, names = list(named.classes), list(named.classes)
+            if lacking:
+                raise BadInput(
+                    f"{self.source}: no numeric column {quoted(lacking[0])} (--classes); there are {some(there)}"
+                )
+        elif named.prefix is not None:
+            chosen = [name for name in there if name.startswith(named.prefix) and name not in {*taken, *soft}]
+            names = [name[len(named.prefix) :] for name in chosen]
+            if not chosen:
+                raise BadInput(
+                    f"{self.source}: no numeric column starts with {quoted(named.prefix)} (--prefix); there are {some(there)}"
+                )
+        else:
+            chosen = [name for name in there if name not in {*taken, *soft, *OWN_COLUMNS}]
+            names = list(chosen)
+            if not chosen:
+                raise BadInput(f"{self.source}: no numeric column is left for the classes; there are {some(there)}")
+        if len({*names}) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise BadInput(f"{self.source}: two columns are of class {quoted(twice)}; name each class once")
+        listed = [name for name in chosen if name.endswith("]") and name.split("[")[0] in head.lists]
+        if not named.classes and len(listed) == len(chosen) and len(head.lists) == 1:
+            names = [str(c) for c in range(len(chosen))]  # one column of lists
+        if soft:
+            own = {name[len(str(named.soft_prefix)) :] for name in soft}
+            if own != {*names}:
+                odd = sorted(own ^ {*names})
+                raise BadInput(
+                    f"{self.source}: the columns of --soft-prefix and of the predictions are of other classes: {some(odd)}"
+                )
+        return chosen, names, soft
+
+    def _two(self) -> list[str]:
+        """Return the two classes of a single column of predictions."""
+        positive = self.columns.positive
+        if positive is None:
+            raise BadInput(
+                f"{self.source}: there is one column of predictions, {quoted(self.features[0])}; say which class it is of, "
+                "as --positive yes, or name the columns of all classes with --classes or --prefix"
+            )
+        if self.soft:
+            raise BadInput(f"{self.source}: --soft-prefix needs a column of predictions for each class")
+        found: dict[str, None] = {}
+        for part in stream(self.paths, self._wanted()):
+            if part.table.classes is not None:
+                found |= dict.fromkeys(class_text(value) for value in part.table.classes)
+        alike = ClassIndex(np.array([positive]), kind_of(np.array([positive])))
+        others = [name for name in found if alike.codes(np.zeros(1, np.int64), np.array([name]))[0][0] < 0]
+        if len(others) == len(found):
+            raise BadInput(
+                f"{self.source}: --positive {quoted(positive)} is none of the labels {some(list(found))}"
+            )
+        if len(others) > 1:
+            raise BadInput(
+                f"{self.source}: --positive is of two classes, and the labels are {some(list(found))}"
+            )
+        return [others[0] if others else f"not {positive}", positive]
+
+    def _wanted(self) -> Wanted:
+        named = self.columns
+        return Wanted(
+            label=None if self.soft else named.label,
+            features=None if self._arrays else self.features,
+            weight=named.weight,
+            soft=self.soft,
+            layout=named.layout,
+            raw=True,
+        )
+
+    def pieces(self, share: Share) -> Iterator[Piece]:
+        """Yield the rows of a share, some at a time."""
+        keep = [] if self.columns.id is None else [self.columns.id]
+        for part in stream(self.paths, self._wanted(), keep, share):
+            yield self._piece(part)
+
+    def _piece(self, part: Part) -> Piece:
+        table = part.table
+        features = table.features
+        assert isinstance(features, np.ndarray)
+        x = torch.from_numpy(features.T).t() if features.flags.f_contiguous else as_tensor(features)
+        ids = None if self.columns.id is None else part.kept.column(self.columns.id)
+        codes, mass = None, None
+        if table.soft is not None:
+            if self._order is None:
+                assert table.classes is not None
+                prefix = len(str(self.columns.soft_prefix))
+                place = {name[prefix:]: i for i, name in enumerate(table.classes.tolist())}
+                self._order = np.array([place[name] for name in self.names])
+            mass = torch.from_numpy(table.soft[:, self._order])
+        else:
+            assert table.codes is not None
+            assert table.classes is not None
+            codes, _ = self._index.codes(table.codes, table.classes)
+
+        def label_of(row: int) -> str:
+            assert table.codes is not None
+            assert table.classes is not None
+            return class_text(table.classes[table.codes[row]])
+
+        return Piece(x, codes, mass, table.weight, ids, None, part.start, table.source, table.start, label_of)
+
+    def _column(self, position: int) -> str:
+        return f"column {quoted(self.features[position])}"
+
+    def batches(self, faults: Faults, share: Share | None = None) -> Iterator[tuple[Batch, Any, Tensor | None]]:
+        """Yield batches of a share, the names of their rows, and the lengths of their features.
+
+        Once there is a fault no more batches come, but the rows of the others are counted.
+        """
+        pieces = self._replayed() if self._kept and not faults.rows else None
+        if pieces is None:
+            pieces = self._recorded(self.pieces(Share() if share is None else share))
+        for piece in pieces:
+            for here in parts(len(piece.x), len(self.names)):
+                batch = self._batch(piece, here, faults)
+                if faults.first is None and batch is not None:
+                    ids = None if piece.ids is None else piece.ids[here.start : here.stop]
+                    length = None if piece.length is None else piece.length[here]
+                    yield batch, ids, length
+        faults.check()
+
+    def _recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """Yield the pieces, and keep them for a second sweep where they are few enough."""
+        kept: list[Piece] | None = []
+        numbers = 0
+        for piece in pieces:
+            numbers += piece.x.numel()
+            if kept is not None:
+                kept = [*kept, piece] if numbers <= REPLAYED else None
+            yield piece
+        self._kept = kept
+
+    def _replayed(self) -> Iterator[Piece]:
+        yield from self._kept or ()
+
+    def _batch(self, piece: Piece, here: slice, faults: Faults) -> Batch | None:
+        """Return some rows of a piece; None where one is bad."""
+        x = piece.x[here]
+        if len(self.names) <= FEW:
+            x = by_class(x)
+        found = judged(x, self.kind, self.columns.renormalize)
+        where = piece.source
+        if found.bad is not None:
+            row = int(found.bad.nonzero()[0])
+            first = fault(x, self.kind, row)
+            faults.add(f"{where}: {self._described(first, piece.row + here.start)}", int(found.bad.sum()))
+            return None
+        mass = None
+        if piece.mass is not None:
+            rows = piece.mass[here]
+            of_mass = judged(rows, "probs", self.columns.renormalize)
+            if of_mass.bad is not None:
+                row = int(of_mass.bad.nonzero()[0])
+                total = rows[row].sum().item()
+                faults.add(
+                    f"{where}: row {piece.row + here.start + row + 1}, the masses of --soft-prefix sum to "
+                    f"{total:.9g} where those of a row sum to 1",
+                    int(of_mass.bad.sum()),
+                )
+                return None
+            mass = of_mass.p.to(found.p.dtype)
+            label = mass.argmax(1)
+        else:
+            assert piece.codes is not None
+            codes = piece.codes[here]
+            if codes.min() < 0:
+                row = int(np.flatnonzero(codes < 0)[0])
+                faults.add(self._unknown(piece, here.start + row), int((codes < 0).sum()))
+                return None
+            label = torch.from_numpy(codes)
+        if piece.weight is None:
+            weight = torch.ones(len(label), dtype=torch.float64)
+        else:
+            weight = torch.from_numpy(piece.weight[here])
+        batch = Batch(found.p, found.log_p, label, weight, mass, piece.start + here.start)
+        if not self.columns.allow_zero:
+            lost = batch.loss.isinf() & (batch.weight > 0)
+            if lost.any():
+                row = int(lost.nonzero()[0])
+                name = quoted(self.names[int(label[row])])
+                faults.add(
+                    f"{where}: row {piece.row + here.start + row + 1} has probability 0 for its class {name}, so that "
+                    "the loss is infinite; --allow-zero counts such rows and reports the finite part",
+                    int(lost.sum()),
+                )
+                return None
+        return batch
+
+    def _unknown(self, piece: Piece, row: int) -> str:
+        return (
+            f"{piece.source}: row {piece.row + row + 1}, column {quoted(self.columns.label)} holds "
+            f"{quoted(piece.label_of(row))}, which is none of the classes {some(self.names)}"
+        )
+
+    def _described(self, found: Fault, start: int) -> str:
+        """Return a fault as the part of a message behind the file's name."""
+        row = start + found.row + 1
+        if found.column is not None:
+            text = f"row {row}, {self._column(found.column)} holds {found.value:.6g} {found.what}"
+            outside = self.kind != "logits" and math.isfinite(found.value)
+            return text + (" (--kind logits, if these are logits)" if outside else "")
+        if self.kind == "logits":
+            return f"row {row} holds -inf {found.what}"
+        close = abs(found.value - 1) <= 1e-3 and self.kind == "probs" and not self.columns.renormalize
+        return f"row {row} sums to {found.value:.9g} {found.what}" + (
+            "; --renormalize divides each row by its sum" if close else ""
+        )
+
+
+class ModelFiles(Files):
+    """Files of features, and the model that predicts from them."""
+
+    def __init__(self, paths: Sequence[Path], columns: Columns, model: Model, path: Path) -> None:
+        self.paths, self.columns, self.model = paths, columns, model
+        self.kind = "logits"
+        self.source = str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+        self.names = [class_text(value) for value in model.classes]
+        self._index = ClassIndex(model.classes, model.kind)
+        self._kept = None
+        label = columns.label or model.label_name
+        if label is None:
+            raise BadInput(f"{self.source}: the model was fitted on arrays; name the labels with --label")
+        self.columns = dataclasses.replace(columns, label=label)
+        self._model_wanted = dataclasses.replace(
+            wanted_for(model, path, label, columns.layout), weight=columns.weight
+        )
+
+    def pieces(self, share: Share) -> Iterator[Piece]:
+        """Yield the logits of the rows of a share, some at a time."""
+        keep = [] if self.columns.id is None else [self.columns.id]
+        model = self.model
+        head, bias, mean, scale = (
+            torch.from_numpy(np.ascontiguousarray(each))
+            for each in (model.weight, model.bias, model.mean, model.scale)
+        )
+        step = max(1, LOGITS // max(len(self.names), head.shape[1]))
+        for part in stream(self.paths, self._model_wanted, keep, share):
+            table = model.encoded(part.table)
+            if table.codes is None or table.classes is None:
+                raise BadInput(f"{table.source}: no row has a label in {quoted(self.columns.label)}")
+            codes, _ = self._index.codes(table.codes, table.classes)
+            ids = None if self.columns.id is None else part.kept.column(self.columns.id)
+
+            def label_of(row: int, table: Table = table) -> str:
+                assert table.codes is not None
+                assert table.classes is not None
+                return class_text(table.classes[table.codes[row]]) if table.codes[row] >= 0 else ""
+
+            for here, x in steps(table.rows, step):
+                x = (x.to(head.dtype) - mean) / scale
+                z = torch.addmm(bias, x, head.t())
+                if model.temperature != 1:
+                    z /= model.temperature
+                length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+                own, first = slice(here.start, here.stop), here.start
+                yield Piece(
+                    z,
+                    codes[own],
+                    None,
+                    None if table.weight is None else table.weight[own],
+                    None if ids is None else ids[own.start : own.stop],
+                    length,
+                    part.start + first,
+                    table.source,
+                    table.start + first,
+                    lambda row, first=first, label_of=label_of: label_of(first + row),
+                )
+
+    def _column(self, position: int) -> str:
+        return f"the logit of class {quoted(self.names[position])}"
