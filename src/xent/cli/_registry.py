@@ -48,6 +48,7 @@ def load_command(name: str) -> click.Command | None:
     return loaded
 
 
+register_command("audit", "xent.cli.audit:audit")
 register_command("fit", "xent.cli.fit:fit")
 register_command("predict", "xent.cli.predict:predict")
 register_command("verify", "xent.cli.verify:verify")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.table import Table as Grid
+from rich.table import Table
 from rich.text import Text
 
 from xent._util.text import class_text, json_text, printable
+from xent.cli.grid import grid
 from xent.cli.output import complain
 
 if TYPE_CHECKING:
@@ -91,16 +92,16 @@ def _say_fit(console: Console, fitted: Fitted, source: str, paths: list[Path], o
     console.print(Text(f"\nin {printable(str(out))}/: " + ", ".join(path.name for path in paths)))
 
 
-def _figures(parts: Sequence[tuple[str, Evaluation]]) -> Grid:
+def _figures(parts: Sequence[tuple[str, Evaluation]]) -> Table:
     """Return the figures of the training, validation and test rows, side by side."""
-    grid = _grid("", *(name for name, _ in parts))
-    grid.add_row("rows", *(f"{part.rows:,}" for _, part in parts))
-    grid.add_row("loss", *(f"{part.loss:.4f} nats" for _, part in parts))
+    made = grid("", *(name for name, _ in parts))
+    made.add_row("rows", *(f"{part.rows:,}" for _, part in parts))
+    made.add_row("loss", *(f"{part.loss:.4f} nats" for _, part in parts))
     knowing = ("" if part.baseline is None else f"{part.baseline:.4f} nats" for _, part in parts)
-    grid.add_row("  knowing only class frequencies", *knowing)
-    grid.add_row("accuracy", *(f"{100 * part.accuracy:.2f} %" for _, part in parts))
-    grid.add_row("macro F1", *(f"{100 * part.macro_f1:.2f} %" for _, part in parts))
-    return grid
+    made.add_row("  knowing only class frequencies", *knowing)
+    made.add_row("accuracy", *(f"{100 * part.accuracy:.2f} %" for _, part in parts))
+    made.add_row("macro F1", *(f"{100 * part.macro_f1:.2f} %" for _, part in parts))
+    return made
 
 
 def _of_columns(fitted: Fitted) -> Iterator[str]:
@@ -139,12 +140,12 @@ def _of_classes(fitted: Fitted, name: str, judged: Evaluation) -> Iterator[Any]:
     if len(rows) > MOST:
         shown = sorted(rows, key=lambda row: row["f1"])[:MOST]
         yield f"the {MOST} classes of {len(rows)} with the lowest F1, on {name} rows"
-    grid = _grid("class" if len(rows) <= MOST else "", "rows", "loss", "precision", "recall", "F1")
+    made = grid("class" if len(rows) <= MOST else "", "rows", "loss", "precision", "recall", "F1")
     for row in shown:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         shares = (f"{100 * row[key]:.1f} %" for key in ("precision", "recall", "f1"))
-        grid.add_row(Text(printable(row["class"][:60])), f"{row['rows']:,}", loss, *shares)
-    yield grid
+        made.add_row(Text(printable(row["class"][:60])), f"{row['rows']:,}", loss, *shares)
+    yield made
     yield ""
 
 
@@ -157,14 +158,6 @@ def _of_temperature(found: Calibration) -> str:
         f"{after.loss:.4f} nats, calibration error {100 * before.calibration_error:.2f} → "
         f"{100 * after.calibration_error:.2f} %"
     )
-
-
-def _grid(first: str, *others: str) -> Grid:
-    grid = Grid(box=None, pad_edge=False, padding=(0, 3, 0, 0), header_style="bold")
-    grid.add_column(first)
-    for name in others:
-        grid.add_column(name, justify="right")
-    return grid
 
 
 def _shown(about: Mapping[str, object], most: int = SHOWN) -> str:
