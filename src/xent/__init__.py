@@ -29,10 +29,13 @@ from xent.losses._poly import linear_poly_loss, poly_loss
 from xent.losses._surrogate import surrogate_cross_entropy
 
 if TYPE_CHECKING:
+    from xent.auditing import Audit, AuditResult, audit
     from xent.linear_model import SoftmaxRegression, SoftmaxRegressionCV, load_model
 
 __version__ = "0.1.0"
 __all__ = [
+    "Audit",
+    "AuditResult",
     "Backend",
     "LogProb",
     "LowRank",
@@ -42,6 +45,7 @@ __all__ = [
     "SoftmaxRegressionCV",
     "TopKTarget",
     "__version__",
+    "audit",
     "backends",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -78,6 +82,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name in ("Audit", "AuditResult", "audit"):  # what few need at once
+        return getattr(_import_module("xent.auditing"), name)
     if name in (
         "SoftmaxRegression",
         "SoftmaxRegressionCV",

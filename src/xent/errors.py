@@ -11,7 +11,7 @@ __all__ = ["BadInput", "MissingExtra", "NoBestTemperature", "RankFailed", "RankL
 EXTRAS = {
     "probe": ("sklearn", "scipy", "pyarrow", "safetensors", "threadpoolctl"),
     "cli": ("click", "rich"),
-    "report": ("matplotlib",),
+    "report": ("matplotlib", "jinja2"),
     "onnx": ("onnx",),
 }
 """The packages, by import name, that each extra installs."""

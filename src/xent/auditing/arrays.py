@@ -1,6 +1,6 @@
 """Predictions, labels and weights in memory, as batches of rows.
 
-    probabilities, log-probabilities, logits (N, C), or features (N, D) with a head (C, D)  →  Batch, Batch, ...
+    probabilities, log-probabilities, logits (N, C), or features (N, D) with a head (C, D) → batches
 
 Of features and a head the logits of some rows exist at a time.
 """
@@ -8,7 +8,7 @@ Of features and a head the logits of some rows exist at a time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,9 @@ class Head:
             )
         self.count, self.classes = self.features.shape[0], len(weight)
         if bias is not None and bias.shape != (self.classes,):
-            raise ValueError(f"the head's bias must be ({self.classes},), one for each class; got {tuple(bias.shape)}")
+            raise ValueError(
+                f"the head's bias must be ({self.classes},), one for each class; got {tuple(bias.shape)}"
+            )
         if self.classes < 2:
             raise ValueError("the head has one class; an audit needs two")
         self.low_rank = weight if isinstance(weight, LowRank) else None
@@ -222,8 +224,10 @@ def _weight_and_bias(head: Any) -> tuple[Any, Tensor | None]:
 
 def _described(found: Fault, name: str, start: int) -> str:
     if found.column is None:
-        return f"{name} sums to {found.value:.9g} at row {start + found.row} {found.what}" if found.value > -1 else (
-            f"{name} is -inf at row {start + found.row} {found.what}"
+        return (
+            f"{name} sums to {found.value:.9g} at row {start + found.row} {found.what}"
+            if found.value > -1
+            else (f"{name} is -inf at row {start + found.row} {found.what}")
         )
     return f"{name} is {found.value:.6g} at row {start + found.row}, column {found.column}, {found.what}"
 

@@ -108,7 +108,8 @@ class Files:
             self.names = self._two()
         elif columns.positive is not None:
             raise BadInput(
-                f"{self.source}: --positive is of a single column, and there are {len(self.features)}; leave it out"
+                f"{self.source}: --positive is of a single column, and there are {len(self.features)}; "
+                "leave it out"
             )
         self._index = ClassIndex(np.array(self.names), kind_of(np.array(self.names)))
         self._kept: list[Piece] | None = []
@@ -134,11 +135,15 @@ class Files:
         named, there = self.columns, list(head.feature_names)
         if self._arrays:
             if named.prefix is not None or named.soft_prefix is not None or named.id is not None:
-                raise BadInput(f"{self.source}: arrays have no columns with names, of which --prefix, --soft-prefix and --id are")
+                raise BadInput(
+                    f"{self.source}: arrays have no columns with names, of which --prefix, --soft-prefix "
+                    "and --id are"
+                )
             names = list(named.classes) or [str(c) for c in range(len(there))]
             if len(names) != len(there):
                 raise BadInput(
-                    f"{self.source}: --classes names {len(names)} classes and the array has {len(there)} columns"
+                    f"{self.source}: --classes names {len(names)} classes and the array has {len(there)} "
+                    "columns"
                 )
             return there, names, []
         taken = {named.label, named.id, named.weight}
@@ -146,26 +151,33 @@ class Files:
         if named.soft_prefix is not None:
             soft = [name for name in there if name.startswith(named.soft_prefix)]
             if not soft:
-                raise BadInput(f"{self.source}: no numeric column starts with {quoted(named.soft_prefix)} (--soft-prefix)")
+                raise BadInput(
+                    f"{self.source}: no numeric column starts with {quoted(named.soft_prefix)} "
+                    "(--soft-prefix)"
+                )
         if named.classes:
             lacking = [name for name in named.classes if name not in there]
             chosen, names = list(named.classes), list(named.classes)
             if lacking:
                 raise BadInput(
-                    f"{self.source}: no numeric column {quoted(lacking[0])} (--classes); there are {some(there)}"
+                    f"{self.source}: no numeric column {quoted(lacking[0])} (--classes); there are "
+                    f"{some(there)}"
                 )
         elif named.prefix is not None:
             chosen = [name for name in there if name.startswith(named.prefix) and name not in {*taken, *soft}]
             names = [name[len(named.prefix) :] for name in chosen]
             if not chosen:
                 raise BadInput(
-                    f"{self.source}: no numeric column starts with {quoted(named.prefix)} (--prefix); there are {some(there)}"
+                    f"{self.source}: no numeric column starts with {quoted(named.prefix)} (--prefix); "
+                    f"there are {some(there)}"
                 )
         else:
             chosen = [name for name in there if name not in {*taken, *soft, *OWN_COLUMNS}]
             names = list(chosen)
             if not chosen:
-                raise BadInput(f"{self.source}: no numeric column is left for the classes; there are {some(there)}")
+                raise BadInput(
+                    f"{self.source}: no numeric column is left for the classes; there are {some(there)}"
+                )
         if len({*names}) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise BadInput(f"{self.source}: two columns are of class {quoted(twice)}; name each class once")
@@ -177,7 +189,8 @@ class Files:
             if own != {*names}:
                 odd = sorted(own ^ {*names})
                 raise BadInput(
-                    f"{self.source}: the columns of --soft-prefix and of the predictions are of other classes: {some(odd)}"
+                    f"{self.source}: the columns of --soft-prefix and of the predictions are of other "
+                    f"classes: {some(odd)}"
                 )
         return chosen, names, soft
 
@@ -186,7 +199,8 @@ class Files:
         positive = self.columns.positive
         if positive is None:
             raise BadInput(
-                f"{self.source}: there is one column of predictions, {quoted(self.features[0])}; say which class it is of, "
+                f"{self.source}: there is one column of predictions, {quoted(self.features[0])}; say "
+                "which class it is of, "
                 "as --positive yes, or name the columns of all classes with --classes or --prefix"
             )
         if self.soft:
@@ -253,7 +267,9 @@ class Files:
     def _column(self, position: int) -> str:
         return f"column {quoted(self.features[position])}"
 
-    def batches(self, faults: Faults, share: Share | None = None) -> Iterator[tuple[Batch, Any, Tensor | None]]:
+    def batches(
+        self, faults: Faults, share: Share | None = None
+    ) -> Iterator[tuple[Batch, Any, Tensor | None]]:
         """Yield batches of a share, the names of their rows, and the lengths of their features.
 
         Once there is a fault no more batches come, but the rows of the others are counted.
@@ -330,7 +346,8 @@ class Files:
                 row = int(lost.nonzero()[0])
                 name = quoted(self.names[int(label[row])])
                 faults.add(
-                    f"{where}: row {piece.row + here.start + row + 1} has probability 0 for its class {name}, so that "
+                    f"{where}: row {piece.row + here.start + row + 1} has probability 0 for its class "
+                    f"{name}, so that "
                     "the loss is infinite; --allow-zero counts such rows and reports the finite part",
                     int(lost.sum()),
                 )

@@ -13,8 +13,7 @@ from xent import triplets
 from xent.auditing.calibration import ClassReliability, Decomposition, Reliability
 from xent.auditing.largest import Largest
 from xent.auditing.pairs import DENSE, HEAVIEST, Pair
-from xent.auditing.result import (
-    AuditResult,
+from xent.auditing.records import (
     Bar,
     Bounds,
     ClassMeasures,
@@ -26,6 +25,7 @@ from xent.auditing.result import (
     finite,
     share_of,
 )
+from xent.auditing.result import AuditResult
 from xent.auditing.sample import Sample
 from xent.auditing.sweeps import FirstSweep, SecondSweep
 from xent.auditing.totals import LOSSES, MARGINS, TOP, Totals
@@ -177,7 +177,9 @@ def _curve(reliability: Reliability) -> list[Point]:
         for values in (reliability.weight, reliability.confidence, reliability.hits)
     )
     return [
-        Point(float(c / w), float(h / w), float(w)) for w, c, h in zip(weight, confidence, hits, strict=True) if w
+        Point(float(c / w), float(h / w), float(w))
+        for w, c, h in zip(weight, confidence, hits, strict=True)
+        if w
     ]
 
 
@@ -208,7 +210,9 @@ def _bounds(sample: Sample) -> Bounds | None:
 
 
 def _rows(largest: Largest, names: Sequence[str]) -> list[RowMeasures]:
-    columns = (largest.column(name).tolist() for name in ("row", "label", "prediction", "own", "confidence", "loss"))
+    columns = (
+        largest.column(name).tolist() for name in ("row", "label", "prediction", "own", "confidence", "loss")
+    )
     ids = [None] * largest.values.shape[1] if largest.ids is None else largest.ids.tolist()
     found = []
     for row, label, prediction, own, confidence, loss, name in zip(*columns, ids, strict=True):

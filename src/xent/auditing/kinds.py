@@ -65,6 +65,7 @@ def judged(x: Tensor, kind: Kind, renormalize: bool = False) -> Judged:
     low, high = (end.item() for end in p.aminmax())
     sums = p.sum(1)
     # a sum of the type of p is off by far less than this part of the tolerance
+    bad: Tensor | None
     if low >= 0 and high <= (1 if kind == "probs" else 1 + allowed):
         if bool(((sums - 1).abs() <= 0.9 * allowed).all()):
             bad = None

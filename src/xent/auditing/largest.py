@@ -24,7 +24,7 @@ class Largest:
         self.ids: np.ndarray | None = None  # (k,) object
 
     def update(self, batch: Batch, key: np.ndarray, ids: Sequence[Any] | None = None) -> None:
-        """Add the rows that count and whose key (n,) is above 0; ``ids`` (n,) are the caller's names of them."""
+        """Add the rows that count and whose key (n,) is above 0; ``ids`` (n,) are their names."""
         wanted = (key > 0) & (batch.weight.numpy() > 0)
         if self.most == 0 or not wanted.any():
             return

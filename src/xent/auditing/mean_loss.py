@@ -117,6 +117,4 @@ class MeanLoss:
         """Make room for as many blocks."""
         if count > self.blocks.shape[1]:
             size = max(count, 2 * self.blocks.shape[1]) if self.blocks.shape[1] else count
-            self.blocks = np.concatenate(
-                [self.blocks, np.zeros((2, size - self.blocks.shape[1]))], axis=1
-            )
+            self.blocks = np.concatenate([self.blocks, np.zeros((2, size - self.blocks.shape[1]))], axis=1)

@@ -1,6 +1,6 @@
 """Two models on the same rows: the mean difference of their losses, and its parts by class.
 
-    d_n = ℓ_n of the first − ℓ_n of the second        mean = Σ s d / Σ s        se² = Σ s² (d − mean)² / (Σ s)²
+    d = ℓ of the first − ℓ of the second        mean = Σ s d / Σ s        se² = Σ s² (d − mean)² / (Σ s)²
 
 A row's difference has far less spread than its losses, so that the interval is narrow.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from xent._util.text import quoted
 from xent.auditing.files import Faults, Files
 from xent.auditing.mean_loss import QUANTILE
-from xent.auditing.result import finite
+from xent.auditing.records import finite
 from xent.data.labels import ClassIndex, kind_of
 from xent.errors import BadInput
 
@@ -62,7 +62,11 @@ class Paired:
         """Return the comparison as plain JSON values."""
         weight, total, ones, part, square = self.sums.tolist()
         mean = total / weight if weight else math.nan
-        error = math.sqrt(max(0.0, square - 2 * mean * part + mean * mean * ones)) / weight if weight else math.nan
+        error = (
+            math.sqrt(max(0.0, square - 2 * mean * part + mean * mean * ones)) / weight
+            if weight
+            else math.nan
+        )
         found = [
             {"name": name, "difference": d / s, "share": d / total if total else 0.0}
             for name, d, s in zip(names, *self.classes.tolist(), strict=True)
@@ -130,7 +134,8 @@ def _by_position(found: Paired, first: Files, second: Files, place: np.ndarray) 
         if len(odd):
             row = int(odd[0])
             raise BadInput(
-                f"{second.source}: row {own.start + row + 1} is of class {quoted(first.names[label[row]])} and in "
+                f"{second.source}: row {own.start + row + 1} is of class "
+                f"{quoted(first.names[label[row]])} and in "
                 f"{first.source} of {quoted(first.names[own.label[row]])}; match rows with --id"
             )
         found.update(own.label, own.weight, own.loss, loss)
@@ -159,7 +164,9 @@ def _by_id(found: Paired, first: Files, second: Files, place: np.ndarray) -> Non
         lacking = np.flatnonzero(rows < 0)
         if len(lacking):
             name = own.ids[int(lacking[0])]
-            raise BadInput(f"{second.source}: has no row with the id {quoted(name)}, which is in {first.source}")
+            raise BadInput(
+                f"{second.source}: has no row with the id {quoted(name)}, which is in {first.source}"
+            )
         before = len(seen)
         seen.update(own.ids)
         if len(seen) < before + len(own.ids):
@@ -170,7 +177,8 @@ def _by_id(found: Paired, first: Files, second: Files, place: np.ndarray) -> Non
             row = int(odd[0])
             raise BadInput(
                 f"{second.source}: the row with the id {quoted(own.ids[row])} is of class "
-                f"{quoted(first.names[label[rows[row]]])} and in {first.source} of {quoted(first.names[own.label[row]])}"
+                f"{quoted(first.names[label[rows[row]]])} and in {first.source} of "
+                f"{quoted(first.names[own.label[row]])}"
             )
         found.update(own.label, own.weight, own.loss, loss[rows])
     if len(seen) < len(row_of):

@@ -84,7 +84,7 @@ class CandidatePairs:
     def __init__(self, classes: int) -> None:
         self.classes = classes
         self.keys = np.empty(0, np.int64)  # class · C + rival, ascending
-        self.loss = np.empty(0)
+        self.loss: np.ndarray = np.empty(0)
 
     def update(self, batch: Batch) -> None:
         """Add rows."""

@@ -56,7 +56,7 @@ class Sample:
         self._join(other.key, other.log_p, other.label, other.weight, other.mass)
 
     def sorted(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return log-probabilities (k, C), classes (k,), weights (k,) and masses, in the order of the keys."""
+        """Return log-probabilities (k, C), classes, weights (k,) and masses, in the order of the keys."""
         at = torch.from_numpy(np.argsort(self.key))
         return self.log_p[at], self.label[at], self.weight[at], None if self.mass is None else self.mass[at]
 

@@ -36,7 +36,9 @@ def headline(result: AuditResult) -> str:
 def _loss(result: AuditResult) -> str:
     found = result.measures
     if found.log_loss is None:
-        finite = "" if found.finite_log_loss is None else f", {found.finite_log_loss:.4g} nats over the others"
+        finite = (
+            "" if found.finite_log_loss is None else f", {found.finite_log_loss:.4g} nats over the others"
+        )
         return f"infinite loss in {found.infinite_rows:,} of {result.count:,} rows{finite}"
     if found.low is None or found.high is None:
         return f"{found.log_loss:.4g} nats"
@@ -87,7 +89,9 @@ def _suspects(result: AuditResult) -> str:
 
 def _infinite(result: AuditResult) -> str:
     count = result.measures.infinite_rows
-    return f"the class of {count:,} rows has probability 0" if count and result.measures.log_loss is None else ""
+    return (
+        f"the class of {count:,} rows has probability 0" if count and result.measures.log_loss is None else ""
+    )
 
 
 def short(name: str, most: int = 40) -> str:

@@ -2,11 +2,12 @@
 
     threshold_j = mean of p_j over the rows labelled j
     expected(n) = the most probable class j with p_nj ≥ threshold_j        n̂ = #{n: expected(n) ≠ y_n}
-    saving(n) = log p_n,prediction − log p_n,y                             suspects: the n̂ rows of largest saving
+    saving(n) = log p_n,prediction − log p_n,y              suspects: the n̂ rows of largest saving
 
 n̂ counts the rows that the model believes of another class as firmly as it believes the rows of that class;
 which rows they are is better told by what another label would save.
-Source of n̂: Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset labels", 2021.
+Source of n̂: Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset labels",
+2021.
 """
 
 from __future__ import annotations

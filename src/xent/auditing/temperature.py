@@ -15,7 +15,6 @@ import warnings
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from xent._calibration import fit_temperature
 from xent.auditing.rows import Batch
@@ -103,5 +102,3 @@ class Tempered:
         beta = self.beta + step
         best = loss + first * step + second * step**2 / 2 + third * step**3 / 6
         return BestTemperature(1 / beta, max(0.0, now - best)) if beta > 0 else None
-
-

@@ -20,11 +20,11 @@ TOP = (1, 2, 3, 5, 10, 20, 50, 100)
 SCALARS = ("hit", "confidence", "entropy", "brier", "gradient_norm", "curvature_trace")
 
 PER_CLASS = ("weight", "loss", "hits", "predicted", "own", "labelled")
-"""Sums of each class: weight, loss and hits of its rows, weight predicted as it, p of its rows, their weight."""
+"""Sums of each class: weight, loss, hits of its rows; weight predicted as it; Σ p and weight of its rows."""
 
 
 class Cells:
-    """Cells of a number x, ``per`` in each unit from ``low`` to ``high``; what lies beyond is in the end ones."""
+    """Cells of a number, ``per`` in each unit from ``low`` to ``high``; the end ones hold what lies beyond."""
 
     def __init__(self, low: float, high: float, per: int) -> None:
         self.low, self.per = low, per
@@ -84,7 +84,11 @@ class Totals:
         classes, label, prediction = len(self.rows), batch.label.numpy(), batch.prediction.numpy()
         labelled = np.bincount(label, s, classes)
         if batch.mass is None:
-            weight, losses, hits = labelled, np.bincount(label, loss, classes), np.bincount(label, hit, classes)
+            weight, losses, hits = (
+                labelled,
+                np.bincount(label, loss, classes),
+                np.bincount(label, hit, classes),
+            )
         else:
             mass, counted = batch.mass.double(), batch.weight * batch.loss.isfinite()
             parts = torch.where(mass > 0, mass * batch.log_p.clamp(min=-1e300), 0.0)

@@ -161,9 +161,18 @@ def audit(
             check_standard_input(data, ranks.size)
             _check_outputs(ranks, html, rows, against, [*paths, *([model] if model else [])])
             files = _opened(paths, columns, model)
-            other = None if against is None else _opened([against] if model is None else paths, columns, model and against)
+            other = (
+                None
+                if against is None
+                else _opened([against] if model is None else paths, columns, model and against)
+            )
         result = job.run(
-            files, ranks, sweeps=sweeps, worst=worst, rows=rows, quiet=quiet or as_json and not ranks.is_main
+            files,
+            ranks,
+            sweeps=sweeps,
+            worst=worst,
+            rows=rows,
+            quiet=quiet or (as_json and not ranks.is_main),
         )
         paired = None if other is None else job.against(files, other)
     if not ranks.is_main:

@@ -42,7 +42,13 @@ def run(
         write = None if rows is None else stack.enter_context(_row_file(rows, files.names))
         first = FirstSweep(len(files.names), worst)
         with ranks.raise_together():
-            _sweep(first, files, ranks, Progress(f"sweep 1 of {sweeps}", total, not quiet and ranks.is_main), write)
+            _sweep(
+                first,
+                files,
+                ranks,
+                Progress(f"sweep 1 of {sweeps}", total, not quiet and ranks.is_main),
+                write,
+            )
         first = _merged(first, ranks)
         if not first.mean_loss.rows:
             raise BadInput(f"{files.source}: there are no rows")
@@ -73,7 +79,7 @@ def _sweep(
         progress.end()
 
 
-class _Ids:
+class _Ids(Sequence[Any]):
     """Arrow values by position, as plain Python objects."""
 
     def __init__(self, ids: Any) -> None:
@@ -82,7 +88,7 @@ class _Ids:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, row: int) -> Any:
+    def __getitem__(self, row: Any) -> Any:
         return self.ids[row].as_py()
 
 
@@ -120,7 +126,7 @@ def _row_file(path: Path, names: Sequence[str]) -> Iterator[Callable[[Any], None
 
 def thresholds(texts: Sequence[str], sweeps: int) -> list[tuple[str, str, float]]:
     """Return measure, operator and number of each ``--fail-on``; raise ``BadInput`` for another text."""
-    from xent.auditing.result import Measures
+    from xent.auditing.records import Measures
     from xent.auditing.totals import TOP
 
     names = [*Measures.__dataclass_fields__, *(f"top_{k}_accuracy" for k in TOP[1:])]
@@ -157,7 +163,7 @@ def crossed(result: AuditResult, wanted: Sequence[tuple[str, str, float]]) -> li
 
 
 def compared(result: AuditResult, path: Path) -> dict[str, Any]:
-    """Return the measures of another audit, and this one's less those; raise ``BadInput`` for another file."""
+    """Return another audit's measures, and this one's less those; raise ``BadInput`` for another file."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["schema"] != "xent.audit" or not isinstance(about["measures"], dict):

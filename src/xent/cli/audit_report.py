@@ -8,7 +8,8 @@ from typing import Any
 from rich.text import Text
 
 from xent._util.text import printable
-from xent.auditing.result import AuditResult, RowMeasures
+from xent.auditing.records import RowMeasures
+from xent.auditing.result import AuditResult
 from xent.auditing.sentences import sentences, short
 from xent.cli.grid import grid
 
@@ -42,7 +43,9 @@ def _numbers(result: AuditResult) -> Any:
     made.add_row("miscalibration", f"{found.miscalibration:.4f} nats", "of the confidence; 0 is best")
     made.add_row("discrimination", f"{found.discrimination:.4f} nats", f"of at most {found.uncertainty:.4f}")
     made.add_row("Brier score", f"{found.brier:.4f}", "")
-    made.add_row("D²", "" if found.d2 is None else f"{found.d2:.4f}", "of the loss of knowing frequencies alone")
+    made.add_row(
+        "D²", "" if found.d2 is None else f"{found.d2:.4f}", "of the loss of knowing frequencies alone"
+    )
     for k, value in list(result.top_k.items())[1:4]:
         made.add_row(f"right among {k}", f"{100 * value:.2f} %", "")
     return made
@@ -54,7 +57,9 @@ def _classes(result: AuditResult) -> Iterator[Any]:
     if not shown:
         return
     yield ""
-    made = grid("the classes that carry most", "rows", "loss", "share", "recall", "precision", "miscalibration")
+    made = grid(
+        "the classes that carry most", "rows", "loss", "share", "recall", "precision", "miscalibration"
+    )
     for row in shown:
         made.add_row(
             Text(short(row.name)),

@@ -166,7 +166,7 @@ def parquet_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator
 def parquet_batches_of(
     path: Path, wanted: Wanted, keep: Sequence[str], share: Share
 ) -> Iterator[tuple[int, Table, Any]]:
-    """Yield the first row's position, the rows and the columns that are kept, of a share of the row groups."""
+    """Yield the first row's position, rows, and columns that are kept, of a share of the row groups."""
     with needs("probe"):
         import pyarrow as pa
         from pyarrow import parquet

@@ -115,8 +115,8 @@ class Wanted:
     fixed: these have any number of others, and text such as ``NA`` is no value unless it is one of them.
     ``weight`` names the column of rows' weights, ``soft`` those of the classes' masses, which stand in the
     place of labels. With ``skip_bad`` rows whose numbers cannot be used are read as nan or inf,
-    and the caller passes them over. With ``raw`` numbers come as they are stored, nan and infinite ones too, and
-    of a file of columns a column after the other in memory: the caller judges them.
+    and the caller passes them over. With ``raw`` numbers come as they are stored, nan and
+    infinite ones too, a column after the other in memory: the caller judges them.
     """
 
     label: str | None = None
