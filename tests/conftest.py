@@ -24,7 +24,7 @@ def seeded_and_restored():
     assert _settings() == before, "a global torch setting was changed"
 
 
-ON_ONE_THREAD = ("cli", "data", "linear_model", "processes")
+ON_ONE_THREAD = ("auditing", "cli", "data", "linear_model", "processes")
 """Their problems are small, and workers whose threads wait for each other are slower."""
 
 

@@ -6,14 +6,24 @@ import pytest
 import torch
 
 import xent
-from xent.auditing.rows import measure_rows
+from xent.auditing.rows import Batch, first_equal, from_logits
 
 
+def measure_rows(log_p, label):
+    return Batch(log_p.exp(), log_p, label, torch.ones(len(label), dtype=torch.float64))
+
+
+def of_logits(z, label, by_class=False):
+    p, log_p = from_logits(z.t().contiguous().t() if by_class else z)
+    return Batch(p, log_p, label, torch.ones(len(label), dtype=torch.float64))
+
+
+@pytest.mark.parametrize("by_class", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_measures_are_the_formulas(dtype):
+def test_measures_are_the_formulas(dtype, by_class):
     torch.manual_seed(0)
     z, y = 3 * torch.randn(200, 7, dtype=dtype), torch.randint(7, (200,))
-    rows = measure_rows(z.log_softmax(1), y)
+    rows = of_logits(z, y, by_class)
     log_p = z.double().log_softmax(1)
     p = log_p.exp()
     t = torch.nn.functional.one_hot(y, 7).double()
@@ -28,7 +38,10 @@ def test_measures_are_the_formulas(dtype):
     others = log_p.masked_fill(t > 0, -torch.inf)
     torch.testing.assert_close(rows.margin, (t * log_p).sum(1) - others.amax(1), **near)
     assert (rows.prediction == p.argmax(1)).all()
-    assert (rows.correct == (p.argmax(1) == y)).all()
+    assert (rows.right == (p.argmax(1) == y)).all()
+    torch.testing.assert_close(rows.own, (p * t).sum(1), **near)
+    torch.testing.assert_close(rows.others, (p * (1 - t)).sum(1), **near)
+    torch.testing.assert_close(rows.rest, 1 - p.amax(1), **near)
     without = log_p.scatter(1, rows.prediction[:, None], -torch.inf)
     assert (rows.runner_up == without.argmax(1)).all()
     assert (rows.rank == (p > p.gather(1, y[:, None])).sum(1)).all()
@@ -57,6 +70,38 @@ def test_a_probability_of_0_and_equal_ones():
 
 def test_sure_rows_keep_their_digits():
     """z = (40, 0): ‖p − t‖ = √2·(1 − p) and the trace 2·p·(1 − p), where 1 − p = 4.248e-18."""
-    rows = measure_rows(torch.tensor([[40.0, 0.0]]).log_softmax(1), torch.tensor([0]))
+    rows = of_logits(torch.tensor([[40.0, 0.0]]), torch.tensor([0]))
+    assert rows.loss.item() == pytest.approx(4.248354255291589e-18, rel=1e-6)
     assert rows.gradient_norm.item() == pytest.approx(2**0.5 * 4.248354255291589e-18, rel=1e-6)
     assert rows.curvature_trace.item() == pytest.approx(2 * 4.248354255291589e-18, rel=1e-6)
+
+
+def test_soft_labels_are_the_formulas():
+    torch.manual_seed(2)
+    z, mass = torch.randn(50, 4, dtype=torch.float64), torch.rand(50, 4, dtype=torch.float64)
+    mass[:10, 0] = 0
+    mass /= mass.sum(1, keepdim=True)
+    p, log_p = from_logits(z)
+    p[:10, 0], log_p[:10, 0] = 0, -torch.inf
+    rows = Batch(p, log_p, mass.argmax(1), torch.ones(50, dtype=torch.float64), mass)
+    torch.testing.assert_close(rows.loss, -torch.where(mass > 0, mass * log_p, 0.0).sum(1))
+    torch.testing.assert_close(rows.brier, (p - mass).square().sum(1))
+    torch.testing.assert_close(rows.hit, mass[torch.arange(50), p.argmax(1)])
+
+
+def test_the_lowest_of_equal_classes():
+    x = torch.tensor([[1.0, 2.0, 2.0], [0.0, 0.0, 0.0], [3.0, 1.0, 0.0]])
+    for each in (x, x.t().contiguous().t()):
+        assert first_equal(each, each.amax(1)).tolist() == [1, 0, 0]
+    many = torch.zeros(2, 70_000)
+    many[0, [3, 69_999]] = 1.0
+    many[1, 69_998] = 1.0
+    assert first_equal(many, many.amax(1)).tolist() == [3, 69_998]
+
+
+def test_masked_classes_cost_nothing():
+    p, log_p = from_logits(torch.tensor([[0.0, -torch.inf, 0.0]]))
+    assert p.tolist() == [[0.5, 0.0, 0.5]]
+    rows = Batch(p, log_p, torch.tensor([0]), torch.ones(1, dtype=torch.float64))
+    assert rows.entropy.item() == pytest.approx(0.6931472)
+    assert rows.curvature_trace.item() == 0.5

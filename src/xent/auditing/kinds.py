@@ -55,9 +55,10 @@ def judged(x: Tensor, kind: Kind, renormalize: bool = False) -> Judged:
         return _single(x, kind)
     if kind == "logits":
         most = x.amax(1)
-        bad = ~most.isfinite()  # nan and +inf are largest, −inf if all are masked
-        p, log_p = (x, x) if bad.any() else from_logits(x)
-        return Judged(p, log_p, bad if bad.any() else None)
+        impossible = ~most.isfinite()  # nan and +inf are largest, −inf if all are masked
+        if impossible.any():
+            return Judged(x, x, impossible)
+        return Judged(*from_logits(x), None)
     allowed = Probabilities(Rows(stored), False, renormalize).tolerance * SLACK
     p = x if kind == "probs" else x.exp()
     # what a logarithm is above 0 by, within the tolerance, is rounding

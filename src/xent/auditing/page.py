@@ -8,11 +8,10 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from importlib import resources
+from importlib import metadata, resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import xent
 from xent._util.atomic_write import atomic_write, check_file
 from xent._util.text import printable
 from xent.auditing.records import RowMeasures
@@ -67,7 +66,7 @@ def page(result: AuditResult) -> str:
         cards=_cards(result),
         charts=drawn,
         tables=list(_tables(result)),
-        version=xent.__version__,
+        version=metadata.version("xent"),
     )
 
 

@@ -20,11 +20,11 @@ TOP = (1, 2, 3, 5, 10, 20, 50, 100)
 SCALARS = ("hit", "confidence", "entropy", "brier", "gradient_norm", "curvature_trace")
 
 PER_CLASS = ("weight", "loss", "hits", "predicted", "own", "labelled")
-"""Sums of each class: weight, loss, hits of its rows; weight predicted as it; Σ p and weight of its rows."""
+"""Sums of each class: weight, loss, hits of its rows; weight predicted as it; Σ p, weight of labels."""
 
 
 class Cells:
-    """Cells of a number, ``per`` in each unit from ``low`` to ``high``; the end ones hold what lies beyond."""
+    """Cells of a number, ``per`` a unit from ``low`` to ``high``; the end ones hold what lies beyond."""
 
     def __init__(self, low: float, high: float, per: int) -> None:
         self.low, self.per = low, per
