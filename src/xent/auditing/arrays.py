@@ -21,7 +21,7 @@ from xent.auditing.kinds import Fault, Kind, fault, judged
 from xent.auditing.rows import Batch
 from xent.auditing.sweeps import parts
 from xent.integrations import head_of
-from xent.metrics._arrays import Rows, read_numbers
+from xent.metrics._arrays import Rows, as_array, read_numbers
 from xent.metrics._comparison import read_weight
 from xent.metrics._labels import Labels, read_labels
 
@@ -66,12 +66,13 @@ class Head:
     def __init__(self, features: Any, head: Any) -> None:
         self.features = read_numbers(features, "features")
         weight, bias = _weight_and_bias(head)
-        if len(self.features.shape) != 2 or weight.ndim != 2 or weight.shape[1] != self.features.shape[1]:
+        dense = weight.weight if isinstance(weight, LowRank) else weight
+        if len(self.features.shape) != 2 or dense.ndim != 2 or dense.shape[1] != self.features.shape[1]:
             raise ValueError(
                 f"features must be (N, D) and the head's weight (C, D); got {self.features.shape} and "
-                f"{tuple(weight.shape)}"
+                f"{tuple(dense.shape)}"
             )
-        self.count, self.classes = self.features.shape[0], len(weight)
+        self.count, self.classes = self.features.shape[0], len(dense)
         if bias is not None and bias.shape != (self.classes,):
             raise ValueError(
                 f"the head's bias must be ({self.classes},), one for each class; got {tuple(bias.shape)}"
@@ -79,7 +80,7 @@ class Head:
         if self.classes < 2:
             raise ValueError("the head has one class; an audit needs two")
         self.low_rank = weight if isinstance(weight, LowRank) else None
-        self.weight = _wide(weight.weight if isinstance(weight, LowRank) else weight)
+        self.weight = _wide(dense)
         self.bias = None if bias is None else _wide(bias).to(self.weight.dtype)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
@@ -191,7 +192,7 @@ def _target(target: Any, classes: Any, count: int) -> tuple[Labels | None, Rows 
     values = list(range(count)) if classes is None else list(classes)
     if len(values) != count:
         raise ValueError(f"classes has {len(values)} entries and the predictions have {count} classes")
-    shape = tuple(getattr(target, "shape", ()))
+    shape = tuple(target.shape if hasattr(target, "shape") else as_array(target, "target").shape)
     if len(shape) == 2 and shape[1] == count:
         return None, read_numbers(target, "target"), values
     labels = read_labels(target, values if classes is not None else None, name="target")
@@ -213,7 +214,7 @@ def _weight_and_bias(head: Any) -> tuple[Any, Tensor | None]:
         head = head_of(head)
     if isinstance(head, Mapping):
         weight, bias = head["linear_weight"], head.get("linear_bias")
-    elif isinstance(head, tuple | list) and len(head) == 2 and np.ndim(head[0]) == 2:
+    elif isinstance(head, tuple):
         weight, bias = head
     else:
         weight, bias = head, None

@@ -38,7 +38,7 @@ class Grid:
         return at.clamp_(0, self.cells // 2 - 1).long()
 
 
-FINE = Grid(64, 9)
+FINE = Grid(32, 10)
 COARSE = Grid(32, 6)
 MOST_CELLS = 1 << 22
 """Cells of all classes together that are fine ones."""
@@ -195,7 +195,7 @@ def cell_of(p: Tensor, q: Tensor) -> Tensor:
 
     >>> p = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])
     >>> cell_of(p, 1 - p).tolist()
-    [0, 32256, 32767, 33279, 65535]
+    [0, 31744, 32767, 33791, 65535]
     """
     return torch.where(p <= 0.5, FINE.lower(p), FINE.cells - 1 - FINE.lower(q))
 

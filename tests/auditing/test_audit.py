@@ -1,0 +1,351 @@
+"""The audit of arrays: every measure beside an independent formula, and the same whatever the batches."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as peers
+from sklearn.isotonic import IsotonicRegression
+
+import xent
+from xent.auditing import mean_loss, pairs, sample, sweeps
+
+
+def problem(n=3000, classes=6, seed=0, sharp=1.5, dtype=np.float64):
+    """Return logits that are ``sharp`` times too sure, and classes drawn from their softmax."""
+    rng = np.random.default_rng(seed)
+    z = 2 * rng.standard_normal((n, classes))
+    y = (z + rng.gumbel(size=z.shape)).argmax(1)
+    return (sharp * z).astype(dtype), y
+
+
+def softmax(z):
+    return torch.as_tensor(z).softmax(1).numpy()
+
+
+@pytest.fixture(params=[False, True], ids=["equal", "weighted"])
+def found(request):
+    z, y = problem()
+    weight = np.random.default_rng(1).integers(0, 4, len(y)).astype(float) if request.param else None
+    return z, softmax(z), y, weight, xent.audit(logits=z, target=y, sample_weight=weight)
+
+
+def test_scores_are_those_of_peers(found):
+    _, p, y, weight, result = found
+    about = {"sample_weight": weight}
+    near = {"rel": 1e-12}
+    assert result.log_loss == pytest.approx(peers.log_loss(y, p, **about), **near)
+    assert result.log_loss == pytest.approx(xent.metrics.log_loss(y, p, **about), **near)
+    assert result.d2 == pytest.approx(peers.d2_log_loss_score(y, p, **about), **near)
+    assert result.accuracy == pytest.approx(peers.accuracy_score(y, p.argmax(1), **about), **near)
+    for k, value in result.top_k.items():
+        assert value == pytest.approx(peers.top_k_accuracy_score(y, p, k=k, **about), **near)
+    assert sorted(result.top_k) == [1, 2, 3, 5]
+    one_hot = np.eye(6)[y]
+    assert result.brier == pytest.approx(np.average(((p - one_hot) ** 2).sum(1), weights=weight), **near)
+    assert result.entropy == pytest.approx(np.average(-(p * np.log(p)).sum(1), weights=weight), **near)
+    assert result.gradient_norm == pytest.approx(
+        np.average(np.linalg.norm(p - one_hot, axis=1), weights=weight), **near
+    )
+
+
+def test_the_classes_are_those_of_peers(found):
+    _, p, y, weight, result = found
+    precision, recall, _, _ = peers.precision_recall_fscore_support(y, p.argmax(1), sample_weight=weight)
+    np.testing.assert_allclose([row.precision for row in result.per_class], precision)
+    np.testing.assert_allclose([row.recall for row in result.per_class], recall)
+    loss = -np.log(p[np.arange(len(y)), y])
+    s = np.ones(len(y)) if weight is None else weight
+    for c, row in enumerate(result.per_class):
+        mine = y == c
+        assert row.rows == mine.sum()
+        assert row.loss == pytest.approx(np.average(loss[mine], weights=s[mine]))
+        assert row.threshold == pytest.approx(np.average(p[mine, c], weights=s[mine]))
+        assert row.share == pytest.approx((s * loss)[mine].sum() / (s * loss).sum())
+    assert sum(row.share for row in result.per_class) == pytest.approx(1)
+
+
+def test_the_pairs_are_the_matrix_and_add_up(found):
+    z, _, y, weight, result = found
+    times = np.ones(len(y), int) if weight is None else weight.astype(int)
+    z, y = (torch.from_numpy(np.repeat(x, times, axis=0)) for x in (z, y))
+    largest = xent.triplets.pair_matrix(z, y).largest(30)
+    for pair, expected in zip(result.pairs, largest, strict=True):
+        assert (int(pair.name), int(pair.rival)) == (expected.true, expected.rival)
+        assert pair.share == pytest.approx(expected.share, rel=1e-9)
+    assert len(result.pairs) == 30
+    assert sum(pair.loss for pair in result.pairs) == pytest.approx(result.log_loss)
+    assert sum(pair.share for pair in result.pairs) == pytest.approx(1)
+    assert result.pairs_remainder == pytest.approx(0, abs=1e-12)
+
+
+def test_the_temperature_is_the_best_of_all_rows(found):
+    z, _, y, weight, result = found
+    s = None if weight is None else torch.from_numpy(weight)
+    best = xent.fit_temperature(z, y, sample_weight=s)
+    assert result.temperature == pytest.approx(best, rel=1e-9)
+    at_best = xent.cross_entropy(torch.from_numpy(z), torch.from_numpy(y), temperature=best, sample_weight=s)
+    assert result.temperature_saving == pytest.approx(result.log_loss - at_best.item(), rel=1e-6)
+
+
+def test_the_calibration_is_that_of_isotonic_regression(found):
+    _, p, y, weight, result = found
+    s = np.ones(len(y)) if weight is None else weight
+    p, y, s = p[s > 0], y[s > 0], s[s > 0]
+    right = (p.argmax(1) == y).astype(float)
+
+    def parts(score, event):
+        best = IsotonicRegression(y_min=0, y_max=1).fit_transform(score, event, sample_weight=s)
+        own, at_best, base = (
+            peers.log_loss(event, x, sample_weight=s)
+            for x in (score, best, np.full(len(event), np.average(event, weights=s)))
+        )
+        return own - at_best, base - at_best, base
+
+    np.testing.assert_allclose(
+        [result.miscalibration, result.discrimination, result.uncertainty], parts(p.max(1), right), atol=1e-4
+    )
+    for c, row in enumerate(result.per_class):
+        np.testing.assert_allclose(row.calibration[1:], parts(p[:, c], (y == c).astype(float)), atol=2e-4)
+
+
+def test_intervals():
+    z, y = problem(60_000)
+    result = xent.audit(logits=z, target=y)
+    loss = -np.log(softmax(z)[np.arange(len(y)), y])
+    error = loss.std() / np.sqrt(len(y))
+    assert result.standard_error == pytest.approx(error)
+    assert (result.low, result.high) == pytest.approx(
+        (loss.mean() - 1.96 * error, loss.mean() + 1.96 * error), 1e-4
+    )
+    # rows are independent, so that blocks of them say the same
+    assert result.bootstrap_high - result.bootstrap_low == pytest.approx(result.high - result.low, rel=0.35)
+    assert result.bootstrap_low < result.log_loss < result.bootstrap_high
+    few = xent.audit(logits=z[:5000], target=y[:5000])
+    assert few.bootstrap_low is None
+
+
+def test_blocks_see_that_neighbours_are_alike():
+    loss = np.repeat(np.random.default_rng(0).exponential(size=100), 1024)
+    p = np.exp(-loss)
+    result = xent.audit(p, target=np.ones(len(p), int), sweeps=1)
+    assert result.bootstrap_high - result.bootstrap_low > 10 * (result.high - result.low)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("classes", [2, 6, 1200])
+def test_batches_and_parts_give_the_same(classes, seed):
+    rng = np.random.default_rng(seed)
+    n = 4000 if classes < 100 else 400
+    z, y = problem(n, classes, seed)
+    p, weight = softmax(z), rng.uniform(0, 2, n)
+    whole = xent.audit(p, target=y, sample_weight=weight)
+    cuts = np.sort(rng.choice(n, 6, replace=False))
+    ranges = list(zip([0, *cuts], [*cuts, n], strict=True))
+
+    def swept(audits):
+        for i, (a, b) in enumerate(ranges):
+            audits[i % len(audits)].update(p[a:b], target=y[a:b], sample_weight=weight[a:b], start=int(a))
+        first, *others = audits
+        for other in others:
+            first.merge(other)
+        return first
+
+    first = swept([xent.Audit(classes) for _ in range(3)])
+    second = first.second_sweep()
+    parts = swept([first.second_sweep() for _ in range(3)])
+    for a, b in ranges:
+        second.update(p[a:b], target=y[a:b], sample_weight=weight[a:b], start=int(a))
+    for made in (second.result(), parts.result()):
+        one, other = whole.to_dict(), made.to_dict()
+        assert_alike(one, other)
+
+
+def assert_alike(one, other, where=""):
+    """Compare two JSON values, numbers to rounding."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            if key not in ("pairs",):
+                assert_alike(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_alike(*pair, f"{where}[{i}]")
+    elif isinstance(one, float) and isinstance(other, float):
+        assert one == pytest.approx(other, rel=1e-8, abs=1e-12), where
+    else:
+        assert one == other, where
+
+
+def test_forms_and_libraries_agree():
+    pandas, polars = pytest.importorskip("pandas"), pytest.importorskip("polars")
+    z, y = problem(500, 3)
+    p = softmax(z)
+    whole = xent.audit(p, target=y).to_dict()
+    frame = pandas.DataFrame(p)
+    for made in (
+        xent.audit(torch.from_numpy(p), target=torch.from_numpy(y)),
+        xent.audit(frame, target=pandas.Series(y)),
+        xent.audit(polars.DataFrame(p), target=polars.Series(y)),
+        xent.audit(np.asfortranarray(p), target=y.tolist()),
+        xent.audit(logits=z, target=y),
+        xent.audit(log_probabilities=torch.from_numpy(z).log_softmax(1), target=y),
+        xent.audit(p, target=np.eye(3)[y]),
+    ):
+        made = made.to_dict()
+        # of masses no label is a fraction of the row's loss
+        assert_alike(whole["measures"], made["measures"])
+        assert_alike(whole["per_class"], made["per_class"])
+
+
+def test_features_and_a_head():
+    torch.manual_seed(0)
+    x, w, b = torch.randn(700, 8), torch.randn(5, 8), torch.randn(5)
+    y = torch.randint(5, (700,))
+    whole = xent.audit(logits=x @ w.T + b, target=y)
+    linear = torch.nn.Linear(8, 5)
+    with torch.no_grad():
+        linear.weight.copy_(w)
+        linear.bias.copy_(b)
+    low_rank = xent.LowRank(w - torch.ones(5, 8), torch.ones(1, 8), torch.ones(5, 1))
+    for head in (
+        (w, b),
+        linear,
+        {"linear_weight": w, "linear_bias": b},
+        (low_rank, b),
+        (w.numpy(), b.numpy()),
+    ):
+        made = xent.audit(features=x, head=head, target=y)
+        assert made.log_loss == pytest.approx(whole.log_loss, rel=1e-5)
+        assert made.accuracy == whole.accuracy
+    norms = made.rows["head_gradient_norm"].to_numpy()
+    np.testing.assert_allclose(
+        norms, xent.curvature.row_gradient_norms(x, w, y, linear_bias=b), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_rows_are_every_row():
+    z, y = problem(300, 4)
+    result = xent.audit(logits=z, target=y, ids=[f"r{i}" for i in range(300)])
+    rows = result.rows
+    assert rows.num_rows == 300
+    assert rows["id"].to_pylist() == [f"r{i}" for i in range(300)]
+    assert np.average(rows["loss"]) == pytest.approx(result.log_loss)
+    assert [str(c) for c in y] == rows["label"].to_pylist()
+    worst = int(np.argmax(rows["loss"]))
+    assert result.worst[0].id == f"r{worst}"
+    assert result.worst[0].row == worst + 1
+
+
+def test_of_many_classes_the_heaviest_pairs_are_exact():
+    z, y = problem(3000, 1300, sharp=3)
+    y = np.where(np.random.default_rng(0).random(3000) < 0.5, y % 7, z.argmax(1))
+    result = xent.audit(logits=z, target=y)
+    p = softmax(z)
+    rows = np.arange(len(y))
+    loss = -np.log(p[rows, y])
+    for pair in result.pairs[:50]:
+        mine = y == int(pair.name)
+        others = 1 - p[mine, int(pair.name)]
+        expected = (loss[mine] * p[mine, int(pair.rival)] / others).sum() / len(y)
+        assert pair.loss == pytest.approx(expected, rel=1e-9)
+    assert sum(pair.loss for pair in result.pairs) + result.pairs_remainder == pytest.approx(result.log_loss)
+    measured = [row for row in result.per_class if row.calibration is not None]
+    assert len(measured) <= 100
+    heaviest = max(result.per_class, key=lambda row: row.share)
+    assert heaviest.calibration is not None
+    one = xent.audit(logits=z, target=y, sweeps=1)
+    assert one.left_out
+    assert all(row.calibration is None for row in one.per_class)
+    assert one.pairs[0].loss <= result.pairs[0].loss * (1 + 1e-9)
+
+
+def test_a_probability_of_0():
+    p = np.array([[1.0, 0.0], [0.5, 0.5], [0.0, 1.0]])
+    result = xent.audit(p, target=[1, 0, 1])
+    assert result.log_loss is None
+    assert result.finite_log_loss == pytest.approx(np.log(2) / 2)
+    assert result.infinite_rows == 1
+    assert result.worst[0].loss is None
+    json.loads(result.to_json(), parse_constant=pytest.fail)
+    assert "infinite loss in 1 of 3 rows" in str(result)
+
+
+def test_a_sure_model_costs_nothing():
+    result = xent.audit(np.eye(3)[[0, 1, 2, 0]], target=[0, 1, 2, 0])
+    assert result.log_loss == result.brier == result.entropy == 0
+    assert result.d2 == 1
+    assert not result.pairs
+    json.loads(result.to_json(), parse_constant=pytest.fail)
+    str(result)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"probabilities": [[0.5, 0.6]], "target": [0]}, "sums to 1.1 at row 0"),
+        ({"probabilities": [[0.5, 0.5], [-0.1, 1.1]], "target": [0, 1]}, "-0.1 at row 1, column 0"),
+        ({"probabilities": [[0.5, float("nan")]], "target": [0]}, "nan at row 0, column 1"),
+        ({"logits": [[0.5, float("inf")]], "target": [0]}, "inf at row 0, column 1"),
+        ({"logits": [[-np.inf, -np.inf]], "target": [0]}, "no class is possible"),
+        ({"log_probabilities": [[0.5, -3.0]], "target": [0]}, "0.5 at row 0, column 0"),
+        ({"probabilities": [[0.5, 0.5]], "target": [2]}, "none of the labels"),
+        ({"probabilities": [[0.5, 0.5]], "target": [0, 1]}, "2 rows"),
+        ({"probabilities": [[0.5, 0.5]], "target": ["a"]}, "name those of the columns as classes="),
+        ({"probabilities": [[1.0]], "target": [1], "classes": ["a"]}, "classes"),
+        ({"probabilities": [[0.5, 0.5]], "logits": [[0.5, 0.5]], "target": [0]}, "one of"),
+        ({"features": [[0.5, 0.5]], "target": [0]}, "go together"),
+        ({"probabilities": [[0.5, 0.5]], "target": [0], "sample_weight": [-1.0]}, "sample_weight"),
+        ({"probabilities": [[0.5, 0.5]], "target": [0], "sweeps": 3}, "sweeps"),
+        ({"probabilities": [[0.5, 0.5]], "target": [[0.5, 0.6]]}, "target sums to 1.1"),
+        ({"probabilities": [[0.5, 0.5]], "target": [0], "ids": ["a", "b"]}, "ids"),
+    ],
+)
+def test_what_cannot_be_audited_is_named(given, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        xent.audit(**given)
+
+
+def test_a_sample_is_that_of_the_rows_not_of_the_batches():
+    z, y = problem(20_000, 3)
+    whole, parts = sample.Sample(3), [sample.Sample(3) for _ in range(3)]
+    for each in (whole, *parts):
+        each.size = 500
+    given = xent.auditing.arrays.read(None, None, z, None, None, y, None, None, None, False)
+    for number, (batch, _, _) in enumerate(given.batches()):
+        whole.update(batch)
+        parts[number % 3].update(batch)
+    for other in parts[1:]:
+        parts[0].merge(other)
+    for one, other in zip(whole.sorted()[:3], parts[0].sorted()[:3], strict=True):
+        assert torch.equal(one, other)
+    assert len(whole.key) == 500
+    rows = np.argsort(sample.keys(np.arange(20_000, dtype=np.uint64)))[:500]
+    assert whole.sorted()[1].tolist() == y[rows].tolist()
+
+
+def test_a_bootstrap_does_not_know_of_batches(monkeypatch):
+    z, y = problem(30_000, 3)
+    one = xent.audit(logits=z, target=y, sweeps=1)
+    monkeypatch.setattr(sweeps, "NUMBERS", 999)
+    other = xent.audit(logits=z, target=y, sweeps=1)
+    assert one.bootstrap_low == pytest.approx(other.bootstrap_low, rel=1e-12)
+    assert mean_loss.REPLICATES == 200
+    assert pairs.DENSE == 1000
+
+
+def test_attributes_and_forms_of_a_result(tmp_path):
+    z, y = problem(200, 3)
+    result = xent.audit(logits=z, target=y)
+    assert "log_loss" in dir(result)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = result.no_such_thing
+    assert "nats" in result._repr_html_()
+    result.to_json(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["measures"]["log_loss"] == result.log_loss
+    result.report(tmp_path / "a.html")
+    assert "<svg" in (tmp_path / "a.html").read_text()
