@@ -83,7 +83,7 @@ class Faults:
         self.rows = 0
 
     def add(self, text: str, rows: int) -> None:
-        """Count the rows; keep the text of the first."""
+        """Take the text of the first, and count the rows."""
         self.first = self.first or text
         self.rows += rows
 

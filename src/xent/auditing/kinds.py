@@ -1,4 +1,4 @@
-"""What a matrix of predictions may hold, and probabilities with their logarithms of each kind.
+"""The kinds of a matrix of predictions, and probabilities with their logarithms of each.
 
     probs       0 ≤ p ≤ 1, |Σ p − 1| ≤ tolerance        log_p = log p
     log-probs   log p ≤ tolerance, |Σ e^(log p) − 1| ≤ tolerance        p = e^(log p)
@@ -34,7 +34,7 @@ class Judged(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """What is wrong with a row."""
+    """The fault of a row."""
 
     row: int
     column: int | None  # None where it is the row as a whole

@@ -24,7 +24,7 @@ REPLICATES = 200
 FEWEST = 20
 """Blocks below which a bootstrap over them says nothing."""
 QUANTILE = 1.959963984540054
-"""Of the standard normal distribution: 97.5 % lie below."""
+"""The number below which 97.5 % of the standard normal distribution lie."""
 
 
 class Interval(NamedTuple):

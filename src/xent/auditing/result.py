@@ -24,7 +24,7 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class AuditResult:
-    """Where the loss of a classifier comes from; every measure is an attribute, ``result.log_loss``.
+    """The parts of a classifier's loss; every measure is an attribute, such as ``result.log_loss``.
 
     ``rows`` is an Arrow table of every row's measures, made by one more sweep over the caller's arrays; None
     where these came as a stream.

@@ -32,7 +32,7 @@ CLASSES = 100
 
 
 class FirstSweep:
-    """What one sweep over the rows measures."""
+    """The measures of one sweep over the rows."""
 
     def __init__(self, classes: int, worst: int = WORST) -> None:
         self.mean_loss = MeanLoss()
@@ -64,7 +64,7 @@ class FirstSweep:
 
 
 class SecondSweep:
-    """What a second sweep over the same rows measures."""
+    """The measures of a second sweep over the same rows."""
 
     def __init__(self, first: FirstSweep) -> None:
         totals, classes = first.totals, len(first.totals.rows)

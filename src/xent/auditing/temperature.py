@@ -1,4 +1,4 @@
-"""What one temperature would save, from a sample of rows and one sweep over all.
+"""The best temperature and its saving, from a sample of rows and one sweep over all.
 
     f(β) = mean of lse(β u) − β⟨t, u⟩,    u = log p,    β = 1/T
     f′ = ⟨p_β, u⟩ − ⟨t, u⟩        f″ = Var_{p_β} u        f‴ = third central moment of u under p_β

@@ -37,10 +37,10 @@ class Cells:
 
 
 MARGINS = Cells(-20, 20, 2)
-"""Of margins, in nats."""
+"""Cells of margins, in nats."""
 
 LOSSES = Cells(-20, 7, 8)
-"""Of the binary logarithm of losses in nats."""
+"""Cells of the binary logarithm of losses in nats."""
 
 
 class Totals:

@@ -67,7 +67,7 @@ def run(
 def _sweep(
     sweep: FirstSweep | SecondSweep, files: Files, ranks: Ranks, progress: Progress, write: Any
 ) -> None:
-    """Update the measures with this rank's share of the rows."""
+    """Add this rank's share of the rows to the measures."""
     try:
         for batch, ids, length in files.batches(Faults(), ranks.share):
             ranks.check_interrupt()

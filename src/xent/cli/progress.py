@@ -32,7 +32,7 @@ class Progress:
         self.rows, self.written = 0, False
 
     def add(self, rows: int) -> None:
-        """Count rows that are done."""
+        """Add rows that are done."""
         self.rows += rows
         now = time.monotonic()
         if self.shown and now - self.last > (0.2 if self.live else 30):
