@@ -124,7 +124,7 @@ ILL_CONDITIONED = {
 )
 def test_directions_that_float32_hides_are_in_the_bound(name, solver, dtype):
     X, y, options = ILL_CONDITIONED[name]()
-    if dtype == np.float32 and name in ("mean 1e+06", "mean 1e+07"):
+    if dtype == np.float32 and name in ("mean 1e+06", "mean 1e+07", "differences 1e-06"):
         pytest.skip("coef_ in float32 has no digits for it")
     X = X.astype(dtype)
     best = SoftmaxRegression(solver="lbfgs", tol=1e-7, max_iter=300, **options).fit(X.astype(float), y)
