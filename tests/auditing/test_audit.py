@@ -225,9 +225,7 @@ def test_features_and_a_head():
         assert made.accuracy == whole.accuracy
     made = xent.audit(features=x, head=w, target=y)
     norms = made.rows["head_gradient_norm"].to_numpy()
-    np.testing.assert_allclose(
-        norms, xent.curvature.row_gradient_norms(x, w, y), rtol=1e-4, atol=1e-6
-    )
+    np.testing.assert_allclose(norms, xent.curvature.row_gradient_norms(x, w, y), rtol=1e-4, atol=1e-6)
 
 
 def test_rows_are_every_row():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def audit(
     """
     if sweeps not in (1, 2):
         raise ValueError(f"sweeps must be 1 or 2, got {sweeps!r}")
+    worst = _rows(worst)
     given = read(
         probabilities,
         log_probabilities,
@@ -101,6 +103,15 @@ def _row_table(given: Given) -> pa.Table:
     return pa.concat_tables(tables)
 
 
+def _rows(worst: Any) -> int:
+    """Return a number of rows; raise a ValueError or TypeError for another value."""
+    if isinstance(worst, bool) or not isinstance(worst, numbers.Integral):
+        raise TypeError(f"worst must be a whole number of rows, got {worst!r}")
+    if worst < 0:
+        raise ValueError(f"worst must be 0 or more, got {worst}")
+    return int(worst)
+
+
 class Audit:
     """An audit of a stream of batches, or of parts that are merged.
 
@@ -125,7 +136,7 @@ class Audit:
         self.classes = list(range(classes)) if isinstance(classes, int) else list(classes)
         if len(self.classes) < 2:
             raise ValueError(f"an audit needs two classes, got {len(self.classes)}")
-        self._first = FirstSweep(len(self.classes), worst)
+        self._first = FirstSweep(len(self.classes), _rows(worst))
         self._second: SecondSweep | None = None
         self._next = 0
 

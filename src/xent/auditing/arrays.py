@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xent._core.low_rank import LowRank
+from xent._core.validators import valid
 from xent._util.text import class_text
 from xent.auditing.kinds import Fault, Kind, fault, judged
 from xent.auditing.rows import Batch
@@ -158,6 +159,7 @@ def read(
     renormalize: bool,
 ) -> Given:
     """Check the arguments of an audit; raise a ValueError or TypeError that names what does not fit."""
+    renormalize = valid("renormalize", renormalize)
     forms = {
         "probabilities": probabilities,
         "log_probabilities": log_probabilities,

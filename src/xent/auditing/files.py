@@ -159,10 +159,7 @@ class Files:
             lacking = [name for name in named.classes if name not in there]
             chosen, names = list(named.classes), list(named.classes)
             if lacking:
-                raise BadInput(
-                    f"{self.source}: no numeric column {quoted(lacking[0])} (--classes); there are "
-                    f"{some(there)}"
-                )
+                self._read_anyway(lacking[0])
         elif named.prefix is not None:
             chosen = [name for name in there if name.startswith(named.prefix) and name not in {*taken, *soft}]
             names = [name[len(named.prefix) :] for name in chosen]
@@ -193,6 +190,15 @@ class Files:
                     f"classes: {some(odd)}"
                 )
         return chosen, names, soft
+
+    def _read_anyway(self, name: str) -> None:
+        """Raise ``BadInput`` with what a reader says of a column that is not there, or holds no numbers."""
+        try:
+            for _ in stream(self.paths, Wanted(features=[name], layout=self.columns.layout, raw=True)):
+                pass
+        except BadInput as error:
+            raise BadInput(str(error).replace("--features", "--classes")) from None
+        raise BadInput(f"{self.source}: column {quoted(name)} (--classes) is named as something else too")
 
     def _two(self) -> list[str]:
         """Return the two classes of a single column of predictions."""
