@@ -338,7 +338,7 @@ def test_two_thousand_mutated_files_end_in_one_line(frame):
 
 def test_mutated_parquet_ends_in_one_line(frame):
     frame.head(50).to_parquet("p.parquet")
-    whole = open("p.parquet", "rb").read()
+    whole = Path("p.parquet").read_bytes()
     random.seed(1)
     for _ in range(200):
         data = bytearray(whole)
@@ -371,7 +371,7 @@ def test_names_are_text_in_the_terminal_and_on_the_page():
     parquet.write_table(table, "p.parquet")
     done = run("audit", "p.parquet", "--kind", "probs", "--label", "label", "--html", "p.html")
     assert "\x1b" not in done.stdout
-    page = open("p.html", encoding="utf-8").read()
+    page = Path("p.html").read_text(encoding="utf-8")
     assert "<script>alert" not in page
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     assert "\x1b" not in page

@@ -127,7 +127,7 @@ def _tables(result: AuditResult) -> list[Table]:
     for title, note, listed in (
         (
             "Labels that look wrong",
-            "The rows that another label would save most, as many as the count says.",
+            "The rows that another label would save most, as many as there may be by the interval of their number.",
             result.suspect_rows,
         ),
         ("Largest losses", "The rows that cost most.", result.worst),

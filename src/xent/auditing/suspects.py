@@ -2,10 +2,11 @@
 
     threshold_j = mean of p_j over the rows labelled j
     expected(n) = the most probable class j with p_nj ≥ threshold_j        n̂ = #{n: expected(n) ≠ y_n}
-    saving(n) = log p_n,prediction − log p_n,y              suspects: the n̂ rows of largest saving
+    saving(n) = log p_n,prediction − log p_n,y        suspects: the rows of largest saving
 
 n̂ counts the rows that the model believes of another class as firmly as it believes the rows of that class;
-which rows they are is better told by what another label would save.
+which rows they are is better told by what another label would save. As many are listed as n̂ may be by its
+interval, so that one near the end is not missed.
 Source of n̂: Northcutt, Jiang and Chuang, "Confident learning: estimating uncertainty in dataset labels",
 2021.
 """
@@ -65,5 +66,5 @@ class Suspects:
         return Interval(max(0.0, (center - half) * scale), min(float(n), (center + half) * scale))
 
     def listed(self) -> Largest:
-        """Return the suspects, those that another label would save most first."""
-        return self.largest.first(min(self.count, MOST))
+        """Return the suspects, those that another label would save most first: to the interval's upper end."""
+        return self.largest.first(min(math.ceil(self.interval().high) if self.count else 0, MOST))
