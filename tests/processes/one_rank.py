@@ -4,7 +4,8 @@ Started R times by ``test_ranks``, with RANK and WORLD_SIZE: importing torch onc
 the tests short. Reads jobs from the file named, a JSON object a line: arguments, port, and what is to happen:
 
     touch   a file to make at the first iteration
-    die     (rank, chunk, signal): what this rank sends itself before it computes that chunk of predictions
+    die     (rank, chunk, signal): what this rank sends itself before it computes that chunk of
+            predictions, or of an audit
     fail    (rank, evaluation): this rank has an error of ours in that evaluation of the objective
     other   (rank, arguments): what this rank is started with instead
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
+from xent.auditing.sweeps import FirstSweep
 from xent.cli import commands, fit, fit_job
 from xent.data.model_file import Model
 from xent.linear_model.objective import Objective
@@ -47,6 +49,8 @@ def run(job: dict) -> dict:
         if job.get("die", [-1])[0] == rank:
             die = before(job["die"][1], lambda: os.kill(os.getpid(), job["die"][2]), Model.log_proba)
             stack.enter_context(replaced(Model, "log_proba", die))
+            die = before(job["die"][1], lambda: os.kill(os.getpid(), job["die"][2]), FirstSweep.update)
+            stack.enter_context(replaced(FirstSweep, "update", die))
         if "die" in job:
             stack.enter_context(replaced(predictions, "CHUNK", 40))
         if job.get("fail", [-1])[0] == rank:
