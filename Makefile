@@ -22,9 +22,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	@touch $(READY)
 
-demo: setup ## fit handwritten digits, predict those held out; all of it lands in demo/
+demo: setup ## fit handwritten digits, predict those held out, audit that; all of it lands in demo/
 	$(BIN)/xent fit --demo --out demo
-	$(BIN)/xent predict demo/model.safetensors demo/held-out.parquet -o demo/predictions.parquet
+	$(BIN)/xent predict demo/model.safetensors demo/held-out.parquet -o demo/predictions.parquet --keep digit
+	$(BIN)/xent audit demo/predictions.parquet --kind probs --label digit --html demo/audit.html
 
 # as many processes as cores, each on one thread: small products on threads that share a core wait for each other
 test: setup ## run all tests but the slow ones and the pages

@@ -106,7 +106,7 @@ def _measures(first: FirstSweep, second: SecondSweep | None) -> Measures:
         margin=float(margin / margin_weight) if margin_weight else None,
         gradient_norm=totals.mean("gradient_norm"),
         curvature_trace=totals.mean("curvature_trace"),
-        miscalibration=top.miscalibration,
+        miscalibration=finite(top.miscalibration),
         discrimination=top.discrimination,
         uncertainty=top.uncertainty,
         brier_miscalibration=brier.miscalibration,

@@ -83,7 +83,7 @@ def _cards(result: AuditResult) -> list[tuple[str, str]]:
         ("loss, nats", _text(found.log_loss, ".4g", "∞")),
         ("of knowing frequencies alone", f"{found.label_entropy:.4g}"),
         ("accuracy", f"{100 * found.accuracy:.2f} %"),
-        ("miscalibration, nats", f"{found.miscalibration:.3g}"),
+        ("miscalibration, nats", _text(found.miscalibration, ".3g", "∞")),
         ("Brier score", f"{found.brier:.4g}"),
     ]
     if found.temperature is not None and found.temperature_saving is not None:

@@ -103,7 +103,7 @@ class Measures:
     margin: float | None  # nats, the mean over the rows where it is finite
     gradient_norm: float
     curvature_trace: float
-    miscalibration: float  # nats, of the confidence against being right
+    miscalibration: float | None  # nats, of the confidence against being right; None where it is infinite
     discrimination: float
     uncertainty: float
     brier_miscalibration: float

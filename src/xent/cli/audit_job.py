@@ -153,7 +153,7 @@ def crossed(result: AuditResult, wanted: Sequence[tuple[str, str, float]]) -> li
     for name, sign, bound in wanted:
         top = re.fullmatch(r"top_(\d+)_accuracy", name)
         value = result.top_k.get(int(top[1])) if top else getattr(result.measures, name)
-        if value is None and name in ("log_loss", "standard_error", "low", "high", "d2"):
+        if value is None and name in ("log_loss", "standard_error", "low", "high", "d2", "miscalibration"):
             value = float("-inf") if name == "d2" else float("inf")
         if value is None:
             raise BadInput(f"--fail-on {name}: the rows have no such measure, so it cannot be compared")

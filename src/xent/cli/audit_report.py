@@ -40,7 +40,9 @@ def pieces(
 def _numbers(result: AuditResult) -> Any:
     found = result.measures
     made = grid("", "", "")
-    made.add_row("miscalibration", f"{found.miscalibration:.4f} nats", "of the confidence; 0 is best")
+    made.show_header = False
+    amount = "infinite" if found.miscalibration is None else f"{found.miscalibration:.4f} nats"
+    made.add_row("miscalibration", amount, "of the confidence; 0 is best")
     made.add_row("discrimination", f"{found.discrimination:.4f} nats", f"of at most {found.uncertainty:.4f}")
     made.add_row("Brier score", f"{found.brier:.4f}", "")
     made.add_row(
