@@ -21,7 +21,10 @@ def page(tmp_path_factory):
     z = 2 * rng.standard_normal((3000, 12))
     y = (z + rng.gumbel(size=z.shape)).argmax(1)
     y[:60] = (y[:60] + 1) % 12
-    names = [f"class {c}" for c in range(10)] + ["<script>alert(1)</script>", "<img src=x onerror=alert(2)> & \"ü\""]
+    names = [f"class {c}" for c in range(10)] + [
+        "<script>alert(1)</script>",
+        '<img src=x onerror=alert(2)> & "ü"',
+    ]
     path = tmp_path_factory.mktemp("page") / "report.html"
     result = xent.audit(logits=1.4 * z, target=np.array(names)[y], classes=names)
     result.report(path)
@@ -45,7 +48,12 @@ def browser(width=1100, dark=False):
 
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={width},1400"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        f"--window-size={width},1400",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -79,9 +87,7 @@ def test_it_is_drawn_and_sorts(page, width, dark):
         paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (paper != "rgb(255, 255, 255)") == dark
         # the second column of the first table, the rows of each class
-        column = (
-            "return [...document.querySelectorAll('table')[0].tBodies[0].rows].map(r => r.cells[%d].dataset.value)"
-        )
+        column = "return [...document.querySelectorAll('table')[0].tBodies[0].rows].map(r => r.cells[%d].dataset.value)"
         click = "document.querySelectorAll('table')[0].querySelectorAll('th button')[%d].click()"
         counts = sorted((row.rows for row in result.per_class), reverse=True)
         driver.execute_script(click % 1)
@@ -90,6 +96,8 @@ def test_it_is_drawn_and_sorts(page, width, dark):
         assert [float(value) for value in driver.execute_script(column % 1)] == counts[::-1]
         driver.execute_script(click % 0)
         names = driver.execute_script(column % 0)
-        assert [name for name in names if name.startswith("class")] == [f"class {c}" for c in range(9, -1, -1)]
+        assert [name for name in names if name.startswith("class")] == [
+            f"class {c}" for c in range(9, -1, -1)
+        ]
         assert "<script>alert(1)</script>" in names
         assert not driver.get_log("browser")

@@ -49,7 +49,15 @@ def test_two_ranks(tmp_path, monkeypatch):
     runs.add("bad", "audit", "bad.parquet", *OPTIONS)
     runs.add("rows", "audit", "groups.parquet", *OPTIONS, "--rows", "r.parquet")
     runs.add(
-        "dies", "audit", "groups.parquet", *OPTIONS, "--html", "p.html", "--timeout", 30, die=[1, 2, signal.SIGKILL]
+        "dies",
+        "audit",
+        "groups.parquet",
+        *OPTIONS,
+        "--html",
+        "p.html",
+        "--timeout",
+        30,
+        die=[1, 2, signal.SIGKILL],
     )
     with runs:
         runs.start()

@@ -59,9 +59,8 @@ def _classes(result: AuditResult) -> Iterator[Any]:
     if not shown:
         return
     yield ""
-    made = grid(
-        "the classes that carry most", "rows", "loss", "share", "recall", "precision", "miscalibration"
-    )
+    yield Text("the classes that carry most")
+    made = grid("class", "rows", "loss", "share", "recall", "precision", "miscalibration")
     for row in shown:
         made.add_row(
             Text(short(row.name)),
@@ -79,7 +78,8 @@ def _pairs(result: AuditResult) -> Iterator[Any]:
     if not result.pairs:
         return
     yield ""
-    made = grid("the pairs that carry most", "rival", "nats", "share")
+    yield Text("the pairs that carry most: a class and its rival")
+    made = grid("class", "rival", "nats", "share")
     for pair in result.pairs[:SHOWN]:
         made.add_row(
             Text(short(pair.name)), Text(short(pair.rival)), f"{pair.loss:.4f}", f"{100 * pair.share:.1f} %"
@@ -91,9 +91,10 @@ def _rows(title: str, rows: list[RowMeasures]) -> Iterator[Any]:
     if not rows:
         return
     yield ""
-    made = grid(title, "label", "p", "predicted", "p", "loss")
+    yield Text(title)
+    made = grid("row", "label", "p", "predicted", "p", "loss")
     for row in rows[:SHOWN]:
-        name = f"row {row.row:,}" if row.id is None else short(str(row.id))
+        name = f"{row.row:,}" if row.id is None else short(str(row.id))
         made.add_row(
             Text(name),
             Text(short(row.label)),
@@ -115,7 +116,8 @@ def _against(found: dict[str, Any]) -> Iterator[Any]:
         f"Against {printable(found['source'])}: the loss is {found['difference']:+.4g} nats higher{ends}; "
         f"higher in {found['better_rows']:,} rows, lower in {found['worse_rows']:,}."
     )
-    made = grid("the classes that moved most", "nats")
+    yield Text("the classes that moved most")
+    made = grid("class", "nats")
     for row in found["per_class"][:SHOWN]:
         made.add_row(Text(short(row["name"])), f"{row['difference']:+.4f}")
     yield made
