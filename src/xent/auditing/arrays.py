@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xent._core.low_rank import LowRank
+from xent._core.matmul import fast_products
 from xent._core.validators import valid
 from xent._util.text import class_text
 from xent.auditing.kinds import Fault, Kind, fault, judged
@@ -89,7 +90,8 @@ class Head:
         step = max(1, LOGITS // self.classes)
         for start in range(0, self.count, step):
             x = self.features[slice(start, start + step)].to(self.weight)
-            z = x @ self.weight.t()
+            with fast_products(x.device, x.dtype, len(x) * self.weight.numel()):
+                z = x @ self.weight.t()
             if self.low_rank is not None:
                 down, up = (t.detach().to(self.weight) for t in (self.low_rank.down, self.low_rank.up))
                 z.addmm_(x @ down.t(), up.t(), alpha=self.low_rank.scale)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from xent.auditing.rows import Batch
+from xent.auditing.sums import add_at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +73,9 @@ class Reliability:
     def update(self, p: np.ndarray, q: np.ndarray, event: np.ndarray, weight: np.ndarray) -> None:
         """Add rows: probabilities p (n,), 1 − p (n,), the event's share 0 to 1 (n,), and weights (n,)."""
         at = cell_of(torch.from_numpy(p), torch.from_numpy(q)).numpy()
-        self.weight += np.bincount(at, weight, FINE.cells)
-        self.hits += np.bincount(at, weight * event, FINE.cells)
-        self.confidence += np.bincount(at, weight * p, FINE.cells)
+        add_at(self.weight, at, weight)
+        add_at(self.hits, at, weight * event)
+        add_at(self.confidence, at, weight * p)
         self.log_loss += float((weight * _binary_loss(p, q, event, weight)).sum())
         self.brier += float((weight * (event * q**2 + (1 - event) * p**2)).sum())
 

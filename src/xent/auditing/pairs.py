@@ -83,8 +83,9 @@ class CandidatePairs:
 
     def __init__(self, classes: int) -> None:
         self.classes = classes
-        self.keys = np.empty(0, np.int64)  # class · C + rival, ascending
-        self.loss: np.ndarray = np.empty(0)
+        self._keys: list[np.ndarray] = []  # class · C + rival
+        self._losses: list[np.ndarray] = []
+        self._count = 0
 
     def update(self, batch: Batch) -> None:
         """Add rows."""
@@ -100,19 +101,31 @@ class CandidatePairs:
 
     def merge(self, other: CandidatePairs) -> None:
         """Add the rows of another."""
-        self._add(other.keys, other.loss)
+        self._add(*other.sums())
 
     def heaviest(self, count: int) -> list[Pair]:
         """Return the pairs that carry most, in that order; their losses are too small."""
-        order = np.argsort(-self.loss, kind="stable")[:count]
-        return [Pair(*divmod(int(self.keys[i]), self.classes), float(self.loss[i])) for i in order]
+        keys, loss = self.sums()
+        order = np.argsort(-loss, kind="stable")[:count]
+        return [Pair(*divmod(int(keys[i]), self.classes), float(loss[i])) for i in order]
+
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the keys of the pairs, ascending, and their losses."""
+        if not self._keys:
+            return np.empty(0, np.int64), np.empty(0)
+        keys, place = np.unique(np.concatenate(self._keys), return_inverse=True)
+        return keys, np.bincount(place, np.concatenate(self._losses), len(keys))
 
     def _add(self, keys: np.ndarray, loss: np.ndarray) -> None:
-        self.keys, place = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
-        self.loss = np.bincount(place, np.concatenate([self.loss, loss]), len(self.keys))
-        if len(self.keys) > KEPT:
-            kept = np.sort(np.argsort(-self.loss, kind="stable")[: KEPT // 2])
-            self.keys, self.loss = self.keys[kept], self.loss[kept]
+        self._keys.append(keys)
+        self._losses.append(loss)
+        self._count += len(keys)
+        if self._count > 2 * KEPT:
+            keys, loss = self.sums()
+            if len(keys) > KEPT:
+                kept = np.sort(np.argsort(-loss, kind="stable")[: KEPT // 2])
+                keys, loss = keys[kept], loss[kept]
+            self._keys, self._losses, self._count = [keys], [loss], len(keys)
 
 
 class ChosenPairs:

@@ -40,13 +40,15 @@ class Sample:
         wanted = ((batch.weight > 0) & batch.loss.isfinite()).numpy()
         if len(self.key) == self.size:
             wanted &= key < self._largest
+        if not wanted.any():
+            return
         rows = np.flatnonzero(wanted)
         if len(rows) > self.size:
             rows = rows[np.argpartition(key[rows], self.size)[: self.size]]
         at = torch.from_numpy(rows)
 
         def of(x: Tensor) -> Tensor:
-            return x.t().index_select(1, at).t()
+            return x[at] if x.stride(1) == 1 else x.t().index_select(1, at).t()
 
         mass = None if batch.mass is None else of(batch.mass)
         self._join(key[rows], of(batch.log_p), batch.label[at], batch.weight[at], mass)

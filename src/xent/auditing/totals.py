@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from xent.auditing.rows import Batch
+from xent.auditing.sums import add_at
 
 TOP = (1, 2, 3, 5, 10, 20, 50, 100)
 """Numbers k of the top-k accuracies; those below the number of classes are reported."""
@@ -58,47 +60,49 @@ class Totals:
 
     def update(self, batch: Batch) -> None:
         """Add rows; the loss of one that is infinite is counted in ``zeros``, not added."""
-        s, hit = batch.weight.numpy(), _hits(batch)
-        loss = np.where(s > 0, batch.loss.numpy(), 0.0)
-        infinite = np.isinf(loss)
-        self.zeros += int(infinite.sum())
-        loss = np.where(infinite, 0.0, loss)
-        self.rows += np.bincount(batch.label.numpy(), minlength=len(self.rows))
-        self.classes += self._per_class(batch, s, s * loss, hit)
-        self.scalars += [float(batch.weight @ getattr(batch, name)) for name in SCALARS]
-        within = np.bincount(np.searchsorted(TOP, batch.rank.numpy(), side="right"), s, len(TOP) + 1)
-        self.ranks += [float(hit.sum()), *np.cumsum(within)[1:-1]]
+        weight, hit = batch.weight, batch.weight * batch.hit
+        loss = torch.where(weight > 0, batch.loss, 0.0)
+        infinite = loss.isinf()
+        if infinite.any():
+            self.zeros += int(infinite.sum())
+            loss = loss.masked_fill(infinite, 0.0)
+        part = weight * loss
+        add_at(self.rows, batch.label.numpy())
+        self._add_classes(batch, part, hit)
+        self.scalars += [float(weight @ getattr(batch, name)) for name in SCALARS]
+        s, right, rank = weight.numpy(), hit.numpy(), batch.rank.numpy()
+        self.ranks[0] += right.sum()
+        for i, k in enumerate(TOP[1:], 1):
+            if k < len(self.rows):
+                self.ranks[i] += s[rank < k].sum()
         margin = batch.margin.numpy()
         cells = MARGINS.of(margin)
-        for sums, values in zip(self.margins, (s - hit, hit), strict=True):
-            sums += np.bincount(cells, values, MARGINS.count)
+        add_at(self.margins[0], cells, s - right)
+        add_at(self.margins[1], cells, right)
         finite = np.isfinite(margin)
-        self.margin += [float((s[finite] * margin[finite]).sum()), float(s[finite].sum())]
+        kept = s if finite.all() else s[finite]
+        self.margin += [(kept * (margin if len(kept) == len(s) else margin[finite])).sum(), kept.sum()]
         with np.errstate(divide="ignore"):
-            cells = LOSSES.of(np.log2(loss))
-        for sums, values in zip(self.losses, (s, s * loss), strict=True):
-            sums += np.bincount(cells, values, LOSSES.count)
+            cells = LOSSES.of(np.log2(loss.numpy()))
+        add_at(self.losses[0], cells, s)
+        add_at(self.losses[1], cells, part.numpy())
 
-    def _per_class(self, batch: Batch, s: np.ndarray, loss: np.ndarray, hit: np.ndarray) -> np.ndarray:
-        """Return the sums of each class, (6, C), of weights, weighted losses and weighted hits (n,)."""
-        classes, label, prediction = len(self.rows), batch.label.numpy(), batch.prediction.numpy()
-        labelled = np.bincount(label, s, classes)
+    def _add_classes(self, batch: Batch, loss: Tensor, hit: Tensor) -> None:
+        """Add to the sums of each class, of weighted losses and weighted hits (n,)."""
+        sums = dict(zip(PER_CLASS, self.classes, strict=True))
+        label, prediction, s = batch.label.numpy(), batch.prediction.numpy(), batch.weight
+        add_at(sums["labelled"], label, s.numpy())
+        add_at(sums["predicted"], prediction, s.numpy())
+        add_at(sums["own"], label, (s * batch.own).numpy())
+        add_at(sums["hits"], prediction, hit.numpy())
         if batch.mass is None:
-            weight, losses, hits = (
-                labelled,
-                np.bincount(label, loss, classes),
-                np.bincount(label, hit, classes),
-            )
-        else:
-            mass, counted = batch.mass.double(), batch.weight * batch.loss.isfinite()
-            parts = torch.where(mass > 0, mass * batch.log_p.clamp(min=-1e300), 0.0)
-            weight, losses = (batch.weight @ mass).numpy(), -(counted @ parts).numpy()
-            hits = np.bincount(prediction, hit, classes)
-        predicted, own = (
-            np.bincount(prediction, s, classes),
-            np.bincount(label, s * batch.own.numpy(), classes),
-        )
-        return np.stack([weight, losses, hits, predicted, own, labelled])
+            add_at(sums["weight"], label, s.numpy())
+            add_at(sums["loss"], label, loss.numpy())
+            return
+        mass, counted = batch.mass.double(), s * batch.loss.isfinite()
+        parts = torch.where(mass > 0, mass * batch.log_p.clamp(min=-1e300), 0.0)
+        sums["weight"] += (s @ mass).numpy()
+        sums["loss"] -= (counted @ parts).numpy()
 
     def merge(self, other: Totals) -> None:
         """Add the rows of another."""
@@ -130,8 +134,3 @@ class Totals:
         """The mean probability of each class over its own rows, (C,); infinite for one without rows."""
         own, labelled = self.per_class("own"), self.per_class("labelled")
         return np.divide(own, labelled, out=np.full(len(own), np.inf), where=labelled > 0)
-
-
-def _hits(batch: Batch) -> np.ndarray:
-    """Return the weight of each row that its prediction has right, (n,)."""
-    return (batch.weight * batch.hit).numpy()
