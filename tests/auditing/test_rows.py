@@ -14,8 +14,8 @@ def measure_rows(log_p, label):
 
 
 def of_logits(z, label, by_class=False):
-    p, log_p = from_logits(z.t().contiguous().t() if by_class else z)
-    return Batch(p, log_p, label, torch.ones(len(label), dtype=torch.float64))
+    p, log_p, likely = from_logits(z.t().contiguous().t() if by_class else z)
+    return Batch(p, log_p, label, torch.ones(len(label), dtype=torch.float64), likely=likely)
 
 
 @pytest.mark.parametrize("by_class", [False, True])
@@ -81,7 +81,7 @@ def test_soft_labels_are_the_formulas():
     z, mass = torch.randn(50, 4, dtype=torch.float64), torch.rand(50, 4, dtype=torch.float64)
     mass[:10, 0] = 0
     mass /= mass.sum(1, keepdim=True)
-    p, log_p = from_logits(z)
+    p, log_p, _ = from_logits(z)
     p[:10, 0], log_p[:10, 0] = 0, -torch.inf
     rows = Batch(p, log_p, mass.argmax(1), torch.ones(50, dtype=torch.float64), mass)
     torch.testing.assert_close(rows.loss, -torch.where(mass > 0, mass * log_p, 0.0).sum(1))
@@ -100,7 +100,7 @@ def test_the_lowest_of_equal_classes():
 
 
 def test_masked_classes_cost_nothing():
-    p, log_p = from_logits(torch.tensor([[0.0, -torch.inf, 0.0]]))
+    p, log_p, _ = from_logits(torch.tensor([[0.0, -torch.inf, 0.0]]))
     assert p.tolist() == [[0.5, 0.0, 0.5]]
     rows = Batch(p, log_p, torch.tensor([0]), torch.ones(1, dtype=torch.float64))
     assert rows.entropy.item() == pytest.approx(0.6931472)

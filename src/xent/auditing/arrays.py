@@ -137,7 +137,7 @@ class Given:
             else:
                 weight = self.weight[here].cpu().double()
             ids = None if self.ids is None else self.ids[here]
-            yield Batch(p, log_p, label, weight, mass, start + here.start), ids, length
+            yield Batch(p, log_p, label, weight, mass, start + here.start, found.likely), ids, length
 
     def _mass(self, here: slice, p: Tensor) -> Tensor:
         assert self.masses is not None

@@ -141,7 +141,8 @@ class ClassReliability:
         """Return the columns (n, K) of the classes, of numbers (n, C)."""
         if self.every:
             return x
-        return x.t().index_select(0, torch.from_numpy(self.classes)).t()
+        chosen = torch.from_numpy(self.classes)
+        return x.index_select(1, chosen) if x.stride(1) == 1 else x.t().index_select(0, chosen).t()
 
     def _places(self, of: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Return rows, and the position of the class of each, (n,), among those that are wanted."""

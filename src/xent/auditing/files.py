@@ -345,7 +345,8 @@ class Files:
             weight = torch.ones(len(label), dtype=torch.float64)
         else:
             weight = torch.from_numpy(piece.weight[here])
-        batch = Batch(found.p, found.log_p, label, weight, mass, piece.start + here.start)
+        start = piece.start + here.start
+        batch = Batch(found.p, found.log_p, label, weight, mass, start, found.likely)
         if not self.columns.allow_zero:
             lost = batch.loss.isinf() & (batch.weight > 0)
             if lost.any():

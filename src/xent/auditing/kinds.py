@@ -31,6 +31,7 @@ class Judged(NamedTuple):
     p: Tensor  # (n, C)
     log_p: Tensor  # (n, C)
     bad: Tensor | None  # (n,) rows that are none; None means all are right
+    likely: Tensor | None = None  # (n,) the most probable class, where it came along
 
 
 class Fault(NamedTuple):
@@ -58,7 +59,8 @@ def judged(x: Tensor, kind: Kind, renormalize: bool = False) -> Judged:
         impossible = ~most.isfinite()  # nan and +inf are largest, −inf if all are masked
         if impossible.any():
             return Judged(x, x, impossible)
-        return Judged(*from_logits(x), None)
+        p, log_p, likely = from_logits(x)
+        return Judged(p, log_p, None, likely)
     allowed = Probabilities(Rows(stored), False, renormalize).tolerance * SLACK
     p = x if kind == "probs" else x.exp()
     # what a logarithm is above 0 by, within the tolerance, is rounding
@@ -90,7 +92,7 @@ def _single(x: Tensor, kind: Kind) -> Judged:
     if kind == "logits":
         bad = ~x.isfinite()
         pair = torch.stack([torch.zeros_like(x), x]).t()
-        p, log_p = (pair, pair) if bad.any() else from_logits(pair)
+        p, log_p = (pair, pair) if bad.any() else from_logits(pair)[:2]
     elif kind == "probs":
         bad = ~((x >= 0) & (x <= 1))
         p, log_p = torch.stack([1 - x, x]).t(), torch.stack([torch.log1p(-x), x.log()]).t()

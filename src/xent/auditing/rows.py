@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ class Batch:
     weight: Tensor  # (n,) float64
     mass: Tensor | None = None  # (n, C) of soft labels, which sum to 1; None means that of one class
     start: int = 0  # number of the first row among all, from 0
+    likely: Tensor | None = None  # (n,) int64, the most probable class where it is known
 
     def __len__(self) -> int:
         """Return n."""
@@ -66,11 +67,15 @@ class Batch:
     @cached_property
     def top_log(self) -> Tensor:
         """The largest log-probability, in the type of the probabilities."""
+        if self.likely is not None:
+            return self.log_p.gather(1, self.likely[:, None])[:, 0]
         return self.log_p.amax(1)
 
     @cached_property
     def prediction(self) -> Tensor:
         """The lowest of the most probable classes, int64."""
+        if self.likely is not None:
+            return self.likely
         return first_equal(self.log_p, self.top_log)
 
     @cached_property
@@ -91,21 +96,20 @@ class Batch:
         return self.mass.gather(1, self.prediction[:, None])[:, 0].double()
 
     @cached_property
-    def _second(self) -> tuple[Tensor, Tensor]:
-        """The most probable class beside the prediction, and its log-probability."""
+    def _beside_top(self) -> tuple[Tensor, Tensor]:
+        """The log-probabilities with −inf at the prediction, (n, C), and the largest of each row."""
         beside = self.log_p.clone().scatter_(1, self.prediction[:, None], -math.inf)
-        most = beside.amax(1)
-        return first_equal(beside, most), most
+        return beside, beside.amax(1)
 
-    @property
+    @cached_property
     def runner_up(self) -> Tensor:
         """The most probable of the classes beside the prediction, int64."""
-        return self._second[0]
+        return first_equal(*self._beside_top)
 
     @cached_property
     def margin(self) -> Tensor:
         """The log-probability of the class less that of the most probable other class."""
-        return (self.own_log - torch.where(self.right, self._second[1], self.top_log)).double()
+        return (self.own_log - torch.where(self.right, self._beside_top[1], self.top_log)).double()
 
     @cached_property
     def rank(self) -> Tensor:
@@ -115,11 +119,21 @@ class Batch:
 
     @cached_property
     def _beside_prediction(self) -> tuple[Tensor, Tensor]:
-        return _beside(self.p, self.prediction)
+        """Σ p and Σ p² over the classes beside the prediction."""
+        q = self.p.clone().scatter_(1, self.prediction[:, None], 0.0)
+        return q.sum(1).double(), q.square_().sum(1).double()
 
     @cached_property
     def _beside_label(self) -> tuple[Tensor, Tensor]:
-        return _beside(self.p, self.label)
+        """Σ p and Σ p² over the classes beside the row's own."""
+        # the prediction's p enters for the own one; it is at least as large, so that nothing is lost
+        pairs = zip(
+            self._beside_prediction,
+            (self.own, self.own**2),
+            (self.confidence, self.confidence**2),
+            strict=True,
+        )
+        return tuple(torch.where(self.right, rest, (rest - own) + most) for rest, own, most in pairs)  # type: ignore[return-value]
 
     @property
     def rest(self) -> Tensor:
@@ -159,18 +173,23 @@ class Batch:
         return self.brier.sqrt()
 
 
-def from_logits(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Return probabilities and log-probabilities of logits (n, C), of which each row has a finite one.
+def from_logits(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return probabilities, log-probabilities and the largest's class, of logits (n, C).
 
-    >>> p, log_p = from_logits(torch.tensor([[40.0, 0.0]]))
+    Each row has a finite one.
+
+    >>> p, log_p, _ = from_logits(torch.tensor([[40.0, 0.0]]))
     >>> log_p.tolist()
     [[-4.24835413113866e-18, -40.0]]
     """
     most = z.amax(1)
     u = z - most[:, None]
     e = u.exp()
-    others = e.clone().scatter_(1, first_equal(z, most)[:, None], 0.0).sum(1, keepdim=True)
-    return e.div_(1 + others), u.sub_(others.log1p())
+    likely = first_equal(z, most)
+    place = likely[:, None]
+    # the largest is e⁰ = 1; it is left out of the sum
+    others = e.scatter_(1, place, 0.0).sum(1, keepdim=True)
+    return e.scatter_(1, place, 1.0).div_(1 + others), u.sub_(others.log1p()), likely
 
 
 def first_equal(x: Tensor, value: Tensor) -> Tensor:
@@ -181,14 +200,14 @@ def first_equal(x: Tensor, value: Tensor) -> Tensor:
     """
     equal = torch.eq(x, value[:, None], out=torch.empty_like(x))
     ties = equal.sum(1) > 1
-    at = equal.mul_(torch.arange(x.shape[1], dtype=x.dtype, device=x.device)).sum(1).long()
+    at = equal.mul_(_numbers(x.shape[1], x.dtype, x.device)).sum(1).long()
     if ties.any():
         rows = ties.nonzero()[:, 0]
         at[rows] = (x[rows] == value[rows, None]).int().argmax(1)
     return at
 
 
-def _beside(p: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Σ p and Σ p² over the classes beside one, (n,) each."""
-    q = p.clone().scatter_(1, of[:, None], 0.0)
-    return q.sum(1).double(), q.square_().sum(1).double()
+@lru_cache(maxsize=4)
+def _numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return 0 to count − 1 as floating numbers, exact where one is taken and the others are multiplied by 0."""
+    return torch.arange(count, dtype=dtype, device=device)

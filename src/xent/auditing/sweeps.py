@@ -21,7 +21,7 @@ from xent.auditing.suspects import Suspects
 from xent.auditing.temperature import Tempered, of_sample
 from xent.auditing.totals import Totals
 
-NUMBERS = 1 << 19
+NUMBERS = 1 << 20
 """Probabilities of which intermediate results are formed at a time."""
 
 WORST = 100
