@@ -2,14 +2,15 @@
 
     python benchmarks/audit.py [--rounds 5] [--tasks files head linear] [--busy]
 
-files   1e5 × 1000 and 1e6 × 10 float32 probabilities. ``audit`` reads a Parquet file (twice where it is too
-        large to be kept) and measures all; ``log_loss`` is scikit-learn's, on arrays in memory.
-head    features 2e5 × 512 and a head of 50,000 classes, on as many of the rows as ``--rows`` says: one sweep and two
-        beside the forward pass of ``linear_cross_entropy``.
-linear  1e6 × 10 again and again, up to ``--most`` rows: time a row, and the peak of memory beyond the interpreter.
+files   1e5 × 1000 and 1e6 × 10 float32 probabilities. ``audit`` reads a Parquet file (twice where it is
+        too large to be kept) and measures all; ``log_loss`` is scikit-learn's, on arrays in memory.
+head    features N × 512 and a head of 50,000 classes, N by ``--rows``: one sweep and two beside the
+        forward pass of ``linear_cross_entropy``.
+linear  1e6 × 10 again and again, up to ``--most`` rows: time a row, and the peak of memory beyond the
+        interpreter's.
 
-Every round runs every form once, in turn; printed are medians and ratios. With ``--busy`` another process keeps
-a core busy.
+Every round runs every form once, in turn; printed are medians and ratios. With ``--busy`` another process
+keeps a core busy.
 """
 
 from __future__ import annotations

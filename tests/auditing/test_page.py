@@ -1,4 +1,4 @@
-"""The page of an audit in headless Chromium: it loads, it is drawn, it sorts, and asks nobody for anything."""
+"""The page of an audit in headless Chromium: it is drawn, it sorts, and no request leaves it."""
 
 from __future__ import annotations
 
@@ -87,7 +87,10 @@ def test_it_is_drawn_and_sorts(page, width, dark):
         paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
         assert (paper != "rgb(255, 255, 255)") == dark
         # the second column of the first table, the rows of each class
-        column = "return [...document.querySelectorAll('table')[0].tBodies[0].rows].map(r => r.cells[%d].dataset.value)"
+        column = (
+            "return [...document.querySelectorAll('table')[0].tBodies[0].rows]"
+            ".map(r => r.cells[%d].dataset.value)"
+        )
         click = "document.querySelectorAll('table')[0].querySelectorAll('th button')[%d].click()"
         counts = sorted((row.rows for row in result.per_class), reverse=True)
         driver.execute_script(click % 1)

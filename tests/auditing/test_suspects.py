@@ -42,7 +42,7 @@ def test_precision_and_recall_are_at_least_those_of_cleanlab(seed):
     assert recall >= theirs[odd].mean()
     assert result.suspects_low <= result.suspects <= result.suspects_high
     # the label to expect is the right one in most
-    X, true = load_digits(return_X_y=True)
+    _, true = load_digits(return_X_y=True)
     right = [row.prediction == str(true[row.row - 1]) for row in result.suspect_rows if odd[row.row - 1]]
     assert np.mean(right) > 0.85
 

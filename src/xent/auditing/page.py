@@ -127,7 +127,7 @@ def _tables(result: AuditResult) -> list[Table]:
     for title, note, listed in (
         (
             "Labels that look wrong",
-            "The rows that another label would save most, as many as there may be by the interval of their number.",
+            "The rows that another label would save most, to the upper end of their number's interval.",
             result.suspect_rows,
         ),
         ("Largest losses", "The rows that cost most.", result.worst),

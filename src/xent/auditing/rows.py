@@ -209,5 +209,5 @@ def first_equal(x: Tensor, value: Tensor) -> Tensor:
 
 @lru_cache(maxsize=4)
 def _numbers(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return 0 to count − 1 as floating numbers, exact where one is taken and the others are multiplied by 0."""
+    """Return 0 to count − 1 as floating numbers."""
     return torch.arange(count, dtype=dtype, device=device)

@@ -66,5 +66,5 @@ class Suspects:
         return Interval(max(0.0, (center - half) * scale), min(float(n), (center + half) * scale))
 
     def listed(self) -> Largest:
-        """Return the suspects, those that another label would save most first: to the interval's upper end."""
+        """Return the suspects, as many as the interval's upper end, the largest saving first."""
         return self.largest.first(min(math.ceil(self.interval().high) if self.count else 0, MOST))
