@@ -236,6 +236,13 @@ def test_a_bad_row_is_named(frame, name, suffix):
         assert "2 rows are bad" in said
 
 
+def test_columns_that_were_taken_are_named(frame):
+    """A weight without --weight is taken for a class; rows then do not sum to 1."""
+    frame.drop(columns="id").to_csv("p.csv", index=False)
+    said = run("audit", "p.csv", "--kind", "probs", "--label", "label", code=2).stderr
+    assert "taken are the columns 'cat', 'dog', 'eel', 'w': --classes or --prefix names others" in said
+
+
 def test_a_probability_of_0_needs_a_word(frame):
     frame.loc[2, CLASSES] = [0.0, 1.0, 0.0]
     frame.loc[2, "label"] = "cat"

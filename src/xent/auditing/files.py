@@ -376,10 +376,12 @@ class Files:
             return text + (" (--kind logits, if these are logits)" if outside else "")
         if self.kind == "logits":
             return f"row {row} holds -inf {found.what}"
-        close = abs(found.value - 1) <= 1e-3 and self.kind == "probs" and not self.columns.renormalize
-        return f"row {row} sums to {found.value:.9g} {found.what}" + (
-            "; --renormalize divides each row by its sum" if close else ""
-        )
+        text = f"row {row} sums to {found.value:.9g} {found.what}"
+        if abs(found.value - 1) <= 1e-3 and self.kind == "probs" and not self.columns.renormalize:
+            return text + "; --renormalize divides each row by its sum"
+        if self._arrays or self.columns.classes or self.columns.prefix is not None:
+            return text
+        return f"{text}; taken are the columns {some(self.features)}: --classes or --prefix names others"
 
 
 class ModelFiles(Files):

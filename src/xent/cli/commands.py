@@ -3,8 +3,8 @@
 A command is thin: it parses, calls, prints. Started several times by torchrun, ``fit`` and ``predict`` share
 the rows; rank 0 writes and prints results.
 
-Exit codes: 0 done, 1 the job could not be done or an identity does not hold, 2 bad input, 130 Ctrl-C, 143
-SIGTERM.
+Exit codes: 0 done, 1 the job could not be done or an identity does not hold, 2 bad input, 3 a threshold of
+``xent audit --fail-on`` is crossed, 130 Ctrl-C, 143 SIGTERM.
 """
 
 from __future__ import annotations
@@ -81,4 +81,4 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="xent")
 def cli() -> None:
-    """Fit softmax classifiers to files, predict with them, and verify the mathematics."""
+    """Fit softmax classifiers to files, predict with them, audit predictions, and verify the mathematics."""
