@@ -26,8 +26,9 @@ from xent.auditing.rows import Batch
 from xent.auditing.sweeps import parts
 from xent.data.batches import as_tensor
 from xent.data.labels import ClassIndex, kind_of
-from xent.data.layout import PLAIN, Layout
+from xent.data.layout import PLAIN, Layout, is_compressed, matching
 from xent.data.model_file import Model, wanted_for
+from xent.data.parts import files_of
 from xent.data.rows import steps
 from xent.data.stream import Part, stream
 from xent.data.table import Table, Wanted, some
@@ -39,8 +40,8 @@ OWN_COLUMNS = ("prediction", "row_number", "true_label")
 LOGITS = 1 << 22
 """Logits of a model that exist at a time."""
 
-REPLAYED = 1 << 24
-"""Numbers up to which a first sweep's rows are kept for a second, 64 MiB of float32."""
+REPLAYED = 1 << 26
+"""Bytes of files up to which a first sweep's rows are kept for a second."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,9 +281,7 @@ class Files:
 
         Once there is a fault no more batches come, but the rows of the others are counted.
         """
-        pieces = self._replayed() if self._kept and not faults.rows else None
-        if pieces is None:
-            pieces = self._recorded(self.pieces(Share() if share is None else share))
+        pieces = iter(self._kept) if self._kept else self._recorded(self.pieces(share or Share()))
         for piece in pieces:
             for here in parts(len(piece.x), len(self.names)):
                 batch = self._batch(piece, here, faults)
@@ -293,18 +292,16 @@ class Files:
         faults.check()
 
     def _recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
-        """Yield the pieces, and keep them for a second sweep where they are few enough."""
-        kept: list[Piece] | None = []
-        numbers = 0
+        """Yield the pieces, and keep them for a second sweep where the files are small."""
+        files = files_of([file for path in self.paths for file in matching(path)])
+        small = sum(file.stat().st_size for file in files) <= REPLAYED and not any(map(is_compressed, files))
+        kept: list[Piece] = []
         for piece in pieces:
-            numbers += piece.x.numel()
-            if kept is not None:
-                kept = [*kept, piece] if numbers <= REPLAYED else None
+            if small and self._kept is not None:
+                kept.append(piece)
             yield piece
-        self._kept = kept
-
-    def _replayed(self) -> Iterator[Piece]:
-        yield from self._kept or ()
+        if self._kept is not None:
+            self._kept = kept
 
     def _batch(self, piece: Piece, here: slice, faults: Faults) -> Batch | None:
         """Return some rows of a piece; None where one is bad."""
