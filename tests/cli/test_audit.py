@@ -395,5 +395,11 @@ def test_what_is_written_is_whole_or_not_there(frame):
     assert sorted(os.listdir()) == ["p.csv"]
 
 
+def test_standard_input_goes_by_its_name(frame):
+    text = frame[[*CLASSES, "label"]].to_csv(index=False)
+    done = run("audit", "-", "--kind", "probs", "--label", "label", input=text)
+    assert done.stdout.startswith("standard input: 400 rows, 3 classes")
+
+
 def test_thresholds_and_signs():
     assert audit_job.thresholds(["log_loss >= 1e-3"], 2) == [("log_loss", ">=", 1e-3)]

@@ -223,7 +223,14 @@ def _weight_and_bias(head: Any) -> tuple[Any, Tensor | None]:
     else:
         weight, bias = head, None
     if not isinstance(weight, LowRank):
-        weight = torch.as_tensor(weight).detach()
+        try:
+            weight = torch.as_tensor(weight).detach()
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(
+                "head must be a weight (C, D), a pair of weight and bias, a module, or what head_of "
+                "returns; got "
+                f"{type(weight).__name__}"
+            ) from None
     return weight, None if bias is None else torch.as_tensor(bias).detach()
 
 

@@ -230,7 +230,8 @@ def _entropy(rate: np.ndarray) -> np.ndarray:
     """Return the log loss of predicting the rate itself."""
     other = 1 - rate
     with np.errstate(divide="ignore", invalid="ignore"):
-        return -np.where(rate > 0, rate * np.log(rate), 0.0) - np.where(other > 0, other * np.log(other), 0.0)
+        parts = [np.where(x > 0, x * np.log(x), 0.0) for x in (rate, other)]
+    return np.asarray(0.0 - parts[0] - parts[1])  # 0, and not −0
 
 
 def _variance(rate: np.ndarray) -> np.ndarray:

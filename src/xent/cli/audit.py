@@ -16,7 +16,7 @@ from xent.cli.options import column_names, keep_inputs
 from xent.cli.options import timeout as timeout_option
 from xent.cli.output import complain
 from xent.cli.reading_options import NAMES, check_standard_input, reading_options
-from xent.data.layout import Layout, spooled
+from xent.data.layout import STANDARD_INPUT, Layout, shown, spooled
 from xent.errors import BadInput
 
 if TYPE_CHECKING:
@@ -161,11 +161,13 @@ def audit(
             check_standard_input(data, ranks.size)
             _check_outputs(ranks, html, rows, against, [*paths, *([model] if model else [])])
             files = _opened(paths, columns, model)
-            other = (
-                None
-                if against is None
-                else _opened([against] if model is None else paths, columns, model and against)
-            )
+            if STANDARD_INPUT in data:
+                files.source = shown(files.source, paths[data.index(STANDARD_INPUT)])
+            other = None
+            if against is not None:
+                other = (
+                    _opened([against], columns, None) if model is None else _opened(paths, columns, against)
+                )
         result = job.run(
             files,
             ranks,
