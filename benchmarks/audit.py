@@ -120,7 +120,7 @@ def linear(folder: Path, most: int) -> None:
         if times * 1_000_000 > most:
             break
         code = f"""
-import resource, sys, time
+import re, sys, time
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import audit, torch
 from pathlib import Path
@@ -129,10 +129,11 @@ from xent.cli import audit_job
 from xent._processes.group import ALONE
 import pyarrow, sklearn
 parts = [Path({str(path)!r})] * {times}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])
+before = peak()
 start = time.perf_counter()
 audit_job.run(Files(parts, Columns("label", "probs", prefix="p_")), ALONE, sweeps=2, worst=100, quiet=True)
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(time.perf_counter() - start, peak() - before)
 """
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         seconds, kilobytes = map(float, done.stdout.split())
