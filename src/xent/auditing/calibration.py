@@ -84,11 +84,6 @@ class Reliability:
         for name in ("weight", "hits", "confidence", "log_loss", "brier"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
-    def recalibrated(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return weight and event rate of each pool of cells, in the order of the score."""
-        there = self.weight > 0
-        return pool(self.weight[there], self.hits[there])
-
     def decomposition(self) -> tuple[Decomposition, Decomposition]:
         """Return the decompositions of the log loss and of the Brier score."""
         return decomposed(self.weight, self.hits, self.log_loss, self.brier)

@@ -22,8 +22,6 @@ from xent.metrics._probabilities import SLACK, Probabilities
 
 Kind = Literal["probs", "log-probs", "logits"]
 
-KINDS: tuple[Kind, ...] = ("probs", "log-probs", "logits")
-
 
 class Judged(NamedTuple):
     """Probabilities of some rows, or what is wrong with these."""

@@ -56,15 +56,13 @@ class Totals:
         self.margins = np.zeros((2, MARGINS.count))  # weight of the rows in each cell: wrong ones, right ones
         self.losses = np.zeros((2, LOSSES.count))  # weight and loss of the rows in each cell
         self.margin = np.zeros(2)  # Σ s m and Σ s of finite margins
-        self.zeros = 0  # rows that count, of a class whose probability is 0
 
     def update(self, batch: Batch) -> None:
-        """Add rows; the loss of one that is infinite is counted in ``zeros``, not added."""
+        """Add rows; a loss that is infinite is left out, as `MeanLoss` counts it."""
         weight, hit = batch.weight, batch.weight * batch.hit
         loss = torch.where(weight > 0, batch.loss, 0.0)
         infinite = loss.isinf()
         if infinite.any():
-            self.zeros += int(infinite.sum())
             loss = loss.masked_fill(infinite, 0.0)
         part = weight * loss
         add_at(self.rows, batch.label.numpy())
@@ -106,7 +104,7 @@ class Totals:
 
     def merge(self, other: Totals) -> None:
         """Add the rows of another."""
-        for name in ("rows", "classes", "scalars", "ranks", "margins", "losses", "margin", "zeros"):
+        for name in ("rows", "classes", "scalars", "ranks", "margins", "losses", "margin"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def per_class(self, name: str) -> np.ndarray:
