@@ -185,7 +185,7 @@ def test_comparisons(frame):
         found = audited("a.csv", *options, "--against", file, *more)["against"]
         assert found["difference"] == pytest.approx(difference)
         assert found["low"] < difference < found["high"]
-        assert found["better_rows"] + found["worse_rows"] == len(frame)
+        assert found["higher_rows"] + found["lower_rows"] == len(frame)
         assert {row["name"] for row in found["per_class"]} == {*CLASSES}
     assert (
         "match rows with --id" in run("audit", "a.csv", *options, "--against", "shuffled.csv", code=2).stderr
@@ -200,6 +200,20 @@ def test_comparisons(frame):
     assert "beside b.csv" in run("audit", "a.csv", *options, "--compare", "b.json").stdout
     run("audit", "a.csv", *options, "--compare", "a.csv", code=2)
     run("audit", "a.csv", *options, "--compare", "none.json", code=2)
+
+
+def test_two_models_on_the_same_rows():
+    for name, l2 in (("a", 1), ("b", 30)):
+        run("fit", "--demo", "--out", name, "--l2", l2, "--quiet")
+    losses = [
+        audited("--model", f"{name}/model.safetensors", "a/held-out.parquet")["measures"]["log_loss"]
+        for name in "ab"
+    ]
+    options = ("--model", "a/model.safetensors", "a/held-out.parquet", "--against", "b/model.safetensors")
+    found = audited(*options)["against"]
+    assert found["difference"] == pytest.approx(losses[0] - losses[1])
+    assert found["source"] == "b/model.safetensors"
+    assert "Against b/model.safetensors the loss is" in run("audit", *options).stdout
 
 
 BAD = {

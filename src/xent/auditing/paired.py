@@ -35,7 +35,7 @@ class Paired:
     """Sums of the differences of two models' losses."""
 
     def __init__(self, classes: int) -> None:
-        self.rows, self.better, self.worse, self.infinite = 0, 0, 0, 0
+        self.rows, self.higher, self.lower, self.infinite = 0, 0, 0, 0
         self.sums = np.zeros(5)  # Σ s, Σ s d, Σ s², Σ s² d, Σ s² d²
         self.classes = np.zeros((2, classes))  # Σ s d and Σ s of each class
 
@@ -47,15 +47,15 @@ class Paired:
         label, s = label[there], weight[there]
         d = first[there] - second[there]
         self.rows += len(d)
-        self.better += int((d > 0).sum())
-        self.worse += int((d < 0).sum())
+        self.higher += int((d > 0).sum())
+        self.lower += int((d < 0).sum())
         self.sums += [s.sum(), (s * d).sum(), (s * s).sum(), (s * s * d).sum(), (s * s * d * d).sum()]
         classes = self.classes.shape[1]
         self.classes += np.stack([np.bincount(label, s * d, classes), np.bincount(label, s, classes)])
 
     def merge(self, other: Paired) -> None:
         """Add the rows of another."""
-        for name in ("rows", "better", "worse", "infinite", "sums", "classes"):
+        for name in ("rows", "higher", "lower", "infinite", "sums", "classes"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def to_dict(self, source: str, names: list[str]) -> dict[str, Any]:
@@ -80,8 +80,8 @@ class Paired:
             "standard_error": finite(error) if self.rows > 1 else None,
             "low": finite(mean - QUANTILE * error) if self.rows > 1 else None,
             "high": finite(mean + QUANTILE * error) if self.rows > 1 else None,
-            "better_rows": self.better,
-            "worse_rows": self.worse,
+            "higher_rows": self.higher,
+            "lower_rows": self.lower,
             "per_class": sorted(found, key=lambda each: -abs(each["difference"])),
         }
 

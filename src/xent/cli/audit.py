@@ -176,7 +176,7 @@ def audit(
             rows=rows,
             quiet=quiet or (as_json and not ranks.is_main),
         )
-        paired = None if other is None else job.against(files, other)
+        paired = None if other is None or against is None else job.against(files, other, against)
     if not ranks.is_main:
         return
     beside = None if compare is None else job.compared(result, compare)

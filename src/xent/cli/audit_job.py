@@ -190,6 +190,6 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def against(first: Files, second: Files) -> dict[str, Any]:
-    """Return the comparison of two models on the same rows."""
-    return paired(first, second).to_dict(second.source, first.names)
+def against(first: Files, second: Files, name: Path) -> dict[str, Any]:
+    """Return the comparison of two models on the same rows; ``name`` is what ``--against`` names."""
+    return paired(first, second).to_dict(str(name), first.names)

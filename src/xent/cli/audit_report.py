@@ -111,12 +111,18 @@ def _against(found: dict[str, Any]) -> Iterator[Any]:
     if found["difference"] is None:
         yield Text(f"Against {printable(found['source'])}: no row has a finite loss in both.")
         return
-    ends = "" if found["low"] is None else f" (95 %: {found['low']:+.4g} to {found['high']:+.4g})"
-    yield Text(
-        f"Against {printable(found['source'])}: the loss is {found['difference']:+.4g} nats higher{ends}; "
-        f"higher in {found['better_rows']:,} rows, lower in {found['worse_rows']:,}."
+    word = "higher" if found["difference"] > 0 else "lower"
+    ends = (
+        ""
+        if found["low"] is None
+        else f" (95 % of the difference: {found['low']:+.4g} to {found['high']:+.4g})"
     )
-    yield Text("the classes that moved most")
+    yield Text(
+        f"Against {printable(found['source'])} the loss is {abs(found['difference']):.4g} nats {word}{ends}; "
+        f"it is higher in {found['higher_rows']:,} rows and lower in {found['lower_rows']:,}."
+    )
+    yield ""
+    yield Text("the classes that moved most: their loss here less that there")
     made = grid("class", "nats")
     for row in found["per_class"][:SHOWN]:
         made.add_row(Text(short(row["name"])), f"{row['difference']:+.4f}")
