@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xent.auditing.rows import from_logits
 from xent.metrics._arrays import Rows
-from xent.metrics._probabilities import SLACK, Probabilities
+from xent.metrics._probabilities import Probabilities
 
 Kind = Literal["probs", "log-probs", "logits"]
 
@@ -59,25 +59,18 @@ def judged(x: Tensor, kind: Kind, renormalize: bool = False) -> Judged:
             return Judged(x, x, impossible)
         p, log_p, likely = from_logits(x)
         return Judged(p, log_p, None, likely)
-    allowed = Probabilities(Rows(stored), False, renormalize).tolerance * SLACK
+    rule = Probabilities(Rows(stored), False, renormalize)
     p = x if kind == "probs" else x.exp()
     # what a logarithm is above 0 by, within the tolerance, is rounding
+    highest = 1.0 if kind == "probs" else 1 + rule.tolerance
     log_p = x.clamp(max=0) if kind == "log-probs" and bool((x > 0).any()) else x
     low, high = (end.item() for end in p.aminmax())
-    sums = p.sum(1)
-    # a sum of the type of p is off by far less than this part of the tolerance
-    bad: Tensor | None
-    if low >= 0 and high <= (1 if kind == "probs" else 1 + allowed):
-        if bool(((sums - 1).abs() <= 0.9 * allowed).all()):
-            bad = None
-        else:
-            sums = p.sum(1, dtype=torch.float64)
-            bad = ~((sums - 1).abs() <= allowed) | (sums == 0)
-    else:
-        bad = ~((p >= 0) & (p <= (1 if kind == "probs" else 1 + allowed))).all(1)
-        bad |= ~((p.sum(1, dtype=torch.float64) - 1).abs() <= allowed)
-    if bad is not None and bad.any():
-        return Judged(p, p, bad)
+    # a sum in the type of p is off by far less than a tenth of the tolerance
+    plain = low >= 0 and high <= highest and bool(((p.sum(1) - 1).abs() <= 0.9 * rule.tolerance).all())
+    if not plain:
+        bad = ~((p >= 0) & (p <= highest)).all(1) | rule.bad_sums(p)
+        if bad.any():
+            return Judged(p, p, bad)
     if renormalize:
         p = p / p.sum(1, dtype=torch.float64)[:, None].to(p.dtype)
         return Judged(p, p.log(), None)

@@ -72,12 +72,12 @@ class Probabilities:
             sums = p.sum(1, dtype=torch.float32 if p.dtype.itemsize == 2 else None)
             least, most = (bound.item() for bound in sums.aminmax())
             within = 0.99 * self.tolerance
-            good = (0 < least >= 1 - within and most <= 1 + within) or not self._bad_sums(p).any()
+            good = (0 < least >= 1 - within and most <= 1 + within) or not self.bad_sums(p).any()
         if not good:
             raise ValueError(self._error_message(p, part.start))
         return p / p.sum(1, keepdim=True) if self.renormalize else p
 
-    def _bad_sums(self, p: Tensor) -> Tensor:  # (R, C) → (R,) bool
+    def bad_sums(self, p: Tensor) -> Tensor:  # (R, C) → (R,) bool
         """Return whether each row's sum is too far off 1, summed in float64 so that no other row matters."""
         sums = p.sum(1, dtype=statistics_dtype(p.device))
         return ~((sums - 1).abs() <= self.tolerance * SLACK) | (sums == 0)
@@ -88,7 +88,7 @@ class Probabilities:
         outside = ~((p >= 0) & (p <= 1))  # (R, C)
         bad = outside.any(1)
         if not self.single:
-            bad |= self._bad_sums(p)
+            bad |= self.bad_sums(p)
         row = int(bad.nonzero()[0])
         columns = outside[row].nonzero()
         if len(columns):
