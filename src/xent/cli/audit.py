@@ -259,7 +259,8 @@ def _check_outputs(
 
 def _opened(paths: list[Path], columns: Columns, model: Path | None) -> Files:
     """Return the files of predictions, or of features for a model."""
-    from xent.auditing.files import Files, ModelFiles
+    from xent.auditing.files import Files
+    from xent.auditing.model_files import ModelFiles
     from xent.data import model_file
 
     if model is None:

@@ -37,6 +37,7 @@ def run(
     files: Files, ranks: Ranks, *, sweeps: int, worst: int, rows: Path | None = None, quiet: bool = False
 ) -> AuditResult:
     """Return the audit of some files; write each row's measures where a file is named."""
+    ranks.check_equal(f"view of {files.source}", (files.kind, files.names))
     total = 0 if quiet else rows_about(files.paths) // ranks.share.count
     with contextlib.ExitStack() as stack:
         write = None if rows is None else stack.enter_context(_row_file(rows, files.names))
