@@ -352,3 +352,14 @@ def test_attributes_and_forms_of_a_result(tmp_path):
     assert json.loads((tmp_path / "a.json").read_text())["measures"]["log_loss"] == result.log_loss
     result.report(tmp_path / "a.html")
     assert "<svg" in (tmp_path / "a.html").read_text()
+
+
+def test_a_sample_that_is_off_is_corrected_by_the_sweep(monkeypatch):
+    """The sample's best β is 10 % off; three derivatives over all rows bring it within its fourth power."""
+    z, y = problem(20_000, 4)
+    true = xent.fit_temperature(z, y)
+    monkeypatch.setattr("xent.auditing.sweeps.of_sample", lambda _: 1.1 / true)
+    result = xent.audit(logits=z, target=y)
+    assert result.temperature == pytest.approx(true, rel=1e-3)
+    best = xent.cross_entropy(torch.from_numpy(z), torch.from_numpy(y), temperature=true).item()
+    assert result.temperature_saving == pytest.approx(result.log_loss - best, abs=1e-5)
