@@ -10,7 +10,8 @@ linear  1e6 × 10 again and again, up to ``--most`` rows: time a row, and the pe
         interpreter's.
 
 suspects  the digits with 5 % of the labels flipped, six draws, out-of-fold predictions of a logistic
-        regression: precision and recall of the audit's suspects, of cleanlab's, and of as many rows by other orders.
+        regression: precision and recall of the audit's suspects, of cleanlab's, and of as many rows by
+        other orders.
 
 Every round runs every form once, in turn; printed are medians and ratios. With ``--busy`` another process
 keeps a core busy.
