@@ -95,6 +95,8 @@ def before(number: int, act, function):
 
 
 if __name__ == "__main__":
-    for line in Path(sys.argv[1]).read_text().splitlines():
-        print(json.dumps(run(json.loads(line))), flush=True)
-        gc.collect()  # a traceback holds the connections, which end with the process otherwise
+    # a file of its own: libraries print to stdout, in the middle of a long line too
+    with Path(f"{sys.argv[1]}.{os.environ['RANK']}").open("w", buffering=1) as said:
+        for line in Path(sys.argv[1]).read_text().splitlines():
+            said.write(json.dumps(run(json.loads(line))) + "\n")
+            gc.collect()  # a traceback holds the connections, which end with the process otherwise

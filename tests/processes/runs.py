@@ -73,8 +73,13 @@ class Runs:
 
     def end(self, timeout: float = 60) -> None:
         """Read what each job said on each rank, ranks that were killed less; one that hangs is an error."""
-        said = [process.communicate(timeout=timeout) for process in self.processes]
-        self.said = [[json.loads(line) for line in out.splitlines()] for out, _ in said]
+        for process in self.processes:
+            process.communicate(timeout=timeout)
+        self.said = [self.of_rank(rank) for rank in range(self.ranks)]
+
+    def of_rank(self, rank: int) -> list[dict]:
+        """What the jobs said on a rank so far."""
+        return [json.loads(line) for line in (self.folder / f"jobs.{rank}").read_text().splitlines()]
 
     def of(self, name: str) -> list[dict]:
         """What a job said on each rank that lived to its end: code, out, err, raised."""
