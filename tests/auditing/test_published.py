@@ -47,7 +47,7 @@ def test_the_brier_score_is_the_sum_of_the_classes():
     z = rng.standard_normal((500, 4))
     p, y = np.exp(z) / np.exp(z).sum(1, keepdims=True), rng.integers(0, 4, 500)
     sweep = FirstSweep(4)
-    for batch, _, _ in read(p, None, None, None, None, y, None, None, None, False).batches():
+    for batch in read(p, None, None, None, None, y, None, None, None, False).batches():
         sweep.update(batch)
     parts = [sweep.per_class.decomposition(c)[1].score for c in range(4)]
     assert sum(parts) == pytest.approx(sweep.totals.mean("brier"))

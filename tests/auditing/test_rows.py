@@ -6,27 +6,31 @@ import pytest
 import torch
 
 import xent
-from xent.auditing.rows import Batch, first_equal, from_logits
+from xent.auditing.rows import joined
+from xent.auditing.tiles import Tile
+from xent.auditing.top_two import first_equal, top_two
 
 
-def measure_rows(log_p, label):
-    return Batch(log_p.exp(), log_p, label, torch.ones(len(label), dtype=torch.float64))
-
-
-def of_logits(z, label, by_class=False):
-    p, log_p, likely = from_logits(z.t().contiguous().t() if by_class else z)
-    return Batch(p, log_p, label, torch.ones(len(label), dtype=torch.float64), likely=likely)
+def tile_of(x, label, kind="logits", by_class=False, mass=None):
+    ones = torch.ones(len(label), dtype=torch.float64)
+    return Tile(x.t().contiguous().t() if by_class else x, kind, label, ones, mass)
 
 
 @pytest.mark.parametrize("by_class", [False, True])
+@pytest.mark.parametrize("kind", ["logits", "log-probs", "probs"])
+@pytest.mark.parametrize("classes", [2, 7, 300])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_measures_are_the_formulas(dtype, by_class):
+def test_measures_are_the_formulas(dtype, classes, kind, by_class):
     torch.manual_seed(0)
-    z, y = 3 * torch.randn(200, 7, dtype=dtype), torch.randint(7, (200,))
-    rows = of_logits(z, y, by_class)
-    log_p = z.double().log_softmax(1)
+    z, y = 3 * torch.randn(200, classes, dtype=dtype), torch.randint(classes, (200,))
+    x = {"logits": z, "log-probs": z.log_softmax(1), "probs": z.softmax(1)}[kind]
+    tile = tile_of(x, y, kind, by_class)
+    rows = joined([tile.chosen(torch.arange(130)).measured(), tile.chosen(torch.arange(130, 200)).measured()])
+    log_p = {"logits": z.double().log_softmax(1), "log-probs": x.double(), "probs": x.double().log()}[kind]
     p = log_p.exp()
-    t = torch.nn.functional.one_hot(y, 7).double()
+    t = torch.nn.functional.one_hot(y, classes).double()
+    torch.testing.assert_close(tile.p.double(), p, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tile.log_p.double(), log_p, rtol=1e-5, atol=1e-5)
     near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(rows.loss, -(t * log_p).sum(1), **near)
     torch.testing.assert_close(rows.entropy, -(p * log_p).sum(1), **near)
@@ -42,6 +46,7 @@ def test_measures_are_the_formulas(dtype, by_class):
     torch.testing.assert_close(rows.own, (p * t).sum(1), **near)
     torch.testing.assert_close(rows.others, (p * (1 - t)).sum(1), **near)
     torch.testing.assert_close(rows.rest, 1 - p.amax(1), **near)
+    torch.testing.assert_close(rows.saving, (log_p.amax(1) - (t * log_p).sum(1)), **near)
     without = log_p.scatter(1, rows.prediction[:, None], -torch.inf)
     assert (rows.runner_up == without.argmax(1)).all()
     assert (rows.rank == (p > p.gather(1, y[:, None])).sum(1)).all()
@@ -50,7 +55,7 @@ def test_measures_are_the_formulas(dtype, by_class):
 def test_gradient_norms_are_those_of_curvature():
     torch.manual_seed(1)
     x, w, y = torch.randn(20, 5), torch.randn(4, 5), torch.randint(4, (20,))
-    rows = measure_rows((x @ w.T).log_softmax(1), y)
+    rows = tile_of((x @ w.T).log_softmax(1), y, "log-probs").measured()
     norms = xent.curvature.row_gradient_norms(x, w, y)
     torch.testing.assert_close((rows.gradient_norm * x.double().norm(dim=1)).float(), norms.float())
 
@@ -58,19 +63,21 @@ def test_gradient_norms_are_those_of_curvature():
 def test_a_probability_of_0_and_equal_ones():
     log_p = torch.tensor([[0.0, -torch.inf, -torch.inf], [0.5, 0.5, 0.0], [0.25, 0.25, 0.5]])
     log_p[1:] = log_p[1:].log()
-    rows = measure_rows(log_p, torch.tensor([0, 1, 1]))
+    rows = tile_of(log_p, torch.tensor([0, 1, 1]), "log-probs").measured()
     assert rows.entropy[0] == 0
     assert rows.loss.tolist()[0] == 0
     assert rows.prediction.tolist() == [0, 0, 2]
-    assert rows.runner_up.tolist()[1] == 1
+    assert rows.runner_up.tolist() == [1, 1, 0]
     assert rows.rank.tolist() == [0, 0, 1]
     assert rows.margin[0] == torch.inf
-    assert measure_rows(log_p[:1], torch.tensor([1])).loss.item() == torch.inf
+    never = tile_of(log_p[:1], torch.tensor([1]), "log-probs")
+    assert never.impossible.tolist() == [True]
+    assert never.measured().loss.item() == torch.inf
 
 
 def test_sure_rows_keep_their_digits():
     """z = (40, 0): ‖p − t‖ = √2·(1 − p) and the trace 2·p·(1 − p), where 1 − p = 4.248e-18."""
-    rows = of_logits(torch.tensor([[40.0, 0.0]]), torch.tensor([0]))
+    rows = tile_of(torch.tensor([[40.0, 0.0]]), torch.tensor([0])).measured()
     assert rows.loss.item() == pytest.approx(4.248354255291589e-18, rel=1e-6)
     assert rows.gradient_norm.item() == pytest.approx(2**0.5 * 4.248354255291589e-18, rel=1e-6)
     assert rows.curvature_trace.item() == pytest.approx(2 * 4.248354255291589e-18, rel=1e-6)
@@ -81,9 +88,10 @@ def test_soft_labels_are_the_formulas():
     z, mass = torch.randn(50, 4, dtype=torch.float64), torch.rand(50, 4, dtype=torch.float64)
     mass[:10, 0] = 0
     mass /= mass.sum(1, keepdim=True)
-    p, log_p, _ = from_logits(z)
-    p[:10, 0], log_p[:10, 0] = 0, -torch.inf
-    rows = Batch(p, log_p, mass.argmax(1), torch.ones(50, dtype=torch.float64), mass)
+    z[:10, 0] = -torch.inf
+    log_p = z.log_softmax(1)
+    p = log_p.exp()
+    rows = tile_of(z, mass.argmax(1), mass=mass).measured()
     torch.testing.assert_close(rows.loss, -torch.where(mass > 0, mass * log_p, 0.0).sum(1))
     torch.testing.assert_close(rows.brier, (p - mass).square().sum(1))
     torch.testing.assert_close(rows.hit, mass[torch.arange(50), p.argmax(1)])
@@ -99,9 +107,28 @@ def test_the_lowest_of_equal_classes():
     assert first_equal(many, many.amax(1)).tolist() == [3, 69_998]
 
 
+@pytest.mark.parametrize("classes", [2, 3, 64, 65, 128, 129, 200, 1000])
+@pytest.mark.parametrize("values", [2, 5, 1000])
+def test_the_two_largest(classes, values):
+    """Against a stable sort, with few values so that many are equal, and with classes that are masked."""
+    torch.manual_seed(classes)
+    x = torch.randint(values, (300, classes)).float()
+    x[torch.rand(x.shape) < 0.3] = -torch.inf
+    x[:, classes // 2] = x[:, classes // 2].clamp(min=0)
+    x[:50] = -torch.inf
+    x[torch.arange(50), torch.arange(50) % classes] = 1.0
+    value, order = x.sort(dim=1, descending=True, stable=True)
+    for each in (x, x.t().contiguous().t()):
+        found = top_two(each)
+        assert torch.equal(found.top, value[:, 0])
+        assert torch.equal(found.second, value[:, 1])
+        assert torch.equal(found.likely, order[:, 0])
+        assert torch.equal(found.runner_up, order[:, 1])
+
+
 def test_masked_classes_cost_nothing():
-    p, log_p, _ = from_logits(torch.tensor([[0.0, -torch.inf, 0.0]]))
-    assert p.tolist() == [[0.5, 0.0, 0.5]]
-    rows = Batch(p, log_p, torch.tensor([0]), torch.ones(1, dtype=torch.float64))
+    tile = tile_of(torch.tensor([[0.0, -torch.inf, 0.0]]), torch.tensor([0]))
+    assert tile.p.tolist() == [[0.5, 0.0, 0.5]]
+    rows = tile.measured()
     assert rows.entropy.item() == pytest.approx(0.6931472)
     assert rows.curvature_trace.item() == 0.5

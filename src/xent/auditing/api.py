@@ -83,13 +83,13 @@ def audit(
         renormalize,
     )
     first = FirstSweep(len(given.names), worst)
-    for batch, names, _ in given.batches():
-        first.update(batch, names)
+    for batch in given.batches():
+        first.update(batch)
     second = None
     if sweeps == 2:
         second = SecondSweep(first)
-        for batch, names, _ in given.batches():
-            second.update(batch, names)
+        for batch in given.batches():
+            second.update(batch)
     return formed(first, second, given.names, rows=lambda: _row_table(given))
 
 
@@ -99,7 +99,7 @@ def _row_table(given: Given) -> pa.Table:
 
     from xent.auditing.row_table import row_table
 
-    tables = [row_table(batch, given.names, ids, length) for batch, ids, length in given.batches()]
+    tables = [row_table(batch.measured(), given.names, batch.ids, batch.length) for batch in given.batches()]
     return pa.concat_tables(tables)
 
 
@@ -173,8 +173,8 @@ class Audit:
         )
         at = self._next if start is None else start
         measures = self._first if self._second is None else self._second
-        for batch, names, _ in given.batches(at):
-            measures.update(batch, names)
+        for batch in given.batches(at):
+            measures.update(batch)
         self._next = at + given.predictions.count
 
     def merge(self, other: Audit) -> None:

@@ -19,9 +19,10 @@ from xent._core.low_rank import LowRank
 from xent._core.matmul import fast_products
 from xent._core.validators import valid
 from xent._util.text import class_text
-from xent.auditing.kinds import Fault, Kind, fault, judged
-from xent.auditing.rows import Batch
-from xent.auditing.sweeps import parts
+from xent.auditing import sweeps
+from xent.auditing.kinds import Fault, fault, judged
+from xent.auditing.sweeps import Batch
+from xent.auditing.tiles import FEW, Kind, Tile
 from xent.integrations import head_of
 from xent.metrics._arrays import Rows, as_array, read_numbers
 from xent.metrics._comparison import read_weight
@@ -29,9 +30,6 @@ from xent.metrics._labels import Labels, read_labels
 
 LOGITS = 1 << 24
 """Logits of a head that exist at a time, 64 MiB of float32."""
-
-FEW = 64
-"""Classes up to which sums over them are faster with the rows of a class side by side in memory."""
 
 
 class Predictions:
@@ -55,7 +53,7 @@ class Predictions:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
         """Yield some rows, their numbers (n, C) on the CPU, and the lengths of their features."""
-        for here in parts(self.count, self.classes):
+        for here in sweeps.batches(self.count, self.classes):
             yield here, self.rows[here].cpu(), None
 
 
@@ -99,7 +97,7 @@ class Head:
                 z += self.bias
             length = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).cpu()
             z = z.cpu()
-            for here in parts(len(z), self.classes):
+            for here in sweeps.batches(len(z), self.classes):
                 yield slice(start + here.start, start + here.stop), z[here], length[here]
 
 
@@ -115,37 +113,41 @@ class Given:
     ids: Any  # (N,) the caller's names of the rows; None without any
     renormalize: bool
 
-    def batches(self, start: int = 0) -> Iterator[tuple[Batch, Any, Tensor | None]]:
-        """Yield batches, the names of their rows, and the lengths of their features."""
-        source = self.predictions
-        for here, x, length in source.chunks():
-            found = judged(x, source.kind, self.renormalize)
-            if found.bad is not None:
-                row = int(found.bad.nonzero()[0])
-                raise ValueError(_described(fault(x, source.kind, row), source.name, start + here.start))
-            p, log_p = found.p, found.log_p
-            if source.classes <= FEW:
-                p, log_p = (by_class(each) for each in (p, log_p))
-            mass = None if self.masses is None else self._mass(here, p)
-            if mass is not None:
-                label = mass.argmax(1)
-            else:
-                assert self.labels is not None
-                label = torch.from_numpy(self.labels.codes(here))
-            if self.weight is None:
-                weight = torch.ones(len(p), dtype=torch.float64)
-            else:
-                weight = self.weight[here].cpu().double()
-            ids = None if self.ids is None else self.ids[here]
-            yield Batch(p, log_p, label, weight, mass, start + here.start, found.likely), ids, length
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield the rows; ``start`` is the number of the first one."""
+        for here, x, length in self.predictions.chunks():
+            tiles = [
+                self._tile(x[part.start - here.start : part.stop - here.start], part, start)
+                for part in sweeps.tiles(here, self.predictions.classes)
+            ]
+            yield Batch(tiles, None if self.ids is None else self.ids[here], length)
 
-    def _mass(self, here: slice, p: Tensor) -> Tensor:
+    def _tile(self, x: Tensor, here: slice, start: int) -> Tile:
+        source = self.predictions
+        found = judged(x, source.kind, self.renormalize)
+        if found.bad is not None:
+            row = int(found.bad.nonzero()[0])
+            raise ValueError(_described(fault(x, source.kind, row), source.name, start + here.start))
+        x = by_class(found.x) if source.classes <= FEW else found.x
+        mass = None if self.masses is None else self._mass(here, x)
+        if mass is not None:
+            label = mass.argmax(1)
+        else:
+            assert self.labels is not None
+            label = torch.from_numpy(np.array(self.labels.codes(here)))  # may be read-only
+        if self.weight is None:
+            weight = torch.ones(len(x), dtype=torch.float64)
+        else:
+            weight = self.weight[here].cpu().double()
+        return Tile(x, found.kind, label, weight, mass, start + here.start)
+
+    def _mass(self, here: slice, like: Tensor) -> Tensor:
         assert self.masses is not None
         x = self.masses[here].cpu()
         found = judged(x, "probs", self.renormalize)
         if found.bad is not None:
             raise ValueError(_described(fault(x, "probs", int(found.bad.nonzero()[0])), "target", here.start))
-        return found.p.to(p.dtype)
+        return found.x.to(like)
 
 
 def read(

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent.auditing.rows import Batch
+from xent.auditing.rows import Rows
 from xent.auditing.sums import add_at
+from xent.auditing.tiles import Tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,26 +109,26 @@ class ClassReliability:
         self.weight, self.hits = torch.zeros((2, count, self.grid.cells), dtype=torch.float64)
         self.log_loss, self.brier = torch.zeros((2, count), dtype=torch.float64)  # sums
 
-    def update(self, batch: Batch) -> None:
-        """Add rows."""
-        n, count, s = len(batch), len(self.classes), batch.weight
-        p, log_p = (self._chosen(x) for x in (batch.p, batch.log_p))
+    def update(self, tile: Tile, known: Rows) -> None:
+        """Add the rows of a tile, and what is known of each."""
+        n, count, s = len(known), len(self.classes), known.weight
+        p = self._chosen(tile.p)
         index, miss, square = self.grid.lower(p), torch.log1p(-p), p.square()
-        rows, places = self._places(batch.prediction, batch.confidence > 0.5)  # no other p is above one half
-        index[rows, places] = self.grid.cells - 1 - self.grid.lower(batch.rest[rows])
-        miss[rows, places] = batch.rest[rows].log().to(p.dtype)
+        rows, places = self._places(known.prediction, known.confidence > 0.5)  # no other p is above one half
+        index[rows, places] = self.grid.cells - 1 - self.grid.lower(known.rest[rows])
+        miss[rows, places] = known.rest[rows].log().to(p.dtype)
         self.weight.scatter_add_(1, index.t(), s.expand(count, n))
-        if batch.mass is not None:
-            mass = self._chosen(batch.mass)
+        if tile.mass is not None:
+            mass, log_p = self._chosen(tile.mass), self._chosen(tile.log_p)
             self.hits.scatter_add_(1, index.t(), (s[:, None] * mass).t())
             loss = torch.where(mass > 0, mass * log_p, 0.0) + torch.where(mass < 1, (1 - mass) * miss, 0.0)
             self.log_loss -= _summed(loss, s)
             self.brier += _summed(mass * (1 - p).square() + (1 - mass) * square, s)
             return
-        rows, places = self._places(batch.label, s > 0)
+        rows, places = self._places(known.label, s > 0)
         self.hits.index_put_((places, index[rows, places]), s[rows], accumulate=True)
-        self.log_loss.index_add_(0, places, s[rows] * batch.loss[rows])
-        self.brier.index_add_(0, places, s[rows] * batch.others[rows].square())
+        self.log_loss.index_add_(0, places, s[rows] * known.loss[rows])
+        self.brier.index_add_(0, places, s[rows] * known.others[rows].square())
         miss[rows, places] = square[rows, places] = 0.0
         self.log_loss -= _summed(miss, s)
         self.brier += _summed(square, s)

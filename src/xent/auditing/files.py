@@ -19,10 +19,11 @@ from torch import Tensor
 
 from xent._processes.group import Share
 from xent._util.text import class_text, quoted
-from xent.auditing.arrays import FEW, by_class
-from xent.auditing.kinds import Fault, Kind, fault, judged
-from xent.auditing.rows import Batch
-from xent.auditing.sweeps import parts
+from xent.auditing import sweeps
+from xent.auditing.arrays import by_class
+from xent.auditing.kinds import Fault, fault, judged
+from xent.auditing.sweeps import Batch
+from xent.auditing.tiles import FEW, Kind, Tile
 from xent.data.batches import as_tensor
 from xent.data.labels import ClassIndex, kind_of
 from xent.data.layout import PLAIN, Layout, is_compressed, matching
@@ -87,6 +88,25 @@ class Faults:
         if self.first is not None:
             more = f"; {self.rows:,} rows are bad" if self.rows > 1 else ""
             raise BadInput(self.first + more)
+
+
+class ArrowIds(Sequence[Any]):
+    """Arrow values by position, as plain Python objects."""
+
+    def __init__(self, ids: Any) -> None:
+        self.ids = ids
+
+    def __len__(self) -> int:
+        """Return their number."""
+        return len(self.ids)
+
+    def __getitem__(self, row: Any) -> Any:
+        """Return the value of a row."""
+        return self.ids[row].as_py()
+
+    def __arrow_array__(self, type: Any = None) -> Any:
+        """Return the values as Arrow has them."""
+        return self.ids
 
 
 class Files:
@@ -268,21 +288,19 @@ class Files:
     def _column(self, position: int) -> str:
         return f"column {quoted(self.features[position])}"
 
-    def batches(
-        self, faults: Faults, share: Share | None = None
-    ) -> Iterator[tuple[Batch, Any, Tensor | None]]:
-        """Yield batches of a share, the names of their rows, and the lengths of their features.
+    def batches(self, faults: Faults, share: Share | None = None) -> Iterator[Batch]:
+        """Yield the rows of a share.
 
         Once there is a fault no more batches come, but the rows of the others are counted.
         """
         pieces = iter(self._kept) if self._kept else self._recorded(self.pieces(share or Share()))
         for piece in pieces:
-            for here in parts(len(piece.x), len(self.names)):
-                batch = self._batch(piece, here, faults)
-                if faults.first is None and batch is not None:
-                    ids = None if piece.ids is None else piece.ids[here.start : here.stop]
-                    length = None if piece.length is None else piece.length[here]
-                    yield batch, ids, length
+            for here in sweeps.batches(len(piece.x), len(self.names)):
+                found = [self._tile(piece, part, faults) for part in sweeps.tiles(here, len(self.names))]
+                tiles = [tile for tile in found if tile is not None]
+                if faults.first is None:
+                    ids = None if piece.ids is None else ArrowIds(piece.ids[here.start : here.stop])
+                    yield Batch(tiles, ids, None if piece.length is None else piece.length[here])
         faults.check()
 
     def _recorded(self, pieces: Iterator[Piece]) -> Iterator[Piece]:
@@ -297,7 +315,7 @@ class Files:
         if self._kept is not None:
             self._kept = kept
 
-    def _batch(self, piece: Piece, here: slice, faults: Faults) -> Batch | None:
+    def _tile(self, piece: Piece, here: slice, faults: Faults) -> Tile | None:
         """Return some rows of a piece; None where one is bad."""
         x = piece.x[here]
         if len(self.names) <= FEW:
@@ -322,7 +340,7 @@ class Files:
                     int(of_mass.bad.sum()),
                 )
                 return None
-            mass = of_mass.p.to(found.p.dtype)
+            mass = of_mass.x.to(found.x)
             label = mass.argmax(1)
         else:
             assert piece.codes is not None
@@ -337,9 +355,9 @@ class Files:
         else:
             weight = torch.from_numpy(piece.weight[here])
         start = piece.start + here.start
-        batch = Batch(found.p, found.log_p, label, weight, mass, start, found.likely)
+        tile = Tile(found.x, found.kind, label, weight, mass, start)
         if not self.columns.allow_zero:
-            lost = batch.loss.isinf() & (batch.weight > 0)
+            lost = tile.impossible & (weight > 0)
             if lost.any():
                 row = int(lost.nonzero()[0])
                 name = quoted(self.names[int(label[row])])
@@ -350,7 +368,7 @@ class Files:
                     int(lost.sum()),
                 )
                 return None
-        return batch
+        return tile
 
     def _unknown(self, piece: Piece, row: int) -> str:
         return (

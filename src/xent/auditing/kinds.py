@@ -1,4 +1,4 @@
-"""The kinds of a matrix of predictions, and probabilities with their logarithms of each.
+"""The kinds of a matrix of predictions, and whether its numbers are what a kind says.
 
     probs       0 ≤ p ≤ 1, |Σ p − 1| ≤ tolerance        log_p = log p
     log-probs   log p ≤ tolerance, |Σ e^(log p) − 1| ≤ tolerance        p = e^(log p)
@@ -11,25 +11,22 @@ of the second of two classes: its probability, the logarithm of that, or the log
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from xent.auditing.rows import from_logits
+from xent.auditing.tiles import Kind
 from xent.metrics._arrays import Rows
 from xent.metrics._probabilities import Probabilities
 
-Kind = Literal["probs", "log-probs", "logits"]
-
 
 class Judged(NamedTuple):
-    """Probabilities of some rows, or what is wrong with these."""
+    """Numbers of some rows in a type to compute in, or the rows that are wrong."""
 
-    p: Tensor  # (n, C)
-    log_p: Tensor  # (n, C)
-    bad: Tensor | None  # (n,) rows that are none; None means all are right
-    likely: Tensor | None = None  # (n,) the most probable class, where it came along
+    x: Tensor  # (n, C), C at least 2
+    kind: Kind
+    bad: Tensor | None = None  # (n,) rows that are not what the kind says; None means all are
 
 
 class Fault(NamedTuple):
@@ -42,56 +39,47 @@ class Fault(NamedTuple):
 
 
 def judged(x: Tensor, kind: Kind, renormalize: bool = False) -> Judged:
-    """Return the probabilities of rows (n, C), or (n, 1) of the second of two classes.
+    """Return the numbers of rows (n, C), or of the two classes where (n, 1) is of the second.
 
     ``renormalize`` divides probabilities that have few digits by their sum.
 
-    >>> judged(torch.tensor([[0.25]]), "probs").p.tolist()
+    >>> judged(torch.tensor([[0.25]]), "probs").x.exp().tolist()
     [[0.75, 0.25]]
     """
     stored, x = x, x if x.dtype in (torch.float32, torch.float64) else x.to(_wide(x.dtype))
     if x.shape[1] == 1:
         return _single(x, kind)
     if kind == "logits":
-        most = x.amax(1)
-        impossible = ~most.isfinite()  # nan and +inf are largest, −inf if all are masked
-        if impossible.any():
-            return Judged(x, x, impossible)
-        p, log_p, likely = from_logits(x)
-        return Judged(p, log_p, None, likely)
+        impossible = ~x.amax(1).isfinite()  # nan and +inf are largest, −inf if all are masked
+        return Judged(x, kind, impossible if impossible.any() else None)
     rule = Probabilities(Rows(stored), False, renormalize)
     p = x if kind == "probs" else x.exp()
     # what a logarithm is above 0 by, within the tolerance, is rounding
     highest = 1.0 if kind == "probs" else 1 + rule.tolerance
-    log_p = x.clamp(max=0) if kind == "log-probs" and bool((x > 0).any()) else x
     low, high = (end.item() for end in p.aminmax())
     # a sum in the type of p is off by far less than a tenth of the tolerance
     plain = low >= 0 and high <= highest and bool(((p.sum(1) - 1).abs() <= 0.9 * rule.tolerance).all())
     if not plain:
         bad = ~((p >= 0) & (p <= highest)).all(1) | rule.bad_sums(p)
         if bad.any():
-            return Judged(p, p, bad)
+            return Judged(x, kind, bad)
     if renormalize:
-        p = p / p.sum(1, dtype=torch.float64)[:, None].to(p.dtype)
-        return Judged(p, p.log(), None)
-    return Judged(p, p.log() if kind == "probs" else log_p, None)
+        return Judged(p / p.sum(1, dtype=torch.float64)[:, None].to(p.dtype), "probs")
+    return Judged(x.clamp(max=0) if kind == "log-probs" and not (plain and high <= 1) else x, kind)
 
 
 def _single(x: Tensor, kind: Kind) -> Judged:
-    """Return the probabilities of two classes from a column (n, 1) of the second."""
+    """Return numbers of two classes from a column (n, 1) of the second: logits, else log-probabilities."""
     x = x[:, 0]
     if kind == "logits":
-        bad = ~x.isfinite()
-        pair = torch.stack([torch.zeros_like(x), x]).t()
-        p, log_p = (pair, pair) if bad.any() else from_logits(pair)[:2]
+        bad, first, second = ~x.isfinite(), torch.zeros_like(x), x
     elif kind == "probs":
-        bad = ~((x >= 0) & (x <= 1))
-        p, log_p = torch.stack([1 - x, x]).t(), torch.stack([torch.log1p(-x), x.log()]).t()
+        bad, first, second = ~((x >= 0) & (x <= 1)), torch.log1p(-x), x.log()
     else:
-        bad = ~(x <= 0)
-        other = torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
-        p, log_p = torch.stack([-torch.expm1(x), x.exp()]).t(), torch.stack([other, x]).t()
-    return Judged(p, log_p, bad if bad.any() else None)
+        bad, second = ~(x <= 0), x
+        first = torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+    pair = torch.stack([first, second]).t()
+    return Judged(pair, "logits" if kind == "logits" else "log-probs", bad if bad.any() else None)
 
 
 NEEDED = {

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from xent.auditing.rows import Batch
+from xent.auditing.rows import Rows
 
-COLUMNS = ("row", "label", "prediction", "loss", "own", "confidence", "entropy", "key")
+COLUMNS = ("row", "label", "prediction", "loss", "own", "confidence", "key")
 
 
 class Largest:
@@ -23,19 +23,19 @@ class Largest:
         self.values = np.empty((len(COLUMNS), 0))  # a row number up to 2**53 is exact
         self.ids: np.ndarray | None = None  # (k,) object
 
-    def update(self, batch: Batch, key: np.ndarray, ids: Sequence[Any] | None = None) -> None:
+    def update(self, rows: Rows, key: np.ndarray, ids: Sequence[Any] | None = None) -> None:
         """Add the rows that count and whose key (n,) is above 0; ``ids`` (n,) are their names."""
-        wanted = (key > 0) & (batch.weight.numpy() > 0)
+        wanted = (key > 0) & (rows.weight.numpy() > 0)
         if self.most == 0 or not wanted.any():
             return
         if self.values.shape[1] == self.most:
             wanted &= key > self.values[-1, -1]
-        rows = np.flatnonzero(wanted)
-        rows = rows[np.argsort(-key[rows], kind="stable")[: self.most]]
-        columns = [batch.start + rows]
-        columns += [getattr(batch, name).numpy()[rows] for name in COLUMNS[1:-1]]
-        names = None if ids is None else np.array([ids[row] for row in rows.tolist()], dtype=object)
-        self._join(np.stack([*columns, key[rows]]).astype(np.float64), names)
+        chosen = np.flatnonzero(wanted)
+        chosen = chosen[np.argsort(-key[chosen], kind="stable")[: self.most]]
+        columns = [rows.start + chosen]
+        columns += [getattr(rows, name).numpy()[chosen] for name in COLUMNS[1:-1]]
+        names = None if ids is None else np.array([ids[row] for row in chosen.tolist()], dtype=object)
+        self._join(np.stack([*columns, key[chosen]]).astype(np.float64), names)
 
     def merge(self, other: Largest) -> None:
         """Add the rows of another."""

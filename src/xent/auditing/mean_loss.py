@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from xent.auditing.rows import Batch
+from xent.auditing.rows import Rows
 
 BLOCK = 1024
 REPLICATES = 200
@@ -43,9 +43,9 @@ class MeanLoss:
         self.rows = 0
         self.infinite = 0  # rows that count, whose loss is infinite
 
-    def update(self, batch: Batch) -> None:
+    def update(self, rows: Rows) -> None:
         """Add rows."""
-        weight, loss = batch.weight, torch.where(batch.weight > 0, batch.loss, 0.0)
+        weight, loss = rows.weight, torch.where(rows.weight > 0, rows.loss, 0.0)
         lost = loss.isinf()
         if lost.any():
             self.infinite += int(lost.sum())
@@ -53,9 +53,9 @@ class MeanLoss:
         part = weight * loss
         self.squares += [float(x @ y) for x, y in ((weight, weight), (weight, part), (part, part))]
         s = weight.numpy()
-        first, last = batch.start // BLOCK, (batch.start + len(s) - 1) // BLOCK
+        first, last = rows.start // BLOCK, (rows.start + len(s) - 1) // BLOCK
         self._grow(last + 1)
-        place = (batch.start + np.arange(len(s))) // BLOCK - first
+        place = (rows.start + np.arange(len(s))) // BLOCK - first
         for sums, values in zip(self.blocks, (part.numpy(), s), strict=True):
             sums[first : last + 1] += np.bincount(place, values, last - first + 1)
         self.rows += len(s)

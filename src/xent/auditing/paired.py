@@ -106,9 +106,10 @@ def paired(first: Files, second: Files) -> Paired:
 
 
 def _losses(files: Files) -> Iterator[Losses]:
-    for batch, ids, _ in files.batches(Faults()):
-        names = None if ids is None else ids.to_pylist()
-        yield Losses(batch.start, batch.label.numpy(), batch.weight.numpy(), batch.loss.numpy(), names)
+    for batch in files.batches(Faults()):
+        rows = batch.known()
+        names = None if batch.ids is None else list(batch.ids)
+        yield Losses(rows.start, rows.label.numpy(), rows.weight.numpy(), rows.loss.numpy(), names)
 
 
 def _by_position(found: Paired, first: Files, second: Files, place: np.ndarray) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent.auditing.rows import Batch
+from xent.auditing.rows import MeasuredRows, Rows
+from xent.auditing.tiles import Tile
 
 DENSE = 1000
 """The largest number of classes of which every pair has its sum."""
@@ -42,18 +43,17 @@ class DensePairs:
         # [rival, class]; the diagonal, a class beside itself, means nothing
         self.loss = torch.zeros((classes, classes), dtype=torch.float64)
 
-    def update(self, batch: Batch) -> None:
-        """Add rows."""
-        if batch.mass is None:
-            share = _share(batch.weight, batch.loss, batch.others)
-            self.loss.index_add_(1, batch.label, (batch.p * share[:, None]).t())
+    def update(self, tile: Tile, rows: Rows) -> None:
+        """Add the rows of a tile, and what is known of each."""
+        if tile.mass is None:
+            share = _share(rows.weight, rows.loss, rows.others)
+            self.loss.index_add_(1, rows.label, (tile.p * share[:, None]).t())
             return
-        total, p = batch.p.double().sum(1, keepdim=True), batch.p.double()
-        others = (total - p).clamp_(min=0)
-        likely = p.argmax(1)  # the one whose others a difference would not hold
-        others[torch.arange(len(p)), likely] = batch.rest
-        loss = torch.where(batch.mass > 0, -batch.mass * batch.log_p, 0.0).double()
-        given = _share(batch.weight[:, None], loss, others)
+        p = tile.p.double()
+        others = (p.sum(1, keepdim=True) - p).clamp_(min=0)
+        # the one whose others a difference would not hold
+        others.scatter_(1, rows.prediction[:, None], rows.rest[:, None])
+        given = _share(rows.weight[:, None], tile.soft_loss(tile.mass), others)
         self.loss += p.t() @ given
 
     def merge(self, other: DensePairs) -> None:
@@ -87,17 +87,16 @@ class CandidatePairs:
         self._losses: list[np.ndarray] = []
         self._count = 0
 
-    def update(self, batch: Batch) -> None:
+    def update(self, rows: MeasuredRows) -> None:
         """Add rows."""
-        share = _share(batch.weight, batch.loss, batch.others)
-        first = torch.where(batch.prediction == batch.label, batch.runner_up, batch.prediction)
-        p = batch.p.gather(1, first[:, None])[:, 0]
-        self._add((batch.label * self.classes + first).numpy(), (share * p).numpy())
-        second = ~((batch.prediction == batch.label) | (batch.runner_up == batch.label))
-        if second.any():
-            rival = batch.runner_up[second]
-            p = batch.p[second].gather(1, rival[:, None])[:, 0]
-            self._add((batch.label[second] * self.classes + rival).numpy(), (share[second] * p).numpy())
+        share = _share(rows.weight, rows.loss, rows.others)
+        first = torch.where(rows.right, rows.runner_up, rows.prediction)
+        p = torch.where(rows.right, rows.second, rows.confidence)
+        self._add((rows.label * self.classes + first).numpy(), (share * p).numpy())
+        both = ~(rows.right | (rows.runner_up == rows.label))  # the two strongest are rivals
+        if both.any():
+            key, p = rows.label * self.classes + rows.runner_up, share * rows.second
+            self._add(key[both].numpy(), p[both].numpy())
 
     def merge(self, other: CandidatePairs) -> None:
         """Add the rows of another."""
@@ -138,14 +137,14 @@ class ChosenPairs:
         self.first = torch.searchsorted(self.labels, torch.arange(classes + 1))
         self.loss = torch.zeros(len(pairs), dtype=torch.float64)
 
-    def update(self, batch: Batch) -> None:
-        """Add rows."""
-        share = _share(batch.weight, batch.loss, batch.others)
-        counts = self.first[batch.label + 1] - self.first[batch.label]
-        row = torch.repeat_interleave(torch.arange(len(batch)), counts)
+    def update(self, tile: Tile, rows: Rows) -> None:
+        """Add the rows of a tile, and what is known of each."""
+        share = _share(rows.weight, rows.loss, rows.others)
+        counts = self.first[rows.label + 1] - self.first[rows.label]
+        row = torch.repeat_interleave(torch.arange(len(rows)), counts)
         before = counts.cumsum(0) - counts
-        pair = self.first[batch.label][row] + torch.arange(len(row)) - before[row]
-        self.loss.index_add_(0, pair, share[row] * batch.p[row, self.rivals[pair]])
+        pair = self.first[rows.label][row] + torch.arange(len(row)) - before[row]
+        self.loss.index_add_(0, pair, share[row] * tile.p[row, self.rivals[pair]])
 
     def merge(self, other: ChosenPairs) -> None:
         """Add the rows of another."""

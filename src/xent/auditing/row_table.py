@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from xent.auditing.rows import Batch
+from xent.auditing.rows import MeasuredRows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +25,7 @@ NUMBERS = (
 
 
 def row_table(
-    batch: Batch, names: Sequence[str], ids: Any = None, feature_norm: Tensor | None = None
+    rows: MeasuredRows, names: Sequence[str], ids: Any = None, feature_norm: Tensor | None = None
 ) -> pa.Table:
     """Return the measures of rows; ``ids`` (n,) name them, else ``row`` counts from 1.
 
@@ -38,14 +38,14 @@ def row_table(
     def named(codes: Tensor) -> Any:
         return pa.DictionaryArray.from_arrays(pa.array(codes.numpy().astype(np.int32)), dictionary)
 
-    columns: dict[str, Any] = {"row": pa.array(np.arange(batch.start + 1, batch.start + len(batch) + 1))}
+    columns: dict[str, Any] = {"row": pa.array(np.arange(rows.start + 1, rows.start + len(rows) + 1))}
     if ids is not None:
-        columns["id"] = ids if isinstance(ids, pa.Array | pa.ChunkedArray) else pa.array(ids)
+        columns["id"] = pa.array(ids)
     columns["label"], columns["prediction"], columns["runner_up"] = (
-        named(x) for x in (batch.label, batch.prediction, batch.runner_up)
+        named(x) for x in (rows.label, rows.prediction, rows.runner_up)
     )
-    columns |= {name: pa.array(getattr(batch, name).numpy()) for name in NUMBERS}
+    columns |= {name: pa.array(getattr(rows, name).numpy()) for name in NUMBERS}
     if feature_norm is not None:
-        columns["head_gradient_norm"] = pa.array((batch.gradient_norm * feature_norm).numpy())
-    columns["weight"] = pa.array(batch.weight.numpy())
+        columns["head_gradient_norm"] = pa.array((rows.gradient_norm * feature_norm).numpy())
+    columns["weight"] = pa.array(rows.weight.numpy())
     return pa.table(columns)

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent.auditing.rows import Batch
+from xent.auditing.rows import Rows
+from xent.auditing.tiles import Tile
 
 NUMBERS = 1 << 22
 """Log-probabilities that a sample holds at most, 16 MiB of float32."""
@@ -34,24 +35,19 @@ class Sample:
         self.mass: Tensor | None = None
         self._largest = np.uint64(0)  # of the keys
 
-    def update(self, batch: Batch) -> None:
-        """Add rows; those of weight 0 or of infinite loss are passed over."""
-        key = keys(np.arange(batch.start, batch.start + len(batch), dtype=np.uint64))
-        wanted = ((batch.weight > 0) & batch.loss.isfinite()).numpy()
+    def update(self, tile: Tile, rows: Rows) -> None:
+        """Add the rows of a tile; those of weight 0 or of infinite loss are passed over."""
+        key = keys(np.arange(rows.start, rows.start + len(rows), dtype=np.uint64))
+        wanted = ((rows.weight > 0) & rows.loss.isfinite()).numpy()
         if len(self.key) == self.size:
             wanted &= key < self._largest
         if not wanted.any():
             return
-        rows = np.flatnonzero(wanted)
-        if len(rows) > self.size:
-            rows = rows[np.argpartition(key[rows], self.size)[: self.size]]
-        at = torch.from_numpy(rows)
-
-        def of(x: Tensor) -> Tensor:
-            return x[at] if x.stride(1) == 1 else x.t().index_select(1, at).t()
-
-        mass = None if batch.mass is None else of(batch.mass)
-        self._join(key[rows], of(batch.log_p), batch.label[at], batch.weight[at], mass)
+        chosen = np.flatnonzero(wanted)
+        if len(chosen) > self.size:
+            chosen = chosen[np.argpartition(key[chosen], self.size)[: self.size]]
+        part = tile.chosen(torch.from_numpy(chosen))
+        self._join(key[chosen], part.log_p, part.label, part.weight, part.mass)
 
     def merge(self, other: Sample) -> None:
         """Add the rows of another."""

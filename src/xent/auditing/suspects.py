@@ -22,7 +22,8 @@ import torch
 
 from xent.auditing.largest import Largest
 from xent.auditing.mean_loss import QUANTILE, Interval
-from xent.auditing.rows import Batch
+from xent.auditing.rows import Rows
+from xent.auditing.tiles import Tile
 
 MOST = 10_000
 """Suspects that are listed at most."""
@@ -37,16 +38,18 @@ class Suspects:
         self.rows = 0
         self.largest = Largest(MOST)
 
-    def update(self, batch: Batch, ids: Sequence[Any] | None = None) -> None:
-        """Add rows."""
-        counts = batch.weight > 0
-        threshold = self.thresholds.to(batch.p.dtype)
-        sure = torch.ge(batch.p, threshold, out=torch.empty_like(batch.p)).mul_(batch.p)
+    def update(self, tile: Tile, rows: Rows) -> None:
+        """Count the rows of a tile."""
+        counts, p = rows.weight > 0, tile.p
+        sure = torch.ge(p, self.thresholds.to(p.dtype), out=torch.empty_like(p)).mul_(p)
         # one of two classes that are equally sure may be the label
-        another = sure.amax(1) > sure.gather(1, batch.label[:, None])[:, 0]
+        another = sure.amax(1) > sure.gather(1, rows.label[:, None])[:, 0]
         self.count += int((another & counts).sum())
         self.rows += int(counts.sum())
-        self.largest.update(batch, (-batch.margin).numpy(), ids)
+
+    def list(self, rows: Rows, ids: Sequence[Any] | None = None) -> None:
+        """Keep those of the rows that another label would save most; ``ids`` (n,) are their names."""
+        self.largest.update(rows, rows.saving.numpy(), ids)
 
     def merge(self, other: Suspects) -> None:
         """Add the rows of another."""

@@ -7,28 +7,52 @@ the best one, the classes' thresholds, and of many classes the pairs and classes
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from xent.auditing.calibration import ClassReliability, Reliability
 from xent.auditing.largest import Largest
 from xent.auditing.mean_loss import MeanLoss
 from xent.auditing.pairs import DENSE, HEAVIEST, CandidatePairs, ChosenPairs, DensePairs
-from xent.auditing.rows import Batch
+from xent.auditing.rows import MeasuredRows, Rows, joined
 from xent.auditing.sample import Sample
 from xent.auditing.suspects import Suspects
 from xent.auditing.temperature import Tempered, of_sample
+from xent.auditing.tiles import Tile
 from xent.auditing.totals import Totals
 
 NUMBERS = 1 << 20
-"""Probabilities of which intermediate results are formed at a time."""
+"""Numbers of a tile, of which intermediate results are formed at a time."""
+
+BATCH = 1 << 24
+"""Numbers of a batch at most, unless a row has more."""
+
+ROWS = 2048
+"""Rows that a batch has if it can, so that sums over rows are of many."""
 
 WORST = 100
 """Rows of the largest losses that are kept."""
 
 CLASSES = 100
 """Classes whose calibration is taken apart where there are more than 1,000."""
+
+
+class Batch(NamedTuple):
+    """Some consecutive rows."""
+
+    tiles: list[Tile]
+    ids: Sequence[Any] | None = None  # (n,) the caller's names of the rows
+    length: Tensor | None = None  # (n,) float64, of the features
+
+    def known(self) -> Rows:
+        """Return what is known of the rows without all of their measures."""
+        return joined([tile.known() for tile in self.tiles])
+
+    def measured(self) -> MeasuredRows:
+        """Return the measures of the rows."""
+        return joined([tile.measured() for tile in self.tiles])
 
 
 class FirstSweep:
@@ -45,17 +69,26 @@ class FirstSweep:
         self.sample = Sample(classes)
         self.worst = Largest(worst)
 
-    def update(self, batch: Batch, ids: Sequence[Any] | None = None) -> None:
-        """Add rows; ``ids`` (n,) are the caller's names of them."""
-        self.mean_loss.update(batch)
-        self.totals.update(batch)
-        arrays = (batch.confidence, batch.rest, batch.hit, batch.weight)
+    def update(self, batch: Batch) -> MeasuredRows:
+        """Add rows, and return their measures."""
+        parts = []
+        for tile in batch.tiles:
+            part = tile.measured()
+            if len(self.per_class.classes):
+                self.per_class.update(tile, part)
+            if isinstance(self.pairs, DensePairs):
+                self.pairs.update(tile, part)
+            self.sample.update(tile, part)
+            parts.append(part)
+        rows = joined(parts)
+        self.mean_loss.update(rows)
+        self.totals.update(rows)
+        arrays = (rows.confidence, rows.rest, rows.hit, rows.weight)
         self.reliability.update(*(x.numpy() for x in arrays))
-        if len(self.per_class.classes):
-            self.per_class.update(batch)
-        self.pairs.update(batch)
-        self.sample.update(batch)
-        self.worst.update(batch, batch.loss.numpy(), ids)
+        if isinstance(self.pairs, CandidatePairs):
+            self.pairs.update(rows)
+        self.worst.update(rows, rows.loss.numpy(), batch.ids)
+        return rows
 
     def merge(self, other: FirstSweep) -> None:
         """Add the rows of another."""
@@ -77,13 +110,20 @@ class SecondSweep:
             self.per_class = ClassReliability(np.sort(heaviest), classes)
             self.pairs = ChosenPairs(first.pairs.heaviest(HEAVIEST), classes)
 
-    def update(self, batch: Batch, ids: Sequence[Any] | None = None) -> None:
-        """Add rows; ``ids`` (n,) are the caller's names of them."""
-        self.tempered.update(batch)
-        self.suspects.update(batch, ids)
-        if self.per_class is not None and self.pairs is not None:
-            self.per_class.update(batch)
-            self.pairs.update(batch)
+    def update(self, batch: Batch) -> Rows:
+        """Add rows, and return what is known of them."""
+        parts = []
+        for tile in batch.tiles:
+            part = tile.known()
+            self.tempered.update(tile, part)
+            self.suspects.update(tile, part)
+            if self.per_class is not None and self.pairs is not None:
+                self.per_class.update(tile, part)
+                self.pairs.update(tile, part)
+            parts.append(part)
+        rows = joined(parts)
+        self.suspects.list(rows, batch.ids)
+        return rows
 
     def merge(self, other: SecondSweep) -> None:
         """Add the rows of another."""
@@ -92,8 +132,16 @@ class SecondSweep:
                 own.merge(their)
 
 
-def parts(rows: int, classes: int) -> Iterator[slice]:
-    """Yield consecutive ranges of rows whose probabilities are measured at a time."""
-    step = max(1, NUMBERS // classes)
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
+def batches(rows: int, classes: int) -> Iterator[slice]:
+    """Yield the rows of each batch of as many rows."""
+    yield from _steps(slice(0, rows), max(1, NUMBERS // classes, min(ROWS, BATCH // classes)))
+
+
+def tiles(batch: slice, classes: int) -> Iterator[slice]:
+    """Yield the rows of each tile of a batch."""
+    yield from _steps(batch, max(1, NUMBERS // classes))
+
+
+def _steps(rows: slice, step: int) -> Iterator[slice]:
+    for start in range(rows.start, rows.stop, step):
+        yield slice(start, min(start + step, rows.stop))

@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 
 from xent._calibration import fit_temperature
-from xent.auditing.rows import Batch
+from xent.auditing.rows import Rows
 from xent.auditing.sample import Sample
+from xent.auditing.tiles import Tile
 from xent.errors import NoBestTemperature
 
 
@@ -50,18 +51,20 @@ class Tempered:
         self.sums = torch.zeros(5, dtype=torch.float64)  # f(β), f′, f″, f‴, f(1)
         self.weight = 0.0
 
-    def update(self, batch: Batch) -> None:
-        """Add rows; those of infinite loss are left out."""
+    def update(self, tile: Tile, known: Rows) -> None:
+        """Add the rows of a tile, and what is known of each; those of infinite loss are left out."""
         if not 0 < self.beta < math.inf:
             return
-        s = torch.where(batch.loss.isfinite(), batch.weight, 0.0)
-        top = batch.log_p.gather(1, batch.prediction[:, None])
-        u = batch.log_p - top
+        s = torch.where(known.loss.isfinite(), known.weight, 0.0)
+        place = known.prediction[:, None]
+        u = tile.scores()
+        if tile.kind != "logits":
+            u -= u.gather(1, place)
         w = torch.mul(u, self.beta).exp_()
         # e^(βu) is 0 where u is −inf, whose powers are to count as 0
-        if u.isneginf().any():
+        if u.amin() == -math.inf:
             u = torch.where(w > 0, u, 0.0)
-        beside = w.clone().scatter_(1, batch.prediction[:, None], 0.0).sum(1).double()
+        beside = w.scatter_(1, place, 0.0).sum(1).double()
         total = 1 + beside
         moments = []
         for _ in range(3):
@@ -70,12 +73,9 @@ class Tempered:
         first, second, third = moments
         variance = second - first.square()
         skew = third - 3 * first * second + 2 * first.pow(3)
-        if batch.mass is None:
-            target = batch.log_p.gather(1, batch.label[:, None])[:, 0].double() - top[:, 0].double()
-        else:
-            target = (batch.mass * torch.where(batch.mass > 0, batch.log_p - top, 0.0)).sum(1).double()
+        target = -(known.loss + known.top_log)  # ⟨t, log p⟩ − log p of the prediction, whose u is 0
         loss = beside.log1p() - self.beta * target
-        rows = torch.stack([loss, first - target, variance, skew, batch.loss])
+        rows = torch.stack([loss, first - target, variance, skew, known.loss])
         counts = s > 0
         self.sums += rows[:, counts] @ s[counts]
         self.weight += float(s.sum())

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent.auditing.rows import Batch
+from xent.auditing.rows import MeasuredRows
 from xent.auditing.sums import add_at
 
 TOP = (1, 2, 3, 5, 10, 20, 50, 100)
@@ -57,23 +57,23 @@ class Totals:
         self.losses = np.zeros((2, LOSSES.count))  # weight and loss of the rows in each cell
         self.margin = np.zeros(2)  # Σ s m and Σ s of finite margins
 
-    def update(self, batch: Batch) -> None:
+    def update(self, rows: MeasuredRows) -> None:
         """Add rows; a loss that is infinite is left out, as `MeanLoss` counts it."""
-        weight, hit = batch.weight, batch.weight * batch.hit
-        loss = torch.where(weight > 0, batch.loss, 0.0)
+        weight, hit = rows.weight, rows.weight * rows.hit
+        loss = torch.where(weight > 0, rows.loss, 0.0)
         infinite = loss.isinf()
         if infinite.any():
             loss = loss.masked_fill(infinite, 0.0)
         part = weight * loss
-        add_at(self.rows, batch.label.numpy())
-        self._add_classes(batch, part, hit)
-        self.scalars += [float(weight @ getattr(batch, name)) for name in SCALARS]
-        s, right, rank = weight.numpy(), hit.numpy(), batch.rank.numpy()
+        add_at(self.rows, rows.label.numpy())
+        self._add_classes(rows, part, hit)
+        self.scalars += [float(weight @ getattr(rows, name)) for name in SCALARS]
+        s, right, rank = weight.numpy(), hit.numpy(), rows.rank.numpy()
         self.ranks[0] += right.sum()
         for i, k in enumerate(TOP[1:], 1):
             if k < len(self.rows):
                 self.ranks[i] += s[rank < k].sum()
-        margin = batch.margin.numpy()
+        margin = rows.margin.numpy()
         cells = MARGINS.of(margin)
         add_at(self.margins[0], cells, s - right)
         add_at(self.margins[1], cells, right)
@@ -85,22 +85,21 @@ class Totals:
         add_at(self.losses[0], cells, s)
         add_at(self.losses[1], cells, part.numpy())
 
-    def _add_classes(self, batch: Batch, loss: Tensor, hit: Tensor) -> None:
+    def _add_classes(self, rows: MeasuredRows, loss: Tensor, hit: Tensor) -> None:
         """Add to the sums of each class, of weighted losses and weighted hits (n,)."""
         sums = dict(zip(PER_CLASS, self.classes, strict=True))
-        label, prediction, s = batch.label.numpy(), batch.prediction.numpy(), batch.weight
+        label, prediction, s = rows.label.numpy(), rows.prediction.numpy(), rows.weight
         add_at(sums["labelled"], label, s.numpy())
         add_at(sums["predicted"], prediction, s.numpy())
-        add_at(sums["own"], label, (s * batch.own).numpy())
+        add_at(sums["own"], label, (s * rows.own).numpy())
         add_at(sums["hits"], prediction, hit.numpy())
-        if batch.mass is None:
-            add_at(sums["weight"], label, s.numpy())
-            add_at(sums["loss"], label, loss.numpy())
+        if rows.by_class is not None:
+            weight, part = rows.by_class.numpy()
+            sums["weight"] += weight
+            sums["loss"] += part
             return
-        mass, counted = batch.mass.double(), s * batch.loss.isfinite()
-        parts = torch.where(mass > 0, mass * batch.log_p.clamp(min=-1e300), 0.0)
-        sums["weight"] += (s @ mass).numpy()
-        sums["loss"] -= (counted @ parts).numpy()
+        add_at(sums["weight"], label, s.numpy())
+        add_at(sums["loss"], label, loss.numpy())
 
     def merge(self, other: Totals) -> None:
         """Add the rows of another."""

@@ -19,6 +19,7 @@ from xent.auditing.form import formed
 from xent.auditing.paired import paired
 from xent.auditing.result import VERSION, AuditResult
 from xent.auditing.row_table import row_table
+from xent.auditing.rows import MeasuredRows
 from xent.auditing.sweeps import FirstSweep, SecondSweep
 from xent.cli.progress import Progress, rows_about
 from xent.errors import BadInput
@@ -70,27 +71,14 @@ def _sweep(
 ) -> None:
     """Add this rank's share of the rows to the measures."""
     try:
-        for batch, ids, length in files.batches(Faults(), ranks.share):
+        for batch in files.batches(Faults(), ranks.share):
             ranks.check_interrupt()
-            sweep.update(batch, None if ids is None else _Ids(ids))
-            if write is not None:
-                write(row_table(batch, files.names, ids, length))
-            progress.add(len(batch))
+            rows = sweep.update(batch)
+            if write is not None and isinstance(rows, MeasuredRows):
+                write(row_table(rows, files.names, batch.ids, batch.length))
+            progress.add(len(rows))
     finally:
         progress.end()
-
-
-class _Ids(Sequence[Any]):
-    """Arrow values by position, as plain Python objects."""
-
-    def __init__(self, ids: Any) -> None:
-        self.ids = ids
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, row: Any) -> Any:
-        return self.ids[row].as_py()
 
 
 def _merged(own: Sweep, ranks: Ranks) -> Sweep:
