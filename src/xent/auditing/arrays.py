@@ -22,7 +22,7 @@ from xent._util.text import class_text
 from xent.auditing import sweeps
 from xent.auditing.kinds import Fault, fault, judged
 from xent.auditing.sweeps import Batch
-from xent.auditing.tiles import FEW, Kind, Tile
+from xent.auditing.tiles import Kind, Memory, Tile
 from xent.integrations import head_of
 from xent.metrics._arrays import Rows, as_array, read_numbers
 from xent.metrics._comparison import read_weight
@@ -84,12 +84,18 @@ class Head:
         self.bias = None if bias is None else _wide(bias).to(self.weight.dtype)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-        """Yield some rows, their logits (n, C) on the CPU, and the lengths of their features."""
-        step = max(1, LOGITS // self.classes)
+        """Yield some rows, their logits (n, C) on the CPU, and the lengths of their features.
+
+        The logits hold until the next ones come, which take their memory: fresh memory costs as much as a
+        fifth of the product.
+        """
+        step = min(self.count, max(1, LOGITS // self.classes))
+        memory = self.weight.new_empty((step, self.classes))
         for start in range(0, self.count, step):
             x = self.features[slice(start, start + step)].to(self.weight)
+            z = memory[: len(x)]
             with fast_products(x.device, x.dtype, len(x) * self.weight.numel()):
-                z = x @ self.weight.t()
+                torch.mm(x, self.weight.t(), out=z)
             if self.low_rank is not None:
                 down, up = (t.detach().to(self.weight) for t in (self.low_rank.down, self.low_rank.up))
                 z.addmm_(x @ down.t(), up.t(), alpha=self.low_rank.scale)
@@ -115,20 +121,21 @@ class Given:
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield the rows; ``start`` is the number of the first one."""
+        memory = Memory()
         for here, x, length in self.predictions.chunks():
             tiles = [
-                self._tile(x[part.start - here.start : part.stop - here.start], part, start)
+                self._tile(x[part.start - here.start : part.stop - here.start], part, start, memory)
                 for part in sweeps.tiles(here, self.predictions.classes)
             ]
             yield Batch(tiles, None if self.ids is None else self.ids[here], length)
 
-    def _tile(self, x: Tensor, here: slice, start: int) -> Tile:
+    def _tile(self, x: Tensor, here: slice, start: int, memory: Memory) -> Tile:
         source = self.predictions
         found = judged(x, source.kind, self.renormalize)
         if found.bad is not None:
             row = int(found.bad.nonzero()[0])
             raise ValueError(_described(fault(x, source.kind, row), source.name, start + here.start))
-        x = by_class(found.x) if source.classes <= FEW else found.x
+        x = found.x
         mass = None if self.masses is None else self._mass(here, x)
         if mass is not None:
             label = mass.argmax(1)
@@ -139,7 +146,7 @@ class Given:
             weight = torch.ones(len(x), dtype=torch.float64)
         else:
             weight = self.weight[here].cpu().double()
-        return Tile(x, found.kind, label, weight, mass, start + here.start)
+        return Tile(x, found.kind, label, weight, mass, start + here.start, memory, found.top)
 
     def _mass(self, here: slice, like: Tensor) -> Tensor:
         assert self.masses is not None
@@ -244,11 +251,6 @@ def _described(found: Fault, name: str, start: int) -> str:
             else (f"{name} is -inf at row {start + found.row} {found.what}")
         )
     return f"{name} is {found.value:.6g} at row {start + found.row}, column {found.column}, {found.what}"
-
-
-def by_class(x: Tensor) -> Tensor:
-    """Return a matrix (n, C) that lies in memory a class after the other."""
-    return x if x.stride(0) == 1 else x.t().contiguous().t()
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ Source: Dimitriadis, Gneiting and Jordan, "Stable reliability diagrams", 2021.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,6 +99,14 @@ class Reliability:
         return float(np.abs(gap).sum() / total)
 
 
+class Numbers(NamedTuple):
+    """The numbers of some classes, (n, K) each."""
+
+    p: Tensor
+    log_p: Tensor | None = None  # where there are masses
+    mass: Tensor | None = None
+
+
 class ClassReliability:
     """The cells of each class against the rest, of some classes."""
 
@@ -109,17 +118,24 @@ class ClassReliability:
         self.weight, self.hits = torch.zeros((2, count, self.grid.cells), dtype=torch.float64)
         self.log_loss, self.brier = torch.zeros((2, count), dtype=torch.float64)  # sums
 
-    def update(self, tile: Tile, known: Rows) -> None:
-        """Add the rows of a tile, and what is known of each."""
-        n, count, s = len(known), len(self.classes), known.weight
-        p = self._chosen(tile.p)
+    def numbers(self, tile: Tile) -> Numbers:
+        """Return what is wanted of a tile."""
+        chosen = None if self.every else torch.from_numpy(self.classes)
+        if tile.mass is None:
+            return Numbers(tile.p if chosen is None else tile.p_of(chosen))
+        columns = slice(None) if chosen is None else chosen
+        return Numbers(tile.p[:, columns], tile.log_p[:, columns], tile.mass[:, columns])
+
+    def update(self, numbers: Numbers, known: Rows) -> None:
+        """Add rows: the numbers of the classes, and what is known of each row."""
+        n, count, s, p = len(known), len(self.classes), known.weight, numbers.p
         index, miss, square = self.grid.lower(p), torch.log1p(-p), p.square()
         rows, places = self._places(known.prediction, known.confidence > 0.5)  # no other p is above one half
         index[rows, places] = self.grid.cells - 1 - self.grid.lower(known.rest[rows])
         miss[rows, places] = known.rest[rows].log().to(p.dtype)
         self.weight.scatter_add_(1, index.t(), s.expand(count, n))
-        if tile.mass is not None:
-            mass, log_p = self._chosen(tile.mass), self._chosen(tile.log_p)
+        if numbers.mass is not None and numbers.log_p is not None:
+            mass, log_p = numbers.mass, numbers.log_p
             self.hits.scatter_add_(1, index.t(), (s[:, None] * mass).t())
             loss = torch.where(mass > 0, mass * log_p, 0.0) + torch.where(mass < 1, (1 - mass) * miss, 0.0)
             self.log_loss -= _summed(loss, s)
@@ -132,13 +148,6 @@ class ClassReliability:
         miss[rows, places] = square[rows, places] = 0.0
         self.log_loss -= _summed(miss, s)
         self.brier += _summed(square, s)
-
-    def _chosen(self, x: Tensor) -> Tensor:
-        """Return the columns (n, K) of the classes, of numbers (n, C)."""
-        if self.every:
-            return x
-        chosen = torch.from_numpy(self.classes)
-        return x.index_select(1, chosen) if x.stride(1) == 1 else x.t().index_select(0, chosen).t()
 
     def _places(self, of: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Return rows, and the position of the class of each, (n,), among those that are wanted."""

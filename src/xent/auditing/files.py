@@ -20,10 +20,9 @@ from torch import Tensor
 from xent._processes.group import Share
 from xent._util.text import class_text, quoted
 from xent.auditing import sweeps
-from xent.auditing.arrays import by_class
 from xent.auditing.kinds import Fault, fault, judged
 from xent.auditing.sweeps import Batch
-from xent.auditing.tiles import FEW, Kind, Tile
+from xent.auditing.tiles import Kind, Memory, Tile
 from xent.data.batches import as_tensor
 from xent.data.labels import ClassIndex, kind_of
 from xent.data.layout import PLAIN, Layout, is_compressed, matching
@@ -294,9 +293,12 @@ class Files:
         Once there is a fault no more batches come, but the rows of the others are counted.
         """
         pieces = iter(self._kept) if self._kept else self._recorded(self.pieces(share or Share()))
+        memory = Memory()
         for piece in pieces:
             for here in sweeps.batches(len(piece.x), len(self.names)):
-                found = [self._tile(piece, part, faults) for part in sweeps.tiles(here, len(self.names))]
+                found = [
+                    self._tile(piece, part, faults, memory) for part in sweeps.tiles(here, len(self.names))
+                ]
                 tiles = [tile for tile in found if tile is not None]
                 if faults.first is None:
                     ids = None if piece.ids is None else ArrowIds(piece.ids[here.start : here.stop])
@@ -315,11 +317,9 @@ class Files:
         if self._kept is not None:
             self._kept = kept
 
-    def _tile(self, piece: Piece, here: slice, faults: Faults) -> Tile | None:
+    def _tile(self, piece: Piece, here: slice, faults: Faults, memory: Memory) -> Tile | None:
         """Return some rows of a piece; None where one is bad."""
         x = piece.x[here]
-        if len(self.names) <= FEW:
-            x = by_class(x)
         found = judged(x, self.kind, self.columns.renormalize)
         where = piece.source
         if found.bad is not None:
@@ -355,7 +355,7 @@ class Files:
         else:
             weight = torch.from_numpy(piece.weight[here])
         start = piece.start + here.start
-        tile = Tile(found.x, found.kind, label, weight, mass, start)
+        tile = Tile(found.x, found.kind, label, weight, mass, start, memory, found.top)
         if not self.columns.allow_zero:
             lost = tile.impossible & (weight > 0)
             if lost.any():

@@ -17,8 +17,12 @@ import torch
 from torch import Tensor
 
 from xent.auditing.tiles import Kind
+from xent.auditing.top_two import TopTwo, top_two
 from xent.metrics._arrays import Rows
 from xent.metrics._probabilities import Probabilities
+
+FEW = 64
+"""Classes up to which sums over them are faster with the rows of a class side by side in memory."""
 
 
 class Judged(NamedTuple):
@@ -27,6 +31,7 @@ class Judged(NamedTuple):
     x: Tensor  # (n, C), C at least 2
     kind: Kind
     bad: Tensor | None = None  # (n,) rows that are not what the kind says; None means all are
+    top: TopTwo | None = None  # of logits
 
 
 class Fault(NamedTuple):
@@ -49,9 +54,12 @@ def judged(x: Tensor, kind: Kind, renormalize: bool = False) -> Judged:
     stored, x = x, x if x.dtype in (torch.float32, torch.float64) else x.to(_wide(x.dtype))
     if x.shape[1] == 1:
         return _single(x, kind)
+    if x.shape[1] <= FEW and x.stride(0) != 1:
+        x = x.t().contiguous().t()
     if kind == "logits":
-        impossible = ~x.amax(1).isfinite()  # nan and +inf are largest, −inf if all are masked
-        return Judged(x, kind, impossible if impossible.any() else None)
+        top = top_two(x)
+        impossible = ~top.top.isfinite()  # nan and +inf are largest, −inf if all are masked
+        return Judged(x, kind, impossible if impossible.any() else None, top)
     rule = Probabilities(Rows(stored), False, renormalize)
     p = x if kind == "probs" else x.exp()
     # what a logarithm is above 0 by, within the tolerance, is rounding

@@ -144,7 +144,7 @@ class ChosenPairs:
         row = torch.repeat_interleave(torch.arange(len(rows)), counts)
         before = counts.cumsum(0) - counts
         pair = self.first[rows.label][row] + torch.arange(len(row)) - before[row]
-        self.loss.index_add_(0, pair, share[row] * tile.p[row, self.rivals[pair]])
+        self.loss.index_add_(0, pair, share[row] * tile.p_at(row, self.rivals[pair]))
 
     def merge(self, other: ChosenPairs) -> None:
         """Add the rows of another."""

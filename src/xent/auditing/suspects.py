@@ -40,12 +40,22 @@ class Suspects:
 
     def update(self, tile: Tile, rows: Rows) -> None:
         """Count the rows of a tile."""
-        counts, p = rows.weight > 0, tile.p
-        sure = torch.ge(p, self.thresholds.to(p.dtype), out=torch.empty_like(p)).mul_(p)
-        # one of two classes that are equally sure may be the label
-        another = sure.amax(1) > sure.gather(1, rows.label[:, None])[:, 0]
-        self.count += int((another & counts).sum())
+        counts = rows.weight > 0
         self.rows += int(counts.sum())
+        # a threshold is in the digits of the numbers, as the mean over one row is that row's number
+        threshold = self.thresholds.to(tile.x.dtype).double()
+        own = torch.where(
+            rows.own >= threshold[rows.label], rows.own, 0.0
+        )  # one of two equals may be the label
+        sure = rows.confidence >= threshold[rows.prediction]
+        self.count += int((sure & ~rows.right & (rows.confidence > own) & counts).sum())
+        # most rows are decided by their most probable class: it is above its threshold, or below all of them
+        others = (~sure & (rows.confidence >= threshold.min()) & counts).nonzero()[:, 0]
+        if len(others):
+            p = tile.p_in(others)
+            above = torch.ge(p, threshold.to(p.dtype), out=torch.empty_like(p)).mul_(p)
+            above.scatter_(1, rows.label[others, None], 0.0)
+            self.count += int((above.amax(1) > own[others]).sum())
 
     def list(self, rows: Rows, ids: Sequence[Any] | None = None) -> None:
         """Keep those of the rows that another label would save most; ``ids`` (n,) are their names."""

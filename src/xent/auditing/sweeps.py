@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from xent.auditing.calibration import ClassReliability, Reliability
+from xent.auditing.calibration import ClassReliability, Numbers, Reliability
 from xent.auditing.largest import Largest
 from xent.auditing.mean_loss import MeanLoss
 from xent.auditing.pairs import DENSE, HEAVIEST, CandidatePairs, ChosenPairs, DensePairs
@@ -75,7 +76,7 @@ class FirstSweep:
         for tile in batch.tiles:
             part = tile.measured()
             if len(self.per_class.classes):
-                self.per_class.update(tile, part)
+                self.per_class.update(self.per_class.numbers(tile), part)
             if isinstance(self.pairs, DensePairs):
                 self.pairs.update(tile, part)
             self.sample.update(tile, part)
@@ -112,16 +113,19 @@ class SecondSweep:
 
     def update(self, batch: Batch) -> Rows:
         """Add rows, and return what is known of them."""
-        parts = []
+        parts, numbers = [], []
         for tile in batch.tiles:
             part = tile.known()
             self.tempered.update(tile, part)
             self.suspects.update(tile, part)
             if self.per_class is not None and self.pairs is not None:
-                self.per_class.update(tile, part)
+                numbers.append(self.per_class.numbers(tile))
                 self.pairs.update(tile, part)
             parts.append(part)
         rows = joined(parts)
+        if self.per_class is not None:
+            columns = (None if each[0] is None else torch.cat(each) for each in zip(*numbers, strict=True))
+            self.per_class.update(Numbers._make(columns), rows)
         self.suspects.list(rows, batch.ids)
         return rows
 

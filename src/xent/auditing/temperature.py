@@ -60,7 +60,7 @@ class Tempered:
         u = tile.scores()
         if tile.kind != "logits":
             u -= u.gather(1, place)
-        w = torch.mul(u, self.beta).exp_()
+        w = torch.mul(u, self.beta, out=tile.memory.take(1, u)).exp_()
         # e^(βu) is 0 where u is −inf, whose powers are to count as 0
         if u.amin() == -math.inf:
             u = torch.where(w > 0, u, 0.0)

@@ -7,7 +7,8 @@
     H = log Z · Σ p − Σ p u        ℓ = −Σ t log p
 
 The largest exponential is 1, and is left out of the sum that log1p takes. A tile fits the processor's cache,
-so that the passes over its numbers are cheap. Its memory may have the rows or the classes side by side.
+and tiles take turns in the same memory, so that the passes over the numbers are cheap. The rows or the
+classes may lie side by side.
 """
 
 from __future__ import annotations
@@ -25,8 +26,21 @@ from xent.auditing.top_two import TopTwo, top_two
 
 Kind = Literal["probs", "log-probs", "logits"]
 
-FEW = 64
-"""Classes up to which sums over them are faster with the rows of a class side by side in memory."""
+
+class Memory:
+    """Memory for intermediate results, which tiles take one after the other."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, Tensor] = {}
+
+    def take(self, place: int, like: Tensor) -> Tensor:
+        """Return a matrix of the shape, type and layout of another, until its place is taken again."""
+        held = self._held.get(place)
+        if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
+            held = self._held[place] = like.new_empty(like.numel())
+        flat = held[: like.numel()]
+        n, classes = like.shape
+        return flat.view(n, classes) if like.stride(1) == 1 else flat.view(classes, n).t()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +60,8 @@ class Tile:
     weight: Tensor  # (n,) float64
     mass: Tensor | None = None  # (n, C) of soft labels, which sum to 1; None means that of one class
     start: int = 0  # number of the first row among all, from 0
+    memory: Memory = dataclasses.field(default_factory=Memory, repr=False)
+    largest: TopTwo | None = None  # of the numbers, where they are known
 
     def __len__(self) -> int:
         """Return n."""
@@ -59,51 +75,65 @@ class Tile:
     @cached_property
     def top(self) -> TopTwo:
         """The two largest numbers of each row."""
-        return top_two(self.x)
+        return self.largest or top_two(self.x)
 
     @property
     def prediction(self) -> Tensor:
         """The lowest of the most probable classes, (n,) int64."""
         return self.top.likely
 
-    @property
+    @cached_property
     def p(self) -> Tensor:
         """The probabilities, (n, C)."""
-        return self._softmax[0]
+        return self._probabilities(self.x, self.top.top[:, None], self.others[:, None])
+
+    def p_of(self, classes: Tensor) -> Tensor:
+        """Return the probabilities of some classes (K,), (n, K)."""
+        x = self.x
+        x = x.index_select(1, classes) if x.stride(1) == 1 else x.t().index_select(0, classes).t()
+        return self._probabilities(x, self.top.top[:, None], self.others[:, None])
+
+    def p_at(self, rows: Tensor, classes: Tensor) -> Tensor:
+        """Return the probability of a class (k,) in each of some rows (k,), (k,)."""
+        return self._probabilities(self.x[rows, classes], self.top.top[rows], self.others[rows])
+
+    def p_in(self, rows: Tensor) -> Tensor:
+        """Return the probabilities of some rows (k,), (k, C), which the caller may change."""
+        x = self.x[rows] if self.x.stride(1) == 1 else self.x.t().index_select(1, rows).t()
+        if self.kind == "logits":
+            return x.sub_(self.top.top[rows, None]).exp_().div_(1 + self.others[rows, None])
+        return x if self.kind == "probs" else x.exp_()
+
+    def _probabilities(self, x: Tensor, top: Tensor, others: Tensor) -> Tensor:
+        """Return the probabilities of numbers, beside the largest one and Σ e^u of their rows."""
+        if self.kind == "probs":
+            return x
+        return (x - top).exp_().div_(1 + others) if self.kind == "logits" else x.exp()
 
     @property
     def log_p(self) -> Tensor:
         """The log-probabilities, (n, C)."""
-        return self.scores().sub_(self.log_z[:, None].to(self.x.dtype))
-
-    @cached_property
-    def rest(self) -> Tensor:
-        """The probabilities of the classes beside the prediction, summed, (n,) float64."""
         if self.kind == "logits":
-            others = self._softmax[1].double()
-            return others / (1 + others)
-        return self.p.clone().scatter_(1, self.prediction[:, None], 0.0).sum(1).double()
+            return (self.x - self.top.top[:, None]).sub_(self.others.log1p()[:, None])
+        return self.x.log() if self.kind == "probs" else self.x
 
     @cached_property
-    def log_z(self) -> Tensor:
-        """What the scores of a row are above its log-probabilities, (n,) float64."""
-        return self._softmax[1].double().log1p()
+    def others(self) -> Tensor:
+        """Σ e^u over the classes beside the prediction, (n,)."""
+        return self._beside(self.scores()).sum(1)
 
-    @cached_property
-    def _softmax(self) -> tuple[Tensor, Tensor]:
-        """The probabilities (n, C), and Z − 1 (n,)."""
-        if self.kind != "logits":
-            return self.x if self.kind == "probs" else self.x.exp(), self.x.new_zeros(len(self))
-        place = self.top.likely[:, None]
-        e = self.scores().exp_()
-        others = e.scatter_(1, place, 0.0).sum(1)
-        return e.scatter_(1, place, 1.0).div_((1 + others)[:, None]), others
+    def _beside(self, u: Tensor) -> Tensor:
+        """Return e^u (n, C), 0 at the prediction, in the second place of the memory."""
+        e = self.memory.take(1, self.x)
+        torch.exp(u, out=e) if self.kind != "probs" else e.copy_(self.x)
+        return e.scatter_(1, self.prediction[:, None], 0.0)
 
     def scores(self) -> Tensor:
-        """Return u (n, C), which the caller may change."""
+        """Return u (n, C), in the first place of the memory; the caller may change it."""
+        u = self.memory.take(0, self.x)
         if self.kind == "logits":
-            return self.x - self.top.top[:, None]
-        return self.x.log() if self.kind == "probs" else self.x.clone()
+            return torch.sub(self.x, self.top.top[:, None], out=u)
+        return torch.log(self.x, out=u) if self.kind == "probs" else u.copy_(self.x)
 
     @property
     def impossible(self) -> Tensor:
@@ -126,6 +156,7 @@ class Tile:
         """Return what a second sweep needs of each row."""
         own_log, own = self._both(self.label)
         top_log, confidence = self._both(self.prediction)
+        rest = self.others.double()
         return Rows(
             self.start,
             self.label,
@@ -135,29 +166,34 @@ class Tile:
             own,
             top_log,
             confidence,
-            self.rest,
+            rest / (1 + rest) if self.kind == "logits" else rest,
             -own_log if self.mass is None else self.soft_loss(self.mass).sum(1),
         )
 
     def measured(self) -> MeasuredRows:
         """Return all that is measured of each row."""
-        known = self.known()
         place = self.prediction[:, None]
+        u = self.scores()
+        beside = self._beside(u)
+        self.__dict__["others"] = beside.sum(1)  # what would be formed once more
+        known = self.known()
         second_log, second = self._both(self.top.runner_up)
-        u, beside = self.scores(), self.p.clone().scatter_(1, place, 0.0)
         total = u.mul_(beside).sum(1)
         if total.isnan().any():  # 0·(−inf) counts as 0
             total = u.nansum(1)
-        at_top = known.confidence * (known.top_log + self.log_z)
-        entropy = self.log_z * (known.confidence + known.rest) - total.double() - at_top
         squares = beside.square_().sum(1).double()
+        entropy = -total.double() - known.confidence * known.top_log
+        if self.kind == "logits":
+            z = 1 + self.others.double()
+            squares /= z**2
+            entropy = z.log() * known.rest - total / z - known.confidence * known.top_log
         own = self.x.gather(1, self.label[:, None])
         rank = torch.gt(self.x, own, out=u).sum(1).long()
         if self.mass is None:
             hit, brier, by_class = known.right.double(), None, None
         else:
             hit = self.mass.gather(1, place)[:, 0].double()
-            brier = torch.sub(self.p, self.mass, out=beside).square_().sum(1).double()
+            brier = torch.sub(self.p, self.mass, out=self.memory.take(1, self.x)).square_().sum(1).double()
             counted = self.weight * known.loss.isfinite()
             loss = self.soft_loss(self.mass).nan_to_num_(posinf=0.0)
             by_class = torch.stack([self.weight @ self.mass.double(), counted @ loss])
@@ -176,10 +212,14 @@ class Tile:
 
     def _both(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probability and probability of a class of each row (n,), in float64."""
-        x, p = (of.gather(1, classes[:, None])[:, 0].double() for of in (self.x, self.p))
+        x = self.x.gather(1, classes[:, None])[:, 0].double()
+        if self.kind == "probs":
+            return x.log(), x
         if self.kind == "logits":
-            return x - self.top.top.double() - self.log_z, p
-        return p.log() if self.kind == "probs" else x, p
+            x = x - self.top.top.double()
+            others = self.others.double()
+            return x - others.log1p(), x.exp() / (1 + others)
+        return x, x.exp()
 
     def soft_loss(self, mass: Tensor) -> Tensor:
         """Return −t log p (n, C) in float64, 0 where there is no mass."""
