@@ -55,7 +55,7 @@ class Table:
 
     def __len__(self) -> int:
         """Return N."""
-        return self.rows.shape[0]
+        return self.features.shape[0]
 
     @property
     def skipped(self) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ class Table:
 
         The rows are given by their positions in the file, ascending.
         """
-        low, high = np.searchsorted(rows, [self.start, self.start + self.rows.shape[0]])
+        low, high = np.searchsorted(rows, [self.start, self.start + len(self)])
         return rows[low:high] - self.start if self.start else rows[low:high]
 
 
