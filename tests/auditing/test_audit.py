@@ -328,11 +328,17 @@ def test_a_sample_is_that_of_the_rows_not_of_the_batches(monkeypatch):
             parts[number % 3].update(tile, tile.known())
     for other in parts[1:]:
         parts[0].merge(other)
-    for one, other in zip(whole.sorted()[:3], parts[0].sorted()[:3], strict=True):
+    for one, other in zip(whole.result()[:3], parts[0].result()[:3], strict=True):
         assert torch.equal(one, other)
-    assert len(whole.key) == 500
-    rows = np.argsort(sample.keys(np.arange(20_000, dtype=np.uint64)))[:500]
-    assert whole.sorted()[1].tolist() == y[rows].tolist()
+    assert len(whole.key) == 501
+    assert len(whole.result()[1]) == 500
+    log_p = torch.from_numpy(z).double().log_softmax(1)
+    loss = -log_p[torch.arange(20_000), torch.from_numpy(y)].numpy()
+    rows = np.argsort(sample.uniform(np.arange(20_000, dtype=np.uint64)) / (1 + loss))[:500]
+    assert whole.result()[1].tolist() == y[rows].tolist()
+    _, _, weight, _ = whole.result()
+    assert weight.sum().item() == pytest.approx(20_000, rel=0.1)
+    assert (weight.numpy() * loss[rows]).sum() == pytest.approx(loss.sum(), rel=0.15)
 
 
 def test_a_bootstrap_does_not_know_of_batches(monkeypatch):
@@ -367,3 +373,73 @@ def test_a_sample_that_is_off_is_corrected_by_the_sweep(monkeypatch):
     assert result.temperature == pytest.approx(true, rel=1e-3)
     best = xent.cross_entropy(torch.from_numpy(z), torch.from_numpy(y), temperature=true).item()
     assert result.temperature_saving == pytest.approx(result.log_loss - best, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["few heavy rows", "few huge losses", "weights of a long tail"])
+def test_the_temperature_is_that_of_all_rows(case):
+    """Where a simple random sample would miss the rows that decide it."""
+    rng = np.random.default_rng(3)
+    z, y = problem(60_000, 3)
+    z, weight = z.astype(np.float64), np.ones(60_000)
+    if case == "few heavy rows":
+        weight[:50], z[:50], z[50:] = 1000.0, z[:50] / 3, 3 * z[50:]
+    elif case == "few huge losses":
+        z[:10], z[np.arange(10), (y[:10] + 1) % 3] = 0.0, 5000.0
+    else:
+        weight = rng.pareto(0.6, 60_000)
+    found = xent.audit(logits=z, target=y, sample_weight=weight)
+    tensors = (torch.from_numpy(z), torch.from_numpy(y))
+    expected = xent.fit_temperature(*tensors, sample_weight=torch.from_numpy(weight))
+    assert found.temperature == pytest.approx(expected, rel=1e-5)
+    losses = [
+        np.average(
+            torch.nn.functional.cross_entropy(tensors[0] / t, tensors[1], reduction="none"), weights=weight
+        )
+        for t in (1.0, expected)
+    ]
+    assert found.temperature_saving == pytest.approx(losses[0] - losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("gap", [130.0, 1300.0])
+@pytest.mark.parametrize("kind", ["logits", "log_probabilities"])
+def test_a_loss_is_finite_where_its_probability_is_too_small_for_a_number(kind, gap):
+    torch.manual_seed(0)
+    z = torch.randn(300, 4)
+    y = z.argmax(1)
+    z[0] = 0
+    z[0, (y[0] + 1) % 4] = gap
+    x = z if kind == "logits" else z.log_softmax(1)
+    found, exact = (xent.audit(**{kind: each}, target=y) for each in (x, x.double()))
+    for each in (found, exact):
+        assert each.worst[0].loss == pytest.approx(gap)
+        assert each.worst[0].saving == pytest.approx(gap)
+        assert each.per_class[int(y[0])].calibration is not None
+    assert found.miscalibration == pytest.approx(exact.miscalibration, rel=1e-5)
+
+
+def test_equal_classes_are_not_all_among_the_first():
+    p = np.full((50, 50), 0.02)
+    found = xent.audit(p, target=np.arange(50))
+    assert {k: round(50 * share) for k, share in found.top_k.items()} == {
+        1: 1,
+        2: 2,
+        3: 3,
+        5: 5,
+        10: 10,
+        20: 20,
+    }
+
+
+def test_the_top_of_soft_labels_is_mass():
+    p, mass = [[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]], [[0.6, 0.3, 0.1], [0.0, 1.0, 0.0]]
+    found = xent.audit(p, target=mass)
+    assert found.top_k == pytest.approx({1: 0.3, 2: 0.45})
+    assert found.accuracy == pytest.approx(0.3)
+
+
+def test_intervals_that_are_not_known():
+    p, y = np.array([[0.9, 0.1], [0.2, 0.8]]), [0, 0]
+    assert xent.audit(p, target=y, sample_weight=[1.0, 0.0]).standard_error is None
+    for scale in (1e-170, 1e200):
+        assert xent.audit(p, target=y, sample_weight=[scale, scale]).standard_error is None
+    assert xent.audit(p, target=y).low == 0  # a loss is never less

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import brier_score_loss, log_loss
 
@@ -12,7 +15,11 @@ from xent.auditing.calibration import Reliability, pool
 
 def of(p: np.ndarray, y: np.ndarray, weight: np.ndarray | None = None) -> Reliability:
     found = Reliability.empty()
-    found.update(p, 1 - p, y, np.ones(len(p)) if weight is None else weight)
+    weight = np.ones(len(p)) if weight is None else weight
+    values = {"confidence": p, "rest": 1 - p, "hit": y, "weight": weight}
+    with np.errstate(divide="ignore"):
+        values |= {"top_log": np.log(p), "rest_log": np.log(1 - p)}
+    found.update(SimpleNamespace(**{name: torch.tensor(x) for name, x in values.items()}))
     return found
 
 

@@ -68,7 +68,7 @@ def test_a_probability_of_0_and_equal_ones():
     assert rows.loss.tolist()[0] == 0
     assert rows.prediction.tolist() == [0, 0, 2]
     assert rows.runner_up.tolist() == [1, 1, 0]
-    assert rows.rank.tolist() == [0, 0, 1]
+    assert rows.rank.tolist() == [0, 1, 2]  # of equal classes the lower is before
     assert rows.margin[0] == torch.inf
     never = tile_of(log_p[:1], torch.tensor([1]), "log-probs")
     assert never.impossible.tolist() == [True]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xent.auditing.rows import Rows
+from xent.auditing.rows import MeasuredRows, Rows
 from xent.auditing.sums import add_at
 from xent.auditing.tiles import Tile
 
@@ -72,13 +72,14 @@ class Reliability:
         """Return the cells of no rows."""
         return cls(*np.zeros((3, FINE.cells)))
 
-    def update(self, p: np.ndarray, q: np.ndarray, event: np.ndarray, weight: np.ndarray) -> None:
-        """Add rows: probabilities p (n,), 1 − p (n,), the event's share 0 to 1 (n,), and weights (n,)."""
-        at = cell_of(torch.from_numpy(p), torch.from_numpy(q)).numpy()
+    def update(self, rows: MeasuredRows) -> None:
+        """Add rows: the score is the confidence, the event that the prediction is right."""
+        p, q, event, weight = (x.numpy() for x in (rows.confidence, rows.rest, rows.hit, rows.weight))
+        at = cell_of(rows.confidence, rows.rest).numpy()
         add_at(self.weight, at, weight)
         add_at(self.hits, at, weight * event)
         add_at(self.confidence, at, weight * p)
-        self.log_loss += float((weight * _binary_loss(p, q, event, weight)).sum())
+        self.log_loss += float((weight * _binary_loss(rows).numpy()).sum())
         self.brier += float((weight * (event * q**2 + (1 - event) * p**2)).sum())
 
     def merge(self, other: Reliability) -> None:
@@ -132,7 +133,7 @@ class ClassReliability:
         index, miss, square = self.grid.lower(p), torch.log1p(-p), p.square()
         rows, places = self._places(known.prediction, known.confidence > 0.5)  # no other p is above one half
         index[rows, places] = self.grid.cells - 1 - self.grid.lower(known.rest[rows])
-        miss[rows, places] = known.rest[rows].log().to(p.dtype)
+        miss[rows, places] = known.rest_log[rows].to(p.dtype)
         self.weight.scatter_add_(1, index.t(), s.expand(count, n))
         if numbers.mass is not None and numbers.log_p is not None:
             mass, log_p = numbers.mass, numbers.log_p
@@ -229,11 +230,11 @@ def pool(weight: np.ndarray, hits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.array(weights), np.array(sums) / np.array(weights)
 
 
-def _binary_loss(p: np.ndarray, q: np.ndarray, event: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Return −event·log p − (1 − event)·log q, (n,); 0 of rows of weight 0."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        hit = np.where((event > 0) & (weight > 0), event * np.log(p), 0.0)
-        miss = np.where((event < 1) & (weight > 0), (1 - event) * np.log(q), 0.0)
+def _binary_loss(rows: MeasuredRows) -> Tensor:
+    """Return −event·log p − (1 − event)·log(1 − p), (n,), of the confidence p; 0 of rows of weight 0."""
+    event, counts = rows.hit, rows.weight > 0
+    hit = torch.where((event > 0) & counts, event * rows.top_log, 0.0)
+    miss = torch.where((event < 1) & counts, (1 - event) * rows.rest_log, 0.0)
     return -hit - miss
 
 

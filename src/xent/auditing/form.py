@@ -201,7 +201,7 @@ def _losses(totals: Totals, carried: float) -> list[tuple[float, float, float, f
 
 
 def _bounds(sample: Sample) -> Bounds | None:
-    log_p, label, weight, _ = sample.sorted()
+    log_p, label, weight, _ = sample.result()
     if not len(label):
         return None
     found = triplets.bounds(log_p, label, reduction="none")
@@ -211,12 +211,12 @@ def _bounds(sample: Sample) -> Bounds | None:
 
 def _rows(largest: Largest, names: Sequence[str]) -> list[RowMeasures]:
     columns = (
-        largest.column(name).tolist() for name in ("row", "label", "prediction", "own", "confidence", "loss")
+        largest.column(name).tolist()
+        for name in ("row", "label", "prediction", "own", "confidence", "loss", "saving")
     )
     ids = [None] * largest.values.shape[1] if largest.ids is None else largest.ids.tolist()
     found = []
-    for row, label, prediction, own, confidence, loss, name in zip(*columns, ids, strict=True):
-        saving = math.log(confidence / own) if own > 0 else math.inf
+    for row, label, prediction, own, confidence, loss, saving, name in zip(*columns, ids, strict=True):
         found.append(
             RowMeasures(
                 row + 1, name, names[label], names[prediction], own, confidence, finite(loss), finite(saving)

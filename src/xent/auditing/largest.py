@@ -12,7 +12,7 @@ import numpy as np
 
 from xent.auditing.rows import Rows
 
-COLUMNS = ("row", "label", "prediction", "loss", "own", "confidence", "key")
+COLUMNS = ("row", "label", "prediction", "loss", "own", "confidence", "saving", "key")
 
 
 class Largest:
@@ -42,11 +42,14 @@ class Largest:
         self._join(other.values, other.ids)
 
     def _join(self, values: np.ndarray, ids: np.ndarray | None) -> None:
+        names = [
+            np.full(of.shape[1], None, dtype=object) if each is None else each
+            for each, of in ((self.ids, self.values), (ids, values))
+        ]
         values = np.concatenate([self.values, values], axis=1)
         order = np.lexsort((values[0], -values[-1]))[: self.most]
-        if ids is not None:
-            ids = ids if self.ids is None else np.concatenate([self.ids, ids])
-            self.ids = ids[order]
+        if self.ids is not None or ids is not None:
+            self.ids = np.concatenate(names)[order]
         self.values = values[:, order]
 
     def column(self, name: str) -> np.ndarray:

@@ -41,6 +41,7 @@ class MeanLoss:
         self.blocks = np.zeros((2, 0))  # Σ s ℓ and Σ s of each block
         self.squares = np.zeros(3)  # Σ s², Σ s² ℓ, Σ s² ℓ²
         self.rows = 0
+        self.counted = 0  # rows of a weight above 0
         self.infinite = 0  # rows that count, whose loss is infinite
 
     def update(self, rows: Rows) -> None:
@@ -59,6 +60,7 @@ class MeanLoss:
         for sums, values in zip(self.blocks, (part.numpy(), s), strict=True):
             sums[first : last + 1] += np.bincount(place, values, last - first + 1)
         self.rows += len(s)
+        self.counted += int((rows.weight > 0).sum())
 
     def merge(self, other: MeanLoss) -> None:
         """Add the rows of another."""
@@ -66,6 +68,7 @@ class MeanLoss:
         self.blocks[:, : other.blocks.shape[1]] += other.blocks
         self.squares += other.squares
         self.rows += other.rows
+        self.counted += other.counted
         self.infinite += other.infinite
 
     @property
@@ -84,17 +87,20 @@ class MeanLoss:
         return math.inf if self.infinite else self.finite
 
     def standard_error(self) -> float | None:
-        """Return the standard error of the mean; None where it is infinite or of one row."""
-        if self.infinite or self.rows < 2:
+        """Return the standard error of the mean; None where it is infinite, of one row, or beyond numbers."""
+        ones, losses, squares = self.squares.tolist()
+        if self.infinite or self.counted < 2 or not ones:
             return None
-        ones, losses, squares = self.squares
         mean = self.mean
-        return math.sqrt(max(0.0, squares - 2 * mean * losses + mean * mean * ones)) / self.weight
+        variance = (squares - 2 * mean * losses + mean * mean * ones) / self.weight / self.weight
+        return math.sqrt(max(0.0, variance)) if math.isfinite(variance) else None
 
     def normal(self) -> Interval | None:
-        """Return the interval of the normal distribution; None where there is no standard error."""
+        """Return the interval of the normal distribution from 0; None where there is no standard error."""
         error = self.standard_error()
-        return None if error is None else Interval(self.mean - QUANTILE * error, self.mean + QUANTILE * error)
+        if error is None:
+            return None
+        return Interval(max(0.0, self.mean - QUANTILE * error), self.mean + QUANTILE * error)
 
     def bootstrap(self) -> Interval | None:
         """Return the interval of 200 replicates; None for fewer than 20 blocks, or an infinite mean."""

@@ -30,6 +30,7 @@ class Rows:
     top_log: Tensor  # the log-probability of the prediction
     confidence: Tensor  # the probability of the prediction
     rest: Tensor  # Σ p over the classes beside the prediction
+    rest_log: Tensor  # its logarithm, finite where the sum is too small for a number
     loss: Tensor  # −Σ t log p, nats
 
     def __len__(self) -> int:
@@ -62,8 +63,9 @@ class MeasuredRows(Rows):
     second: Tensor  # the probability of the runner-up
     squares: Tensor  # Σ p² over the classes beside the prediction
     entropy: Tensor  # −Σ p log p, nats
-    rank: Tensor  # int64, the number of classes that are more probable than the row's own
+    rank: Tensor  # int64, the number of classes before the row's own: more probable, or as much and lower
     hit: Tensor  # the mass of the predicted class: 1 or 0 without soft labels
+    soft_top: Tensor | None = None  # (n, K) of soft labels: the mass of the 1, 2, ... K most probable classes
     soft_brier: Tensor | None = None  # ‖p − t‖² of soft labels
     by_class: Tensor | None = None  # (2, C) of soft labels: weight and loss of each class, summed over rows
 

@@ -84,8 +84,7 @@ class FirstSweep:
         rows = joined(parts)
         self.mean_loss.update(rows)
         self.totals.update(rows)
-        arrays = (rows.confidence, rows.rest, rows.hit, rows.weight)
-        self.reliability.update(*(x.numpy() for x in arrays))
+        self.reliability.update(rows)
         if isinstance(self.pairs, CandidatePairs):
             self.pairs.update(rows)
         self.worst.update(rows, rows.loss.numpy(), batch.ids)

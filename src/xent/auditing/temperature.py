@@ -34,7 +34,7 @@ def of_sample(sample: Sample) -> float:
     """Return the best β of a sample; 0 or infinity where the loss keeps falling to that end."""
     if not len(sample.key):
         return 1.0
-    log_p, label, weight, mass = sample.sorted()
+    log_p, label, weight, mass = sample.result()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # where every temperature is as good

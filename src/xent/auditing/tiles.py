@@ -26,6 +26,9 @@ from xent.auditing.top_two import TopTwo, top_two
 
 Kind = Literal["probs", "log-probs", "logits"]
 
+DEEPEST = 100
+"""The largest k of a top-k accuracy."""
+
 
 class Memory:
     """Memory for intermediate results, which tiles take one after the other."""
@@ -99,7 +102,7 @@ class Tile:
 
     def p_in(self, rows: Tensor) -> Tensor:
         """Return the probabilities of some rows (k,), (k, C), which the caller may change."""
-        x = self.x[rows] if self.x.stride(1) == 1 else self.x.t().index_select(1, rows).t()
+        x = self._rows(rows)
         if self.kind == "logits":
             return x.sub_(self.top.top[rows, None]).exp_().div_(1 + self.others[rows, None])
         return x if self.kind == "probs" else x.exp_()
@@ -146,17 +149,14 @@ class Tile:
     def chosen(self, rows: Tensor) -> Tile:
         """Return some of the rows (k,), as rows of no certain number."""
 
-        def of(x: Tensor) -> Tensor:
-            return x[rows] if x.stride(1) == 1 else x.t().index_select(1, rows).t()
-
-        mass = None if self.mass is None else of(self.mass)
-        return Tile(of(self.x), self.kind, self.label[rows], self.weight[rows], mass)
+        mass = None if self.mass is None else self.mass[rows]
+        return Tile(self._rows(rows), self.kind, self.label[rows], self.weight[rows], mass)
 
     def known(self) -> Rows:
         """Return what a second sweep needs of each row."""
         own_log, own = self._both(self.label)
         top_log, confidence = self._both(self.prediction)
-        rest = self.others.double()
+        rest, rest_log = self._rest()
         return Rows(
             self.start,
             self.label,
@@ -166,9 +166,31 @@ class Tile:
             own,
             top_log,
             confidence,
-            rest / (1 + rest) if self.kind == "logits" else rest,
+            rest,
+            rest_log,
             -own_log if self.mass is None else self.soft_loss(self.mass).sum(1),
         )
+
+    def _rest(self) -> tuple[Tensor, Tensor]:
+        """Return Σ p over the classes beside the prediction and its logarithm, (n,) float64 each."""
+        others = self.others.double()
+        log = others.log()
+        # numbers of few bits hold no smaller sum
+        faint = ((others < 1e-30) & (self.top.second > -math.inf)).nonzero()[:, 0]
+        if len(faint) and self.kind != "probs":
+            u = self._rows(faint).double()
+            if self.kind == "logits":
+                u -= self.top.top[faint, None].double()
+            log[faint] = u.scatter_(1, self.prediction[faint, None], -math.inf).logsumexp(1)
+            others = others.clone()
+            others[faint] = log[faint].exp()
+        if self.kind == "logits":
+            return others / (1 + others), log - others.log1p()
+        return others, log
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """Return the numbers of some rows (k,), (k, C)."""
+        return self.x[rows] if self.x.stride(1) == 1 else self.x.t().index_select(1, rows).t()
 
     def measured(self) -> MeasuredRows:
         """Return all that is measured of each row."""
@@ -189,10 +211,16 @@ class Tile:
             entropy = z.log() * known.rest - total / z - known.confidence * known.top_log
         own = self.x.gather(1, self.label[:, None])
         rank = torch.gt(self.x, own, out=u).sum(1).long()
+        tied = (torch.eq(self.x, own, out=u).sum(1) > 1).nonzero()[:, 0]
+        if len(tied):
+            lower = torch.arange(self.classes) < self.label[tied, None]
+            rank[tied] += ((self._rows(tied) == own[tied]) & lower).sum(1)
         if self.mass is None:
-            hit, brier, by_class = known.right.double(), None, None
+            hit, top, brier, by_class = known.right.double(), None, None, None
         else:
             hit = self.mass.gather(1, place)[:, 0].double()
+            order = self.x.sort(dim=1, descending=True, stable=True).indices[:, :DEEPEST]
+            top = self.mass.gather(1, order).double().cumsum(1)
             brier = torch.sub(self.p, self.mass, out=self.memory.take(1, self.x)).square_().sum(1).double()
             counted = self.weight * known.loss.isfinite()
             loss = self.soft_loss(self.mass).nan_to_num_(posinf=0.0)
@@ -206,6 +234,7 @@ class Tile:
             entropy=entropy,
             rank=rank,
             hit=hit,
+            soft_top=top,
             soft_brier=brier,
             by_class=by_class,
         )

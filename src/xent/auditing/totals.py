@@ -15,8 +15,9 @@ from torch import Tensor
 
 from xent.auditing.rows import MeasuredRows
 from xent.auditing.sums import add_at
+from xent.auditing.tiles import DEEPEST
 
-TOP = (1, 2, 3, 5, 10, 20, 50, 100)
+TOP = (1, 2, 3, 5, 10, 20, 50, DEEPEST)
 """Numbers k of the top-k accuracies; those below the number of classes are reported."""
 
 SCALARS = ("hit", "confidence", "entropy", "brier", "gradient_norm", "curvature_trace")
@@ -52,7 +53,7 @@ class Totals:
         self.rows = np.zeros(classes, dtype=np.int64)  # of each class
         self.classes = np.zeros((len(PER_CLASS), classes))
         self.scalars = np.zeros(len(SCALARS))
-        self.ranks = np.zeros(len(TOP))  # weight of rows whose class is among the k most probable
+        self.ranks = np.zeros(len(TOP))  # weight of the labels that are among the k most probable classes
         self.margins = np.zeros((2, MARGINS.count))  # weight of the rows in each cell: wrong ones, right ones
         self.losses = np.zeros((2, LOSSES.count))  # weight and loss of the rows in each cell
         self.margin = np.zeros(2)  # Σ s m and Σ s of finite margins
@@ -69,10 +70,11 @@ class Totals:
         self._add_classes(rows, part, hit)
         self.scalars += [float(weight @ getattr(rows, name)) for name in SCALARS]
         s, right, rank = weight.numpy(), hit.numpy(), rows.rank.numpy()
-        self.ranks[0] += right.sum()
-        for i, k in enumerate(TOP[1:], 1):
-            if k < len(self.rows):
+        for i, k in enumerate(TOP):
+            if k < len(self.rows) and rows.soft_top is None:
                 self.ranks[i] += s[rank < k].sum()
+            elif k < len(self.rows) and rows.soft_top is not None:
+                self.ranks[i] += float(rows.weight @ rows.soft_top[:, k - 1])
         margin = rows.margin.numpy()
         cells = MARGINS.of(margin)
         add_at(self.margins[0], cells, s - right)
