@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pandas
@@ -443,3 +444,104 @@ def test_intervals_that_are_not_known():
     for scale in (1e-170, 1e200):
         assert xent.audit(p, target=y, sample_weight=[scale, scale]).standard_error is None
     assert xent.audit(p, target=y).low == 0  # a loss is never less
+
+
+@pytest.mark.parametrize("form", ["series", "torch", "numpy", "arrow", "polars", "mixed"])
+def test_ids_go_by_position(form):
+    import pandas as pd
+    import polars as pl
+    import pyarrow as pa
+
+    z, y = problem(60, 3)
+    names = list(range(100, 160))
+    ids = {
+        "series": pd.Series(names, index=np.random.default_rng(0).permutation(60)),
+        "torch": torch.tensor(names),
+        "numpy": np.array(names),
+        "arrow": pa.array(names),
+        "polars": pl.Series(names),
+        "mixed": [str(name) if name % 2 else name for name in names],
+    }[form]
+    found = xent.audit(logits=z, target=y, ids=ids)
+    assert [int(row.id) for row in found.worst] == [row.row + 99 for row in found.worst]
+    assert [int(name) for name in found.rows["id"].to_pylist()] == names
+
+
+@pytest.mark.parametrize("named_first", [True, False])
+def test_rows_without_ids_among_others(named_first):
+    z, y = problem(60, 3)
+    for merged in (False, True):
+        audits = [xent.Audit(3), xent.Audit(3)]
+        into = [audits[0], audits[1] if merged else audits[0]]
+        for part, audit, named in zip(
+            (slice(30), slice(30, 60)), into, (named_first, not named_first), strict=True
+        ):
+            audit.update(
+                logits=z[part], target=y[part], ids=list(range(30)) if named else None, start=part.start or 0
+            )
+        if merged:
+            audits[0].merge(audits[1])
+        for row in audits[0].result().worst:
+            assert row.id == ((row.row - 1) % 30 if (row.row <= 30) == named_first else None)
+
+
+def test_a_frame_whose_classes_are_in_another_order_is_an_error():
+    import pandas as pd
+
+    z, y = problem(60, 3)
+    p = pd.DataFrame(torch.from_numpy(z).softmax(1).numpy(), columns=list("abc"))
+    label = np.array(list("abc"))[y]
+    assert xent.audit(p, target=label, classes=list("abc")).log_loss > 0
+    with pytest.raises(ValueError, match=r"columns of probabilities are the classes in another order"):
+        xent.audit(p[["b", "a", "c"]], target=label, classes=list("abc"))
+    with pytest.raises(ValueError, match="columns of target"):
+        xent.audit(p, target=p[["b", "a", "c"]], classes=list("abc"))
+
+
+def test_an_update_that_fails_leaves_the_audit_as_it_was(monkeypatch):
+    monkeypatch.setattr(sweeps, "NUMBERS", 30)
+    monkeypatch.setattr(sweeps, "ROWS", 10)
+    z, y = problem(100, 3)
+    bad = z.copy()
+    bad[90, 1] = np.nan
+    audit = xent.Audit(3)
+    with pytest.raises(ValueError, match="row 90"):
+        audit.update(logits=bad, target=y)
+    audit.update(logits=z, target=y)
+    assert audit.result().log_loss == pytest.approx(xent.audit(logits=z, target=y).log_loss)
+    assert audit.result().count == 100
+
+
+def test_what_an_audit_does_not_take():
+    z, y = problem(60, 3)
+    audit = xent.Audit(np.int64(3))
+    audit.update(logits=z, target=y)
+    again = audit.second_sweep()
+    again.update(logits=z[:20], target=y[:20])
+    with pytest.raises(ValueError, match="second sweep has 20 of the first one's 60 rows"):
+        again.result()
+    again.update(logits=z[20:], target=y[20:])
+    assert again.result().suspects == xent.audit(logits=z, target=y, classes=3).suspects
+    with pytest.raises(TypeError, match="merge takes another Audit"):
+        audit.merge(3)
+    with pytest.raises(ValueError, match="with itself"):
+        audit.merge(audit)
+    with pytest.raises(ValueError, match="start must be 0 or more"):
+        audit.update(logits=z, target=y, start=-5)
+    with pytest.raises(ValueError, match="names 'a' twice"):
+        xent.Audit(["a", "a"])
+
+
+def test_a_result_is_pickled_without_the_rows():
+    z, y = problem(60, 3)
+    found = xent.audit(logits=z, target=y)
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found
+    assert again.rows is None
+
+
+def test_a_single_column_has_the_tolerance_of_two():
+    x = np.array([2e-16, -1.0])
+    assert xent.audit(log_probabilities=x, target=[1, 0]).log_loss == pytest.approx(0.2293, abs=1e-3)
+    with pytest.raises(ValueError, match=r"log_probabilities is 0.1 at row 0"):
+        xent.audit(log_probabilities=np.array([0.1, -1.0]), target=[1, 0])

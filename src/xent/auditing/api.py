@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from xent._util.text import class_text
-from xent.auditing.arrays import Given, read
+from xent.auditing.arrays import Given, named_classes, read
 from xent.auditing.form import formed
 from xent.auditing.result import AuditResult
 from xent.auditing.sweeps import WORST, FirstSweep, SecondSweep
@@ -69,7 +69,7 @@ def audit(
     """
     if sweeps not in (1, 2):
         raise ValueError(f"sweeps must be 1 or 2, got {sweeps!r}")
-    worst = _rows(worst)
+    worst = _whole("worst", worst)
     given = read(
         probabilities,
         log_probabilities,
@@ -103,13 +103,13 @@ def _row_table(given: Given) -> pa.Table:
     return pa.concat_tables(tables)
 
 
-def _rows(worst: Any) -> int:
+def _whole(name: str, value: Any) -> int:
     """Return a number of rows; raise a ValueError or TypeError for another value."""
-    if isinstance(worst, bool) or not isinstance(worst, numbers.Integral):
-        raise TypeError(f"worst must be a whole number of rows, got {worst!r}")
-    if worst < 0:
-        raise ValueError(f"worst must be 0 or more, got {worst}")
-    return int(worst)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be a whole number of rows, got {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+    return int(value)
 
 
 class Audit:
@@ -133,10 +133,10 @@ class Audit:
     """
 
     def __init__(self, classes: Sequence[Any] | int, *, worst: int = WORST) -> None:
-        self.classes = list(range(classes)) if isinstance(classes, int) else list(classes)
+        self.classes = named_classes(classes)
         if len(self.classes) < 2:
             raise ValueError(f"an audit needs two classes, got {len(self.classes)}")
-        self._first = FirstSweep(len(self.classes), _rows(worst))
+        self._first = FirstSweep(len(self.classes), _whole("worst", worst))
         self._second: SecondSweep | None = None
         self._next = 0
 
@@ -157,7 +157,7 @@ class Audit:
         """Add rows; the arguments are those of :func:`audit`.
 
         ``start`` is the number of the first row among all, from 0, where rows do not follow those before: the
-        blocks of the bootstrap and the sample of rows go by it.
+        blocks of the bootstrap and the sample of rows go by it. An error leaves the audit as it was.
         """
         given = read(
             probabilities,
@@ -171,14 +171,20 @@ class Audit:
             ids,
             renormalize,
         )
-        at = self._next if start is None else start
+        at = self._next if start is None else _whole("start", start)
         measures = self._first if self._second is None else self._second
+        for _ in given.batches(at):  # a fault is found before any row is counted
+            pass
         for batch in given.batches(at):
             measures.update(batch)
         self._next = at + given.predictions.count
 
     def merge(self, other: Audit) -> None:
         """Add the rows of an audit of the same classes and sweep."""
+        if not isinstance(other, Audit):
+            raise TypeError(f"merge takes another Audit, got {type(other).__name__}")
+        if other is self:
+            raise ValueError("an audit cannot be merged with itself: its rows would count twice")
         if self.classes != other.classes or (self._second is None) != (other._second is None):
             raise ValueError("audits are merged that have the same classes and are in the same sweep")
         if self._second is None or other._second is None:
@@ -198,4 +204,9 @@ class Audit:
         """Return the result of the rows so far; raise a ValueError if there are none."""
         if not self._first.mean_loss.rows:
             raise ValueError("no rows were given yet")
+        if self._second is not None and self._second.rows != self._first.mean_loss.rows:
+            raise ValueError(
+                f"the second sweep has {self._second.rows:,} of the first one's "
+                f"{self._first.mean_loss.rows:,} rows; give it all of them, or take the first audit's result"
+            )
         return formed(self._first, self._second, [class_text(value) for value in self.classes])

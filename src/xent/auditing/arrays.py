@@ -8,7 +8,8 @@ Of features and a head the logits of some rows exist at a time.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ class Given:
     masses: Rows | None  # (N, C)
     weight: Rows | None  # (N,)
     names: list[str]  # (C,) the classes as text
-    ids: Any  # (N,) the caller's names of the rows; None without any
+    ids: list[Any] | None  # (N,) the caller's names of the rows
     renormalize: bool
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
@@ -194,15 +195,57 @@ def read(
     count = masses.shape[0] if labels is None and masses is not None else labels.count if labels else 0
     if count != made.count:
         raise ValueError(f"target has {count} rows and the predictions have {made.count}; they must agree")
-    if ids is not None and len(ids) != made.count:
-        raise ValueError(f"ids has {len(ids)} entries and the predictions have {made.count} rows")
     names = [class_text(value) for value in values]
-    return Given(made, labels, masses, read_weight(sample_weight, made.count), names, ids, renormalize)
+    check_order(forms[name], name, names)
+    if masses is not None:
+        check_order(target, "target", names)
+    weight = read_weight(sample_weight, made.count)
+    return Given(made, labels, masses, weight, names, _names(ids, made.count), renormalize)
+
+
+def check_order(given: Any, name: str, names: Sequence[str]) -> None:
+    """Raise a ValueError for a data frame whose columns are the classes in another order."""
+    columns = getattr(given, "columns", None)
+    if columns is None or len(columns) != len(names):
+        return
+    found = [class_text(column) for column in columns]
+    if found != list(names) and {*found} == {*names}:
+        raise ValueError(
+            f"the columns of {name} are the classes in another order, and columns are read by position: "
+            f"give {name}[classes], or classes=list({name}.columns)"
+        )
+
+
+def named_classes(classes: Any) -> list[Any]:
+    """Return the classes of a list, or 0 to C − 1 of their number; raise a ValueError for one named twice."""
+    if isinstance(classes, numbers.Integral) and not isinstance(classes, bool):
+        return list(range(int(classes)))
+    found = list(classes)
+    texts = [class_text(value) for value in found]
+    if len({*texts}) < len(texts):
+        twice = next(text for text in texts if texts.count(text) > 1)
+        raise ValueError(f"classes names {twice!r} twice; name each class once")
+    return found
+
+
+def _names(ids: Any, count: int) -> list[Any] | None:
+    """Return the caller's names of the rows by their position; raise a ValueError for another number."""
+    if ids is None:
+        return None
+    for method in ("tolist", "to_pylist", "to_list"):
+        if hasattr(ids, method):
+            ids = getattr(ids, method)()
+            break
+    if len(ids) != count:
+        raise ValueError(f"ids has {len(ids)} entries and the predictions have {count} rows")
+    found = list(ids)
+    kinds = {type(name) for name in found if name is not None}
+    return found if len(kinds) < 2 else [None if name is None else str(name) for name in found]
 
 
 def _target(target: Any, classes: Any, count: int) -> tuple[Labels | None, Rows | None, list[Any]]:
     """Return labels, or masses of the classes (N, C), and the classes."""
-    values = list(range(count)) if classes is None else list(classes)
+    values = list(range(count)) if classes is None else named_classes(classes)
     if len(values) != count:
         raise ValueError(f"classes has {len(values)} entries and the predictions have {count} classes")
     shape = tuple(target.shape if hasattr(target, "shape") else as_array(target, "target").shape)

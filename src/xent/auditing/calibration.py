@@ -188,11 +188,11 @@ def decomposed(
     """Return the decompositions of two scores: cells (cells,) in the order of the score, sums of losses."""
     there = weight > 0
     total = weight[there].sum()
-    pools, rate = pool(weight[there], hits[there])
+    pools, rate = pool(weight[there] / total, hits[there] / total)
     base = np.array([hits.sum() / total])
     found = []
     for score, mean in ((_entropy, log_loss), (_variance, brier)):
-        own, best = float(mean / total), float((pools * score(rate)).sum() / total)
+        own, best = float(mean / total), float((pools * score(rate)).sum())
         uncertainty = float(score(base)[0])
         found.append(Decomposition(own, own - best, uncertainty - best, uncertainty))
     return found[0], found[1]

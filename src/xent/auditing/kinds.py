@@ -53,7 +53,7 @@ def judged(x: Tensor, kind: Kind, renormalize: bool = False) -> Judged:
     """
     stored, x = x, x if x.dtype in (torch.float32, torch.float64) else x.to(_wide(x.dtype))
     if x.shape[1] == 1:
-        return _single(x, kind)
+        return _single(x, kind, stored)
     if x.shape[1] <= FEW and x.stride(0) != 1:
         x = x.t().contiguous().t()
     if kind == "logits":
@@ -76,7 +76,7 @@ def judged(x: Tensor, kind: Kind, renormalize: bool = False) -> Judged:
     return Judged(x.clamp(max=0) if kind == "log-probs" and not (plain and high <= 1) else x, kind)
 
 
-def _single(x: Tensor, kind: Kind) -> Judged:
+def _single(x: Tensor, kind: Kind, stored: Tensor) -> Judged:
     """Return numbers of two classes from a column (n, 1) of the second: logits, else log-probabilities."""
     x = x[:, 0]
     if kind == "logits":
@@ -84,7 +84,8 @@ def _single(x: Tensor, kind: Kind) -> Judged:
     elif kind == "probs":
         bad, first, second = ~((x >= 0) & (x <= 1)), torch.log1p(-x), x.log()
     else:
-        bad, second = ~(x <= 0), x
+        bad, second = ~(x <= Probabilities(Rows(stored), False, False).tolerance), x.clamp(max=0)
+        x = second
         first = torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
     pair = torch.stack([first, second]).t()
     return Judged(pair, "logits" if kind == "logits" else "log-probs", bad if bad.any() else None)

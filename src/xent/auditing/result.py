@@ -27,7 +27,7 @@ class AuditResult:
     """The parts of a classifier's loss; every measure is an attribute, such as ``result.log_loss``.
 
     ``rows`` is an Arrow table of every row's measures, made by one more sweep over the caller's arrays; None
-    where these came as a stream.
+    where these came as a stream, and of a result that was pickled.
     """
 
     source: str
@@ -48,6 +48,10 @@ class AuditResult:
     suspect_rows: list[RowMeasures]
     left_out: list[str]  # what was not measured, and why
     _rows: Callable[[], pa.Table] | None = dataclasses.field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the caller's arrays, of which the rows are made, are left behind
+        return {**self.__dict__, "_rows": None}
 
     def __getattr__(self, name: str) -> Any:
         measures = self.__dict__.get("measures")

@@ -101,6 +101,7 @@ class SecondSweep:
 
     def __init__(self, first: FirstSweep) -> None:
         totals, classes = first.totals, len(first.totals.rows)
+        self.rows = 0
         self.tempered = Tempered(of_sample(first.sample))
         self.suspects = Suspects(totals.thresholds)
         self.per_class: ClassReliability | None = None
@@ -126,12 +127,14 @@ class SecondSweep:
             columns = (None if each[0] is None else torch.cat(each) for each in zip(*numbers, strict=True))
             self.per_class.update(Numbers._make(columns), rows)
         self.suspects.list(rows, batch.ids)
+        self.rows += len(rows)
         return rows
 
     def merge(self, other: SecondSweep) -> None:
         """Add the rows of another."""
+        self.rows += other.rows
         for own, their in zip(vars(self).values(), vars(other).values(), strict=True):
-            if own is not None:
+            if hasattr(own, "merge"):
                 own.merge(their)
 
 
