@@ -417,3 +417,59 @@ def test_standard_input_goes_by_its_name(frame):
 
 def test_thresholds_and_signs():
     assert audit_job.thresholds(["log_loss >= 1e-3"], 2) == [("log_loss", ">=", 1e-3)]
+
+
+def test_columns_as_predict_writes_them(tmp_path, monkeypatch):
+    """Kept columns of a CSV file are text in Parquet; of the most probable classes alone there is no audit."""
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    table = pandas.DataFrame(rng.standard_normal((60, 2)), columns=["u", "v"])
+    table["kind"], table["wt"] = np.array(list("abc"))[rng.integers(3, size=60)], rng.random(60)
+    table.to_csv("rows.csv", index=False)
+    run("fit", "rows.csv", "--label", "kind", "--exclude", "wt", "--out", "m", "--quiet")
+    for name, more in (("all.parquet", ()), ("top.csv", ("--top", "2"))):
+        run("predict", "m/model.safetensors", "rows.csv", "-o", name, "--keep", "kind,wt", "--quiet", *more)
+    found = audited("all.parquet", "--kind", "probs", "--label", "kind", "--weight", "wt")
+    assert found["weight"] == pytest.approx(table["wt"].sum())
+    said = run("audit", "top.csv", "--kind", "probs", "--label", "kind", code=2).stderr
+    assert "predict without --top" in said
+
+
+def test_ids_of_two_formats_meet_as_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    table = pandas.DataFrame({"a": [0.9, 0.2], "b": [0.1, 0.8], "id": [7, 8], "kind": ["a", "b"]})
+    table.to_csv("a.csv", index=False)
+    table[::-1].to_parquet("b.parquet")
+    options = ("--kind", "probs", "--label", "kind", "--id", "id")
+    assert audited("a.csv", *options, "--against", "b.parquet")["against"]["difference"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fail-on", "top_5_accuracy<0.9"), "there are 2 classes"),
+        (("--compare", "."), "(--compare)"),
+        (("--compare", "huge.json"), "(--compare)"),
+        (("--id", "nope"), "(--id)"),
+        (("--fail-on", "standard_error>0.5"), "no such measure"),
+        (("--classes", "a,c"), "(--classes)"),
+    ],
+)
+def test_what_cannot_be_is_said_in_the_audits_own_words(tmp_path, monkeypatch, options, message):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("a,b,kind\n0.9,0.1,a\n")
+    Path("huge.json").write_text('{"schema": "xent.audit", "version": Infinity, "measures": {}}')
+    assert message in run("audit", "a.csv", "--kind", "probs", "--label", "kind", *options, code=2).stderr
+
+
+def test_a_page_has_the_comparisons(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.csv").write_text("a,b,kind\n0.9,0.1,a\n0.2,0.8,b\n")
+    Path("b.csv").write_text("a,b,kind\n0.8,0.2,a\n0.2,0.8,b\n")
+    options = ("--kind", "probs", "--label", "kind")
+    Path("old.json").write_text(run("audit", "b.csv", *options, "--json").stdout)
+    run("audit", "a.csv", *options, "--against", "b.csv", "--compare", "old.json", "--html", "p.html")
+    page = Path("p.html").read_text()
+    assert "Against b.csv" in page
+    assert "it is higher in 0 rows and lower in 1 row" in page
+    assert "Beside b.csv" in page

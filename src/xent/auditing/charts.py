@@ -124,9 +124,8 @@ def _worst_rows(result: AuditResult) -> Any:
         axes.set_ylabel("share of the loss, %")
 
     sentence = (
-        f"The twentieth of the rows that cost most carries {100 * at:.0f} % of the loss: the steeper the "
-        "curve, the "
-        "fewer rows there are to look at."
+        f"The 5 % of the rows with the largest losses carry {100 * at:.0f} % of the loss: the steeper the "
+        "curve, the fewer rows there are to look at."
     )
     return "How few rows carry the loss", sentence, draw, 3.2
 
@@ -169,16 +168,16 @@ def _reliability(result: AuditResult) -> Any:
     confidence, accuracy = (100 * np.array([p[i] for p in points]) for i in (0, 1))
     gap = result.measures.confidence - result.measures.accuracy
     said = (
-        "more sure than right"
+        "surer than it is right"
         if gap > 0.005
-        else "less sure than right"
+        else "right more often than it is sure"
         if gap < -0.005
-        else "as sure as right"
+        else "as sure as it is right"
     )
     sentence = (
         f"The model is {said} on average: confidence {100 * result.measures.confidence:.1f} %, accuracy "
-        f"{100 * result.measures.accuracy:.1f} %. Points below the diagonal are too sure; all have as "
-        "many rows."
+        f"{100 * result.measures.accuracy:.1f} %. Points below the diagonal are too sure; each point "
+        "stands for the same number of rows."
     )
 
     def draw(axes: Axes) -> None:
@@ -214,6 +213,7 @@ def _margins(result: AuditResult) -> Any:
         axes.set_xlabel("log p of the class less that of its strongest rival, nats")
         axes.set_ylabel("rows")
         axes.axvline(0, color=FAINT, linewidth=1)
+        axes.margins(y=0.15)
         axes.annotate(
             "wrong",
             (0, 1),
@@ -243,16 +243,16 @@ def _bounds(result: AuditResult) -> Any:
         "hinge": "triplet loss, margin log C",
         "smooth": "smooth triplet loss, log C",
         "tight": "smooth triplet loss, log (C − 1)",
-        "hardest_low": "hardest triplet alone",
+        "hardest_low": "strongest rival alone",
         "loss": "cross-entropy",
-        "hardest_high": "hardest triplet, C − 1 times",
+        "hardest_high": "as if all rivals were the strongest",
         "union": "sum of all triplets",
     }
     values = [getattr(found, name) for name in names]
     sentence = (
-        f"Cross-entropy, {found.loss:.3g} nats on {found.rows:,} rows, lies between the bounds that its "
-        "triplets give; "
-        f"the hardest triplet alone gives {found.hardest_low:.3g}."
+        "A triplet is a row, its class and one rival; losses of triplets bound the cross-entropy from both "
+        f"sides. On {found.rows:,} rows the cross-entropy is {found.loss:.3g} nats, and the strongest rival "
+        f"of each row alone gives {found.hardest_low:.3g}."
     )
 
     def draw(axes: Axes) -> None:
@@ -265,7 +265,7 @@ def _bounds(result: AuditResult) -> Any:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("nats")
 
-    return "Its bounds by triplets", sentence, draw, 2.8
+    return "Between which bounds it lies", sentence, draw, 2.8
 
 
 def _height(names: list[str]) -> float:

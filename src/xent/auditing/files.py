@@ -192,6 +192,16 @@ class Files:
         if len({*names}) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise BadInput(f"{self.source}: two columns are of class {quoted(twice)}; name each class once")
+        if (
+            not named.classes
+            and named.prefix is None
+            and "probability_1" in chosen
+            and "class_1" not in chosen
+        ):
+            raise BadInput(
+                f"{self.source}: holds the most probable classes of each row alone, as `xent predict --top` "
+                "writes them; an audit needs the probabilities of all: predict without --top"
+            )
         listed = [name for name in chosen if name.endswith("]") and name.split("[")[0] in head.lists]
         if not named.classes and len(listed) == len(chosen) and len(head.lists) == 1:
             names = [str(c) for c in range(len(chosen))]  # one column of lists
@@ -231,7 +241,8 @@ class Files:
                 found |= dict.fromkeys(class_text(value) for value in part.table.classes)
         alike = ClassIndex(np.array([positive]), kind_of(np.array([positive])))
         others = [name for name in found if alike.codes(np.zeros(1, np.int64), np.array([name]))[0][0] < 0]
-        if len(others) == len(found):
+        own = [name for name in found if name not in others]
+        if not own:
             raise BadInput(
                 f"{self.source}: --positive {quoted(positive)} is none of the labels {some(list(found))}"
             )
@@ -239,7 +250,7 @@ class Files:
             raise BadInput(
                 f"{self.source}: --positive is of two classes, and the labels are {some(list(found))}"
             )
-        return [others[0] if others else f"not {positive}", positive]
+        return [others[0] if others else f"not {positive}", own[0]]  # as the labels have it
 
     def _wanted(self) -> Wanted:
         named = self.columns
@@ -381,8 +392,10 @@ class Files:
         row = start + found.row + 1
         if found.column is not None:
             text = f"row {row}, {self._column(found.column)} holds {found.value:.6g} {found.what}"
-            outside = self.kind != "logits" and math.isfinite(found.value)
-            return text + (" (--kind logits, if these are logits)" if outside else "")
+            if self.kind == "logits" or not math.isfinite(found.value):
+                return text
+            other = "probs" if self.kind == "log-probs" and 0 < found.value <= 1 else "logits"
+            return f"{text} (--kind {other}, if these are {'probabilities' if other == 'probs' else other})"
         if self.kind == "logits":
             return f"row {row} holds -inf {found.what}"
         text = f"row {row} sums to {found.value:.9g} {found.what}"

@@ -201,8 +201,8 @@ def _losses(totals: Totals, carried: float) -> list[tuple[float, float, float, f
 
 
 def _bounds(sample: Sample) -> Bounds | None:
-    log_p, label, weight, _ = sample.result()
-    if not len(label):
+    log_p, label, weight, mass = sample.result()
+    if not len(label) or mass is not None:  # a triplet has one class
         return None
     found = triplets.bounds(log_p, label, reduction="none")
     means = [float((each.double() * weight).sum() / weight.sum()) for each in found]

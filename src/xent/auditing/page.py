@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xent._util.atomic_write import atomic_write, check_file
-from xent._util.text import printable
+from xent._util.text import counted, printable
 from xent.auditing.records import RowMeasures
 from xent.auditing.sentences import headline, sentences, short
 from xent.errors import needs
@@ -42,16 +42,21 @@ class Table(NamedTuple):
     rows: list[list[Cell]]
 
 
-def write_page(result: AuditResult, path: Path) -> None:
-    """Write the page, whole or not at all."""
-    text = page(result)
+def write_page(
+    result: AuditResult,
+    path: Path,
+    compared: Mapping[str, Any] | None = None,
+    against: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the page, whole or not at all, with comparisons as ``xent audit --json`` has them."""
+    text = page(result, [*_against(against), *_compared(result, compared)])
     check_file(path)
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def page(result: AuditResult) -> str:
-    """Return the page; raise ``MissingExtra`` without Jinja or Matplotlib."""
+def page(result: AuditResult, first: Sequence[Table] = ()) -> str:
+    """Return the page, other tables before its own; raise ``MissingExtra`` without Jinja or Matplotlib."""
     with needs("report"):
         import jinja2
 
@@ -65,7 +70,7 @@ def page(result: AuditResult) -> str:
         said=sentences(result),
         cards=_cards(result),
         charts=drawn,
-        tables=list(_tables(result)),
+        tables=[*first, *_tables(result)],
         version=metadata.version("xent"),
     )
 
@@ -81,7 +86,7 @@ def _cards(result: AuditResult) -> list[tuple[str, str]]:
     found = result.measures
     cards = [
         ("loss, nats", _text(found.log_loss, ".4g", "∞")),
-        ("of knowing frequencies alone", f"{found.label_entropy:.4g}"),
+        ("loss of knowing frequencies alone", f"{found.label_entropy:.4g}"),
         ("accuracy", f"{100 * found.accuracy:.2f} %"),
         ("miscalibration, nats", _text(found.miscalibration, ".3g", "∞")),
         ("Brier score", f"{found.brier:.4g}"),
@@ -127,14 +132,15 @@ def _tables(result: AuditResult) -> list[Table]:
     for title, note, listed in (
         (
             "Labels that look wrong",
-            "The rows that another label would save most, to the upper end of their number's interval.",
+            "The rows whose loss another label would lower most, as many as there may be. Look before you "
+            "change one: where classes overlap, a row that looks wrong may only be hard.",
             result.suspect_rows,
         ),
         ("Largest losses", "The rows that cost most.", result.worst),
     ):
         if listed:
             part = listed[:MOST_ROWS]
-            columns = ("row", "label", "its p", "predicted", "its p", "loss", "saved by it")
+            columns = ("row", "label", "its p", "predicted", "its p", "loss", "nats less with it")
             found.append(
                 Table(
                     title,
@@ -158,6 +164,39 @@ def _row(row: RowMeasures) -> list[Cell]:
         _cell(row.loss if row.loss is not None else math.inf, ".3f"),
         _cell(row.saving if row.saving is not None else math.inf, ".3f"),
     ]
+
+
+def _against(found: Mapping[str, Any] | None) -> list[Table]:
+    """Return the comparison with another model on the same rows as a table."""
+    if found is None or found["difference"] is None:
+        return []
+    ends = "" if found["low"] is None else f" (95 %: {found['low']:+.4g} to {found['high']:+.4g})"
+    note = (
+        f"The loss here less that there is {found['difference']:+.4g} nats{ends}: it is higher in "
+        f"{counted(found['higher_rows'], 'row')} and lower in {counted(found['lower_rows'], 'row')}."
+    )
+    shown = found["per_class"][:MOST_CLASSES]
+    rows = [[_name(row["name"]), _cell(row["difference"], "+.4f")] for row in shown]
+    note += _of(len(shown), len(found["per_class"]), "classes")
+    return [Table(f"Against {printable(found['source'])}", note, ("class", "nats"), (0,), rows)]
+
+
+def _compared(result: AuditResult, found: Mapping[str, Any] | None) -> list[Table]:
+    """Return the comparison with an earlier audit as a table."""
+    if found is None:
+        return []
+    own = result.to_dict()["measures"]
+    rows = [
+        [
+            _name(name.replace("_", " ")),
+            _cell(own[name], ".6g"),
+            _cell(found["measures"][name], ".6g"),
+            _cell(difference, "+.3g"),
+        ]
+        for name, difference in found["differences"].items()
+    ]
+    columns = ("measure", "here", "there", "difference")
+    return [Table(f"Beside {short(found['source'])}", "Here less there.", columns, (0,), rows)]
 
 
 def summary_html(result: AuditResult) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from xent._util.text import quoted
+from xent._util.text import class_text, quoted
 from xent.auditing.files import Faults, Files
 from xent.auditing.mean_loss import QUANTILE
 from xent.auditing.records import finite
@@ -108,7 +108,8 @@ def paired(first: Files, second: Files) -> Paired:
 def _losses(files: Files) -> Iterator[Losses]:
     for batch in files.batches(Faults()):
         rows = batch.known()
-        names = None if batch.ids is None else list(batch.ids)
+        # as labels and columns are: what is a number in one file may be text in the other
+        names = None if batch.ids is None else [class_text(name) for name in batch.ids]
         yield Losses(rows.start, rows.label.numpy(), rows.weight.numpy(), rows.loss.numpy(), names)
 
 

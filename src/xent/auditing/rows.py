@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """What both sweeps know of some consecutive rows, (n,) each, in float64 but for the classes."""
+    """Some consecutive rows, with what both sweeps need, (n,) each, in float64 but for the classes."""
 
     start: int  # number of the first row among all, from 0
     label: Tensor  # int64, the class of the row, or that of the largest mass
@@ -56,7 +56,7 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class MeasuredRows(Rows):
-    """All that is measured of each row, (n,) each, in float64 but for the classes."""
+    """Some consecutive rows, with all their measures, (n,) each, in float64 but for classes."""
 
     runner_up: Tensor  # int64, the most probable class beside the prediction
     second_log: Tensor  # the log-probability of the runner-up

@@ -78,7 +78,7 @@ class Sample:
         weight: Tensor,
         mass: Tensor | None,
     ) -> None:
-        """Keep the rows of the smallest keys, one more than the sample has."""
+        """Hold the rows of the smallest keys, one more than the sample has."""
         if not len(key):
             return
         own, most = len(self.key), self.size + 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from xent._util.text import printable
+from xent._util.text import counted, printable
 
 if TYPE_CHECKING:
     from xent.auditing.result import AuditResult
@@ -39,7 +39,7 @@ def _loss(result: AuditResult) -> str:
         finite = (
             "" if found.finite_log_loss is None else f", {found.finite_log_loss:.4g} nats over the others"
         )
-        return f"infinite loss in {found.infinite_rows:,} of {result.count:,} rows{finite}"
+        return f"infinite loss in {found.infinite_rows:,} of {counted(result.count, 'row')}{finite}"
     if found.low is None or found.high is None:
         return f"{found.log_loss:.4g} nats"
     return f"{found.log_loss:.4g} nats (95 %: {found.low:.4g} to {found.high:.4g})"
@@ -62,7 +62,7 @@ def _pairs(result: AuditResult) -> str:
     first = result.pairs[0]
     names = f"{short(first.name)} with rival {short(first.rival)}"
     if carried < MUCH or count > max(3, possible // 4):
-        return f"no few pairs carry the loss: the heaviest, {names}, has {100 * first.share:.0f} %"
+        return f"the loss is spread over many pairs: the heaviest, {names}, has {100 * first.share:.0f} %"
     if count == 1:
         return f"{100 * carried:.0f} % of the loss sits in one pair, {names}"
     return f"{100 * carried:.0f} % of the loss sits in {count} of {possible:,} pairs, first {names}"
@@ -89,9 +89,9 @@ def _suspects(result: AuditResult) -> str:
 
 def _infinite(result: AuditResult) -> str:
     count = result.measures.infinite_rows
-    return (
-        f"the class of {count:,} rows has probability 0" if count and result.measures.log_loss is None else ""
-    )
+    if not count or result.measures.log_loss is not None:
+        return ""
+    return f"the class of {counted(count, 'row')} has probability 0"
 
 
 def short(name: str, most: int = 40) -> str:

@@ -39,7 +39,7 @@ class Suspects:
         self.largest = Largest(MOST)
 
     def update(self, tile: Tile, rows: Rows) -> None:
-        """Count the rows of a tile."""
+        """Add the rows of a tile to the number."""
         counts = rows.weight > 0
         self.rows += int(counts.sum())
         # a threshold is in the digits of the numbers, as the mean over one row is that row's number
@@ -58,7 +58,7 @@ class Suspects:
             self.count += int((above.amax(1) > own[others]).sum())
 
     def list(self, rows: Rows, ids: Sequence[Any] | None = None) -> None:
-        """Keep those of the rows that another label would save most; ``ids`` (n,) are their names."""
+        """Hold those of the rows that another label would save most; ``ids`` (n,) are their names."""
         self.largest.update(rows, rows.saving.numpy(), ids)
 
     def merge(self, other: Suspects) -> None:

@@ -139,6 +139,7 @@ def audit(
     xent audit --model xent-model/model.safetensors flowers.csv --label species
     """
     from xent.auditing.files import Columns
+    from xent.auditing.page import write_page
     from xent.cli import audit_job as job
 
     _check_options(kind, model, label, classes, prefix, positive, renormalize, soft_prefix)
@@ -160,7 +161,9 @@ def audit(
         with ranks.raise_together():
             check_standard_input(data, ranks.size)
             _check_outputs(ranks, html, rows, against, [*paths, *([model] if model else [])])
+            before = None if compare is None else job.earlier(compare)
             files = _opened(paths, columns, model)
+            job.check_measures(wanted, len(files.names))
             if STANDARD_INPUT in data:
                 files.source = shown(files.source, paths[data.index(STANDARD_INPUT)])
             other = None
@@ -179,11 +182,10 @@ def audit(
         paired = None if other is None or against is None else job.against(files, other, against)
     if not ranks.is_main:
         return
-    beside = None if compare is None else job.compared(result, compare)
+    beside = None if before is None else job.compared(result, before)
     if html is not None:
         with folder(html.parent):
-            result.report(html)
-    crossed = job.crossed(result, wanted)
+            write_page(result, html, beside, paired)
     if as_json:
         about = result.to_dict()
         about |= {"against": paired} if paired is not None else {}
@@ -197,7 +199,7 @@ def audit(
         for what, path in (("the page", html), ("each row's measures", rows)):
             if path is not None:
                 click.echo(f"\n{what}: {path}")
-    if crossed:
+    if crossed := job.crossed(result, wanted):
         complain("a threshold is crossed: " + "; ".join(crossed))
         click.get_current_context().exit(CROSSED)
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import operator
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -113,6 +114,14 @@ def _row_file(path: Path, names: Sequence[str]) -> Iterator[Callable[[Any], None
                 writer.close()
 
 
+def check_measures(wanted: Sequence[tuple[str, str, float]], classes: int) -> None:
+    """Raise ``BadInput`` for the accuracy among as many classes as there are, or more."""
+    for name, _, _ in wanted:
+        top = re.fullmatch(r"top_(\d+)_accuracy", name)
+        if top and int(top[1]) >= classes:
+            raise BadInput(f"--fail-on {name}: there are {classes} classes, among which every label is")
+
+
 def thresholds(texts: Sequence[str], sweeps: int) -> list[tuple[str, str, float]]:
     """Return measure, operator and number of each ``--fail-on``; raise ``BadInput`` for another text."""
     from xent.auditing.records import Measures
@@ -142,17 +151,21 @@ def crossed(result: AuditResult, wanted: Sequence[tuple[str, str, float]]) -> li
     for name, sign, bound in wanted:
         top = re.fullmatch(r"top_(\d+)_accuracy", name)
         value = result.top_k.get(int(top[1])) if top else getattr(result.measures, name)
-        if value is None and name in ("log_loss", "standard_error", "low", "high", "d2", "miscalibration"):
+        if (
+            value is None
+            and result.infinite_rows
+            and name in ("log_loss", "low", "high", "d2", "miscalibration")
+        ):
             value = float("-inf") if name == "d2" else float("inf")
         if value is None:
-            raise BadInput(f"--fail-on {name}: the rows have no such measure, so it cannot be compared")
+            raise BadInput(f"--fail-on {name}: these rows have no such measure, so it cannot be compared")
         if OPERATORS[sign](value, bound):
             said.append(f"{name} is {value:.6g}, {sign} {bound:g}")
     return said
 
 
-def compared(result: AuditResult, path: Path) -> dict[str, Any]:
-    """Return another audit's measures, and this one's less those; raise ``BadInput`` for another file."""
+def earlier(path: Path) -> dict[str, Any]:
+    """Return another audit's JSON; raise ``BadInput`` for another file."""
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
         if about["schema"] != "xent.audit" or not isinstance(about["measures"], dict):
@@ -160,12 +173,19 @@ def compared(result: AuditResult, path: Path) -> dict[str, Any]:
         version = int(about["version"])
     except FileNotFoundError:
         raise BadInput(f"{path}: no such file (--compare)") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        raise BadInput(f"{path}: {os.strerror(error.errno or 0)} (--compare)") from None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise BadInput(f"{path}: is not what `xent audit --json` writes (--compare)") from None
     if version > VERSION:
         raise BadInput(f"{path}: is of version {version}, this xent reads up to {VERSION}; upgrade xent")
+    return dict(about)
+
+
+def compared(result: AuditResult, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Return another audit's measures, and this one's less those."""
     own = result.to_dict()["measures"]
-    theirs = {name: value for name, value in about["measures"].items() if _is_number(value)}
+    theirs = {name: float(value) for name, value in about["measures"].items() if _is_number(value)}
     return {
         "source": str(about.get("source")),
         "measures": {name: theirs.get(name) for name in own},
@@ -176,7 +196,7 @@ def compared(result: AuditResult, path: Path) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
 
 
 def against(first: Files, second: Files, name: Path) -> dict[str, Any]:

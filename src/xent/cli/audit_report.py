@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from xent._util.text import printable
+from xent._util.text import counted, printable
 from xent.auditing.records import RowMeasures
 from xent.auditing.result import AuditResult
 from xent.auditing.sentences import sentences, short
@@ -21,7 +21,7 @@ def pieces(
     result: AuditResult, compared: dict[str, Any] | None, against: dict[str, Any] | None
 ) -> Iterator[Any]:
     """Yield the texts and tables of the screen."""
-    yield Text(f"{printable(result.source)}: {result.count:,} rows, {result.classes:,} classes")
+    yield Text(f"{printable(result.source)}: {counted(result.count, 'row')}, {result.classes:,} classes")
     yield ""
     for sentence in sentences(result):
         yield Text(sentence[0].upper() + sentence[1:] + ".")
@@ -45,9 +45,9 @@ def _numbers(result: AuditResult) -> Any:
     made.add_row("miscalibration", amount, "of the confidence; 0 is best")
     made.add_row("discrimination", f"{found.discrimination:.4f} nats", f"of at most {found.uncertainty:.4f}")
     made.add_row("Brier score", f"{found.brier:.4f}", "")
-    made.add_row(
-        "D²", "" if found.d2 is None else f"{found.d2:.4f}", "of the loss of knowing frequencies alone"
-    )
+    missing = "−infinite" if result.infinite_rows else "not defined"
+    amount = missing if found.d2 is None else f"{found.d2:.4f}"
+    made.add_row("D²", amount, "1 less the loss as a share of that of knowing frequencies alone")
     for k, value in list(result.top_k.items())[1:4]:
         made.add_row(f"right among {k}", f"{100 * value:.2f} %", "")
     return made
@@ -111,7 +111,7 @@ def _against(found: dict[str, Any]) -> Iterator[Any]:
     if found["difference"] is None:
         yield Text(f"Against {printable(found['source'])}: no row has a finite loss in both.")
         return
-    word = "higher" if found["difference"] > 0 else "lower"
+    word = "higher" if found["difference"] > 0 else "lower" if found["difference"] < 0 else "apart"
     ends = (
         ""
         if found["low"] is None
@@ -119,7 +119,7 @@ def _against(found: dict[str, Any]) -> Iterator[Any]:
     )
     yield Text(
         f"Against {printable(found['source'])} the loss is {abs(found['difference']):.4g} nats {word}{ends}; "
-        f"it is higher in {found['higher_rows']:,} rows and lower in {found['lower_rows']:,}."
+        f"it is higher in {counted(found['higher_rows'], 'row')} and lower in {found['lower_rows']:,}."
     )
     yield ""
     yield Text("the classes that moved most: their loss here less that there")

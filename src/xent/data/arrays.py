@@ -116,7 +116,9 @@ def from_arrays(path: Path, wanted: Wanted, share: Share, stored: Stored, beside
             "an array (rows, columns), or the records as Parquet"
         )
     if len(shape) != 2 or not shape[1]:
-        raise BadInput(f"{path}: the features are to be (rows, columns); this array has shape {shape}")
+        what = "the predictions are to be (rows, classes), or (rows, 1) of a single class"
+        what = what if wanted.raw else "the features are to be (rows, columns)"
+        raise BadInput(f"{path}: {what}; this array has shape {shape}")
     if kind not in "fiub":
         raise BadInput(f"{path}: the features are of type {stored.dtype}, not real numbers")
     check_columns(path, shape[1])
@@ -157,7 +159,7 @@ def from_arrays(path: Path, wanted: Wanted, share: Share, stored: Stored, beside
         table = dataclasses.replace(table, weight=weight)
     if beside.soft is not None:
         soft = _masses(beside.soft, share, 2)
-        check_rows(beside.soft.where, soft, rows.start)
+        check_rows(beside.soft.where, wanted, soft, rows.start)
         return dataclasses.replace(table, soft=soft, codes=soft.argmax(1), classes=np.arange(soft.shape[1]))
     if beside.label is None:
         return table

@@ -424,10 +424,12 @@ def numbers_beside(
     Raises ``BadInput`` for one that is missing, negative or not finite, and for a row without any mass.
     """
     strict = dataclasses.replace(wanted, missing="error")
+    texts = [column.name for column in columns.beside if column.width is None and is_text(column.kind)]
+    arrow = _with_numbers(arrow, texts)
     for column in columns.beside:
         lists = column.name == wanted.weight and column.width is not None
-        if lists or not is_number(column.number):
-            option = "--soft-labels" if column.name in wanted.soft else "--weight"
+        if lists or not is_number(_type_in(arrow, column)):
+            option = wanted.option("--soft-labels") if column.name in wanted.soft else "--weight"
             raise BadInput(
                 f"{path}: column {quoted(column.name)} ({option}) holds "
                 f"{_described(column.kind, column.width)}, not numbers"
@@ -435,33 +437,50 @@ def numbers_beside(
     made = [_numbers(path, strict, arrow.column(column.name), column, start) for column in columns.beside]
     stacked = [array.reshape(len(array), -1).astype(np.float64) for array in made]
     for column, array in zip(columns.beside, stacked, strict=True):
-        check_mass(path, column.name, array, start)
+        check_mass(path, column.name, array, start, "mass" if column.name in wanted.soft else "weight")
     weight = stacked.pop(0)[:, 0] if wanted.weight is not None else None
     soft = np.concatenate(stacked, axis=1) if stacked else None
     if soft is not None:
-        check_rows(path, soft, start)
+        check_rows(path, wanted, soft, start)
     return weight, soft
 
 
-def check_mass(path: object, name: str, array: np.ndarray, start: int) -> None:
+def _with_numbers(arrow: Any, names: Sequence[str]) -> Any:
+    """Return an Arrow table or batch with columns of text as numbers where every text is one."""
+    import pyarrow as pa
+
+    for name in names:
+        at = arrow.schema.get_field_index(name)
+        with contextlib.suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
+            arrow = arrow.set_column(at, name, arrow.column(at).cast(pa.float64()))
+    return arrow
+
+
+def _type_in(arrow: Any, column: Column) -> Any:
+    """Return the type of the numbers of a column."""
+    return column.number if column.width is not None else arrow.schema.field(column.name).type
+
+
+def check_mass(path: object, name: str, array: np.ndarray, start: int, what: str = "weight") -> None:
     """Raise ``BadInput`` for a weight or a mass (rows, k) that is negative or not finite."""
     bad = ~(np.isfinite(array) & (array >= 0))
     if bad.any():
         row, j = np.argwhere(bad)[0].tolist()
         raise BadInput(
-            f"{path}: row {start + row + 1}, column {quoted(name)} holds {array[row, j]:g} where a weight, "
+            f"{path}: row {start + row + 1}, column {quoted(name)} holds {array[row, j]:g} where a {what}, "
             "0 or more, is needed; correct or drop the row"
         )
 
 
-def check_rows(path: object, soft: np.ndarray, start: int) -> None:
+def check_rows(path: object, wanted: Wanted, soft: np.ndarray, start: int) -> None:
     """Raise ``BadInput`` for masses (rows, C) of fewer than two classes, and for a row without any."""
     if soft.shape[1] < 2:
-        raise BadInput(f"{path}: --soft-labels names one class; a classifier needs two")
+        raise BadInput(f"{path}: {wanted.option('--soft-labels')} names one class; a classifier needs two")
     none = soft.sum(1) == 0
     if none.any():
         row = start + int(np.flatnonzero(none)[0]) + 1
-        raise BadInput(f"{path}: row {row} has no mass in any of --soft-labels; correct or drop the row")
+        option = wanted.option("--soft-labels")
+        raise BadInput(f"{path}: row {row} has no mass in any of {option}; correct or drop the row")
 
 
 def _uneven(path: Path, wanted: Wanted, column: Column, row: int, length: int) -> BadInput:

@@ -103,7 +103,7 @@ def csv_batches(path: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tup
         elif not text.odd_rows:
             raise NoRows(path)
         columns = choose_columns(path, wanted, schema, no_lists)
-        check_kept(path, keep, schema.names)
+        check_kept(path, wanted, keep, schema.names)
         numbers = {each.name: _number_type(each.kind) for each in (*columns.features, *columns.beside)}
         column_types = dict.fromkeys([*keep, *([columns.label] if columns.label else [])], pa.string())
         column_types |= dict.fromkeys(numbers, pa.string()) if wanted.skip_bad else numbers

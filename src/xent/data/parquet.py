@@ -176,7 +176,7 @@ def parquet_batches_of(
         check_names(path, schema.names)
         columns = choose_columns(path, wanted, schema, lambda name: _first_width(path, wanted, file, name))
         check_numbers(path, wanted, columns, schema)
-        check_kept(path, keep, schema.names)
+        check_kept(path, wanted, keep, schema.names)
         if not about.num_rows:
             raise NoRows(path)
         read = list(dict.fromkeys([*columns.every, *keep]))
@@ -194,11 +194,13 @@ def parquet_batches_of(
                 start += len(batch)
 
 
-def check_kept(path: Path, keep: Sequence[str], names: Sequence[str]) -> None:
+def check_kept(path: Path, wanted: Wanted, keep: Sequence[str], names: Sequence[str]) -> None:
     """Raise ``BadInput`` for a column to keep that is not there, or that is named twice."""
     for name in keep:
         if name not in names:
-            raise BadInput(f"{path}: no column {quoted(name)} (--keep); its columns are {some(names)}")
+            raise BadInput(
+                f"{path}: no column {quoted(name)} ({wanted.option('--keep')}); its columns are {some(names)}"
+            )
     if len({*keep}) < len(keep):
         raise BadInput(f"{path}: a column is named twice in --keep; once is enough")
 

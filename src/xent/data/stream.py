@@ -81,8 +81,9 @@ def _parts(file: Path, wanted: Wanted, keep: Sequence[str]) -> Iterator[tuple[Ta
             yield from found.batches(file, wanted, keep)
         return
     if keep:
+        option = wanted.option("--keep")
         raise BadInput(
-            f"{file}: has no columns with names, of which {quoted(keep[0])} could be kept (--keep)"
+            f"{file}: has no columns with names, of which {quoted(keep[0])} could be kept ({option})"
         )
     whole = read_share(file, wanted, Share())
     none = pa.table({})

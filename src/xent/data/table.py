@@ -98,6 +98,10 @@ class NoRows(BadInput):
         super().__init__(f"{source}: the file has columns but no rows")
 
 
+OF_AUDIT = {"--features": "--classes", "--soft-labels": "--soft-prefix", "--keep": "--id"}
+"""Names of options in ``xent audit``, by those in the other commands."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Wanted:
     """The columns to read.
@@ -150,10 +154,14 @@ class Wanted:
         """The columns of numbers that are not features: weights and masses."""
         return [*([] if self.weight is None else [self.weight]), *self.soft]
 
+    def option(self, name: str) -> str:
+        """Return what the command calls an option of ``xent fit``."""
+        return OF_AUDIT.get(name, name) if self.raw else name
+
     @property
     def origin(self) -> str:
         """The option or the model that names the features."""
-        return "--features" if self.model is None else f"a feature of {self.model}"
+        return self.option("--features") if self.model is None else f"a feature of {self.model}"
 
     @property
     def every_row(self) -> bool:
@@ -172,9 +180,10 @@ class Wanted:
         if self.model is not None:
             return "fit a model without the column"
         if column in self.beside:
-            return f"name another column with {'--weight' if column == self.weight else '--soft-labels'}"
+            option = "--weight" if column == self.weight else "--soft-labels"
+            return f"name another column with {self.option(option)}"
         if self.features is not None:
-            return "leave the column out of --features"
+            return f"leave the column out of {self.option('--features')}"
         option = as_option(column)
         return f"leave the column out with --exclude {option if len(option) <= 200 else 'and its name'}"
 
@@ -196,7 +205,7 @@ def check_names_wanted(path: Path, wanted: Wanted, names: Sequence[str]) -> None
         (wanted.origin, wanted.features or ()),
         ("--categorical" if wanted.model is None else wanted.origin, named),
         ("--weight", [] if wanted.weight is None else [wanted.weight]),
-        ("--soft-labels", wanted.soft),
+        (wanted.option("--soft-labels"), wanted.soft),
     ):
         lacking = [name for name in names_wanted if name not in times]
         if lacking:
@@ -297,7 +306,7 @@ def bad_number(
     lacks = value is None or value != value or value == ""
     said = "is missing" if value is None else f"holds {quoted(value)}"
     mend = "correct or drop the row"
-    if lacks and wanted.model is None and (column or name) not in wanted.beside:
+    if lacks and wanted.model is None and not wanted.raw and (column or name) not in wanted.beside:
         mend = "correct the row, or let --missing drop or impute it"
     return BadInput(
         f"{path}: row {row + 1}, column {quoted(name)} {said} where a finite number is needed; "
