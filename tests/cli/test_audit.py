@@ -420,7 +420,7 @@ def test_thresholds_and_signs():
 
 
 def test_columns_as_predict_writes_them(tmp_path, monkeypatch):
-    """Kept columns of a CSV file are text in Parquet; of the most probable classes alone there is no audit."""
+    """Kept columns of CSV are text in Parquet; there is no audit of the most probable classes alone."""
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     table = pandas.DataFrame(rng.standard_normal((60, 2)), columns=["u", "v"])

@@ -125,7 +125,11 @@ class Logits(Protocol):
 class GradientAccumulator(Protocol):
     """An accumulator of tiles of ∂L/∂u; `finish` gives one gradient for each of `Logits.leaves`."""
 
-    def add(self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor) -> None: ...
+    def add(
+        self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor, factor: Tensor | None = None
+    ) -> None:
+        """Add a tile of G; ``factor`` is G in the type in which products take it, where it is there."""
+        ...
 
     def crosses(self, tangents: Tangents) -> bool: ...
 
@@ -232,7 +236,9 @@ class _DenseLogitsAccumulator:
         self.dtype, self.computed = logits.u.dtype, logits.dtype
         self.du = ops.total(logits.shape, self.dtype, logits.device, dim=1)
 
-    def add(self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor) -> None:
+    def add(
+        self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor, factor: Tensor | None = None
+    ) -> None:
         self.du.put((rows, classes), g)
 
     def crosses(self, tangents: Tangents) -> bool:
@@ -417,8 +423,10 @@ class _LinearHeadAccumulator:
             for want, tensor in zip(wants, logits.leaves, strict=True)
         )
 
-    def add(self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor) -> None:
-        factor, db = g.to(self.logits.factor_dtype), self.totals[2]
+    def add(
+        self, rows: Rows, loaded: Loaded, classes: slice, g: Tensor, factor: Tensor | None = None
+    ) -> None:
+        factor, db = g.to(self.logits.factor_dtype) if factor is None else factor, self.totals[2]
         for (x, w), (dx, dw) in zip(self.logits._factors(loaded), _of_factors(self.totals), strict=True):
             if dx is not None:
                 dx.add_product(rows, factor, cut(w, classes).to(factor.dtype))

@@ -47,6 +47,8 @@ LOG_HALF = -0.69
 
 
 class Tile(NamedTuple):
+    """A tile of some rows and classes, as its statistics leave it for the gradient."""
+
     classes: slice
     z: Tensor  # (R, T) exp(z − base)
     slope: Tensor | None  # (R, T)
@@ -126,11 +128,7 @@ def differentiate_logits(
     targets, ops = problem.targets, problem.ops
     asked = asked.scaled(tile.gain)
     gamma, dtype = asked.loss, tile.z.dtype
-    if found.lse_others is not None:
-        assert asked.entropy is None  # which nothing has asked for beside log P̄
-        share, of_entropy = _share_of_others(found, asked, tile), None
-    else:
-        share, of_entropy = _shares(found, asked, tile)
+    share, of_entropy = row_factors(found, asked, tile.base)
     bent = None if of_entropy is None else torch.special.entr(tile.z)  # −E log E, E = exp(z − base)
     g = ops.mul(tile.z, share.to(dtype)[:, None])
     if bent is not None and of_entropy is not None:
@@ -142,33 +140,44 @@ def differentiate_logits(
         g = ops.subtract_scaled(g, t, gamma.to(dtype)[:, None])
     if tile.own is not None:
         assert tile.own_z is not None
-        log_p = found.log_prob(tile.own_z)
-        at_own = target_residual(targets, chunk, found.a, log_p, gamma)
-        if asked.logsumexp is not None:
-            at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
-        if asked.log_rest is not None:
-            at_own = at_own - asked.log_rest[:, None] * torch.exp(log_p)
-        if asked.log_prob is not None:
-            at_own = at_own - asked.log_prob * torch.expm1(log_p)
-            if asked.log_prob.shape[1] > 1:
-                at_own = at_own - sum_of_others(asked.log_prob) * torch.exp(log_p)
-        if asked.entropy is not None:
-            distance = mean_shift(found)[:, None] - (tile.own_z - found.m[:, None])
-            of_entropy = asked.entropy[:, None] * torch.exp(log_p) * distance
-            at_own = at_own + torch.where(tile.own_z == -torch.inf, 0.0, of_entropy)
-        g = tile.own.put(ops, g, at_own.to(dtype))
+        g = tile.own.put(ops, g, at_own_classes(targets, chunk, tile.own_z, found, asked).to(dtype))
     return g
 
 
-def _shares(found: Statistics, asked: Coefficients, tile: Tile) -> tuple[Tensor, Tensor | None]:
-    """Return the factors of E = exp(z − base) and of −E log E of a tile, (R,)."""
+def at_own_classes(
+    targets: Targets, chunk: slice, own_z: Tensor, found: Statistics, asked: Coefficients
+) -> Tensor:
+    """Return ∂L/∂z at the own classes, (R, K) float64, from their logits and scaled coefficients."""
+    log_p = found.log_prob(own_z)
+    at_own = target_residual(targets, chunk, found.a, log_p, asked.loss)
+    if asked.logsumexp is not None:
+        at_own = at_own + asked.logsumexp[:, None] * torch.exp(log_p)
+    if asked.log_rest is not None:
+        at_own = at_own - asked.log_rest[:, None] * torch.exp(log_p)
+    if asked.log_prob is not None:
+        at_own = at_own - asked.log_prob * torch.expm1(log_p)
+        if asked.log_prob.shape[1] > 1:
+            at_own = at_own - sum_of_others(asked.log_prob) * torch.exp(log_p)
+    if asked.entropy is not None:
+        distance = mean_shift(found)[:, None] - (own_z - found.m[:, None])
+        of_entropy = asked.entropy[:, None] * torch.exp(log_p) * distance
+        at_own = at_own + torch.where(own_z == -torch.inf, 0.0, of_entropy)
+    return at_own
+
+
+def row_factors(found: Statistics, asked: Coefficients, base: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the factors of E = exp(z − base) and of −E log E of a tile, (R,), of scaled coefficients."""
+    if found.lse_others is not None:
+        assert asked.entropy is None  # which nothing has asked for beside log P̄
+        assert base is not None
+        return share_of_others(found, asked) * beside_others(found, base), None
     alpha, eta = asked.alpha(found.a), asked.entropy
-    if tile.base is None:  # E is p
+    if base is None:  # E is p
         return alpha, None
     # what lies between the row's maximum and the one that was subtracted from this tile
     behind = None
-    if tile.base is not found.m:
-        behind = torch.where(tile.base == found.m, 0.0, tile.base - found.m)
+    if base is not found.m:
+        behind = torch.where(base == found.m, 0.0, base - found.m)
     if eta is not None:
         mean = mean_shift(found)
         alpha = alpha + eta * (mean if behind is None else mean - behind)
@@ -179,12 +188,6 @@ def _shares(found: Statistics, asked: Coefficients, tile: Tile) -> tuple[Tensor,
         if eta is not None:
             share, eta = torch.where(behind == -torch.inf, 0.0, share), eta * near
     return share, None if eta is None else eta / (1 + found.r)
-
-
-def _share_of_others(found: Statistics, asked: Coefficients, tile: Tile) -> Tensor:
-    """Return (α·P̄ + μ·(1 − P̄))·exp(base − lse_others), (R,), the factor of exp(z − base)."""
-    assert tile.base is not None
-    return share_of_others(found, asked) * beside_others(found, tile.base)
 
 
 def share_of_others(found: Statistics, asked: Coefficients) -> Tensor:
