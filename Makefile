@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test pages slow lint types imports check wheel figures bench clean
+.PHONY: help setup demo test interpreted pages slow lint types imports check wheel figures bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -31,6 +31,10 @@ demo: setup ## fit handwritten digits, predict those held out, audit that; all o
 test: setup ## run all tests but the slow ones and the pages
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not pages"
 
+# the variable is read where a kernel is made, so this is a process of its own
+interpreted: setup ## run the laws on the kernels of Triton in its interpreter, in float32 and half types
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/laws -k "triton and not float64" -m "not slow"
+
 pages: setup ## run what the pages of the docs print
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m pages
 
@@ -50,7 +54,7 @@ imports: setup ## the direction of imports: towards core, never up
 wheel: setup ## build the wheel, install it into an empty environment, import it there
 	sh .ci/wheel $(BIN)/python
 
-check: lint types imports wheel test pages ## what CI runs
+check: lint types imports wheel test interpreted pages ## what CI runs
 
 clean: ## remove what these targets made
 	rm -rf $(VENV) .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -64,7 +64,7 @@ class Place(NamedTuple):
 
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-PLACES = [Place(b.name, device) for device in DEVICES for b in xent.backends()]
+PLACES = [Place(b.name, device) for device in DEVICES for b in xent.backends() if b.missing is None]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The registry of backends, and the choice of one for a problem: the first that serves it.
 
-one_tile → tiles → reference        (a backend that is registered later is tried before them)
+one_tile → triton → tiles → reference        (a backend that is registered later is tried before them)
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from xent._core.backend import Backend, Tiles
 from xent._core.one_tile import OneTile
 from xent._core.problem import Problem
 from xent._core.reference_backend import Reference
+from xent._core.triton.backend import Triton
 
 
 class BackendInfo(NamedTuple):
@@ -21,7 +22,7 @@ class BackendInfo(NamedTuple):
     missing: str | None  # what this machine lacks for it to serve any; None: nothing
 
 
-_backends: list[Backend] = [OneTile(), Tiles(), Reference()]
+_backends: list[Backend] = [OneTile(), Triton(), Tiles(), Reference()]
 
 
 def register_backend(backend: Backend) -> None:
@@ -51,7 +52,7 @@ def unregister_backend(name: str) -> None:
         >>> xent.unregister_backend("tiles")
         Traceback (most recent call last):
             ...
-        ValueError: name must be one of ['one_tile', 'tiles', 'reference'], and not 'tiles'; got 'tiles'
+        ValueError: name must be one of ['one_tile', 'triton', 'tiles', 'reference'], and not 'tiles'; got ...
 
     Raises:
         ValueError: there is none of this name, or it is the tiles, which serve what no other does.
@@ -71,7 +72,7 @@ def backends() -> tuple[BackendInfo, ...]:
     Example:
         >>> import xent
         >>> [backend.name for backend in xent.backends()]
-        ['one_tile', 'tiles', 'reference']
+        ['one_tile', 'triton', 'tiles', 'reference']
     """
     return tuple(BackendInfo(backend.name, backend.serves, backend.missing()) for backend in _backends)
 

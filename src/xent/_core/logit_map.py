@@ -92,6 +92,11 @@ class LogitMap:
         return z * self._divisor(z.dtype) * (-2.0 * self.scale / self.softcap**2) * slope
 
     @property
+    def divisor(self) -> float | Tensor | None:
+        """T, or without a softcap T/κ: a number, (N,), or None where it is 1."""
+        return self._divisor(torch.float32) if self._divides else None
+
+    @property
     def _divides(self) -> bool:
         return self._number != (1.0 if self.curved else self.scale)
 

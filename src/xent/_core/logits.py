@@ -99,6 +99,10 @@ class Logits(Protocol):
         """Return z and slope; with ``borrow``, z may be a caller's tensor, which nobody may write to."""
         ...
 
+    def inner(self, ops: TileOps, loaded: Loaded, classes: slice, out: Tensor | None) -> Tensor:
+        """Return u (R, T) of any type, which may be a view of a caller's tensor."""
+        ...
+
     def entries(self, loaded: Loaded, classes: Tensor) -> Tensor:
         """Return z of some classes (R, K) of each row."""
         ...
@@ -202,10 +206,14 @@ class DenseLogits:
     def tile(
         self, ops: TileOps, loaded: Loaded, classes: slice, buffers: TileBuffers, *, borrow: bool = False
     ) -> Tile:
-        x = loaded.x if classes.stop - classes.start == loaded.x.shape[1] else loaded.x[:, classes]
+        x = self.inner(ops, loaded, classes, None)
         if borrow and x.dtype == self.dtype and loaded.map.is_identity:
             return x, None
         return loaded.map.apply(ops, ops.copy(x.to(self.dtype), buffers.z), classes, buffers)
+
+    def inner(self, ops: TileOps, loaded: Loaded, classes: slice, out: Tensor | None) -> Tensor:
+        x = loaded.x
+        return x if classes.stop - classes.start == x.shape[1] else x[:, classes]
 
     def entries(self, loaded: Loaded, classes: Tensor) -> Tensor:
         return loaded.map.at(loaded.x.gather(1, classes).to(self.dtype))
@@ -336,12 +344,13 @@ class LinearHead:
     def tile(
         self, ops: TileOps, loaded: Loaded, classes: slice, buffers: TileBuffers, *, borrow: bool = False
     ) -> Tile:
-        u = ops.product(loaded.x, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, buffers.z)
+        return loaded.map.apply(ops, self.inner(ops, loaded, classes, buffers.z), classes, buffers)
+
+    def inner(self, ops: TileOps, loaded: Loaded, classes: slice, out: Tensor | None) -> Tensor:
+        u = ops.product(loaded.x, cut(self.w, classes).to(self.factor_dtype).t(), self.dtype, out)
         if loaded.low is not None and self.up is not None:
             u = ops.add_product(u, loaded.low, cut(self.up, classes).to(self.factor_dtype).t())
-        if self.b is not None:
-            u = ops.add(u, cut(self.b, classes).to(self.dtype))
-        return loaded.map.apply(ops, u, classes, buffers)
+        return u if self.b is None else ops.add(u, cut(self.b, classes).to(self.dtype))
 
     def entries(self, loaded: Loaded, classes: Tensor) -> Tensor:
         factors = self.w[classes].to(self.factor_dtype)  # (R, K, D)

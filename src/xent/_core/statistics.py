@@ -434,7 +434,10 @@ class TargetColumns:
 
     def take(self, z: Tensor, default: float | Tensor) -> Tensor:
         """Return entries of z (R, T) at the columns, `default` where they lie elsewhere: (R, K)."""
-        entries = z.gather(1, self.local)
+        return self.take_from(z.gather(1, self.local), default)
+
+    def take_from(self, entries: Tensor, default: float | Tensor) -> Tensor:
+        """Return entries at the columns (R, K), `default` where they lie elsewhere."""
         return entries if self.inside is None else torch.where(self.inside, entries, default)
 
     def here(self, values: Tensor) -> Tensor:

@@ -53,8 +53,16 @@ class TileBody(Protocol):
         ...
 
     def differentiate(
-        self, problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
-    ) -> Slopes: ...
+        self,
+        problem: Problem,
+        chunk: slice,
+        loaded: Loaded,
+        tile: Tile,
+        found: Statistics,
+        asked: Coefficients,
+    ) -> Slopes:
+        """Return G of a tile that was kept."""
+        ...
 
     def revisit(
         self,
@@ -99,7 +107,13 @@ class TorchBody:
         return part, Tile(classes, z, slope, loaded.map.gain, part.m, own, own_z)
 
     def differentiate(
-        self, problem: Problem, chunk: slice, tile: Tile, found: Statistics, asked: Coefficients
+        self,
+        problem: Problem,
+        chunk: slice,
+        loaded: Loaded,
+        tile: Tile,
+        found: Statistics,
+        asked: Coefficients,
     ) -> Slopes:
         return differentiate(problem, chunk, tile, found, asked), None
 

@@ -56,6 +56,7 @@ class Tile(NamedTuple):
     base: Tensor | None  # (R,) what was subtracted before exp; None means lse
     own: TargetColumns | None
     own_z: Tensor | None  # (R, K) logits of the target's classes, where this tile holds them
+    memory: Tensor | None = None  # (R, T) for G, where it may not overwrite z
 
 
 def takes_whole_rows(problem: Problem) -> bool:

@@ -91,9 +91,8 @@ def fused(
             parts.append(found)
             upstream = coefficients(found, chunk)
             for tile in tiles:
-                accumulator.add(
-                    picked, loaded, tile.classes, *body.differentiate(problem, chunk, tile, found, upstream)
-                )
+                slopes = body.differentiate(problem, chunk, loaded, tile, found, upstream)
+                accumulator.add(picked, loaded, tile.classes, *slopes)
     return _concatenate(parts, problem), TileGradients(None, None, accumulator)
 
 
