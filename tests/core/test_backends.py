@@ -18,7 +18,7 @@ def counting():
 
 
 def test_the_backends_are_listed():
-    assert [info.name for info in xent.backends()] == ["one_tile", "tiles", "reference"]
+    assert [info.name for info in xent.backends()] == ["one_tile", "triton", "tiles", "reference"]
     assert all(info.serves for info in xent.backends())
 
 
@@ -68,7 +68,7 @@ def test_what_is_no_backend_is_refused():
 
 def test_a_backend_says_what_this_machine_lacks(counting):
     counting.missing = lambda: "no such device"
-    assert xent.backends()[0] == ("counting", counting.serves, "no such device")
+    assert xent.backends()[0] == ("counting", counting.serves, "no such device", counting.memory)
     xent.cross_entropy(torch.zeros(2, 3), torch.tensor([0, 1]))
     assert counting.statistics == counting.gradients == 0
 

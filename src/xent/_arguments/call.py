@@ -39,7 +39,7 @@ from xent._core.directions import unit
 from xent._core.logit_map import LogitMap
 from xent._core.logits import DenseLogits, LinearHead, compute_dtype
 from xent._core.low_rank import LowRank, Weight, mapped_weight, tensors_of_weight
-from xent._core.plan import DEFAULT_BUDGET
+from xent._core.plan import default_budget
 from xent._core.problem import Problem
 from xent._core.reduction import Reduction
 from xent._core.row_losses import RowLoss
@@ -122,7 +122,13 @@ def resolve_logits(
     log_q = None if log_q is None else log_q_of(log_q, classes)
     logits = DenseLogits(u, LogitMap(options.logits.softcap, each, log_q))
     problem = problem_of(
-        common, logits, flat, None if s is None else s.reshape(n), DEFAULT_BUDGET, n, classes
+        common,
+        logits,
+        flat,
+        None if s is None else s.reshape(n),
+        default_budget(u.device, classes),
+        n,
+        classes,
     )
     return Call((problem,), common.reduction, rows_shape, loss_dtype(input), target)
 
@@ -190,7 +196,8 @@ def resolve_head(
     places, n = math.prod(positions), math.prod(batch)
     x = x if x.dim() == 2 else x.reshape(n, features)
     log_q = None if of_logits.log_q is None else log_q_of(of_logits.log_q, classes)
-    budget = DEFAULT_BUDGET if execution.memory_budget is None else execution.memory_budget
+    budget = execution.memory_budget
+    budget = default_budget(x.device, classes) if budget is None else budget
     s, t = options.target.sample_weight, of_logits.temperature
     each: float | Tensor = row_temperatures(t, rows_shape) if isinstance(t, Tensor) else t
     if not positions:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from xent._core.coefficients import Coefficients
 from xent._core.logits import Tangents
+from xent._core.plan import DEFAULT_BUDGET, GPU_DEFAULT
 from xent._core.problem import Problem
 from xent._core.statistics import Statistics
 from xent._core.tiles import second_order, sweep
@@ -61,6 +62,7 @@ class Backend(ABC):
 
     name: str
     serves: str  # one line for people
+    memory = f"{DEFAULT_BUDGET >> 20} MiB on a CPU; on a CUDA device {GPU_DEFAULT}"
 
     def missing(self) -> str | None:
         """Return None, or what this machine lacks for the backend to serve any problem."""

@@ -20,6 +20,7 @@ class BackendInfo(NamedTuple):
     name: str
     serves: str  # the problems that it takes
     missing: str | None  # what this machine lacks for it to serve any; None: nothing
+    memory: str  # what it works within where no memory_budget is given
 
 
 _backends: list[Backend] = [OneTile(), Triton(), Tiles(), Reference()]
@@ -74,7 +75,9 @@ def backends() -> tuple[BackendInfo, ...]:
         >>> [backend.name for backend in xent.backends()]
         ['one_tile', 'triton', 'tiles', 'reference']
     """
-    return tuple(BackendInfo(backend.name, backend.serves, backend.missing()) for backend in _backends)
+    return tuple(
+        BackendInfo(backend.name, backend.serves, backend.missing(), backend.memory) for backend in _backends
+    )
 
 
 def registered() -> tuple[Backend, ...]:

@@ -23,7 +23,7 @@ from xent._core.logits import DenseLogits, LinearHead, Logits
 from xent._core.margin import TargetShift
 from xent._core.matmul import fast_products
 from xent._core.ops import BATCHED, TileOps, any_batched, tile_ops
-from xent._core.plan import DEFAULT_BUDGET, Footprint, Plan
+from xent._core.plan import DEFAULT_BUDGET, Footprint, Plan, grain_of
 from xent._core.record import record
 from xent._core.row_losses import RowLoss
 from xent._core.selection import Selection
@@ -153,7 +153,8 @@ class Problem:
         )
         if self.batched:
             return Plan.of_all_rows(self.budget, targets.count, targets.n_classes, footprint)
-        return Plan.within(self.budget, targets.count, targets.n_classes, footprint, resident=resident)
+        grain, shape = grain_of(logits.device), (targets.count, targets.n_classes)
+        return Plan.within(self.budget, *shape, footprint, resident=resident, grain=grain)
 
     def _of_dense_targets(self, size: int) -> int:
         """Return bytes an element: a converted tile of t, its product with z, the booleans of a selection."""

@@ -146,8 +146,9 @@ def linear_cross_entropy(
             types on a CPU, whose half products round their results too (a loss then errs by 1e-2 where it
             erred by 1e-6), and the type of ``input`` elsewhere. ``torch.bfloat16`` asks for speed on
             processors that have such products; everything but the factors stays float32.
-        memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
-            whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
+        memory_budget: bytes of working memory beside inputs, gradients and O(N); by default 64 MiB on a CPU,
+            whatever N and C, and on a CUDA device what :func:`xent.backends` says. For half types the float32
+            accumulator of a gradient comes beside it.
         weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss, softcap, temperature,
             denominator, check_targets, margin, log_q, data_group: as in :func:`cross_entropy`; ``log_q`` (S,)
             with ``classes``.

@@ -73,8 +73,9 @@ def linear_kl_divergence(
             for the student and one for the teacher. Where the teacher is a :class:`TopKTarget`, one number.
         softcap: k; logits pass through k·tanh(z/k) after the scale and before the temperature: a number or
             None for both heads, or a pair, as ``logit_scale``.
-        memory_budget: bytes of working memory beside inputs, gradients and O(N); 64 MiB by default,
-            whatever N and C. For half types the float32 accumulator of a gradient comes beside it.
+        memory_budget: bytes of working memory beside inputs, gradients and O(N); by default 64 MiB on a CPU,
+            whatever N and C, and on a CUDA device what :func:`xent.backends` says. For half types the float32
+            accumulator of a gradient comes beside it.
         group: of a :class:`TopKTarget`, the processes that share the student's classes, as in
             :func:`linear_cross_entropy`.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from xent._core.logit_map import LogitMap, TileBuffers
 from xent._core.logits import GradientAccumulator, LinearHead, Loaded
 from xent._core.ops import TileOps, any_batched, tile_ops
-from xent._core.plan import Footprint, Plan
+from xent._core.plan import Footprint, Plan, grain_of
 from xent._core.problem import Problem
 from xent._core.record import record
 from xent._core.selection import Selection
@@ -132,7 +132,8 @@ class Pair:
         )
         if not self.ops.buffered:
             return Plan.of_all_rows(self.budget, self.selection.count, self.n_classes, footprint)
-        return Plan.within(self.budget, self.selection.count, self.n_classes, footprint, resident=resident)
+        grain, shape = grain_of(self.student.device), (self.selection.count, self.n_classes)
+        return Plan.within(self.budget, *shape, footprint, resident=resident, grain=grain)
 
     @contextmanager
     def products(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ import torch
 from xent._core.backend import Backend, Gradients, Wants
 from xent._core.coefficients import Coefficients
 from xent._core.logits import LinearHead
+from xent._core.plan import GPU_DEFAULT
 from xent._core.problem import Problem
 from xent._core.selection import Selection
 from xent._core.statistics import Statistics
@@ -42,6 +43,7 @@ class Triton(Backend):
 
     name = "triton"
     serves = "logits and heads in float32 and half types, on CUDA devices"
+    memory = GPU_DEFAULT
 
     def __init__(self) -> None:
         self._tried: dict[torch.device, str | None] = {}  # what is wrong on each device
