@@ -103,6 +103,10 @@ class Problem:
         """Return the problem with its rows selected by index, for code that may look at data."""
         return replace(self, targets=self.targets.resolved())
 
+    def harmless(self, kept: Tensor) -> Problem:
+        """Return the problem with zeros in the rows that are not kept (N,), whatever they held."""
+        return replace(self, logits=self.logits.select(kept))
+
     def request(self, requested: RequestedOutputs) -> Problem:
         return replace(self, requested=requested)
 

@@ -3,12 +3,14 @@
     scatter: (M, ...) → (N, ...)        M = N, or as many as the index has
 
 A row that does not count is left out, never multiplied by zero: 0·nan is nan. Where data may decide, the rows
-that count are an index, and no others are read. Where it may not (in a graph, under ``vmap``), all N rows are
-computed, with harmless contents in those that do not count, and a mask takes these out of the results.
+that count are an index, and no others are read. Where it may not (in a graph, under ``vmap``, on a CUDA
+device, which would have to wait), all N rows are computed, with harmless contents in those that do not count,
+and a mask takes these out of the results.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from xent._core.record import record
@@ -21,6 +23,11 @@ class Selection:
     n_rows: int  # N
     index: Tensor | None = None  # (M,) int64, ascending
     mask: Tensor | None = None  # (M,) bool
+
+    @staticmethod
+    def data_decides(device: torch.device) -> bool:
+        """Return whether rows may be chosen by what the data hold: a CUDA device would wait for the host."""
+        return device.type != "cuda"
 
     @property
     def count(self) -> int:

@@ -23,6 +23,7 @@ from xent._core.class_indices import UNCHECKED
 from xent._core.logits import LinearHead, compute_dtype
 from xent._core.low_rank import LowRank, Weight, tensors_of_weight
 from xent._core.reduction import Kind, Scale
+from xent._core.selection import Selection
 from xent._core.target import TopKTarget
 from xent._core.tiles.pair import Pair
 from xent._core.validators import valid
@@ -299,7 +300,9 @@ def _resolve(
     in_graph = transforms.is_opaque(weight, *leaves)
     if in_graph:
         check_devices(weight, *leaves)
-    by_mask = weight is not None and (in_graph or transforms.batched(weight, *leaves))
+    by_mask = weight is not None and (
+        in_graph or transforms.batched(weight, *leaves) or not Selection.data_decides(student.device)
+    )
     targets, weight = select(Options(), None, classes, UNCHECKED, weight, n, student.device, by_mask=by_mask)
     kept = targets.selection.mask
     if kept is not None and not in_graph:  # in a graph the operator selects for itself

@@ -93,6 +93,10 @@ class Pair:
         """Return the pair with its rows selected by index, for code that may look at data."""
         return replace(self, selection=self.selection.resolved())
 
+    def harmless(self, kept: Tensor) -> Pair:
+        """Return the pair with zeros in the rows that are not kept (N,), whatever they held."""
+        return replace(self, student=self.student.select(kept), teacher=self.teacher.select(kept))
+
     def flatten(self) -> tuple[PairForm, tuple[Tensor | None, ...]]:
         """Return the pair as a form and tensors, the leaves first."""
         temperature = self.student.map.temperature
