@@ -49,6 +49,10 @@ class TileOps(Protocol):
 
     def sub(self, z: Tensor, y: Tensor) -> Tensor: ...
 
+    def affine(self, z: Tensor, factor: Tensor, less: Tensor) -> Tensor:
+        """Return factor∘z − less, of numbers a row (R, 1)."""
+        ...
+
     def difference(self, z: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
         """Return z − y without overwriting z, in the memory of `out` where that is given."""
         ...
@@ -117,7 +121,7 @@ class InPlaceOps:
         return a.clone(memory_format=torch.contiguous_format) if out is None else out.copy_(a)
 
     def one_minus_square(self, a: Tensor, out: Tensor | None) -> Tensor:
-        return torch.mul(a, a, out=out).neg_().add_(1.0)
+        return torch.addcmul(a.new_ones(()), a, a, value=-1, out=out)
 
     def add(self, z: Tensor, y: Tensor) -> Tensor:
         return z.add_(y)
@@ -131,6 +135,9 @@ class InPlaceOps:
 
     def sub(self, z: Tensor, y: Tensor) -> Tensor:
         return z.sub_(y)
+
+    def affine(self, z: Tensor, factor: Tensor, less: Tensor) -> Tensor:
+        return torch.addcmul(less.neg(), z, factor, out=z)
 
     def difference(self, z: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
         return torch.sub(z, y, out=out)
@@ -274,6 +281,9 @@ class FunctionalOps:
 
     def sub(self, z: Tensor, y: Tensor) -> Tensor:
         return z - y
+
+    def affine(self, z: Tensor, factor: Tensor, less: Tensor) -> Tensor:
+        return z * factor - less
 
     def difference(self, z: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
         return z - y

@@ -1,4 +1,4 @@
-"""What is computed in a tile of rows × classes, for a sweep that decides which tiles there are.
+"""The computation of a tile of rows × classes, for a sweep that decides which tiles there are.
 
     summarise: logits → statistics, and what the gradient needs of the tile
     differentiate: that and the row's statistics → G = ∂L/∂u

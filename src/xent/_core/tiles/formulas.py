@@ -131,14 +131,14 @@ def differentiate_logits(
     gamma, dtype = asked.loss, tile.z.dtype
     share, of_entropy = row_factors(found, asked, tile.base)
     bent = None if of_entropy is None else torch.special.entr(tile.z)  # −E log E, E = exp(z − base)
-    g = ops.mul(tile.z, share.to(dtype)[:, None])
-    if bent is not None and of_entropy is not None:
-        g = ops.add(g, bent * of_entropy.to(dtype)[:, None])
     t = targets.tile(chunk, tile.classes, dtype)
     if isinstance(t, float):
-        g = ops.sub(g, (gamma * t).to(dtype)[:, None])
-    elif t is not None:
-        g = ops.subtract_scaled(g, t, gamma.to(dtype)[:, None])
+        g = ops.affine(tile.z, share.to(dtype)[:, None], (gamma * t).to(dtype)[:, None])
+    else:
+        g = ops.mul(tile.z, share.to(dtype)[:, None])
+        g = g if t is None else ops.subtract_scaled(g, t, gamma.to(dtype)[:, None])
+    if bent is not None and of_entropy is not None:
+        g = ops.add(g, bent * of_entropy.to(dtype)[:, None])
     if tile.own is not None:
         assert tile.own_z is not None
         g = tile.own.put(ops, g, at_own_classes(targets, chunk, tile.own_z, found, asked).to(dtype))

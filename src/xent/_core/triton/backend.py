@@ -30,7 +30,7 @@ MOST_OWN = 256
 """Own classes of a row, each of which every logit is compared with."""
 
 BOUND = 1e-5
-"""How far apart, relative to the largest entry, float32 results of the kernels and of the tiles may lie."""
+"""The largest difference of float32 results of the kernels from those of the tiles, by the largest entry."""
 
 
 def interpreted() -> bool:
