@@ -1,7 +1,11 @@
 """Forward + backward of a linear head: xent beside its peers, in one run, interleaved.
 
     python benchmarks/head.py [--rounds 7] [--shapes N,D,C ...] [--jax PYTHON] [--save FILE]
-    python benchmarks/head.py --device cuda --dtype bfloat16 --shapes 16384,2048,248320 8192,2304,256000
+    python benchmarks/head.py --device cuda --dtype bfloat16
+
+On CUDA the shapes are those of language models; beside xent's default run every option at once, a budget of
+4 GiB, torch's tiles in the place of Triton's kernels, the three products alone in the same chunks, and Liger,
+Cut Cross-Entropy and QuACK where they are installed. Gradients are held against float64 on 256 rows.
 
 Every round runs every form once, in turn, so that a machine whose speed drifts slows all of them alike; what
 is printed are medians over the rounds and their ratios to xent's. The limit is the machine's own: 6·N·D·C
@@ -14,13 +18,16 @@ allocator's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from functools import partial
 
@@ -30,6 +37,11 @@ import torch.nn.functional as F
 import memory
 import xent
 from xent._core import matmul
+from xent._core.logits import LinearHead
+from xent._core.plan import default_budget
+from xent._core.problem import Problem
+from xent._core.selection import Selection
+from xent._core.targets import no_targets
 
 SHAPES = [
     (2048, 768, 32768),
@@ -41,8 +53,10 @@ SHAPES = [
     (1024, 128, 100),
     (256, 64, 10),
 ]
+CUDA_SHAPES = [(8192, 2048, 128256), (4096, 4096, 128256), (16384, 2048, 248320), (8192, 2304, 256000)]
+EVERY = {"label_smoothing": 0.1, "softcap": 30.0, "z_loss": 1e-4, "temperature": 0.9}
 NOT_RUN = {
-    "Liger, Cut Cross-Entropy (Triton)": "their kernels need CUDA",
+    "Liger, Cut Cross-Entropy, QuACK": "their kernels need CUDA",
     "cut-cross-entropy, impl='torch_compile'": "the package needs Triton to be imported",
 }
 
@@ -120,6 +134,14 @@ def forms(
         return F.cross_entropy(F.linear(x, w), t)
 
     every = {"xent": form(xent.linear_cross_entropy)}
+    if device != "cpu":
+        weight = torch.rand(c, device=device) + 0.5
+        options = partial(xent.linear_cross_entropy, weight=weight, **EVERY)
+        every["xent, every option"] = form(options)
+        every["xent, every option, 4 GiB"] = form(partial(options, memory_budget=4 << 30))
+        every["xent, torch's tiles"] = form(without_triton(xent.linear_cross_entropy))
+        every["the three products"] = products(x.detach(), w.detach())
+        every |= {name: form(f) for name, f in peers().items()}
     if device == "cpu":
         every["xent, bfloat16 products"] = form(
             partial(xent.linear_cross_entropy, product_dtype=torch.bfloat16)
@@ -135,6 +157,58 @@ def forms(
     if jax is not None:
         every["jax, jit"] = (lambda: jax("both"), lambda: jax("forward"))
     return every
+
+
+def without_triton(f: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a loss that torch's tiles compute; its gradient is formed in the forward pass."""
+
+    def tiles(*given: torch.Tensor) -> torch.Tensor:
+        os.environ["XENT_TRITON"] = "0"
+        try:
+            return f(*given)
+        finally:
+            del os.environ["XENT_TRITON"]
+
+    return tiles
+
+
+def products(x: torch.Tensor, w: torch.Tensor) -> tuple[Callable[[], float], Callable[[], float]]:
+    """The products of a head alone, in the chunks of the default budget: no kernel can be faster."""
+    (n, d), c = x.shape, len(w)
+    plan = Problem(LinearHead(x, w, None, product_dtype=x.dtype), no_targets(c, Selection(n)))
+    rows = replace(plan, budget=default_budget(x.device, c)).plan(resident=True).row_chunk
+    z = torch.empty(rows, c, dtype=torch.float32, device=x.device)
+    g = torch.randn(rows, c, device=x.device).to(x.dtype)
+    dx, dw = torch.empty_like(x), torch.zeros(c, d, dtype=torch.float32, device=x.device)
+
+    def run(backward: bool) -> None:
+        for start in range(0, n, rows):
+            part = x[start : start + rows]
+            matmul.multiply_(z[: len(part)], part, w.t(), accumulate=False)
+            if backward:
+                torch.mm(g[: len(part)], w, out=dx[start : start + rows])
+                matmul.multiply_(dw, g[: len(part)].t(), part, accumulate=True)
+
+    return lambda: timed(lambda: run(True)), lambda: timed(lambda: run(False))
+
+
+def peers() -> dict[str, Callable[..., torch.Tensor]]:
+    """Losses of libraries that are installed, of features, classifier and labels."""
+    found: dict[str, Callable[..., torch.Tensor]] = {}
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss()
+        found["Liger"] = lambda x, w, t: liger(w, x, t)
+    with contextlib.suppress(ImportError):
+        from cut_cross_entropy import linear_cross_entropy
+
+        found["Cut Cross-Entropy"] = linear_cross_entropy
+    with contextlib.suppress(ImportError):
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+        found["QuACK"] = chunked_linear_cross_entropy
+    return found
 
 
 def best_rate(device: str, dtype: torch.dtype, rounds: int = 5) -> float:
@@ -165,6 +239,24 @@ def error_of_half_products(shape: tuple[int, int, int]) -> dict[str, float]:
         found.append((loss.detach(), *torch.autograd.grad(loss, (x, w))))
     names = ("loss", "input gradient", "weight gradient")
     return {name: ((b - a).norm() / a.norm()).item() for name, a, b in zip(names, *found, strict=True)}
+
+
+def errors_against_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, float]:
+    """Return the relative errors of the gradients on 256 rows, of xent and of what is installed."""
+    n, d, c = shape
+    torch.manual_seed(0)
+    x = torch.randn(min(n, 256), d, device="cuda").to(dtype).requires_grad_()
+    w = (torch.randn(c, d, device="cuda") * 0.02).to(dtype).requires_grad_()
+    t = torch.randint(c, (len(x),), device="cuda")
+    wide = [v.detach().double().requires_grad_() for v in (x, w)]
+    exact = torch.autograd.grad(F.cross_entropy(wide[0] @ wide[1].T, t), wide)
+    losses = {"xent": xent.linear_cross_entropy, "torch, eager": lambda x, w, t: F.cross_entropy(x @ w.T, t)}
+    found = {}
+    for name, loss in (losses | peers()).items():
+        gradients = torch.autograd.grad(loss(x, w, t), (x, w))
+        apart = [((g.double() - e).norm() / e.norm()).item() for g, e in zip(gradients, exact, strict=True)]
+        found |= {f"{name}, {leaf}": error for leaf, error in zip(("dx", "dw"), apart, strict=True)}
+    return found
 
 
 def extra_memory(
@@ -217,6 +309,7 @@ def measure(shape: tuple[int, int, int], options: argparse.Namespace) -> dict[st
         "dtype": options.dtype,
         "memory_mib": extra,
         "error_of_bfloat16_products": error_of_half_products(shape) if device == "cpu" else {},
+        "errors": {} if device == "cpu" else errors_against_float64(shape, dtype),
         "limit": 6 * n * d * c / rate,
         "rate": rate,
         "both": {name: sorted(v) for name, v in both.items()},
@@ -240,6 +333,8 @@ def show(row: dict) -> None:
     errors = ", ".join(f"{name} {e:.1e}" for name, e in row["error_of_bfloat16_products"].items())
     if errors:
         print(f"  bfloat16 products err by, relative: {errors}")
+    for name, error in row["errors"].items():
+        print(f"  {name:34} {error:9.2e} of float64")
     print(f"  {limit / 10 / ours:.0f} % of the limit; forward + backward is {ours / forward:.2f} forwards")
 
 
@@ -255,7 +350,8 @@ def main() -> None:
     parser.add_argument("--no-memory", dest="memory", action="store_false", help="do not measure memory")
     parser.add_argument("--save", metavar="FILE", help="append the raw rows, one JSON object a line")
     options = parser.parse_args()
-    shapes = [tuple(map(int, s.split(","))) for s in options.shapes] if options.shapes else SHAPES
+    usual = SHAPES if options.device == "cpu" else CUDA_SHAPES
+    shapes = [tuple(map(int, s.split(","))) for s in options.shapes] if options.shapes else usual
     about = {
         "date": str(date.today()),
         "machine": platform.machine(),
@@ -266,7 +362,9 @@ def main() -> None:
         "python": platform.python_version(),
     }
     print(", ".join(f"{k} {v}" for k, v in about.items()))
-    for peer, why in NOT_RUN.items():
+    for backend in xent.backends():
+        print(f"{backend.name}: {backend.missing or 'serves ' + backend.serves}")
+    for peer, why in NOT_RUN.items() if options.device == "cpu" else ():
         print(f"not run: {peer}: {why}")
     for shape in shapes:
         row = measure(shape, options)
