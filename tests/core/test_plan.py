@@ -86,13 +86,17 @@ def test_chunks_of_a_gpu_fill_its_products(shape, budget, rows):
 
 
 def test_the_default_budget_of_a_gpu(monkeypatch):
-    cuda, free = torch.device("cuda"), [80 << 30]
+    cuda, free, capturing = torch.device("cuda"), [80 << 30], [False]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 80 << 30))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1 << 30)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1 << 30)
     assert default_budget(cuda, 1000) == 512 * MIB
     assert default_budget(cuda, 128_256) == 2048 * 128_256 * 6
     free[0] = 4 << 30
     assert default_budget(cuda, 128_256) == 1 << 30
+    capturing[0] = True
+    assert default_budget(cuda, 128_256) == 2048 * 128_256 * 6
+    capturing[0] = False
     free[0] = 0
     assert default_budget(cuda, 128_256) == default_budget(torch.device("cpu"), 128_256) == DEFAULT_BUDGET

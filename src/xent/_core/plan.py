@@ -46,12 +46,12 @@ def default_budget(device: torch.device, classes: int) -> int:
     """Return the bytes of working memory of a call that names none; `GPU_DEFAULT` on CUDA devices.
 
     A float32 tile of 2,048 rows and its gradient in a half type take 6 bytes a logit. In a trace, where the
-    free memory is not that of the run, it does not bound.
+    free memory is not that of the run, and in a capture, where it may not be read, it does not bound.
     """
     if device.type != "cuda":
         return DEFAULT_BUDGET
     wanted = max(512 * MIB, 2048 * classes * 6)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return wanted
     free = torch.cuda.mem_get_info(device)[0]
     # what torch holds and has not lent out is free too
