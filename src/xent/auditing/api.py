@@ -11,6 +11,7 @@ from xent.auditing.arrays import Given, named_classes, read
 from xent.auditing.form import formed
 from xent.auditing.result import AuditResult
 from xent.auditing.sweeps import WORST, FirstSweep, SecondSweep
+from xent.auditing.threads import threads
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,14 +83,14 @@ def audit(
         ids,
         renormalize,
     )
-    first = FirstSweep(len(given.names), worst)
-    for batch in given.batches():
-        first.update(batch)
-    second = None
-    if sweeps == 2:
-        second = SecondSweep(first)
-        for batch in given.batches():
-            second.update(batch)
+    first, second = FirstSweep(len(given.names), worst), None
+    with threads(given.numbers) as each:
+        for batch in given.batches(threads=each):
+            first.update(batch, each)
+        if sweeps == 2:
+            second = SecondSweep(first)
+            for batch in given.batches(threads=each):
+                second.update(batch, each)
     return formed(first, second, given.names, rows=lambda: _row_table(given))
 
 
@@ -173,10 +174,11 @@ class Audit:
         )
         at = self._next if start is None else _whole("start", start)
         measures = self._first if self._second is None else self._second
-        for _ in given.batches(at):  # a fault is found before any row is counted
-            pass
-        for batch in given.batches(at):
-            measures.update(batch)
+        with threads(given.numbers) as each:
+            for _ in given.batches(at, each):  # a fault is found before any row is counted
+                pass
+            for batch in given.batches(at, each):
+                measures.update(batch, each)
         self._next = at + given.predictions.count
 
     def merge(self, other: Audit) -> None:

@@ -23,6 +23,7 @@ from xent._util.text import class_text
 from xent.auditing import sweeps
 from xent.auditing.kinds import Fault, fault, judged
 from xent.auditing.sweeps import Batch
+from xent.auditing.threads import Threads
 from xent.auditing.tiles import Kind, Memory, Tile
 from xent.integrations import head_of
 from xent.metrics._arrays import Rows, as_array, read_numbers
@@ -120,14 +121,20 @@ class Given:
     ids: list[Any] | None  # (N,) the caller's names of the rows
     renormalize: bool
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    @property
+    def numbers(self) -> int:
+        """N·C."""
+        return self.predictions.count * self.predictions.classes
+
+    def batches(self, start: int = 0, threads: Threads = sweeps.ONE) -> Iterator[Batch]:
         """Yield the rows; ``start`` is the number of the first one."""
         memory = Memory()
         for here, x, length in self.predictions.chunks():
-            tiles = [
-                self._tile(x[part.start - here.start : part.stop - here.start], part, start, memory)
-                for part in sweeps.tiles(here, self.predictions.classes)
-            ]
+
+            def of(part: slice, here: slice = here, x: Tensor = x) -> Tile:
+                return self._tile(x[part.start - here.start : part.stop - here.start], part, start, memory)
+
+            tiles = list(threads.map(of, sweeps.tiles(here, self.predictions.classes)))
             yield Batch(tiles, None if self.ids is None else self.ids[here], length)
 
     def _tile(self, x: Tensor, here: slice, start: int, memory: Memory) -> Tile:

@@ -22,6 +22,7 @@ from xent._util.text import class_text, quoted
 from xent.auditing import sweeps
 from xent.auditing.kinds import Fault, fault, judged
 from xent.auditing.sweeps import Batch
+from xent.auditing.threads import Threads
 from xent.auditing.tiles import Kind, Memory, Tile
 from xent.data.batches import as_tensor
 from xent.data.labels import ClassIndex, kind_of
@@ -81,6 +82,11 @@ class Faults:
         """Take the text of the first, and count the rows."""
         self.first = self.first or text
         self.rows += rows
+
+    def take(self, other: Faults) -> None:
+        """Add the faults of rows that follow."""
+        if other.first is not None:
+            self.add(other.first, other.rows)
 
     def check(self) -> None:
         """Raise ``BadInput`` if there was one."""
@@ -298,7 +304,9 @@ class Files:
     def _column(self, position: int) -> str:
         return f"column {quoted(self.features[position])}"
 
-    def batches(self, faults: Faults, share: Share | None = None) -> Iterator[Batch]:
+    def batches(
+        self, faults: Faults, share: Share | None = None, threads: Threads = sweeps.ONE
+    ) -> Iterator[Batch]:
         """Yield the rows of a share.
 
         Once there is a fault no more batches come, but the rows of the others are counted.
@@ -307,10 +315,14 @@ class Files:
         memory = Memory()
         for piece in pieces:
             for here in sweeps.batches(len(piece.x), len(self.names)):
-                found = [
-                    self._tile(piece, part, faults, memory) for part in sweeps.tiles(here, len(self.names))
-                ]
-                tiles = [tile for tile in found if tile is not None]
+                parts = [(part, Faults()) for part in sweeps.tiles(here, len(self.names))]
+
+                def of(part: tuple[slice, Faults], piece: Piece = piece) -> Tile | None:
+                    return self._tile(piece, *part, memory)
+
+                tiles = [tile for tile in threads.map(of, parts) if tile is not None]
+                for _, own in parts:
+                    faults.take(own)
                 if faults.first is None:
                     ids = None if piece.ids is None else ArrowIds(piece.ids[here.start : here.stop])
                     yield Batch(tiles, ids, None if piece.length is None else piece.length[here])

@@ -38,24 +38,29 @@ class Suspects:
         self.rows = 0
         self.largest = Largest(MOST)
 
-    def update(self, tile: Tile, rows: Rows) -> None:
-        """Add the rows of a tile to the number."""
+    def count_of(self, tile: Tile, rows: Rows) -> int:
+        """Return the number of rows of a tile whose label looks wrong."""
         counts = rows.weight > 0
-        self.rows += int(counts.sum())
         # a threshold is in the digits of the numbers, as the mean over one row is that row's number
         threshold = self.thresholds.to(tile.x.dtype).double()
         own = torch.where(
             rows.own >= threshold[rows.label], rows.own, 0.0
         )  # one of two equals may be the label
         sure = rows.confidence >= threshold[rows.prediction]
-        self.count += int((sure & ~rows.right & (rows.confidence > own) & counts).sum())
+        found = int((sure & ~rows.right & (rows.confidence > own) & counts).sum())
         # most rows are decided by their most probable class: it is above its threshold, or below all of them
         others = (~sure & (rows.confidence >= threshold.min()) & counts).nonzero()[:, 0]
         if len(others):
             p = tile.p_in(others)
             above = torch.ge(p, threshold.to(p.dtype), out=torch.empty_like(p)).mul_(p)
             above.scatter_(1, rows.label[others, None], 0.0)
-            self.count += int((above.amax(1) > own[others]).sum())
+            found += int((above.amax(1) > own[others]).sum())
+        return found
+
+    def add(self, found: int, rows: int) -> None:
+        """Add the number found among some rows, of a weight above 0."""
+        self.count += found
+        self.rows += rows
 
     def list(self, rows: Rows, ids: Sequence[Any] | None = None) -> None:
         """Hold those of the rows that another label would save most; ``ids`` (n,) are their names."""

@@ -21,17 +21,24 @@ from xent.auditing.rows import MeasuredRows, Rows, joined
 from xent.auditing.sample import Sample
 from xent.auditing.suspects import Suspects
 from xent.auditing.temperature import Tempered, of_sample
+from xent.auditing.threads import Threads
 from xent.auditing.tiles import Tile
 from xent.auditing.totals import Totals
 
-NUMBERS = 1 << 20
+NUMBERS = 1 << 19
 """Numbers of a tile, of which intermediate results are formed at a time."""
+
+TILES = 4
+"""Tiles of a batch at least, for as many threads."""
 
 BATCH = 1 << 24
 """Numbers of a batch at most, unless a row has more."""
 
 ROWS = 2048
 """Rows that a batch has if it can, so that sums over rows are of many."""
+
+ONE = Threads()
+"""The calling thread alone."""
 
 WORST = 100
 """Rows of the largest losses that are kept."""
@@ -56,6 +63,15 @@ class Batch(NamedTuple):
         return joined([tile.measured() for tile in self.tiles])
 
 
+class Seen(NamedTuple):
+    """The parts of a tile's measures in a second sweep."""
+
+    known: Rows
+    tempered: Tensor | None  # sums of `Tempered`
+    suspects: int
+    numbers: Numbers | None  # of the classes whose calibration is taken apart
+
+
 class FirstSweep:
     """The measures of one sweep over the rows."""
 
@@ -70,24 +86,32 @@ class FirstSweep:
         self.sample = Sample(classes)
         self.worst = Largest(worst)
 
-    def update(self, batch: Batch) -> MeasuredRows:
+    def update(self, batch: Batch, threads: Threads = ONE) -> MeasuredRows:
         """Add rows, and return their measures."""
-        parts = []
-        for tile in batch.tiles:
-            part = tile.measured()
-            if len(self.per_class.classes):
-                self.per_class.update(self.per_class.numbers(tile), part)
-            if isinstance(self.pairs, DensePairs):
-                self.pairs.update(tile, part)
-            self.sample.update(tile, part)
-            parts.append(part)
+        parts = list(threads.map(Tile.measured, batch.tiles))
         rows = joined(parts)
-        self.mean_loss.update(rows)
-        self.totals.update(rows)
-        self.reliability.update(rows)
-        if isinstance(self.pairs, CandidatePairs):
-            self.pairs.update(rows)
-        self.worst.update(rows, rows.loss.numpy(), batch.ids)
+
+        def of_classes() -> None:
+            if len(self.per_class.classes):
+                for tile, part in zip(batch.tiles, parts, strict=True):
+                    self.per_class.update(self.per_class.numbers(tile), part)
+
+        def of_pairs() -> None:
+            if isinstance(self.pairs, CandidatePairs):
+                self.pairs.update(rows)
+            else:
+                for tile, part in zip(batch.tiles, parts, strict=True):
+                    self.pairs.update(tile, part)
+
+        def of_rows() -> None:
+            for tile, part in zip(batch.tiles, parts, strict=True):
+                self.sample.update(tile, part)
+            self.mean_loss.update(rows)
+            self.totals.update(rows)
+            self.reliability.update(rows)
+            self.worst.update(rows, rows.loss.numpy(), batch.ids)
+
+        threads.run(of_classes, of_pairs, of_rows)
         return rows
 
     def merge(self, other: FirstSweep) -> None:
@@ -111,21 +135,27 @@ class SecondSweep:
             self.per_class = ClassReliability(np.sort(heaviest), classes)
             self.pairs = ChosenPairs(first.pairs.heaviest(HEAVIEST), classes)
 
-    def update(self, batch: Batch) -> Rows:
+    def update(self, batch: Batch, threads: Threads = ONE) -> Rows:
         """Add rows, and return what is known of them."""
-        parts, numbers = [], []
-        for tile in batch.tiles:
-            part = tile.known()
-            self.tempered.update(tile, part)
-            self.suspects.update(tile, part)
-            if self.per_class is not None and self.pairs is not None:
-                numbers.append(self.per_class.numbers(tile))
-                self.pairs.update(tile, part)
-            parts.append(part)
-        rows = joined(parts)
-        if self.per_class is not None:
-            columns = (None if each[0] is None else torch.cat(each) for each in zip(*numbers, strict=True))
+
+        def of_tile(tile: Tile) -> Seen:
+            known = tile.known()
+            numbers = None if self.per_class is None else self.per_class.numbers(tile)
+            return Seen(
+                known, self.tempered.sums_of(tile, known), self.suspects.count_of(tile, known), numbers
+            )
+
+        seen = list(threads.map(of_tile, batch.tiles))
+        rows = joined([each.known for each in seen])
+        for each in seen:
+            self.tempered.add(each.tempered)
+            self.suspects.add(each.suspects, int((each.known.weight > 0).sum()))
+        if self.per_class is not None and self.pairs is not None:
+            of_tiles = [each.numbers for each in seen if each.numbers is not None]
+            columns = (None if each[0] is None else torch.cat(each) for each in zip(*of_tiles, strict=True))
             self.per_class.update(Numbers._make(columns), rows)
+            for tile, each in zip(batch.tiles, seen, strict=True):
+                self.pairs.update(tile, each.known)
         self.suspects.list(rows, batch.ids)
         self.rows += len(rows)
         return rows
@@ -140,7 +170,7 @@ class SecondSweep:
 
 def batches(rows: int, classes: int) -> Iterator[slice]:
     """Yield the rows of each batch of as many rows."""
-    yield from _steps(slice(0, rows), max(1, NUMBERS // classes, min(ROWS, BATCH // classes)))
+    yield from _steps(slice(0, rows), max(1, TILES * NUMBERS // classes, min(ROWS, BATCH // classes)))
 
 
 def tiles(batch: slice, classes: int) -> Iterator[slice]:

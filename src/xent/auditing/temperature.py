@@ -15,6 +15,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from xent._calibration import fit_temperature
 from xent.auditing.rows import Rows
@@ -51,10 +52,13 @@ class Tempered:
         self.sums = torch.zeros(5, dtype=torch.float64)  # f(β), f′, f″, f‴, f(1)
         self.weight = 0.0
 
-    def update(self, tile: Tile, known: Rows) -> None:
-        """Add the rows of a tile, and what is known of each; those of infinite loss are left out."""
+    def sums_of(self, tile: Tile, known: Rows) -> Tensor | None:
+        """Return f, f′, f″, f‴ at β, f(1) and the weight, summed over the rows of a tile (6,).
+
+        Rows of infinite loss are left out; None where there is no β.
+        """
         if not 0 < self.beta < math.inf:
-            return
+            return None
         s = torch.where(known.loss.isfinite(), known.weight, 0.0)
         place = known.prediction[:, None]
         u = tile.scores()
@@ -77,8 +81,13 @@ class Tempered:
         loss = beside.log1p() - self.beta * target
         rows = torch.stack([loss, first - target, variance, skew, known.loss])
         counts = s > 0
-        self.sums += rows[:, counts] @ s[counts]
-        self.weight += float(s.sum())
+        return torch.cat([rows[:, counts] @ s[counts], s.sum()[None]])
+
+    def add(self, sums: Tensor | None) -> None:
+        """Add the sums of some rows."""
+        if sums is not None:
+            self.sums += sums[:-1]
+            self.weight += float(sums[-1])
 
     def merge(self, other: Tempered) -> None:
         """Add the rows of another."""

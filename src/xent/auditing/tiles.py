@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
 from functools import cached_property
 from typing import Literal
 
@@ -31,16 +32,17 @@ DEEPEST = 100
 
 
 class Memory:
-    """Memory for intermediate results, which tiles take one after the other."""
+    """Memory for intermediate results, which the tiles of a thread take one after the other."""
 
     def __init__(self) -> None:
-        self._held: dict[int, Tensor] = {}
+        self._held: dict[tuple[int, int], Tensor] = {}
 
     def take(self, place: int, like: Tensor) -> Tensor:
         """Return a matrix of the shape, type and layout of another, until its place is taken again."""
-        held = self._held.get(place)
+        key = threading.get_ident(), place
+        held = self._held.get(key)
         if held is None or held.numel() < like.numel() or held.dtype != like.dtype:
-            held = self._held[place] = like.new_empty(like.numel())
+            held = self._held[key] = like.new_empty(like.numel())
         flat = held[: like.numel()]
         n, classes = like.shape
         return flat.view(n, classes) if like.stride(1) == 1 else flat.view(classes, n).t()

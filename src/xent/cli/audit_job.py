@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +23,7 @@ from xent.auditing.result import VERSION, AuditResult
 from xent.auditing.row_table import row_table
 from xent.auditing.rows import MeasuredRows
 from xent.auditing.sweeps import FirstSweep, SecondSweep
+from xent.auditing.threads import Threads, threads
 from xent.cli.progress import Progress, rows_about
 from xent.errors import BadInput
 
@@ -41,7 +43,7 @@ def run(
     """Return the audit of some files; write each row's measures where a file is named."""
     ranks.check_equal(f"view of {files.source}", (files.kind, files.names))
     total = 0 if quiet else rows_about(files.paths) // ranks.share.count
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, threads(sys.maxsize) as each:
         write = None if rows is None else stack.enter_context(_row_file(rows, files.names))
         first = FirstSweep(len(files.names), worst)
         with ranks.raise_together():
@@ -51,6 +53,7 @@ def run(
                 ranks,
                 Progress(f"sweep 1 of {sweeps}", total, not quiet and ranks.is_main),
                 write,
+                each,
             )
         first = _merged(first, ranks)
         if not first.mean_loss.rows:
@@ -60,21 +63,27 @@ def run(
     second = None
     if sweeps == 2:
         second = SecondSweep(first)
-        with ranks.raise_together():
+        with ranks.raise_together(), threads(sys.maxsize) as each:
             total = first.mean_loss.rows // ranks.share.count
-            _sweep(second, files, ranks, Progress("sweep 2 of 2", total, not quiet and ranks.is_main), None)
+            progress = Progress("sweep 2 of 2", total, not quiet and ranks.is_main)
+            _sweep(second, files, ranks, progress, None, each)
         second = _merged(second, ranks)
     return formed(first, second, files.names, files.source)
 
 
 def _sweep(
-    sweep: FirstSweep | SecondSweep, files: Files, ranks: Ranks, progress: Progress, write: Any
+    sweep: FirstSweep | SecondSweep,
+    files: Files,
+    ranks: Ranks,
+    progress: Progress,
+    write: Any,
+    each: Threads,
 ) -> None:
     """Add this rank's share of the rows to the measures."""
     try:
-        for batch in files.batches(Faults(), ranks.share):
+        for batch in files.batches(Faults(), ranks.share, each):
             ranks.check_interrupt()
-            rows = sweep.update(batch)
+            rows = sweep.update(batch, each)
             if write is not None and isinstance(rows, MeasuredRows):
                 write(row_table(rows, files.names, batch.ids, batch.length))
             progress.add(len(rows))
