@@ -123,7 +123,9 @@ class Given:
 
     @property
     def numbers(self) -> int:
-        """N·C."""
+        """N·C, for threads; 0 of a head, whose products take those of torch."""
+        if isinstance(self.predictions, Head):
+            return 0
         return self.predictions.count * self.predictions.classes
 
     def batches(self, start: int = 0, threads: Threads = sweeps.ONE) -> Iterator[Batch]:

@@ -26,7 +26,7 @@ from xent.auditing.tiles import Tile
 from xent.auditing.totals import Totals
 
 NUMBERS = 1 << 19
-"""Numbers of a tile, of which intermediate results are formed at a time."""
+"""Numbers of a tile, of which intermediate results are formed at a time; twice as many of long rows."""
 
 TILES = 4
 """Tiles of a batch at least, for as many threads."""
@@ -170,12 +170,17 @@ class SecondSweep:
 
 def batches(rows: int, classes: int) -> Iterator[slice]:
     """Yield the rows of each batch of as many rows."""
-    yield from _steps(slice(0, rows), max(1, TILES * NUMBERS // classes, min(ROWS, BATCH // classes)))
+    yield from _steps(slice(0, rows), max(1, TILES * _rows(classes), min(ROWS, BATCH // classes)))
 
 
 def tiles(batch: slice, classes: int) -> Iterator[slice]:
     """Yield the rows of each tile of a batch."""
-    yield from _steps(batch, max(1, NUMBERS // classes))
+    yield from _steps(batch, _rows(classes))
+
+
+def _rows(classes: int) -> int:
+    """Return the rows of a tile."""
+    return max(1, NUMBERS * (1 if classes <= DENSE else 2) // classes)
 
 
 def _steps(rows: slice, step: int) -> Iterator[slice]:
