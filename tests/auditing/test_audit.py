@@ -14,7 +14,7 @@ from sklearn import metrics as peers
 from sklearn.isotonic import IsotonicRegression
 
 import xent
-from xent.auditing import mean_loss, pairs, sample, sweeps
+from xent.auditing import mean_loss, pairs, sample, scores, sweeps
 
 
 def problem(n=3000, classes=6, seed=0, sharp=1.5, dtype=np.float64):
@@ -94,8 +94,14 @@ def test_the_temperature_is_the_best_of_all_rows(found):
     assert result.temperature_saving == pytest.approx(result.log_loss - at_best.item(), rel=1e-6)
 
 
-def test_the_calibration_is_that_of_isotonic_regression(found):
-    _, p, y, weight, result = found
+@pytest.mark.parametrize("kept", [True, False], ids=["scores", "cells"])
+def test_the_calibration_is_that_of_isotonic_regression(monkeypatch, found, kept):
+    """Exactly from the scores, while these are few; else from cells of them."""
+    z, p, y, weight, result = found
+    near = 1e-9
+    if not kept:
+        monkeypatch.setattr(scores, "MOST", 0)
+        result, near = xent.audit(logits=z, target=y, sample_weight=weight, sweeps=1), 1e-4
     s = np.ones(len(y)) if weight is None else weight
     p, y, s = p[s > 0], y[s > 0], s[s > 0]
     right = (p.argmax(1) == y).astype(float)
@@ -109,10 +115,10 @@ def test_the_calibration_is_that_of_isotonic_regression(found):
         return own - at_best, base - at_best, base
 
     np.testing.assert_allclose(
-        [result.miscalibration, result.discrimination, result.uncertainty], parts(p.max(1), right), atol=1e-4
+        [result.miscalibration, result.discrimination, result.uncertainty], parts(p.max(1), right), atol=near
     )
     for c, row in enumerate(result.per_class):
-        np.testing.assert_allclose(row.calibration[1:], parts(p[:, c], (y == c).astype(float)), atol=2e-4)
+        np.testing.assert_allclose(row.calibration[1:], parts(p[:, c], (y == c).astype(float)), atol=2 * near)
 
 
 def test_intervals():
@@ -545,3 +551,24 @@ def test_a_single_column_has_the_tolerance_of_two():
     assert xent.audit(log_probabilities=x, target=[1, 0]).log_loss == pytest.approx(0.2293, abs=1e-3)
     with pytest.raises(ValueError, match=r"log_probabilities is 0.1 at row 0"):
         xent.audit(log_probabilities=np.array([0.1, -1.0]), target=[1, 0])
+
+
+def test_scores_that_become_many_are_cells_in_every_order():
+    z, y = problem(40_000, 4)
+    audits = [xent.Audit(4) for _ in range(3)]
+    for number, part in enumerate(np.array_split(np.arange(40_000), 7)):
+        audits[number % 3].update(logits=z[part], target=y[part], start=int(part[0]))
+    assert audits[0]._first.per_class.scores.kept
+    for other in audits[1:]:
+        audits[0].merge(other)
+    whole = xent.audit(logits=z, target=y, sweeps=1)
+    assert audits[0].result().miscalibration == pytest.approx(whole.miscalibration, rel=1e-9)
+    many = scores.Scores()
+    column = torch.zeros(scores.MOST // 2 + 1, 1)
+    for _ in range(2):
+        one = scores.Scores()
+        one.add(column, column, column[:, 0])
+        assert one.kept
+        many.merge(one)
+    assert not many.kept
+    assert many.cells() is None

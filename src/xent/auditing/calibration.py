@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from xent.auditing.rows import MeasuredRows, Rows
+from xent.auditing.scores import Scores
 from xent.auditing.sums import add_at
 from xent.auditing.tiles import Tile
 
@@ -66,6 +67,7 @@ class Reliability:
     confidence: np.ndarray  # (cells,) Σ s·p
     log_loss: float = 0.0  # Σ s·ℓ
     brier: float = 0.0  # Σ s·(p − y)²
+    scores: Scores = dataclasses.field(default_factory=Scores)
 
     @classmethod
     def empty(cls) -> Reliability:
@@ -81,15 +83,20 @@ class Reliability:
         add_at(self.confidence, at, weight * p)
         self.log_loss += float((weight * _binary_loss(rows).numpy()).sum())
         self.brier += float((weight * (event * q**2 + (1 - event) * p**2)).sum())
+        if self.scores.kept:
+            score = rows.top_log - rows.rest_log
+            self.scores.add(score[:, None], (rows.weight * rows.hit)[:, None], rows.weight)
 
     def merge(self, other: Reliability) -> None:
         """Add the rows of another."""
+        self.scores.merge(other.scores)
         for name in ("weight", "hits", "confidence", "log_loss", "brier"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def decomposition(self) -> tuple[Decomposition, Decomposition]:
         """Return the decompositions of the log loss and of the Brier score."""
-        return decomposed(self.weight, self.hits, self.log_loss, self.brier)
+        cells = self.scores.cells() or (self.weight, self.hits)
+        return decomposed(*cells, self.log_loss, self.brier)
 
     def error(self, bins: int = 15) -> float:
         """Return the expected calibration error over bins of equal mass: the mean of |confidence − rate|."""
@@ -118,6 +125,7 @@ class ClassReliability:
         self.grid = FINE if count * FINE.cells <= MOST_CELLS else COARSE
         self.weight, self.hits = torch.zeros((2, count, self.grid.cells), dtype=torch.float64)
         self.log_loss, self.brier = torch.zeros((2, count), dtype=torch.float64)  # sums
+        self.scores = Scores()
 
     def numbers(self, tile: Tile) -> Numbers:
         """Return what is wanted of a tile."""
@@ -135,6 +143,8 @@ class ClassReliability:
         index[rows, places] = self.grid.cells - 1 - self.grid.lower(known.rest[rows])
         miss[rows, places] = known.rest_log[rows].to(p.dtype)
         self.weight.scatter_add_(1, index.t(), s.expand(count, n))
+        if self.scores.kept:
+            self._keep(numbers, known, rows, places)
         if numbers.mass is not None and numbers.log_p is not None:
             mass, log_p = numbers.mass, numbers.log_p
             self.hits.scatter_add_(1, index.t(), (s[:, None] * mass).t())
@@ -150,6 +160,19 @@ class ClassReliability:
         self.log_loss -= _summed(miss, s)
         self.brier += _summed(square, s)
 
+    def _keep(self, numbers: Numbers, known: Rows, rows: Tensor, places: Tensor) -> None:
+        """Add the scores of the classes; of the confident ones, at places in rows, without a difference."""
+        p = numbers.p.double()
+        score = p.log() - torch.log1p(-p)
+        score[rows, places] = (known.top_log - known.rest_log)[rows]
+        if numbers.mass is None:
+            hits = torch.zeros_like(score)
+            own, at = self._places(known.label, known.weight > 0)
+            hits[own, at] = known.weight[own]
+        else:
+            hits = numbers.mass * known.weight[:, None]
+        self.scores.add(score, hits, known.weight)
+
     def _places(self, of: Tensor, where: Tensor) -> tuple[Tensor, Tensor]:
         """Return rows, and the position of the class of each, (n,), among those that are wanted."""
         if self.every:
@@ -162,17 +185,14 @@ class ClassReliability:
 
     def merge(self, other: ClassReliability) -> None:
         """Add the rows of another."""
+        self.scores.merge(other.scores)
         for name in ("weight", "hits", "log_loss", "brier"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def decomposition(self, at: int) -> tuple[Decomposition, Decomposition]:
         """Return the decompositions of the log loss and of the Brier score of ``classes[at]``."""
-        return decomposed(
-            self.weight[at].numpy(),
-            self.hits[at].numpy(),
-            float(self.log_loss[at]),
-            float(self.brier[at]),
-        )
+        weight, hits = self.scores.cells(at) or (self.weight[at].numpy(), self.hits[at].numpy())
+        return decomposed(weight, hits, float(self.log_loss[at]), float(self.brier[at]))
 
 
 def _summed(x: Tensor, weight: Tensor) -> Tensor:
