@@ -572,3 +572,17 @@ def test_scores_that_become_many_are_cells_in_every_order():
         many.merge(one)
     assert not many.kept
     assert many.cells() is None
+
+
+def test_sure_rows_keep_their_order():
+    """Every probability here is 1 in float32, and some are surer than others."""
+    rng = np.random.default_rng(0)
+    gap = rng.uniform(20, 60, 400)
+    z = torch.from_numpy(np.stack([gap, np.zeros(400)], 1))
+    y = (rng.random(400) > (gap - 20) / 40).astype(int)
+    found, exact = (xent.audit(logits=each, target=y, sweeps=1) for each in (z.float(), z))
+    assert (z.float().softmax(1)[:, 0] == 1).all()
+    for one, other in zip(found.per_class, exact.per_class, strict=True):
+        assert one.calibration == pytest.approx(other.calibration, rel=1e-5)
+    assert found.discrimination == pytest.approx(exact.discrimination, rel=1e-5)
+    assert found.discrimination > 0.05

@@ -55,3 +55,29 @@ def test_clean_labels_of_a_sure_model_are_no_suspects():
     assert result.suspects == 0
     assert not result.suspect_rows
     assert "no label looks wrong" in str(result).lower()
+
+
+@pytest.mark.parametrize("classes", [3, 8, 300])
+def test_the_number_is_that_of_the_definition(classes):
+    """Rows of few values, so that many are equal, and whose likeliest class is often below its threshold."""
+    rng = np.random.default_rng(classes)
+    p = rng.choice([1.0, 2.0, 2.0, 5.0], size=(600, classes)) * np.linspace(0.5, 2, classes)
+    p[:200] = rng.choice([1.0, 2.0], size=(200, classes))
+    y = rng.integers(0, classes, 600)
+    y[:classes] = np.arange(classes)
+    p[y == 0, 0] *= 50 * classes  # a class with a high threshold
+    p[y != 0, 0] = p[y != 0, 1:].max(1) + rng.choice([0.0, 1.0], size=(y != 0).sum())
+    p[:100, 0] = np.where(y[:100] == 0, p[:100, 0], 0.01)  # rows whose likeliest classes are equal and sure
+    p /= p.sum(1, keepdims=True)
+    threshold = np.array([p[y == c, c].mean() for c in range(classes)])
+    sure = np.where(p >= threshold, p, 0.0)
+    own = sure[np.arange(600), y]
+    sure[np.arange(600), y] = 0
+    expected = int((sure.max(1) > own).sum())
+    likely = p.argmax(1)
+    undecided = p.max(1) < threshold[likely]
+    assert undecided.sum() > 20
+    assert (sure.max(1)[undecided] > own[undecided]).any()
+    assert 0 < expected < 600
+    assert xent.audit(p, target=y).suspects == expected
+    assert xent.audit(logits=np.log(p), target=y).suspects == pytest.approx(expected, abs=3)

@@ -46,8 +46,5 @@ class Scores:
         if not self._parts:
             return None
         score, hits, weight = (torch.cat(each).numpy() for each in zip(*self._parts, strict=True))
-        counts = weight > 0
-        values, at = np.unique(score[counts, event], return_inverse=True)
-        sums = (np.bincount(at, x[counts], len(values)) for x in (weight, hits[:, event]))
-        of_weight, of_hits = sums
-        return of_weight, of_hits
+        values, at = np.unique(score[:, event], return_inverse=True)
+        return np.bincount(at, weight, len(values)), np.bincount(at, hits[:, event], len(values))
