@@ -112,7 +112,7 @@ print(own.missing())
 
 def test_rows_are_masked_where_data_may_not_decide(monkeypatch):
     """As on a CUDA device: nothing looks at the targets, and a row that is ignored may hold anything."""
-    monkeypatch.setattr(Selection, "data_decides", staticmethod(lambda device: False))
+    monkeypatch.setattr(Selection, "masked_on", {"cpu"})
     x = torch.randn(6, 4)
     x[2] = torch.nan
     x.requires_grad_()

@@ -21,7 +21,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
         monkeypatch.setattr(body, "MOST_BLOCK", 4)  # so that a lane of a program has several classes
         # as on a CUDA device, which the interpreter stands for
-        monkeypatch.setattr(Selection, "data_decides", staticmethod(lambda device: False))
+        monkeypatch.setattr(Selection, "masked_on", {"cpu"})
     with at(request.param):
         yield
         # one that has turned itself off would pass, by the tiles

@@ -175,7 +175,7 @@ def problem_of(
         if in_graph:  # where no operation would notice, and the loss be anything
             check_devices(*leaves, *given, *others)
         by_mask = in_graph or transforms.batched(*given, *others, *leaves)
-    by_mask = by_mask or (ranks is None and not Selection.data_decides(common.device))
+    by_mask = by_mask or (ranks is None and common.device.type in Selection.masked_on)
     targets, row_weight = select(
         options,
         target,

@@ -129,7 +129,7 @@ def _columns(form: Form, tensors: Tensors) -> int:
 def _resolved(form: Form, tensors: Tensors) -> tuple[Selection, Tensors]:
     """Return the tensors of the rows that count, by index where data may decide, and which those are."""
     problem = form.form.bind(tensors)
-    if Selection.data_decides(tensors[1].device):  # type: ignore[union-attr]
+    if tensors[1].device.type not in Selection.masked_on:  # type: ignore[union-attr]
         problem = problem.resolved()
     elif problem.selection.mask is not None:
         problem = problem.harmless(problem.selection.mask)

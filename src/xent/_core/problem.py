@@ -173,12 +173,12 @@ class Problem:
     def flatten(self) -> tuple[Form, Tensors]:
         """Return the problem of a sweep, without the step from its rows to a loss, as a form and tensors."""
         logits, t = self.logits, self.targets
-        of_map = logits.map
+        of_map, leaves = logits.map, logits.leaves
         temperature = of_map.temperature
         each = temperature if isinstance(temperature, Tensor) else None
         form = Form(
             logits.product_dtype if isinstance(logits, LinearHead) else None,
-            1 + len(logits.leaves),
+            1 + len(leaves),
             of_map.softcap,
             1.0 if isinstance(temperature, Tensor) else temperature,
             of_map.scale,
@@ -193,7 +193,7 @@ class Problem:
             *(each, of_map.log_q, t.selection.index, t.selection.mask),
             *(t.index, t.index_mass, t.other_mass, t.class_weight, t.remainder),
         )
-        return form, (t.probabilities, *logits.leaves, *rest)
+        return form, (t.probabilities, *leaves, *rest)
 
 
 @record

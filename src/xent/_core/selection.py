@@ -10,7 +10,8 @@ and a mask takes these out of the results.
 
 from __future__ import annotations
 
-import torch
+from typing import ClassVar
+
 from torch import Tensor
 
 from xent._core.record import record
@@ -20,14 +21,12 @@ from xent._core.record import record
 class Selection:
     """The rows that count, of N; M of them are computed."""
 
+    masked_on: ClassVar[frozenset[str]] = frozenset({"cuda"})
+    """Types of devices on which data may not choose rows: a CUDA device would wait for the host."""
+
     n_rows: int  # N
     index: Tensor | None = None  # (M,) int64, ascending
     mask: Tensor | None = None  # (M,) bool
-
-    @staticmethod
-    def data_decides(device: torch.device) -> bool:
-        """Return whether rows may be chosen by what the data hold: a CUDA device would wait for the host."""
-        return device.type != "cuda"
 
     @property
     def count(self) -> int:

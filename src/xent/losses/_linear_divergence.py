@@ -301,7 +301,7 @@ def _resolve(
     if in_graph:
         check_devices(weight, *leaves)
     by_mask = weight is not None and (
-        in_graph or transforms.batched(weight, *leaves) or not Selection.data_decides(student.device)
+        in_graph or transforms.batched(weight, *leaves) or student.device.type in Selection.masked_on
     )
     targets, weight = select(Options(), None, classes, UNCHECKED, weight, n, student.device, by_mask=by_mask)
     kept = targets.selection.mask
