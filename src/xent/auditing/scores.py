@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MOST = 1 << 20
+MOST = 1 << 18
 """Scores that are kept."""
 
 

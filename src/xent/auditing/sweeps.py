@@ -28,7 +28,7 @@ from xent.auditing.totals import Totals
 NUMBERS = 1 << 19
 """Numbers of a tile, of which intermediate results are formed at a time; twice as many of long rows."""
 
-TILES = 4
+TILES = 2
 """Tiles of a batch at least, for as many threads."""
 
 BATCH = 1 << 24
