@@ -43,9 +43,8 @@ class Suspects:
         counts = rows.weight > 0
         # a threshold is in the digits of the numbers, as the mean over one row is that row's number
         threshold = self.thresholds.to(tile.x.dtype).double()
-        own = torch.where(
-            rows.own >= threshold[rows.label], rows.own, 0.0
-        )  # one of two equals may be the label
+        # one of two classes that are equally sure may be the label
+        own = torch.where(rows.own >= threshold[rows.label], rows.own, 0.0)
         sure = rows.confidence >= threshold[rows.prediction]
         found = int((sure & ~rows.right & (rows.confidence > own) & counts).sum())
         # most rows are decided by their most probable class: it is above its threshold, or below all of them

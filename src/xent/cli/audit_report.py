@@ -47,7 +47,7 @@ def _numbers(result: AuditResult) -> Any:
     made.add_row("Brier score", f"{found.brier:.4f}", "")
     missing = "−infinite" if result.infinite_rows else "not defined"
     amount = missing if found.d2 is None else f"{found.d2:.4f}"
-    made.add_row("D²", amount, "1 less the loss as a share of that of knowing frequencies alone")
+    made.add_row("D²", amount, "1 − loss / loss of knowing frequencies")
     for k, value in list(result.top_k.items())[1:4]:
         made.add_row(f"right among {k}", f"{100 * value:.2f} %", "")
     return made
