@@ -49,7 +49,19 @@ def test_measures_are_the_formulas(dtype, classes, kind, by_class):
     torch.testing.assert_close(rows.saving, (log_p.amax(1) - (t * log_p).sum(1)), **near)
     without = log_p.scatter(1, rows.prediction[:, None], -torch.inf)
     assert (rows.runner_up == without.argmax(1)).all()
-    assert (rows.rank == (p > p.gather(1, y[:, None])).sum(1)).all()
+    assert (rows.rank == (p > p.gather(1, y[:, None])).sum(1).clamp(max=100)).all()
+
+
+@pytest.mark.parametrize("classes", [5, 255, 256, 1000])
+def test_the_rank_counts_equal_classes_in_their_order(classes):
+    torch.manual_seed(3)
+    z = torch.randint(-3, 3, (400, classes)).float()  # many equal ones
+    z[:200] += torch.randn(200, classes)
+    order = z.sort(dim=1, descending=True, stable=True).indices
+    place = torch.randint(min(classes, 120), (400,))
+    place[::3] = torch.randint(2, (134,))
+    y = order.gather(1, place[:, None])[:, 0]
+    assert (tile_of(z, y, "logits").measured().rank == place.clamp(max=100)).all()
 
 
 def test_gradient_norms_are_those_of_curvature():

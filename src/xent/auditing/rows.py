@@ -63,7 +63,9 @@ class MeasuredRows(Rows):
     second: Tensor  # the probability of the runner-up
     squares: Tensor  # Σ p² over the classes beside the prediction
     entropy: Tensor  # −Σ p log p, nats
-    rank: Tensor  # int64, the number of classes before the row's own: more probable, or as much and lower
+    rank: (
+        Tensor  # int64, at most 100: the number of classes more probable than the row's, or as much and lower
+    )
     hit: Tensor  # the mass of the predicted class: 1 or 0 without soft labels
     soft_top: Tensor | None = None  # (n, K) of soft labels: the mass of the 1, 2, ... K most probable classes
     soft_brier: Tensor | None = None  # ‖p − t‖² of soft labels

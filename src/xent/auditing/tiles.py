@@ -211,12 +211,6 @@ class Tile:
             z = 1 + self.others.double()
             squares /= z**2
             entropy = z.log() * known.rest - total / z - known.confidence * known.top_log
-        own = self.x.gather(1, self.label[:, None])
-        rank = torch.gt(self.x, own, out=u).sum(1).long()
-        tied = (torch.eq(self.x, own, out=u).sum(1) > 1).nonzero()[:, 0]
-        if len(tied):
-            lower = torch.arange(self.classes) < self.label[tied, None]
-            rank[tied] += ((self._rows(tied) == own[tied]) & lower).sum(1)
         if self.mass is None:
             hit, top, brier, by_class = known.right.double(), None, None, None
         else:
@@ -234,12 +228,35 @@ class Tile:
             second=second,
             squares=squares,
             entropy=entropy,
-            rank=rank,
+            rank=self._rank(),
             hit=hit,
             soft_top=top,
             soft_brier=brier,
             by_class=by_class,
         )
+
+    def _rank(self) -> Tensor:
+        """Return the number of classes before each row's own, (n,) int64, at most `DEEPEST`."""
+        own = self.x.gather(1, self.label[:, None])
+        before = (self.prediction != self.label).long()
+        if self.top.blocks is not None:
+            before *= (self.top.blocks > own).sum(1).clamp_(min=1)  # a block holds such a class at least
+        rank = before.clamp_(max=DEEPEST)
+        open_ = ((rank > 0) & (rank < DEEPEST)).nonzero()[:, 0]
+        if len(open_):
+            rank[open_] = self._counted(open_, own[open_]).clamp_(max=DEEPEST)
+        return rank
+
+    def _counted(self, rows: Tensor, own: Tensor) -> Tensor:
+        """Return the number of classes before that of some rows (k,), whose own numbers are (k, 1)."""
+        x = self._rows(rows) if len(rows) < len(self) else self.x
+        compared = self.memory.take(0, x)
+        count = torch.gt(x, own, out=compared).sum(1).long()
+        tied = (torch.eq(x, own, out=compared).sum(1) > 1).nonzero()[:, 0]
+        if len(tied):
+            lower = torch.arange(self.classes) < self.label[rows[tied], None]
+            count[tied] += ((self._rows(rows[tied]) == own[tied]) & lower).sum(1)
+        return count
 
     def _both(self, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Return log-probability and probability of a class of each row (n,), in float64."""

@@ -26,6 +26,7 @@ class TopTwo(NamedTuple):
     likely: Tensor  # (n,) int64
     second: Tensor  # (n,), −inf where no other entry is above it
     runner_up: Tensor  # (n,) int64, never the likely class
+    blocks: Tensor | None = None  # (n, ⌈C/128⌉) of many classes: an entry of each block, its largest or next
 
 
 def top_two(x: Tensor) -> TopTwo:
@@ -36,6 +37,7 @@ def top_two(x: Tensor) -> TopTwo:
     ([1, 0], [2, 1], [3.0, -inf])
     """
     classes = x.shape[1]
+    most = None
     if classes < 2 * BLOCK:
         top = x.amax(1)
         likely = first_equal(x, top)
@@ -56,7 +58,9 @@ def top_two(x: Tensor) -> TopTwo:
         inside.masked_fill_(place == likely[:, None], -math.inf)
         runner_up = start + first_equal(inside, second)
     # where nothing else is above −inf, the likely class equals the others now
-    return TopTwo(top, likely, second, torch.where(runner_up == likely, (likely == 0).long(), runner_up))
+    return TopTwo(
+        top, likely, second, torch.where(runner_up == likely, (likely == 0).long(), runner_up), most
+    )
 
 
 def _maxima(x: Tensor) -> Tensor:
