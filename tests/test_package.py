@@ -17,8 +17,8 @@ import xent
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(xent.__path__, "xent.") if not m.name.endswith("__main__")]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))  # whose snippets test_how_to runs
+PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - set(HOW_TO))]
 
 
 def python(code: str) -> str:

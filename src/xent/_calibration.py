@@ -49,8 +49,8 @@ def fit_temperature(
     Temperature scaling, to be fitted on held-out rows. ``logits / T`` has the same order of classes, and the
     model's expected logit ⟨p, z⟩, summed over those rows, equals the targets'. That does not imply that each
     class, or each level of confidence, is calibrated. There is at most one minimum, found to rounding for
-    logits of any scale. The loss is that of ``docs/formula.md`` as a function of β = 1/T. Source: Guo et al.
-    (2017), *On calibration of modern neural networks*.
+    logits of any scale. The loss is that of :doc:`/explanation/formula` as a function of β = 1/T. Source:
+    Guo et al. (2017), *On calibration of modern neural networks*.
 
     Args:
         logits: (C,), (N, C) or (N, C, d1, ...), a tensor of any floating type, an array or a list; computed

@@ -12,7 +12,7 @@ import pytest
 import xent
 from xent.auditing.records import Measures
 
-DOCS = Path(__file__).parents[2] / "docs"
+DOCS = Path(__file__).parents[2] / "docs" / "reference"
 SCHEMA = json.loads((DOCS / "audit.schema.json").read_text())
 
 
@@ -35,5 +35,5 @@ def test_odd_rows_are_of_the_schema():
 
 def test_the_schema_and_the_page_name_every_measure():
     assert {*SCHEMA["properties"]["measures"]["properties"]} == {*Measures.__dataclass_fields__}
-    page = (DOCS / "audit.md").read_text()
+    page = (DOCS.parent / "explanation" / "audit.md").read_text()
     assert not [name for name in Measures.__dataclass_fields__ if f"`{name}`" not in page]

@@ -1,6 +1,6 @@
 """Every way of differentiating, against float64 autograd of the unfused form, for every row of the table.
 
-The cells of the table in docs/differentiation.md: each test here is one.
+The cells of the table in docs/explanation/differentiation.md: each test here is one.
 """
 
 from __future__ import annotations

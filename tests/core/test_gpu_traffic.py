@@ -1,7 +1,7 @@
 """The cost of the torch tiles on a GPU, on paper: operations launched a tile, and bytes moved a logit.
 
-Counted on a CPU, with the chunks of a GPU, from the operations that touch a whole tile. `docs/gpu.md` has the
-model that these numbers enter.
+Counted on a CPU, with the chunks of a GPU, from the operations that touch a whole tile.
+`docs/explanation/gpu.md` has the model that these numbers enter.
 """
 
 from __future__ import annotations

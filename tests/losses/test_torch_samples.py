@@ -116,7 +116,8 @@ def vector(*values, dtype=torch.float32):
 P, S, K = "binary_cross_entropy", "binary_cross_entropy_with_logits", "kl_div"
 one, zero, nothing = vector(1.0), vector(0.0), vector()
 tail = vector(37.42994775023705, dtype=torch.float64)
-# what, call, torch's answer, ours: a number, or what is raised; the reasons stand in docs/binary.md
+# what, call, torch's answer, ours: a number, or what is raised; the reasons stand in
+# docs/explanation/binary.md
 DIFFERENCES = [
     ("a certain error", none(P, zero, one), 100.0, INF),
     ("its gradient", slope(P, zero, one), -1e12, -INF),

@@ -114,7 +114,7 @@ def test_naive_code_is_noticed(monkeypatch, setting):
 
 
 EQUATIONS = {  # page -> equation -> the identity that checks it
-    "cross_entropy": {
+    "cross-entropy": {
         "−log L / 10 = −[0.6·log p + 0.4·log(1 − p)]        0.673012 nats at p = 0.6": "maximum likelihood",
         "CE(q, p) = H(q) + KL(q‖p)": "cross-entropy is entropy + KL",
         "`CE(p, p) = H(p)`": "cross-entropy with oneself",
@@ -148,7 +148,7 @@ EQUATIONS = {  # page -> equation -> the identity that checks it
 @pytest.mark.parametrize("page", EQUATIONS)
 def test_equations_of_a_page_are_identities(page, request):
     """The pages say so: an equation that is set on a line of its own stands here with its identity."""
-    text = (request.config.rootpath / "docs" / f"{page}.md").read_text()
+    text = (request.config.rootpath / "docs" / "explanation" / f"{page}.md").read_text()
     for equation, name in EQUATIONS[page].items():
         assert equation in text
         assert name in IDENTITIES

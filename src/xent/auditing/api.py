@@ -37,7 +37,7 @@ def audit(
     The mean cross-entropy with its interval, and its parts: by class, by pair of a class and a rival, by
     calibration and discrimination, by temperature; the rows that cost most and those whose label looks wrong.
     Arrays are NumPy's, torch's (computed on the CPU), data frames or lists. The formulas are those of
-    ``docs/audit.md``.
+    :doc:`/explanation/audit`.
 
     Args:
         probabilities: (N, C), or (N,) of the second of two classes. Rows sum to 1, as for

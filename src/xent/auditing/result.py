@@ -1,6 +1,6 @@
 """The result of an audit: plain numbers as attributes, as JSON and as a page.
 
-The JSON object is what ``docs/audit.md`` describes; `VERSION` is that of its schema.
+The JSON object is what :doc:`/explanation/audit` describes; `VERSION` is that of its schema.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ VALIDATION, FIGURES = "validation.parquet", ("loss.png", "confusion.png", "relia
 """Files that not every fit writes."""
 
 SUMMARY = 1
-"""The version of the layout of the summary, which docs/model-file.md describes."""
+"""The version of the layout of the summary, which :doc:`/reference/model-file` describes."""
 
 CONFUSED = 10
 """Pairs of classes in the summary, those that are confused most often."""

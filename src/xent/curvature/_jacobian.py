@@ -72,7 +72,7 @@ class SoftmaxJacobian(RowOperator):
     Every method costs O(C) a row in time and memory (``to_dense`` C²), is made of torch's operations, and is
     differentiable in the logits and in its arguments. Half types are computed in float32; results have the
     type of the logits, rounded once. A row that is wholly masked, or holds +inf or nan, has no softmax: its
-    results are nan, those of other rows are not. Formulas: ``docs/curvature.md``.
+    results are nan, those of other rows are not. Formulas: :doc:`/explanation/curvature`.
 
     In ``J @ v``, v with as many dimensions as the logits is one vector a row, of their shape; with one
     dimension more, at the end, it is a matrix a row. Nothing is broadcast. ``J.T`` is J.

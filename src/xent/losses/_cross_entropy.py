@@ -70,7 +70,8 @@ def cross_entropy(
         log_q: (C,), where the columns are a sample of the classes: the logarithm of each one's chance to be
             there, subtracted from every logit but the target's own, last of all. The sum over all classes is
             then estimated without bias; its logarithm, the loss, is not. Class indices only. No gradient.
-        group: processes that share the classes (docs/scaling.md). Every rank passes all rows, and of
+        group: processes that share the classes (:doc:`/explanation/scaling`). Every rank passes all rows,
+        and of
             ``input``, of a probability target and of ``weight`` the columns of its own classes, a contiguous
             slice in the order of ranks, of any size; class indices are those of the whole. Every rank gets
             the same loss. A DTensor placed ``Shard(1)`` says its group.
@@ -151,9 +152,10 @@ def linear_cross_entropy(
             accumulator of a gradient comes beside it.
         weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss, softcap, temperature,
             denominator, check_targets, margin, log_q, data_group: as in :func:`cross_entropy`; ``log_q`` (S,)
-            with ``classes``.
-        group: processes that share the classes (docs/scaling.md). Every rank passes all rows, and of
-            ``linear_weight``, ``linear_bias``, a probability target and ``weight`` its own classes, a
+            with
+            ``classes``.
+        group: processes that share the classes (:doc:`/explanation/scaling`). Every rank passes all rows,
+            and of ``linear_weight``, ``linear_bias``, a probability target and ``weight`` its own classes, a
             contiguous slice in the order of ranks, of any size; class indices are those of the whole. Every
             rank gets the same loss, the gradient of ``input`` over all classes, and that of its own
             classifiers. A ``linear_weight`` that is a DTensor placed ``Shard(0)`` says its group.

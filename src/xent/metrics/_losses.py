@@ -5,8 +5,8 @@
     H   = −Σ_c f_c log f_c                      f_c = Σ_{y_n = c} s_n / Σ s: the best constant's loss
     D²  = 1 − log_loss / H
 
-ℓ is the loss of ``docs/formula.md`` for a class index, where p is the softmax of logits. The arithmetic is
-float64, whatever type the probabilities are stored in, and nothing is clipped.
+ℓ is the loss of :doc:`/explanation/formula` for a class index, where p is the softmax of logits. The
+arithmetic is float64, whatever type the probabilities are stored in, and nothing is clipped.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def attribution(
 ) -> Attribution:
     r"""Return the k rivals with the largest shares of each row's cross-entropy, and the loss of the others.
 
-    ``losses = π_j·CE`` with π the softmax over the rivals; derivation in ``docs/triplets.md``.
+    ``losses = π_j·CE`` with π the softmax over the rivals; derivation in :doc:`/explanation/triplets`.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).

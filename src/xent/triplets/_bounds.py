@@ -129,7 +129,8 @@ def bounds(
     r"""Return lower and upper bounds on each row's cross-entropy by triplet losses, in nats.
 
     ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``; formulas in
-    :class:`Bounds` and ``docs/triplets.md``. The first three can lie far below the loss: they average over
+    :class:`Bounds` and :doc:`/explanation/triplets`. The first three can lie far below the loss: they
+    average over
     the rivals, while cross-entropy follows the hardest one. With one class there is no triplet, and all
     fields are 0.
 

@@ -110,8 +110,8 @@ def pair_matrix(
 ) -> PairMatrix:
     r"""Return the loss of each pair of true class and rival class, summed over rows.
 
-    ``M[y, j] = Σ_n [y_n = y]·π_nj·CE_n``; see ``docs/triplets.md``. For a data set in batches, add the
-    matrices of the batches.
+    ``M[y, j] = Σ_n [y_n = y]·π_nj·CE_n``; see :doc:`/explanation/triplets`. For a data set in batches, add
+    the matrices of the batches.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
