@@ -110,7 +110,7 @@ def head(rows: int, features: int, classes: int, rounds: int) -> None:
 
     def product() -> None:
         for part in x.split(512):
-            part @ w.T  # noqa: B018, dropped at once: all of them are larger than memory
+            part @ w.T
 
     forms = {
         "loss forward": loss,

@@ -1,6 +1,6 @@
 """The distance of Kronecker factors from the Hessian of a softmax regression on scikit-learn's digits.
 
-    python benchmarks/spectrum.py [--figure docs/figures/digits-spectrum.png]
+    python benchmarks/spectrum.py [--figure docs/figures/digits-spectrum.svg]
 
 The digits, standardised, 10 classes × (64 features + bias): 650 parameters, whose Hessian is made whole.
 `by curvature` is Kronecker with weighting="curvature", `class blocks` and `diagonal` keep parts of H itself.

@@ -72,10 +72,13 @@ def titled(axes: Axes, title: str, subtitle: str) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """Write a PNG (or what the suffix says), cropped to what is drawn."""
-    with warnings.catch_warnings():
+    """Write a figure in the format of the suffix, cropped to what is drawn; the same bytes each time."""
+    import matplotlib
+
+    undated = {"Date": None} if os.fspath(path).endswith(".svg") else None
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": "xent"}):
         warnings.simplefilter("ignore", UserWarning)  # of letters that the font lacks: boxes stand for them
-        figure.savefig(path, bbox_inches="tight", pad_inches=0.22, facecolor="white")
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.22, facecolor="white", metadata=undated)
 
 
 def loss_curve(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw all figures as PNG into ``folder`` and return their paths.
+    """Draw all figures as SVG into ``folder`` and return their paths.
 
     Raises ``MissingExtra`` without matplotlib, or without scikit-learn, whose digits it draws.
     """
@@ -36,7 +36,7 @@ def draw(folder: Path) -> list[Path]:
         with figures.style():
             figure = Figure()
             paint(figure)
-            paths.append(folder / f"{name}.png")
+            paths.append(folder / f"{name}.svg")
             with atomic_write(paths[-1]) as temporary:
                 figures.save(figure, temporary)
     return paths
