@@ -6,7 +6,11 @@ READY  := $(VENV)/.ready
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreted pages slow lint types imports check wheel figures bench clean
+.PHONY: help setup demo test interpreted pages docs site slow lint types imports check wheel clean
+
+# what renders the formulas of the site, from npm
+MATHJAX := mathjax@3.2.2
+SCRIPT  := docs/_build/static/mathjax/tex-svg.js
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -29,7 +33,7 @@ demo: setup ## fit handwritten digits, predict those held out, audit that; all o
 
 # as many processes as cores, each on one thread: small products on threads that share a core wait for each other
 test: setup ## run all tests but the slow ones and the pages
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not pages"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not pages and not site"
 
 # the variable is read where a kernel is made, so this is a process of its own
 interpreted: setup ## run the laws on the kernels of Triton in its interpreter, in float32 and half types
@@ -37,6 +41,19 @@ interpreted: setup ## run the laws on the kernels of Triton in its interpreter, 
 
 pages: setup ## run what the pages of the docs print
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m pages
+
+docs: setup $(SCRIPT) ## build the site into docs/_build/html; its examples, tutorial and links are checked
+	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
+	@echo "the site: docs/_build/html/index.html"
+
+$(SCRIPT):
+	@command -v npm >/dev/null || { echo "the site's formulas need MathJax from npm. Install it: sudo apt-get install npm"; exit 1; }
+	@mkdir -p $(@D)
+	npm pack --silent --pack-destination docs/_build $(MATHJAX)
+	tar -xzOf docs/_build/$(subst @,-,$(MATHJAX)).tgz package/es5/tex-svg.js > $@.part && mv $@.part $@
+
+site: docs ## open the site in headless Chromium: no error, no dead link, nothing loaded from elsewhere
+	$(BIN)/python -m pytest -m site
 
 slow: setup ## the long soak tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
@@ -57,4 +74,4 @@ wheel: setup ## build the wheel, install it into an empty environment, import it
 check: lint types imports wheel test interpreted pages ## what CI runs
 
 clean: ## remove what these targets made
-	rm -rf $(VENV) .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf docs/_build docs/reference/api $(VENV) .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

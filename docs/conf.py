@@ -29,9 +29,10 @@ extensions = [
     "sphinx_design",
     "figures",
     "inventories",
+    "notebooks",
     "reference",
 ]
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "reference/api/_*"]
 
 # Pages
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]

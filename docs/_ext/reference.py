@@ -17,6 +17,8 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
+TRAILING = re.compile(r"(?<![`\w*|.])([A-Za-z]\w*)_(?![\w`*])")
+
 FIELD = re.compile(r"^    (\w+): ([^=#\n]+?)(?:\s*= ([^#\n]+?))?\s*(?:# (.+))?$", re.M)
 
 
@@ -27,6 +29,9 @@ class Group:
     title: str
     page: str  # below docs, without its suffix
     names: list[str]  # in full: xent.cross_entropy
+    data: dict[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # of names that are constants: what they are
 
 
 def groups(folder: Path) -> list[Group]:
@@ -54,7 +59,8 @@ def page_of(name: str, group: Group, titles: dict[str, str]) -> str:
     lines += [f"Explained in [{titles[group.page]}](../../{group.page}.md).", ""]
     directive = "autoclass" if inspect.isclass(thing) else "autofunction"
     if not callable(thing):
-        directive = "autodata"
+        lines += ["```{eval-rst}", f".. py:data:: {name}", "```", "", group.data[name], ""]
+        return "\n".join(lines)
     lines += ["```{eval-rst}", f".. {directive}:: {name}"]
     fields = fields_of(thing) if inspect.isclass(thing) else []
     if inspect.isclass(thing):
@@ -95,7 +101,8 @@ def table_of_names(groups: list[Group], titles: dict[str, str]) -> str:
         lines += ["| name | what |", "|---|---|"]
         for name in group.names:
             short = name.removeprefix("xent.")
-            lines.append(f"| [`{short}`](api/{name}.md) | {first_sentence(found(name))} |")
+            what = group.data.get(name) or first_sentence(found(name))
+            lines.append(f"| [`{short}`](api/{name}.md) | {what} |")
         lines += ["", "```{toctree}", ":hidden:", ""]
         lines += [f"{n.removeprefix('xent.')} <api/{n}>" for n in group.names]
         lines += ["```", ""]
@@ -111,9 +118,18 @@ def options() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
         rows = []
         for name, type_, default, what in fields_of(kind):
             rule = validators.OPTIONS.get(name)
-            values = validators.described(rule) if rule is not None else what or type_
+            values = values_of(rule) if rule is not None else what or f"`{type_}`"
             rows.append((name, default, values))
         yield first_sentence(kind), rows
+
+
+def values_of(rule: Any) -> str:
+    """Return in words what a validator takes."""
+    if hasattr(rule, "names"):
+        words = " or ".join(f'`"{name}"`' for name in rule.names)
+    else:
+        words = getattr(rule, "takes", "") or first_sentence(type(rule)).rstrip(".")
+    return f"{words} or `None`" if getattr(rule, "optional", False) and "None" not in words else words
 
 
 def table_of_options(names: list[str]) -> str:
@@ -164,7 +180,29 @@ def _write(app: Sphinx) -> None:
             path.write_text(text, "utf-8")
 
 
+def _escape(lines: list[str]) -> None:
+    """Keep names such as ``coef_`` from being read as links."""
+    lines[:] = [TRAILING.sub(r"\1\_", line) for line in lines]
+
+
+def _docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
+    _escape(lines)
+
+
+def _help(app: Sphinx, context: object, lines: list[str]) -> None:
+    _escape(lines)
+
+
+def _skip(app: Sphinx, what: str, name: str, thing: object, skip: bool, options: object) -> bool | None:
+    """Leave out what scikit-learn's base class adds for metadata routing."""
+    return True if re.fullmatch(r"set_\w+_request|get_metadata_routing", name) else None
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the step with Sphinx, before it looks for pages."""
+    """Register the steps with Sphinx: the pages before it looks for them, the rest where docstrings are read."""
     app.connect("builder-inited", _write)
+    app.connect("autodoc-process-docstring", _docstring)
+    app.connect("autodoc-skip-member", _skip)
+    for part in ("description", "options", "arguments", "usage"):
+        app.connect(f"sphinx-click-process-{part}", _help)
     return {"parallel_read_safe": True}

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import re
-import shutil
 
 import numpy as np
 import pytest
+from browser import browser, requested
 
 import xent
-
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
@@ -42,42 +38,14 @@ def test_it_is_one_file_under_a_megabyte(page):
     assert "<img" not in text
 
 
-@contextlib.contextmanager
-def browser(width=1100, dark=False):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-dev-shm-usage",
-        f"--window-size={width},1400",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        size = {"width": width, "height": 1400, "deviceScaleFactor": 1, "mobile": width < 600}
-        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        yield driver
-    finally:
-        driver.quit()
-
-
 @pytest.mark.pages
 @pytest.mark.parametrize(("width", "dark"), [(1100, False), (1100, True), (390, False)])
 def test_it_is_drawn_and_sorts(page, width, dark):
     path, result = page
-    assert CHROMIUM, "install chromium and chromium-driver: .ci/run does"
     with browser(width, dark) as driver:
         driver.get(path.as_uri())
         assert not driver.get_log("browser")
-        asked = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-        urls = {m["params"]["request"]["url"] for m in asked if m["method"] == "Network.requestWillBeSent"}
-        assert urls == {path.as_uri()}
+        assert requested(driver) == {path.as_uri()}
         heights = driver.execute_script(
             "return [...document.querySelectorAll('figure svg')].map(e => e.getBoundingClientRect().height)"
         )
