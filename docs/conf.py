@@ -27,6 +27,7 @@ extensions = [
     "sphinx_click",
     "sphinx_copybutton",
     "sphinx_design",
+    "docstrings",
     "figures",
     "inventories",
     "notebooks",

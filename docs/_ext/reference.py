@@ -17,8 +17,6 @@ from typing import Any
 
 from sphinx.application import Sphinx
 
-TRAILING = re.compile(r"(?<![`\w*|.])([A-Za-z]\w*)_(?![\w`*])")
-
 FIELD = re.compile(r"^    (\w+): ([^=#\n]+?)(?:\s*= ([^#\n]+?))?\s*(?:# (.+))?$", re.M)
 
 
@@ -29,9 +27,12 @@ class Group:
     title: str
     page: str  # below docs, without its suffix
     names: list[str]  # in full: xent.cross_entropy
-    data: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # of names that are constants: what they are
+    data: dict[str, str] = dataclasses.field(default_factory=dict)  # constants: what they are
+
+    @property
+    def slug(self) -> str:
+        """The name of the group's page."""
+        return re.sub(r"\W+", "-", self.title.lower()).strip("-")
 
 
 def groups(folder: Path) -> list[Group]:
@@ -53,7 +54,7 @@ def first_sentence(thing: Any) -> str:
 
 
 def page_of(name: str, group: Group, titles: dict[str, str]) -> str:
-    """Return the page of a name, in MyST."""
+    """Return the page of a name."""
     thing = found(name)
     lines = [f"# {name}", ""]
     lines += [f"Explained in [{titles[group.page]}](../../{group.page}.md).", ""]
@@ -93,20 +94,31 @@ def fields_of(thing: type) -> list[tuple[str, str, str, str]]:
     ]
 
 
-def table_of_names(groups: list[Group], titles: dict[str, str]) -> str:
-    """Return the groups, each as a table of names and first sentences, with their contents hidden."""
+def table_of(group: Group, folder: str) -> list[str]:
+    """Return a table of the names and first sentences of a group, with links into a folder."""
+    lines = ["| name | what |", "|---|---|"]
+    for name in group.names:
+        what = group.data.get(name) or first_sentence(found(name))
+        lines.append(f"| [`{name.removeprefix('xent.')}`]({folder}{name}.md) | {what} |")
+    return [*lines, ""]
+
+
+def page_of_group(group: Group, titles: dict[str, str]) -> str:
+    """Return the page of a group."""
+    lines = [f"# {group.title}", "", f"Explained in [{titles[group.page]}](../../{group.page}.md).", ""]
+    lines += table_of(group, "")
+    lines += ["```{toctree}", ":hidden:", ""]
+    lines += [f"{name.removeprefix('xent.')} <{name}>" for name in group.names]
+    return "\n".join([*lines, "```", ""])
+
+
+def all_groups(groups: list[Group]) -> str:
+    """Return all groups, each as a table, with their pages as hidden contents."""
     lines = []
     for group in groups:
-        lines += [f"## {group.title}", "", f"Explained in [{titles[group.page]}](../{group.page}.md).", ""]
-        lines += ["| name | what |", "|---|---|"]
-        for name in group.names:
-            short = name.removeprefix("xent.")
-            what = group.data.get(name) or first_sentence(found(name))
-            lines.append(f"| [`{short}`](api/{name}.md) | {what} |")
-        lines += ["", "```{toctree}", ":hidden:", ""]
-        lines += [f"{n.removeprefix('xent.')} <api/{n}>" for n in group.names]
-        lines += ["```", ""]
-    return "\n".join(lines)
+        lines += [f"## {group.title}", "", *table_of(group, "api/")]
+    lines += ["```{toctree}", ":hidden:", ""]
+    return "\n".join([*lines, *(f"api/{group.slug}" for group in groups), "```", ""])
 
 
 def options() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
@@ -168,7 +180,8 @@ def _write(app: Sphinx) -> None:
     known = groups(folder)
     titles = titles_of(docs, {group.page for group in known})
     pages = {f"{name}.md": page_of(name, group, titles) for group in known for name in group.names}
-    pages["_names.md"] = table_of_names(known, titles)
+    pages.update({f"{group.slug}.md": page_of_group(group, titles) for group in known})
+    pages["_names.md"] = all_groups(known)
     pages["_options.md"] = table_of_options([name for group in known for name in group.names])
     api = folder / "api"
     api.mkdir(exist_ok=True)
@@ -180,29 +193,7 @@ def _write(app: Sphinx) -> None:
             path.write_text(text, "utf-8")
 
 
-def _escape(lines: list[str]) -> None:
-    """Keep names such as ``coef_`` from being read as links."""
-    lines[:] = [TRAILING.sub(r"\1\_", line) for line in lines]
-
-
-def _docstring(app: Sphinx, what: str, name: str, thing: object, options: object, lines: list[str]) -> None:
-    _escape(lines)
-
-
-def _help(app: Sphinx, context: object, lines: list[str]) -> None:
-    _escape(lines)
-
-
-def _skip(app: Sphinx, what: str, name: str, thing: object, skip: bool, options: object) -> bool | None:
-    """Leave out what scikit-learn's base class adds for metadata routing."""
-    return True if re.fullmatch(r"set_\w+_request|get_metadata_routing", name) else None
-
-
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the steps with Sphinx: the pages before it looks for them, the rest where docstrings are read."""
+    """Register the step with Sphinx, before it looks for pages."""
     app.connect("builder-inited", _write)
-    app.connect("autodoc-process-docstring", _docstring)
-    app.connect("autodoc-skip-member", _skip)
-    for part in ("description", "options", "arguments", "usage"):
-        app.connect(f"sphinx-click-process-{part}", _help)
     return {"parallel_read_safe": True}
