@@ -107,27 +107,30 @@ def sample_classes(
     ignore_index: int | None = -100,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Return a subset of classes for one batch: every class that occurs in it, and random others.
+    r"""Return a random subset of the classes for one batch, which holds every class that occurs in the batch.
 
-    The others are drawn uniformly without replacement until there are ``num_samples`` (or all) classes.
-    Pass both results to :func:`xent.linear_cross_entropy`; without ``log_q`` the loss is that of the subset
-    alone (Partial FC), with it an estimate of the loss over all classes.
+    The other classes are drawn uniformly without replacement, until the subset has ``num_samples`` classes or
+    all. Both results go to :func:`xent.linear_cross_entropy`. With ``classes`` alone the loss is the
+    cross-entropy over the subset (Partial FC). With ``log_q`` too it estimates the loss over all classes,
+    through ``Z ≈ exp(z_y) + Σ_{j∈S, j≠y} exp(z_j)/Q(j)``, where Q(j) is the probability that class j is in
+    the subset S. Sources: Bengio and Senécal, "Adaptive importance sampling", 2008; An et al., "Partial FC",
+    2021.
 
     Args:
         target: class indices of any shape and integer type.
-        num_classes: C.
-        num_samples: how many classes there are to be, at least; more where the batch holds more.
-        ignore_index: of rows that have no class. None means −100.
-        generator: where randomness comes from, on the device of ``target``.
+        num_classes: C, the number of all classes.
+        num_samples: S, the number of classes in the subset. A batch that holds more classes gives more.
+        ignore_index: the target of rows that have no class. None means −100.
+        generator: the source of randomness, on the device of ``target``.
 
     Returns:
-        classes (S,) int64, ascending; log_q (S,), the logarithm of each one's chance to be there: 0 of the
-        batch's own, log((S − P)/(C − P)) of the others, P the number of the batch's own; of torch's default
-        floating type.
+        A pair ``(classes, log_q)``. ``classes`` is (S,) int64, ascending. ``log_q`` is (S,), of torch's
+        default floating type: the logarithm of each class's probability of being in the subset, 0 for the P
+        classes of the batch and log((S − P)/(C − P)) for the others.
 
     Raises:
         IndexError: a target outside 0..C−1.
-        TypeError: a target that is of no integer type.
+        TypeError: a target that is not of an integer type.
 
     Example:
         >>> import torch, xent

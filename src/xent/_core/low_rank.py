@@ -19,21 +19,24 @@ from xent._core.validators import FINITE, FLOATING
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """The weight of a linear head with an adapter: ``weight + scale * up @ down``, which is never formed.
+    """The weight of a linear head with a low-rank adapter, ``W + κ·B A``, without the sum in memory.
 
-    Accepted wherever a loss from features takes a ``linear_weight``, with every option but ``normalize`` and
-    every derivative. The adapter costs the product of its two factors, and where ``weight`` takes no gradient
-    none of shape (C, D) exists. Curvature and triplets take ``to_dense()``.
+    The logits are ``u = x Wᵀ + κ·(x Aᵀ) Bᵀ``. Every loss from features takes a ``LowRank`` as its
+    ``linear_weight``, with every option but ``normalize`` and with every derivative. The adapter costs the
+    products with its two factors. Where ``weight`` requires no gradient, no tensor of shape (C, D) is made.
+    :mod:`xent.curvature` and :mod:`xent.triplets` take ``to_dense()``. Source: Hu et al., "LoRA: low-rank
+    adaptation of large language models", 2021.
 
     Args:
         weight: W, (C, D).
-        down: A, (R, D), which takes the features to R numbers.
-        up: B, (C, R), which takes these to the classes. Both are of one floating type: that of ``weight``, or
-            float32 beside a half type.
-        scale: κ, a finite number; for LoRA alpha / R.
+        down: A, (R, D), which maps the features to R numbers.
+        up: B, (C, R), which maps these R numbers to the classes. ``down`` and ``up`` have one floating type:
+            that of ``weight``, or float32 beside a half type.
+        scale: κ, a finite number; LoRA's alpha / R.
 
     Raises:
-        TypeError, ValueError: types and shapes that do not fit together.
+        TypeError: tensors of types that do not fit together.
+        ValueError: shapes that do not fit together, a scale that is not finite.
 
     Example:
         >>> import torch, xent
@@ -46,10 +49,10 @@ class LowRank:
         (torch.Size([4, 16]), torch.Size([1000, 4]))
     """
 
-    weight: Tensor
-    down: Tensor
-    up: Tensor
-    scale: float = 1.0
+    weight: Tensor  # W, (C, D)
+    down: Tensor  # A, (R, D)
+    up: Tensor  # B, (C, R)
+    scale: float = 1.0  # κ
 
     def __post_init__(self) -> None:
         for name in ("weight", "down", "up"):
@@ -90,11 +93,21 @@ class LowRank:
         return self.weight.shape
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> LowRank:
-        """Return the same with f of each of its tensors."""
+        """Return the same weight with a function applied to each of its tensors.
+
+        Args:
+            f: a function from a tensor to a tensor of the same shape.
+
+        Returns:
+            The new weight.
+        """
         return replace(self, weight=f(self.weight), down=f(self.down), up=f(self.up))
 
     def to_dense(self) -> Tensor:
-        """Return the weight that this stands for, (C, D), of the type of ``weight``; differentiable.
+        """Return the weight that this object stands for, ``W + κ·B A``; differentiable.
+
+        Returns:
+            (C, D), of the type of ``weight``.
 
         Example:
             >>> import torch, xent

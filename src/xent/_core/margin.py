@@ -32,15 +32,23 @@ OUTSIDE = 0.05  # how far rounding, of half types too, may carry a cosine out of
 
 @dataclass(frozen=True)
 class Margin:
-    """A reduction of the target's own score, which training has to make up for.
+    """A margin: the target's own score is lowered during training, so that its class has to win by more.
 
-    With x and w of length 1, whose product is the cosine of the angle θ between them, and ``temperature``
-    1/s, the target's logit becomes ``s·(cos(θ + angle) − cosine)``; every other stays ``s·cos θ``.
+    The margin applies to scores that are cosines: products of features and class vectors of length 1. With θ
+    the angle between them and ``temperature = 1/s``, the target's logit becomes
+    ``s·(cos(θ + angle) − cosine)``; the logits of all other classes stay ``s·cos θ``. Where ``θ + angle``
+    exceeds π, the score is ``cos θ − angle·sin(angle) − cosine``, so that it keeps falling as θ grows.
+    Sources: Wang et al., "CosFace", 2018; Deng et al., "ArcFace", 2019.
 
     Args:
-        cosine: what is subtracted from the target's score (CosFace, 0.35 there). Scores need not be cosines.
-        angle: radians from 0 to π/2, added to the target's angle (ArcFace, 0.5 there), of scores that are
+        cosine: the number subtracted from the target's score (CosFace uses 0.35). The scores need not be
             cosines.
+        angle: the angle in radians, from 0 to π/2, added to the target's angle (ArcFace uses 0.5). The scores
+            must be cosines.
+
+    Raises:
+        ValueError: a number outside its interval.
+        TypeError: an argument that is not a number.
 
     Example:
         >>> import torch, xent
@@ -49,15 +57,23 @@ class Margin:
         >>> loss = xent.linear_cross_entropy(x, w, target, margin=xent.Margin(angle=0.5), temperature=1 / 64)
     """
 
-    cosine: float = 0.0
-    angle: float = 0.0
+    cosine: float = 0.0  # subtracted from the target's score
+    angle: float = 0.0  # radians, added to the target's angle
 
     def __post_init__(self) -> None:
         for name in ("cosine", "angle"):
             object.__setattr__(self, name, valid(name, getattr(self, name)))
 
     def move(self, c: Tensor, eps: float) -> Tensor:
-        """Return M(c) − c, (M,), of scores that are known to about eps."""
+        """Return the change of the target's score, M(c) − c.
+
+        Args:
+            c: the target's score of each row, (M,).
+            eps: the absolute error of the scores; it bounds the derivative near c = ±1.
+
+        Returns:
+            (M,).
+        """
         if self.angle == 0.0:
             return torch.full_like(c, -self.cosine)
         # nearer to ±1 than c is known, 1/sin θ would only magnify its rounding

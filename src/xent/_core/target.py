@@ -16,20 +16,28 @@ from xent._core.validators import Whole, valid
 
 @dataclass(frozen=True, eq=False)
 class TopKTarget:
-    """A sparse soft target: the probabilities of k classes a row, as stored from a large teacher.
+    """A sparse soft target: the probabilities of k classes of each row, as a large teacher model gave them.
 
-    Accepted wherever a target is, from logits and from features, without a tensor of all classes.
+    Every loss that takes a target takes it, from logits and from features, without a tensor of all classes.
+    ``remainder`` decides on the mass ``1 − Σ q`` that the teacher gave to the classes that are not stored.
+    With ``"bucket"`` these classes count as one class more, in the target and in the model. The loss is then
+    the cross-entropy of k + 1 classes, ``−Σ_j q_j·log p_j − Q̄·log P̄``, where q are the stored
+    probabilities, Q̄ is the mass of the bucket in the target and P̄ the sum of the model's p over the classes
+    not stored. The divergence is that of the k + 1 classes too, and never negative.
 
     Args:
         indices: (..., k) of any integer type: different classes of one row, in any order.
-        probabilities: (..., k) floating, of any mass. No gradient.
-        remainder: what becomes of the mass 1 − Σ probabilities that the teacher gave to the classes which are
-            not stored: ``"drop"`` (the target's mass is then below 1), ``"spread"`` evenly over them, or
-            ``"bucket"``: they count as one class more, for the model too, whose mass there is P̄ = Σ p_j of
-            the classes not stored. The loss is the cross-entropy of k + 1 classes,
-            ``−Σ q_j log p_j − Q̄ log P̄``, and the divergence is theirs, never negative.
-        rest: (...), the bucket's mass Q̄; None is 1 − Σ probabilities. Down to −1e-6 it counts as 0, and so
-            does 1e-6 where every class is stored; further out it is a ValueError where it can be read.
+        probabilities: q, (..., k) floating, of any mass. No gradient.
+        remainder: ``"drop"`` leaves the remaining mass out, so that the target's mass is below 1.
+            ``"spread"`` distributes it evenly over the classes not stored. ``"bucket"`` makes them one class.
+        rest: Q̄, (...), the mass of the bucket; None means 1 − Σ q. A value from −1e-6 to 0 counts as 0, and
+            so does one up to 1e-6 where every class is stored. Values beyond are a ValueError in a loss,
+            where the data can be read.
+
+    Raises:
+        ValueError: shapes that do not fit together, an unknown ``remainder``, ``rest`` without a bucket,
+            tensors that require gradient.
+        TypeError: tensors of the wrong type.
 
     Example:
         >>> import torch, xent
@@ -41,10 +49,10 @@ class TopKTarget:
         1.31698
     """
 
-    indices: Tensor
-    probabilities: Tensor
-    remainder: str = "drop"
-    rest: Tensor | None = None
+    indices: Tensor  # (..., k) integers, different classes of each row
+    probabilities: Tensor  # (..., k) floating, the mass of each of them
+    remainder: str = "drop"  # the treatment of the remaining mass
+    rest: Tensor | None = None  # (...) floating, the mass of the bucket; None means 1 − Σ probabilities
     name: ClassVar[str] = "TopKTarget.indices"  # of the indices, in messages
 
     def __post_init__(self) -> None:
@@ -93,7 +101,16 @@ class TopKTarget:
         remainder: str = "drop",
         rest: Tensor | None = None,
     ) -> TopKTarget:
-        """Return the target of what :func:`xent.top_k` and :func:`xent.linear_top_k` return, in their order.
+        """Return the target of probabilities and indices, in the order in which ``top_k`` returns them.
+
+        Args:
+            probabilities: (..., k), as :func:`xent.top_k` and :func:`xent.linear_top_k` return them.
+            indices: (..., k).
+            remainder: as in the constructor.
+            rest: as in the constructor.
+
+        Returns:
+            The target.
 
         Example:
             >>> import torch, xent
@@ -109,12 +126,23 @@ class TopKTarget:
         return tuple(t for t in (self.indices, self.probabilities, self.rest) if t is not None)
 
     def mapped(self, f: Callable[[Tensor], Tensor]) -> TopKTarget:
-        """Return the target with f of each of its tensors."""
+        """Return the target with a function applied to each of its tensors.
+
+        Args:
+            f: a function from a tensor to a tensor of the same kind, such as an index or a transfer to a
+                device.
+
+        Returns:
+            The new target.
+        """
         rest = None if self.rest is None else f(self.rest)
         return replace(self, indices=f(self.indices), probabilities=f(self.probabilities), rest=rest)
 
     def as_dict(self) -> dict[str, Tensor]:
-        """Return the tensors by the names of their arguments, as a safetensors file holds them.
+        """Return the tensors by the names of the constructor's arguments, ready for a safetensors file.
+
+        Returns:
+            ``{"indices": ..., "probabilities": ...}``, with ``"rest"`` where it is given; all are contiguous.
 
         Example:
             >>> import torch, xent
@@ -127,14 +155,29 @@ class TopKTarget:
         return {name: t.contiguous() for name, t in named if t is not None}
 
     def to(self, device: torch.device | str | int, *, non_blocking: bool = False) -> TopKTarget:
-        """Return the same target on a device."""
+        """Return the same target on a device.
+
+        Args:
+            device: as in :meth:`torch.Tensor.to`.
+            non_blocking: as in :meth:`torch.Tensor.to`.
+
+        Returns:
+            The target, its tensors on the device.
+        """
         return self.mapped(lambda t: t.to(device, non_blocking=non_blocking))
 
     def to_dense(self, classes: int) -> Tensor:
-        """Return the same target as a probability for every class: (..., classes).
+        """Return the same target with a probability for every class.
+
+        Args:
+            classes: C, the number of classes.
+
+        Returns:
+            (..., C), of the type of ``probabilities``.
 
         Raises:
-            ValueError: a bucket, whose mass belongs to no class.
+            ValueError: the target has a bucket, whose mass belongs to no class.
+            IndexError: an index outside 0..C−1.
         """
         if self.remainder == "bucket":
             raise ValueError("a bucket is no probability of a class: a TopKTarget with one has no dense form")

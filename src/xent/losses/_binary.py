@@ -45,30 +45,33 @@ def binary_cross_entropy(
     reduction: str = "mean",
     clamp: bool = False,
 ) -> Tensor:
-    r"""Return the binary cross-entropy of probabilities, ``−y·log p − (1 − y)·log(1 − p)`` each, in nats.
+    r"""Return the binary cross-entropy of probabilities, in nats.
 
-    A drop-in for :func:`torch.nn.functional.binary_cross_entropy`, except that a probability of exactly 0 for
-    what is true costs +inf and not 100, and that gradients are the loss's own at every p. Where the logits
-    are at hand, :func:`binary_cross_entropy_with_logits` has digits that p near 1 cannot hold.
+    The loss of an element is ``−y·log p − (1 − y)·log(1 − p)``. The function replaces
+    :func:`torch.nn.functional.binary_cross_entropy`, with two differences. A probability of exactly 0 for
+    what is true costs +inf, where torch's function returns 100. Gradients are the derivatives of the
+    loss at every p. Where logits are available, use :func:`binary_cross_entropy_with_logits`: it keeps digits
+    that a p near 1 cannot hold.
 
     Args:
         input: p, probabilities in [0, 1], of any shape.
-        target: y, in [0, 1], of the shape of ``input``. May require gradient.
+        target: y, in [0, 1], of the shape of ``input``. It may require gradient.
         weight: a factor for each element, of a shape that broadcasts to that of ``input``. No gradient. An
             element of weight 0 is left out, whatever it holds.
-        reduction: ``"mean"`` (over all elements, whatever their weights; 0 over none), ``"sum"`` or
-            ``"none"``.
-        clamp: compute as torch does: no logarithm below −100, and a gradient in p whose divisor p(1 − p) is
-            at least 1e-12.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean is over all elements, whatever their weights;
+            the mean over no elements is 0.
+        clamp: whether to compute as torch does: logarithms are at least −100, and the divisor p(1 − p) of the
+            gradient in p is at least 1e-12.
 
     Returns:
-        A scalar, or the shape of ``input`` for ``"none"``, of the common type of ``input`` and ``target``
-        (float32 under autocast). Half types are computed in float32 and rounded once.
+        A scalar, or for ``"none"`` a tensor of the shape of ``input``, in nats, of the common type of
+        ``input`` and ``target`` (float32 under autocast). Half types are computed in float32 and rounded
+        once.
 
     Raises:
-        ValueError: an input or target that is nan or outside [0, 1], naming position and value; on another
-            device than a CPU an asynchronous assertion fails instead, and in a graph or under ``vmap``, where
-            neither can be, it costs nan. Shapes or options that do not fit.
+        ValueError: an input or target that is nan or outside [0, 1]; the message names position and value. On
+            other devices than a CPU an asynchronous assertion fails instead. In a graph and under ``vmap``,
+            where no check can run, such an element costs nan. Also shapes or options that do not fit.
         TypeError: tensors that are not floating.
 
     Example:
@@ -97,25 +100,27 @@ def binary_cross_entropy_with_logits(
     reduction: str = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
-    r"""Return the binary cross-entropy of logits, ``−w₊·y·log σ(s) − (1 − y)·log σ(−s)`` each, in nats.
+    r"""Return the binary cross-entropy of logits, in nats.
 
-    A drop-in for :func:`torch.nn.functional.binary_cross_entropy_with_logits`, exact in both tails, of the
-    loss and of all its derivatives, and at infinite logits.
+    The loss of an element is ``−w₊·y·log σ(s) − (1 − y)·log σ(−s)`` with ``σ(s) = 1/(1 + exp(−s))``. The
+    function replaces :func:`torch.nn.functional.binary_cross_entropy_with_logits`. The loss and all its
+    derivatives keep their digits for large logits of either sign, and are exact at infinite logits.
 
     Args:
         input: s, logits, of any shape.
-        target: y, of the shape of ``input``: in [0, 1] if it is a probability, but any sign is scored. May
-            require gradient.
+        target: y, of the shape of ``input``. As a probability it is in [0, 1], but any sign is allowed. It
+            may require gradient.
         weight: a factor for each element, of a shape that broadcasts to that of ``input``. No gradient. An
             element of weight 0 is left out, whatever it holds.
-        reduction: ``"mean"`` (over all elements, whatever their weights; 0 over none), ``"sum"`` or
-            ``"none"``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean is over all elements, whatever their weights;
+            the mean over no elements is 0.
         pos_weight: w₊, a factor for the positive class, of a shape that broadcasts to that of ``input``. No
             gradient.
 
     Returns:
-        A scalar, or the shape of ``input`` for ``"none"``, of the common type of ``input`` and ``target``
-        (float32 under autocast). Half types are computed in float32 and rounded once.
+        A scalar, or for ``"none"`` a tensor of the shape of ``input``, in nats, of the common type of
+        ``input`` and ``target`` (float32 under autocast). Half types are computed in float32 and rounded
+        once.
 
     Raises:
         ValueError: shapes or options that do not fit.
@@ -135,28 +140,29 @@ def binary_cross_entropy_with_logits(
 
 
 def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target: bool = False) -> Tensor:
-    r"""Return the Kullback-Leibler divergence from log-probabilities, ``t·(log t − x)`` an element, in nats.
+    r"""Return the Kullback-Leibler divergence from log-probabilities, element by element, in nats.
 
-    A drop-in for :func:`torch.nn.functional.kl_div`, in which an element without target mass costs nothing:
-    0·(−inf) = 0, also where ``target`` is given as logarithms.
+    The value of an element is ``t·(log t − x)``. The function replaces :func:`torch.nn.functional.kl_div`. An
+    element without target mass costs 0 even where x is −inf, also where ``target`` holds logarithms.
 
     Args:
-        input: x, logarithms of probabilities (as ``log_softmax`` makes them), of any shape.
-        target: t, probabilities, or their logarithms with ``log_target``; of a shape that broadcasts with
-            that of ``input``. Any mass. May require gradient; at t = 0 that of t·log t, −inf, counts as 0.
-        reduction: ``"batchmean"`` divides the sum by ``input.size(0)``: the divergence of a batch of
-            distributions. ``"mean"`` divides by the number of elements, ``"sum"`` by nothing; ``"none"``. A
-            mean over nothing is 0.
+        input: x, logarithms of probabilities (as ``log_softmax`` returns them), of any shape.
+        target: t, probabilities, or their logarithms with ``log_target``, of a shape that broadcasts with
+            that of ``input``. They may have any mass and may require gradient. At t = 0 the derivative of
+            t·log t, −inf, counts as 0.
+        reduction: ``"batchmean"`` divides the sum by ``input.size(0)`` and so gives the mean divergence of a
+            batch of distributions. ``"mean"`` divides it by the number of elements. ``"sum"`` and ``"none"``
+            do not divide. A mean over nothing is 0.
         log_target: whether ``target`` holds logarithms.
 
     Returns:
-        A scalar, or the common shape for ``"none"``, of the common type of ``input`` and ``target`` (float32
-        under autocast). Half types are computed in float32 and rounded once.
+        A scalar, or for ``"none"`` a tensor of the common shape, in nats, of the common type of ``input`` and
+        ``target`` (float32 under autocast). Half types are computed in float32 and rounded once.
 
     Raises:
-        ValueError: a target that is nan, or negative without ``log_target``, naming position and value; on
-            another device than a CPU an asynchronous assertion fails instead, and in a graph or under
-            ``vmap``, where neither can be, it costs nan. Options that do not fit.
+        ValueError: a target that is nan, or negative without ``log_target``; the message names position and
+            value. On other devices than a CPU an asynchronous assertion fails instead. In a graph and under
+            ``vmap``, where no check can run, such an element costs nan. Also options that do not fit.
         TypeError: tensors that are not floating.
 
     Example:

@@ -43,50 +43,62 @@ def cross_entropy(
     group: ProcessGroup | DeviceMesh | None = None,
     data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Return the softmax cross-entropy of logits, ``a·lse(z) − ⟨t, z⟩`` a row, in nats.
+    r"""Return the softmax cross-entropy of logits and targets, in nats.
 
-    A drop-in for :func:`torch.nn.functional.cross_entropy`, computed relative to each row's maximum, so that
-    large logits, confident rows and masked (−inf) classes keep their digits.
+    The loss of a row with logits z and target t is ``ℓ = a·lse(z) − ⟨t, z⟩``, where
+    ``lse(z) = log Σ_c exp(z_c)`` and ``a = Σ_c t_c``. A class index y stands for the t that is 1 at y and 0
+    elsewhere. The reduced loss is ``L = Σ_n s_n·(ℓ_n + λ·lse_n²) / divisor``. :doc:`/explanation/formula`
+    derives both.
+
+    The function replaces :func:`torch.nn.functional.cross_entropy`. It computes each loss relative to the
+    largest logit of the row. Large logits, confident rows and masked classes (logit −inf) therefore keep
+    their digits.
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...).
-        target: class indices of any integer type, (), (N,) or (N, d1, ...); or probabilities, the shape of
-            ``input``, of any sign and mass, which may require gradient; or a :class:`TopKTarget`.
-        weight: (C,), a factor for each class. No gradient.
+        input: logits z, (C,), (N, C) or (N, C, d1, ...).
+        target: the target of each row, in one of three forms: class indices of any integer type, (), (N,) or
+            (N, d1, ...); probabilities of the shape of ``input``, of any sign and mass, which may require
+            gradient; or a :class:`TopKTarget`.
+        weight: w, (C,), a factor for each class: the target becomes w∘t, after smoothing. No gradient.
         ignore_index: rows with this target are left out. None means −100.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ s·w[target] over rows not
-            ignored (indices) or by Σ s (probabilities), and is 0 over no rows.
-        label_smoothing: ε in [0, 1]; the target becomes (1 − ε)·t + ε/C.
-        sample_weight: s, the shape of the unreduced loss. A row of weight 0 is left out.
-        z_loss: λ; adds λ·s·lse² to each row that is not ignored.
-        softcap: k; logits pass through k·tanh(z/k) first.
-        temperature: logits are divided by it, after the softcap: a number, or one for each row, a tensor of
-            the shape of the unreduced loss. No gradient.
-        denominator: replaces the divisor of ``"mean"`` (gradient accumulation).
-        check_targets: None checks targets on a CPU and asserts asynchronously elsewhere; True always
-            checks and names the row; False does not check, and a target outside the classes costs nan.
-        margin: holds the target's own score back, after the softcap and before the temperature: a number,
-            which is subtracted, or a :class:`Margin`. Class indices only.
-        log_q: (C,), where the columns are a sample of the classes: the logarithm of each one's chance to be
-            there, subtracted from every logit but the target's own, last of all. The sum over all classes is
-            then estimated without bias; its logarithm, the loss, is not. Class indices only. No gradient.
-        group: processes that share the classes (:doc:`/explanation/scaling`). Every rank passes all rows,
-        and of
-            ``input``, of a probability target and of ``weight`` the columns of its own classes, a contiguous
-            slice in the order of ranks, of any size; class indices are those of the whole. Every rank gets
-            the same loss. A DTensor placed ``Shard(1)`` says its group.
-        data_group: processes that share the rows. ``"mean"`` then divides by the average over ranks of what
-            each one's rows weigh, so that the average of their losses, and of their gradients as DDP and FSDP
-            take it, is the mean over all rows.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. For class indices the mean divides by Σ s·w[target]
+            over the rows that are not ignored, for probabilities by Σ s. The mean over no rows is 0.
+        label_smoothing: ε in [0, 1]; the target becomes (1 − ε)·t + ε/C. Source: Szegedy et al., "Rethinking
+            the Inception architecture for computer vision", 2016.
+        sample_weight: s, a factor for each row, of the shape of the unreduced loss. A row of weight 0 is left
+            out, whatever it holds.
+        z_loss: λ; the loss of each row that is not ignored grows by λ·lse². Source: Chowdhery et al., "PaLM",
+            2022.
+        softcap: k; each logit is first replaced by k·tanh(z/k).
+        temperature: T; the logits are divided by it, after the softcap. One number, or a tensor of the shape
+            of the unreduced loss with a number for each row. No gradient.
+        denominator: the divisor of ``"mean"``, in place of the one above. It serves to accumulate gradients
+            over several calls.
+        check_targets: None checks targets on a CPU at once and on other devices by an asynchronous assertion.
+            True always checks at once, and the error names the row. False does not check: the loss of a row
+            whose target is outside the classes is nan.
+        margin: a number that is subtracted from the logit of the target's own class, or a :class:`Margin`. It
+            acts after the softcap and before the temperature. Class indices only.
+        log_q: log Q, (C,), for columns that are a sample of the classes: the logarithm of each class's
+            probability of being in the sample. It is subtracted from every logit but that of the target's own
+            class, as the last step. The sum over the sample then estimates the sum over all classes without
+            bias; its logarithm, and with it the loss, is biased. Class indices only. No gradient.
+        group: the processes that share the classes (:doc:`/explanation/scaling`). Every rank (process) passes
+            all rows. Of ``input``, of a probability target and of ``weight`` it passes the columns of its own
+            classes, a contiguous slice in the order of the ranks, of any size. Class indices count over all
+            classes. Every rank gets the same loss. A DTensor placed ``Shard(1)`` brings its own group.
+        data_group: the processes that share the rows. ``"mean"`` then divides by the average over the ranks
+            of the divisor above. The average of the ranks' losses, and of their gradients as DDP and FSDP
+            take it, is then the mean over all rows.
 
     Returns:
-        A scalar, or the shape of an index target for ``"none"``, of the type of ``input`` (float32 under
-        autocast).
+        The loss in nats: a scalar, or for ``"none"`` a tensor of the shape of an index target. Its type is
+        that of ``input`` (float32 under autocast).
 
     Raises:
-        IndexError: a target outside 0..C−1, naming row and value.
+        IndexError: a target outside 0..C−1; the message names row and value.
         ValueError: shapes or option values that do not fit together.
-        TypeError: types that do not.
+        TypeError: types that do not fit together.
 
     Example:
         >>> import torch, xent
@@ -129,47 +141,51 @@ def linear_cross_entropy(
     group: ProcessGroup | DeviceMesh | None = None,
     data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Return the softmax cross-entropy of a linear head, straight from features: the logits never exist.
+    r"""Return the softmax cross-entropy of a linear classifier from its features, without storing the logits.
 
-    ``cross_entropy(input @ linear_weight.T + linear_bias, target)``, visited in tiles of rows × classes. For
-    ``"mean"`` and ``"sum"`` the gradient is formed in the forward sweep (three matrix products in all where
-    the budget holds 128 rows of logits, else four); ignored rows are left out before the products; a frozen
-    input or weight costs nothing.
+    The value is ``cross_entropy(input @ linear_weight.T + linear_bias, target)``. It is computed in tiles of
+    rows × classes, so that no (N, C) tensor of logits exists. For ``"mean"`` and ``"sum"`` the gradient is
+    formed in the forward pass: three matrix products in all where ``memory_budget`` holds 128 rows of logits,
+    else four. Ignored rows are left out before the products. An input or a weight that requires no gradient
+    costs no product for one.
 
     Args:
-        input: features, (..., D): any number of leading batch dimensions.
-        linear_weight: (C, D); or (C, d1, ..., D), one classifier for each position d.
+        input: features x, (..., D), with any number of leading batch dimensions.
+        linear_weight: W, (C, D); or (C, d1, ..., D), one classifier for each position; or a :class:`LowRank`.
         target: class indices of any integer type, (..., d1, ...); or probabilities (..., C, d1, ...); or a
             :class:`TopKTarget`.
-        linear_bias: (C,), or (C, d1, ...).
-        logit_scale: logits are multiplied by it before the softcap, as some language models do.
-        product_dtype: the type to which the matrix products round their factors. None means float32 for half
-            types on a CPU, whose half products round their results too (a loss then errs by 1e-2 where it
-            erred by 1e-6), and the type of ``input`` elsewhere. ``torch.bfloat16`` asks for speed on
-            processors that have such products; everything but the factors stays float32.
-        memory_budget: bytes of working memory beside inputs, gradients and O(N); by default 64 MiB on a CPU,
-            whatever N and C, and on a CUDA device what :func:`xent.backends` says. For half types the float32
-            accumulator of a gradient comes beside it.
-        weight, ignore_index, reduction, label_smoothing, sample_weight, z_loss, softcap, temperature,
-            denominator, check_targets, margin, log_q, data_group: as in :func:`cross_entropy`; ``log_q`` (S,)
-            with
-            ``classes``.
-        group: processes that share the classes (:doc:`/explanation/scaling`). Every rank passes all rows,
-            and of ``linear_weight``, ``linear_bias``, a probability target and ``weight`` its own classes, a
-            contiguous slice in the order of ranks, of any size; class indices are those of the whole. Every
-            rank gets the same loss, the gradient of ``input`` over all classes, and that of its own
-            classifiers. A ``linear_weight`` that is a DTensor placed ``Shard(0)`` says its group.
-        classes: (S,) different class indices: the softmax, and label smoothing, over these alone. Targets and
-            ``weight`` stay global; every target must be among them (:func:`sample_classes` sees to it).
-        sparse_grad: with ``classes``, the gradients of weight and bias as sparse tensors of S rows; else they
-            are dense, with zeros in the others.
-        normalize: scale each row of ``input`` and of ``linear_weight`` to length 1 first, in float32 or
-            float64, so that their products are cosines (of which 1/``temperature`` is the scale). Rows may be
-            of any finite length; a row of zeros has cosines of 0 and no gradient.
+        linear_bias: b, (C,), or (C, d1, ...).
+        logit_scale: a factor of the logits, applied before the softcap, as some language models have it.
+        product_dtype: the type to which the matrix products round their factors. None means the type of
+            ``input``, but float32 for half types on a CPU: half products on a CPU round their results too,
+            and a loss then errs by 1e-2 instead of 1e-6. ``torch.bfloat16`` is faster on processors that
+            multiply it natively; everything but the factors stays float32.
+        memory_budget: bytes of working memory, beside inputs, gradients and O(N). The default is 64 MiB on a
+            CPU, whatever N and C, and on a CUDA device what :func:`xent.backends` shows. For half types the
+            float32 accumulator of a gradient comes on top.
+        weight, ignore_index, reduction, label_smoothing, sample_weight: as in :func:`cross_entropy`.
+        z_loss, softcap, temperature, denominator, check_targets, margin: as in :func:`cross_entropy`.
+        log_q: as in :func:`cross_entropy`; with ``classes`` it is (S,).
+        group: the processes that share the classes (:doc:`/explanation/scaling`). Every rank (process) passes
+            all rows. Of ``linear_weight``, ``linear_bias``, a probability target and ``weight`` it passes its
+            own classes, a contiguous slice in the order of the ranks, of any size. Class indices count over
+            all classes. Every rank gets the same loss, the gradient of ``input`` over all classes, and the
+            gradient of its own classifiers. A ``linear_weight`` that is a DTensor placed ``Shard(0)`` brings
+            its own group.
+        data_group: as in :func:`cross_entropy`.
+        classes: (S,) different class indices. The softmax and label smoothing run over these classes alone.
+            ``target`` and ``weight`` still count over all classes, and every target must be in ``classes``,
+            as :func:`sample_classes` ensures.
+        sparse_grad: with ``classes``, whether the gradients of weight and bias are sparse tensors of S rows.
+            If not, they are dense, with zeros in the other rows.
+        normalize: whether each row of ``input`` and of ``linear_weight`` is first scaled to length 1, in
+            float32 or float64. Their products are then cosines, and 1/``temperature`` is the scale of the
+            logits. Rows may have any finite length; a row of zeros has cosines of 0 and no gradient.
 
     Returns:
-        A scalar, or the shape of an index target for ``"none"``, of the type of ``input`` (float32 under
-        autocast, whose half type the products' factors then take).
+        The loss in nats: a scalar, or for ``"none"`` a tensor of the shape of an index target. Its type is
+        that of ``input``. Under autocast it is float32, and the factors of the products have autocast's half
+        type.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`cross_entropy`.

@@ -39,27 +39,31 @@ def focal_loss(
     group: ProcessGroup | DeviceMesh | None = None,
     data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Return the focal loss of logits, ``α·(1 − p_y)^γ·(−log p_y)`` a row, in nats.
+    r"""Return the focal loss of logits and class indices, in nats.
 
-    Twice differentiable in every mode. Rows that are right beyond all doubt keep their digits, and at
-    ``p_y = 1`` the value and its derivatives are 0 for every γ > 0.
+    The loss of a row is ``α·(1 − p_y)^γ·(−log p_y)``, with p_y the probability of the target class y. The
+    factor ``(1 − p_y)^γ`` lowers the weight of rows that are classified well. The loss is twice
+    differentiable in every mode of torch. Rows whose p_y is near 1 keep their digits; at ``p_y = 1`` the
+    value and its derivatives are 0 for every γ > 0. Source: Lin et al., "Focal loss for dense object
+    detection", 2017.
 
     Args:
-        input, ignore_index, reduction, sample_weight, softcap, temperature, denominator, check_targets,
-            group, data_group: as in :func:`xent.cross_entropy`.
+        input, ignore_index, reduction, sample_weight, softcap: as in :func:`xent.cross_entropy`.
+        temperature, denominator, check_targets, group, data_group: as in :func:`xent.cross_entropy`.
         target: class indices of any integer type, of the shape of the unreduced loss.
-        gamma: γ, at least 0; 0 is cross-entropy times α.
-        alpha: α, a number or (C,), one for each of all classes; None means 1. No gradient. It is a factor of
-            the loss alone: ``"mean"`` divides by the number of rows that are not ignored (or by the sum of
-            their sample weights), not by Σ α.
-        label_smoothing: 0; a target of several classes has no p_y.
+        gamma: γ, at least 0. At 0 the loss is α times cross-entropy.
+        alpha: α, a number, or a tensor (C,) with a number for each class; None means 1. No gradient.
+            ``"mean"`` divides by the number of rows that are not ignored (or by the sum of their sample
+            weights), not by Σ α.
+        label_smoothing: only 0 is allowed, as p_y is not defined for a target of several classes.
 
     Returns:
-        A scalar, or the shape of the target for ``"none"``, of the type of ``input``.
+        A scalar, or for ``"none"`` a tensor of the shape of the target, in nats, of the type of ``input``.
 
     Raises:
-        IndexError: a target outside 0..C−1, naming row and value.
-        ValueError, TypeError: as :func:`xent.cross_entropy`; a target of probabilities; smoothing.
+        IndexError: a target outside 0..C−1; the message names row and value.
+        ValueError, TypeError: as :func:`xent.cross_entropy`; also a target of probabilities, and label
+            smoothing.
 
     Example:
         >>> import torch, xent
@@ -99,16 +103,20 @@ def linear_focal_loss(
     group: ProcessGroup | DeviceMesh | None = None,
     data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Return the focal loss of a linear head, straight from features: the logits never exist.
+    r"""Return the focal loss of a linear classifier from its features, without storing the logits, in nats.
+
+    The value is ``focal_loss(input @ linear_weight.T + linear_bias, target)``, computed in tiles of rows ×
+    classes. Loss and gradients cost three matrix products.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
-            :func:`xent.linear_cross_entropy`; three matrix products for loss and gradients.
-        target, gamma, alpha, ignore_index, reduction, label_smoothing, sample_weight, softcap, temperature,
-            denominator, check_targets, group, data_group: as in :func:`focal_loss`.
+        input, linear_weight, linear_bias: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
+        target, gamma, alpha, ignore_index, reduction, label_smoothing: as in :func:`focal_loss`.
+        sample_weight, softcap, temperature, denominator, check_targets: as in :func:`focal_loss`.
+        group, data_group: as in :func:`xent.linear_cross_entropy`.
 
     Returns:
-        A scalar, or the shape of the target for ``"none"``, of the type of ``input``.
+        A scalar, or for ``"none"`` a tensor of the shape of the target, in nats, of the type of ``input``.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`focal_loss`.

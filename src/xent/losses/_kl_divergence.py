@@ -52,42 +52,48 @@ def kl_divergence(
     sample_weight: Tensor | None = None,
     bits: bool = False,
 ) -> Tensor:
-    r"""Return KL(t ‖ p), or KL(p ‖ t), of each row, p = softmax(z/temperature), in nats.
+    r"""Return the Kullback-Leibler divergence between a target and the softmax of logits, in nats.
 
-    ``Σ t·(log t − log p)`` forward and ``Σ p·(log p − log t)`` in reverse. Differentiable in both arguments
-    any number of times, in every mode of torch. Computed without cancellation: of two logits it is never
-    negative, equal ones are at 0, and distributions that differ by 1e-8 keep their digits, as do rows that
-    are right beyond all doubt.
+    With ``p = softmax(z/T)`` the divergence of a row is ``KL(t ‖ p) = Σ t·(log t − log p)`` forward and
+    ``KL(p ‖ t) = Σ p·(log p − log t)`` in reverse. It is differentiable in both arguments any number of
+    times, in every mode of torch. The sum is arranged so that nothing cancels. Between two rows of logits the
+    divergence is never negative, and it is 0 for equal ones. Distributions that differ by 1e-8, and rows
+    whose p is within rounding of one class, keep their digits. Source: Kullback and Leibler, "On information
+    and sufficiency", 1951.
 
     Args:
-        target: t, the shape of ``input``: probabilities of any non-negative mass, 0·log 0 = 0 (the slope
-            there, asked for, is −inf); or with ``target_is_logits`` the teacher's logits. Or a
-            :class:`TopKTarget`, of which nothing is spread where its probabilities exceed 1, and whose bucket
-            is one class more of both (two derivatives then).
-        input: logits z, (C,), (N, C) or (N, C, d1, ...). Forward, a class masked by −inf costs nothing
-            without target mass, and +inf with it; in reverse a class without target mass costs +inf unless
-            p is 0.
-        direction: ``"forward"``, KL(t ‖ p), which covers the target; or ``"reverse"``, KL(p ‖ t), which seeks
-            a mode of it.
-        target_is_logits: t is softmax(target/temperature): to be preferred where the teacher learns too, and
-            where teacher and student are nearly equal.
-        temperature: divides the logits: a number, or one for each row, a tensor of the shape of the rows.
-            No gradient.
-        scale_by_t2: multiply each row by its temperature squared, so that gradients keep their size.
-        reduction: ``"none"``, ``"sum"`` or ``"mean"``, which divides by Σ ``sample_weight``, or by the number
-            of rows, and is 0 over no rows.
-        sample_weight: a factor for each row, of the shape of the rows. A row of weight 0 is left out,
+        target: t, of the shape of ``input``: probabilities of any mass that is not negative, with 0·log 0 = 0
+            (the derivative there is −inf); or with ``target_is_logits`` the teacher's logits. Or a
+            :class:`TopKTarget`. With ``remainder="spread"`` nothing is spread where its probabilities sum to
+            more than 1. A bucket counts as one class more of both distributions; the result then has two
+            derivatives.
+        input: logits z, (C,), (N, C) or (N, C, d1, ...). Forward, a class masked by −inf costs 0 if its
+            target mass is 0, else +inf. In reverse, a class without target mass costs +inf unless p is 0
+            there.
+        direction: ``"forward"`` for KL(t ‖ p), which is large where the target has mass and the model has
+            none; ``"reverse"`` for KL(p ‖ t), which is large where the model has mass and the target has
+            none.
+        target_is_logits: whether ``target`` holds logits; t is then softmax(target/T). Choose it where the
+            teacher is trained too, and where teacher and student are nearly equal.
+        temperature: T; it divides the logits. One number, or a tensor of the shape of the rows with a number
+            for each row. No gradient.
+        scale_by_t2: whether each row is multiplied by T², so that the size of the gradients does not depend
+            on T. Source: Hinton et al., "Distilling the knowledge in a neural network", 2015.
+        reduction: ``"none"``, ``"sum"`` or ``"mean"``. The mean divides by Σ ``sample_weight``, or by the
+            number of rows, and is 0 over no rows.
+        sample_weight: s, a factor for each row, of the shape of the rows. A row of weight 0 is left out,
             whatever it holds.
-        bits: divide by log 2.
+        bits: whether the result is divided by log 2.
 
     Returns:
-        (), (N,) or (N, d1, ...), or a scalar, of the type of ``input`` (float32 under autocast).
+        A tensor of the shape of the rows, (), (N,) or (N, d1, ...), or a scalar, in nats (or bits). Its type
+        is that of ``input`` (float32 under autocast).
 
     Raises:
-        ValueError: shapes that differ; a temperature that is not positive and finite (of a tensor: on a CPU,
-            naming the row); on a CPU a probability
-            that is negative, infinite or nan, naming the place (elsewhere it costs nan); the reverse
-            direction of a :class:`TopKTarget` whose remainder is dropped.
+        ValueError: shapes that differ; a temperature that is not positive and finite; the reverse direction
+            of a :class:`TopKTarget` whose remainder is dropped. On a CPU also a probability that is negative,
+            infinite or nan, and such a temperature of a row; the message names the place. Elsewhere these
+            cost nan.
         TypeError: types that are not floating.
 
     Example:
@@ -115,20 +121,21 @@ def js_divergence(
     sample_weight: Tensor | None = None,
     bits: bool = False,
 ) -> Tensor:
-    r"""Return the generalised Jensen–Shannon divergence of each row, in nats.
+    r"""Return the generalised Jensen–Shannon divergence between a target and the softmax of logits, in nats.
 
-    ``β·KL(t ‖ M) + (1 − β)·KL(p ‖ M)``, M = (1 − β)·p + β·t, p = softmax(z/temperature): at most log 2 for
-    β = ½ and two distributions. It tends to 0 as β does, and divided by β to KL(t ‖ p); β = 0 is KL(t ‖ p) by
-    name, and β = 1 KL(p ‖ t), as trainers of language models have it. Differentiable as :func:`kl_divergence`
-    is, and computed without cancellation.
+    With ``p = softmax(z/T)`` and the mixture ``M = (1 − β)·p + β·t`` the divergence of a row is
+    ``β·KL(t ‖ M) + (1 − β)·KL(p ‖ M)``. For β = ½ and two distributions it is at most log 2. It tends to 0
+    with β, and divided by β it tends to KL(t ‖ p). By convention, as trainers of language models have it, β =
+    0 returns KL(t ‖ p) and β = 1 returns KL(p ‖ t). It is differentiable as :func:`kl_divergence` is, and
+    computed without cancellation. Source: Lin, "Divergence measures based on the Shannon entropy", 1991.
 
     Args:
-        target, input, target_is_logits, temperature, scale_by_t2, reduction, sample_weight, bits: as in
-            :func:`kl_divergence`.
-        beta: the share of the target in the mixture, from 0 to 1.
+        target, input, target_is_logits, temperature: as in :func:`kl_divergence`.
+        scale_by_t2, reduction, sample_weight, bits: as in :func:`kl_divergence`.
+        beta: β, the weight of the target in the mixture, from 0 to 1.
 
     Returns:
-        As :func:`kl_divergence`.
+        A tensor or a scalar, as :func:`kl_divergence`.
 
     Raises:
         ValueError, TypeError: as :func:`kl_divergence`.

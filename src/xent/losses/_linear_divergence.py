@@ -50,44 +50,46 @@ def linear_kl_divergence(
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Return KL(teacher ‖ student), or in reverse, of two linear heads, from features: without any logits.
+    r"""Return the Kullback-Leibler divergence of a student's linear head from a teacher's, without storing
+    logits.
 
-    ``kl_divergence(target=x_T @ w_T.T + b_T, input=x_S @ w_S.T + b_S, target_is_logits=True)`` for
-    distillation, visited in tiles of rows × classes. A frozen teacher, the usual case, costs one matrix
-    product of its own, and the student three where the budget holds 128 rows of both heads' logits; where it
-    does not, each head's logits are computed once more. Two derivatives in closed form. Formulas:
-    ``∂KL/∂z_S = p − t``, ``∂KL/∂z_T = t∘(log t − log p − KL)``.
+    The value is ``kl_divergence(target=x_T @ w_T.T + b_T, input=x_S @ w_S.T + b_S, target_is_logits=True)``,
+    as distillation needs it, with x_T, w_T, b_T of the teacher and x_S, w_S, b_S of the student. It is
+    computed in tiles of rows × classes. Where ``memory_budget`` holds 128 rows of both heads' logits, the
+    student costs three matrix products and a teacher without gradient, the usual case, one; where it does
+    not, each head's logits are computed once more. Two derivatives are in closed form: with p of the student
+    and t of the teacher, ``∂KL/∂z_S = p − t`` and ``∂KL/∂z_T = t∘(log t − log p − KL)``.
 
     Args:
-        student: ``(features, weight)`` or ``(features, weight, bias)``: (..., D), (C, D), (C,); the weight
-            may be a :class:`LowRank`.
-        teacher: the same over the same rows and classes; its features may be of another width. Or a
-            :class:`TopKTarget` of remainder ``"bucket"`` or ``"drop"``, as stored, whose temperature is its
-            own: two products, and the exact KL of k + 1 classes.
-        direction: ``"forward"``, KL(teacher ‖ student), or ``"reverse"``, KL(student ‖ teacher).
-        temperature: divides both heads' logits: a number, or one for each row, a tensor (...). No gradient.
-        scale_by_t2: multiply each row by its temperature squared, so that gradients keep their size.
+        student: ``(features, weight)`` or ``(features, weight, bias)``, of shapes (..., D), (C, D) and (C,).
+            The weight may be a :class:`LowRank`.
+        teacher: the same, over the same rows and classes; its D may differ. Or a :class:`TopKTarget` with the
+            remainder ``"bucket"`` or ``"drop"``, whose probabilities are taken as they are, without the
+            temperature. The result is then the exact divergence of k + 1 classes, at the cost of two
+            products.
+        direction: ``"forward"`` for KL(teacher ‖ student), or ``"reverse"`` for KL(student ‖ teacher).
+        temperature: T; it divides both heads' logits. One number, or a tensor (...) with a number for each
+            row. No gradient.
+        scale_by_t2: as in :func:`kl_divergence`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ ``sample_weight``, or by the
             number of rows, and is 0 over no rows.
-        sample_weight: (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
-        logit_scale: logits are multiplied by it, as some language models do: a number for both heads, or one
-            for the student and one for the teacher. Where the teacher is a :class:`TopKTarget`, one number.
-        softcap: k; logits pass through k·tanh(z/k) after the scale and before the temperature: a number or
-            None for both heads, or a pair, as ``logit_scale``.
-        memory_budget: bytes of working memory beside inputs, gradients and O(N); by default 64 MiB on a CPU,
-            whatever N and C, and on a CUDA device what :func:`xent.backends` says. For half types the float32
-            accumulator of a gradient comes beside it.
-        group: of a :class:`TopKTarget`, the processes that share the student's classes, as in
+        sample_weight: s, (...), a factor for each row. A row of weight 0 is left out, whatever it holds.
+        logit_scale: a factor of the logits, as some language models have it: one number for both heads, or a
+            pair for student and teacher. Beside a :class:`TopKTarget` one number.
+        softcap: k; logits are replaced by k·tanh(z/k), after the scale and before the temperature. One number
+            or None for both heads, or a pair, as ``logit_scale``.
+        memory_budget: as in :func:`linear_cross_entropy`.
+        group: with a :class:`TopKTarget`, the processes that share the student's classes, as in
             :func:`linear_cross_entropy`.
 
     Returns:
-        A scalar in nats, or (...) for ``"none"``, of the type of the student's features (float32 under
-        autocast).
+        A scalar, or for ``"none"`` a tensor (...), in nats, of the type of the student's features (float32
+        under autocast).
 
     Raises:
-        ValueError: shapes or option values that do not fit together, naming the head.
-        TypeError: types that do not.
-        NotImplementedError: a third derivative; :func:`kl_divergence` of logits has any number of them.
+        ValueError: shapes or option values that do not fit together; the message names the head.
+        TypeError: types that do not fit together.
+        NotImplementedError: a third derivative. :func:`kl_divergence` of logits has derivatives of any order.
 
     Example:
         >>> import torch, xent
@@ -116,21 +118,21 @@ def linear_js_divergence(
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Return the generalised Jensen–Shannon divergence of two linear heads, from features, without logits.
+    r"""Return the generalised Jensen–Shannon divergence of two linear heads, without storing logits, in nats.
 
-    ``β·KL(t ‖ M) + (1 − β)·KL(p ‖ M)``, M = (1 − β)·p + β·t, t of the teacher and p of the student:
-    :func:`js_divergence` of both heads' logits. A frozen teacher costs one matrix product of its own and the
-    student three, where the budget holds 128 rows of both heads' logits; where it does not, each head's
-    logits are computed twice more. Two derivatives in closed form.
+    The value is :func:`js_divergence` of both heads' logits: ``β·KL(t ‖ M) + (1 − β)·KL(p ‖ M)`` with t of
+    the teacher, p of the student and ``M = (1 − β)·p + β·t``. Where ``memory_budget`` holds 128 rows of both
+    heads' logits, the student costs three matrix products and a teacher without gradient one; where it does
+    not, each head's logits are computed twice more. Two derivatives are in closed form.
 
     Args:
-        student, teacher, temperature, scale_by_t2, reduction, sample_weight, logit_scale, softcap,
-            memory_budget, group: as in :func:`linear_kl_divergence`.
-        beta: the share of the teacher in the mixture, from 0 to 1; 0 is KL(teacher ‖ student) and 1
-            KL(student ‖ teacher), as trainers of language models have it.
+        student, teacher, temperature, scale_by_t2, reduction: as in :func:`linear_kl_divergence`.
+        sample_weight, logit_scale, softcap, memory_budget, group: as in :func:`linear_kl_divergence`.
+        beta: β, the weight of the teacher in the mixture, from 0 to 1. As trainers of language models have
+            it, 0 returns KL(teacher ‖ student) and 1 returns KL(student ‖ teacher).
 
     Returns:
-        As :func:`linear_kl_divergence`.
+        A scalar or a tensor (...), as :func:`linear_kl_divergence`.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as :func:`linear_kl_divergence`.

@@ -37,23 +37,26 @@ def poly_loss(
     group: ProcessGroup | DeviceMesh | None = None,
     data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Return the poly-1 loss of logits, ``−log p_y + ε·(1 − p_y)`` a row, in nats.
+    r"""Return the poly-1 loss of logits and class indices, in nats.
 
-    Twice differentiable in every mode; rows that are right beyond all doubt keep their digits.
+    The loss of a row is ``−log p_y + ε·(1 − p_y)``, with p_y the probability of the target class y. It is
+    twice differentiable in every mode of torch, and rows whose p_y is near 1 keep their digits. Source: Leng
+    et al., "PolyLoss", 2022, equation 6.
 
     Args:
-        input, ignore_index, reduction, sample_weight, softcap, temperature, denominator, check_targets,
-            group, data_group: as in :func:`xent.cross_entropy`.
+        input, ignore_index, reduction, sample_weight, softcap: as in :func:`xent.cross_entropy`.
+        temperature, denominator, check_targets, group, data_group: as in :func:`xent.cross_entropy`.
         target: class indices of any integer type, of the shape of the unreduced loss.
-        epsilon: ε, any finite number; 0 is cross-entropy.
-        label_smoothing: 0; a target of several classes has no p_y.
+        epsilon: the factor ε of ``1 − p_y``, any finite number. At 0 the loss is cross-entropy.
+        label_smoothing: only 0 is allowed, as p_y is not defined for a target of several classes.
 
     Returns:
-        A scalar, or the shape of the target for ``"none"``, of the type of ``input``.
+        A scalar, or for ``"none"`` a tensor of the shape of the target, in nats, of the type of ``input``.
 
     Raises:
-        IndexError: a target outside 0..C−1, naming row and value.
-        ValueError, TypeError: as :func:`xent.cross_entropy`; a target of probabilities; smoothing.
+        IndexError: a target outside 0..C−1; the message names row and value.
+        ValueError, TypeError: as :func:`xent.cross_entropy`; also a target of probabilities, and label
+            smoothing.
 
     Example:
         >>> import torch, xent
@@ -92,16 +95,20 @@ def linear_poly_loss(
     group: ProcessGroup | DeviceMesh | None = None,
     data_group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor:
-    r"""Return the poly-1 loss of a linear head, straight from features: the logits never exist.
+    r"""Return the poly-1 loss of a linear classifier from its features, without storing the logits, in nats.
+
+    The value is ``poly_loss(input @ linear_weight.T + linear_bias, target)``, computed in tiles of rows ×
+    classes. Loss and gradients cost three matrix products.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
-            :func:`xent.linear_cross_entropy`; three matrix products for loss and gradients.
-        target, epsilon, ignore_index, reduction, label_smoothing, sample_weight, softcap, temperature,
-            denominator, check_targets, group, data_group: as in :func:`poly_loss`.
+        input, linear_weight, linear_bias: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
+        target, epsilon, ignore_index, reduction, label_smoothing: as in :func:`poly_loss`.
+        sample_weight, softcap, temperature, denominator, check_targets: as in :func:`poly_loss`.
+        group, data_group: as in :func:`xent.linear_cross_entropy`.
 
     Returns:
-        A scalar, or the shape of the target for ``"none"``, of the type of ``input``.
+        A scalar, or for ``"none"`` a tensor of the shape of the target, in nats, of the type of ``input``.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`poly_loss`.

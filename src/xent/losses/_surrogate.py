@@ -19,21 +19,23 @@ from xent._core.target import TopKTarget
 
 
 def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduction: str = "mean") -> Tensor:
-    r"""Return ``Σ_c (a·p_c − t_c)·z_c`` a row, with cross-entropy's derivatives a·p − t and a·J.
+    r"""Return a logarithm-free surrogate of cross-entropy that has the gradient of cross-entropy.
 
-    They are not the value's own, whose gradient is a·p − t + a·J·z: a finite difference finds that one. The
-    value equals ``cross_entropy − a·H(p)``, so it may be negative and is no measure of fit: a model that is
-    sure of nothing scores 0. What it is good for is to show that training needs no logarithm; the log 0 that
-    a logarithm is feared for has gone already where cross-entropy is computed from logits.
+    The value of a row is ``Σ_c (a·p_c − t_c)·z_c``, with ``p = softmax(z)`` and ``a = Σ_c t_c``. It equals
+    ``ℓ − a·H(p)``, cross-entropy less a times the entropy of p, so it may be negative and does not measure
+    the fit: equal logits score 0. Autograd is given the derivatives of cross-entropy, ``a·p − t`` and ``a·J``
+    with ``J = diag(p) − p pᵀ``. The derivative of the value itself is ``a·p − t + a·J·z``; finite differences
+    find that one. The function shows that training needs no logarithm. For practical training
+    :func:`cross_entropy` is as safe, since no logarithm of 0 occurs where the loss is computed from logits.
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        input: logits z, (C,), (N, C) or (N, C, d1, ...).
         target: as in :func:`xent.cross_entropy`; rows of class −100 are ignored. No gradient.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``, as in :func:`xent.cross_entropy`.
 
     Returns:
-        A scalar, or the shape of an index target for ``"none"``, of the type of ``input``. A masked (−inf)
-        class without target mass adds nothing; one with target mass costs +inf.
+        A scalar, or for ``"none"`` a tensor of the shape of an index target, in nats, of the type of
+        ``input``. A masked class (logit −inf) adds nothing if its target mass is 0, else +inf.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`xent.cross_entropy`.
