@@ -36,6 +36,7 @@ extensions = [
 exclude_patterns = ["_build", "_ext", "reference/api/_*"]
 
 # Pages
+smartquotes = False  # options of the command line have two hyphens
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "cache"
@@ -49,7 +50,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say types and shapes
 autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
-napoleon_numpy_docstring = False
+napoleon_numpy_docstring = True  # of estimators, as scikit-learn writes them
 napoleon_use_rtype = False
 maximum_signature_line_length = 88
 

@@ -65,16 +65,16 @@ def _docstring(app: Sphinx, what: str, name: str, thing: object, options: object
         found.update({key: text for key in inspect.signature(thing).parameters if key not in found})
     if found:
         lines[start:end] = [f"    {key}: {complete(key, text, module)}" for key, text in found.items()] + [""]
-    escape(lines)
+    lines[:] = map(escaped, lines)
 
 
-def escape(lines: list[str]) -> None:
-    """Escape the underscore that ends a name."""
-    lines[:] = [TRAILING.sub(r"\1\\_", line) for line in lines]
+def escaped(line: str) -> str:
+    """Return a line in which an underscore that ends a name is no link."""
+    return TRAILING.sub(r"\1\\_", line)
 
 
 def _help(app: Sphinx, context: object, lines: list[str]) -> None:
-    escape(lines)
+    lines[:] = map(escaped, lines)
 
 
 def _skip(app: Sphinx, what: str, name: str, thing: object, skip: bool, options: object) -> bool | None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from docstrings import arguments, escaped
 from sphinx.application import Sphinx
 
 FIELD = re.compile(r"^    (\w+): ([^=#\n]+?)(?:\s*= ([^#\n]+?))?\s*(?:# (.+))?$", re.M)
@@ -132,7 +133,7 @@ def options() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
             rule = validators.OPTIONS.get(name)
             values = values_of(rule) if rule is not None else what or f"`{type_}`"
             rows.append((name, default, values))
-        yield first_sentence(kind), rows
+        yield first_sentence(kind).rstrip("."), rows
 
 
 def values_of(rule: Any) -> str:
@@ -144,23 +145,26 @@ def values_of(rule: Any) -> str:
     return f"{words} or `None`" if getattr(rule, "optional", False) and "None" not in words else words
 
 
-def table_of_options(names: list[str]) -> str:
-    """Return the options, each with its default, its values and the functions that have it."""
+def all_options(names: list[str]) -> str:
+    """Return the options, each with its default, its values, its meaning and the functions that have it."""
     having: dict[str, list[str]] = {}
+    meaning: dict[str, str] = {}
     for name in names:
         thing = found(name)
         if inspect.isfunction(thing):
+            _, _, texts = arguments((inspect.getdoc(thing) or "").splitlines())
             for parameter in inspect.signature(thing).parameters:
                 having.setdefault(parameter, []).append(name)
+                if parameter in texts and not texts[parameter].startswith("as in"):
+                    meaning.setdefault(parameter, texts[parameter])
     lines = []
     for title, rows in options():
-        lines += [f"## {title}", "", "| option | default | values | functions |", "|---|---|---|---|"]
+        lines += [f"## {title}", ""]
         for name, default, values in rows:
             if name in having:
-                links = ", ".join(f"[`{n.removeprefix('xent.')}`](api/{n}.md)" for n in having[name])
-                cell = values.replace("|", "\\|")
-                lines.append(f"| `{name}` | `{default}` | {cell} | {links} |")
-        lines.append("")
+                links = ", ".join(f"{{py:func}}`{n.removeprefix('xent.')} <{n}>`" for n in having[name])
+                lines += [f"### `{name}`", "", f"Default `{default}`; {values}.", ""]
+                lines += ["```{eval-rst}", escaped(meaning.get(name, "")), "```", "", f"In {links}.", ""]
     return "\n".join(lines)
 
 
@@ -182,7 +186,7 @@ def _write(app: Sphinx) -> None:
     pages = {f"{name}.md": page_of(name, group, titles) for group in known for name in group.names}
     pages.update({f"{group.slug}.md": page_of_group(group, titles) for group in known})
     pages["_names.md"] = all_groups(known)
-    pages["_options.md"] = table_of_options([name for group in known for name in group.names])
+    pages["_options.md"] = all_options([name for group in known for name in group.names])
     api = folder / "api"
     api.mkdir(exist_ok=True)
     for stale in set(api.glob("*.md")) - {api / name for name in pages}:
