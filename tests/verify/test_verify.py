@@ -113,36 +113,65 @@ def test_naive_code_is_noticed(monkeypatch, setting):
     assert not any(found.values()), found
 
 
-EQUATIONS = {  # page -> equation -> the identity that checks it
+EQUATIONS = {  # page -> equation, displayed or in the text -> the identity that checks it
     "cross-entropy": {
-        "−log L / 10 = −[0.6·log p + 0.4·log(1 − p)]        0.673012 nats at p = 0.6": "maximum likelihood",
-        "CE(q, p) = H(q) + KL(q‖p)": "cross-entropy is entropy + KL",
-        "`CE(p, p) = H(p)`": "cross-entropy with oneself",
-        "(1 − ε)·e_y + ε/C": "label smoothing",
-        "ℓ_ε = (1 − ε)·ℓ + ε·CE(u, p) = (1 − ε)·ℓ + ε·(KL(u‖p) + log C)": "smoothing as a prior",
-        "the best p_y is 1 − ε + ε/C, and the best loss H": "the best under smoothing",
-        "derivative a⟨p, z⟩ − ⟨t, z⟩ and the curvature a·Var_p(z)": "the slope in β = 1/T",
-        "ℓ = a·lse(z) − ⟨t, z⟩": "cross-entropy",
-        "∂ℓ/∂z = a·p − t": "the gradient",
-        "`Wᵀ(a p − t)` to the features and as `(a p − t) xᵀ`": "gradients through the head",
-        "J·(−t/p) = a·p − t": "the chain through log p",
-        "`J·1 = 0`, and `0 ⪯ J ⪯ ½(I − 11ᵀ/C)`": "the softmax Jacobian",
-        "∂²ℓ/∂z² = a·J": "the second derivative",
-        "logistic function of z₁ − z₀": "two classes",
-        "⟨a·p − t, z⟩ and hands a·p − t": "the surrogate",
-        "a·p − t + a·J·z": "the surrogate's own slope",
-        "exactly a·H(p)": "the surrogate",
-        "ℓ = log(1 + Σ_{j≠y} exp(m_j))        ∂ℓ/∂m_j = p_j": "the loss in margins",
-        "∂ℓ/∂m_j = p_j": "the gradient in a margin",
-        "softplus(max m + log(C − 1))": "the loss in margins",
+        r"-\tfrac{1}{10} \log P = -\left[0.6 \log p + 0.4 \log(1 - p)\right]": "maximum likelihood",
+        r"0.673012 nats, at $p = 0.6$": "maximum likelihood",
+        r"\mathrm{CE}(t, p) = H(t) + \mathrm{KL}(t \| p)": "cross-entropy is entropy + KL",
+        r"\mathrm{CE}(p, p) = H(p)": "cross-entropy with oneself",
+        r"(1 - \varepsilon) e_y + \varepsilon / C": "label smoothing",
+        r"\ell_\varepsilon = (1 - \varepsilon)\, \ell + \varepsilon\, \mathrm{CE}(u, p) "
+        r"= (1 - \varepsilon)\, \ell + \varepsilon \left(\mathrm{KL}(u \| p) + \log C\right)": (
+            "smoothing as a prior"
+        ),
+        r"p_y = 1 - \varepsilon + \varepsilon / C$, not at 1, and its minimum is": "the best under smoothing",
+        r"$a \langle p, z \rangle - \langle t, z \rangle$ and the curvature $a \operatorname{Var}_p(z)$": (
+            "the slope in β = 1/T"
+        ),
+        r"\frac{\partial \ell}{\partial z} = a p - t": "the gradient",
+        r"$W^\top (a p - t)$ to the features and as $(a p - t)\, x^\top$": "gradients through the head",
+        r"J \left(-\frac{t}{p}\right) = a p - t": "the chain through log p",
+        r"J \mathbf{1} = 0": "the softmax Jacobian",
+        r"0 \preceq J \preceq \tfrac{1}{2} \left(I - \tfrac{1}{C} \mathbf{1} \mathbf{1}^\top\right)": (
+            "the softmax Jacobian"
+        ),
+        r"\frac{\partial^2 \ell}{\partial z^2} = a J": "the second derivative",
+        r"logistic function of $z_1 - z_0$": "two classes",
+        r"the value $\langle a p - t, z \rangle$": "the surrogate",
+        r"$a p - t$, and $a J$ for the second derivative": "the surrogate's curvature",
+        r"the gradient $a p - t + a J z$": "the surrogate's own slope",
+        r"\ell - \langle a p - t, z \rangle = a H(p)": "the surrogate",
+        r"\ell = \log\Bigl(1 + \sum_{j \ne y} \exp(m_j)\Bigr)": "the loss in margins",
+        r"\frac{\partial \ell}{\partial m_j} = p_j": "the gradient in a margin",
+        r"\operatorname{softplus}(\max_j m_j + \log(C - 1))": "the loss in margins",
     },
     "triplets": {
-        "CE = log(1 + Σ_{j≠y} exp m_j)        ∂CE/∂m_j = p_j": "the loss in margins",
-        "CE = Σ_{j≠y} π_j·softplus(m_j − log π_j)        each term is π_j·CE": "rivals that carry the loss",
-        "(1/C) Σ max(m + log C, 0)": "a chain of triplet bounds",
-        "−‖x − w‖² = 2⟨x, w⟩ − ‖w‖² − ‖x‖²": "squared distances as scores",
+        r"m_j = z_j - z_y": "the gradient in a margin",
+        r"\ell = \log\Bigl(1 + \sum_{j \ne y} \exp(m_j)\Bigr)": "the loss in margins",
+        r"\frac{\partial \ell}{\partial m_j} = p_j": "the gradient in a margin",
+        r"\frac{1}{C} \sum_j \max(m_j + \log C, 0)": "a chain of triplet bounds",
+        r"\text{hinge} \le \text{smooth} \le \text{tight} \le \text{loss} \le \text{union}": (
+            "a chain of triplet bounds"
+        ),
+        r"\mathrm{softplus}(\max_j m_j) \le \ell \le \mathrm{softplus}(\max_j m_j + \log(C - 1))": (
+            "the loss in margins"
+        ),
+        r"\ell = \sum_{j \ne y} \pi_j \, \mathrm{softplus}(m_j - \log \pi_j)": "rivals that carry the loss",
+        r"\pi_j \, \mathrm{softplus}(m_j - \log \pi_j) = \pi_j \, \ell": "rivals that carry the loss",
+        r"-\|x - w\|^2 = 2 \langle x, w \rangle - \|w\|^2 - \|x\|^2": "squared distances as scores",
+        r"\mathrm{softplus}(m + \log s) = \max(m + \log s, 0) + \log(1 + u)": "a chain of triplet bounds",
     },
 }
+RELATION = re.compile(r"[=<>≤≥⪯]|\\(?:leq?|geq?|preceq|succeq|approx|equiv)\b")
+
+
+def displayed(text: str) -> list[str]:
+    """Return the formulas that a page sets on lines of their own, each without its line breaks."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert not re.findall(r"^    .*[=≤].*$", prose, flags=re.MULTILINE)  # formulas stand between $$
+    blocks = re.findall(r"\$\$(.*?)\$\$", prose, flags=re.DOTALL)
+    formulas = [formula for block in blocks for formula in re.split(r"\\qquad|\\\\", block)]
+    return [" ".join(formula.split()) for formula in formulas]
 
 
 @pytest.mark.parametrize("page", EQUATIONS)
@@ -150,11 +179,11 @@ def test_equations_of_a_page_are_identities(page, request):
     """The pages say so: an equation that is set on a line of its own stands here with its identity."""
     text = (request.config.rootpath / "docs" / "explanation" / f"{page}.md").read_text()
     for equation, name in EQUATIONS[page].items():
-        assert equation in text
+        assert equation in " ".join(text.split())
         assert name in IDENTITIES
-    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
-    for line in re.findall(r"^    (.*[=≤].*)$", prose, flags=re.MULTILINE):
-        assert any(equation in line for equation in EQUATIONS[page]), line
+    equations = [formula for formula in displayed(text) if RELATION.search(formula)]
+    assert equations
+    assert [equation for equation in equations if equation not in EQUATIONS[page]] == []
 
 
 # A deviation
