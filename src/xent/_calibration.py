@@ -46,34 +46,38 @@ def fit_temperature(
 ) -> float:
     r"""Return the temperature T > 0 that minimises ``cross_entropy(logits, target, temperature=T)``.
 
-    Temperature scaling, to be fitted on held-out rows. ``logits / T`` has the same order of classes, and the
-    model's expected logit ⟨p, z⟩, summed over those rows, equals the targets'. That does not imply that each
-    class, or each level of confidence, is calibrated. There is at most one minimum, found to rounding for
-    logits of any scale. The loss is that of :doc:`/explanation/formula` as a function of β = 1/T. Source:
-    Guo et al. (2017), *On calibration of modern neural networks*.
+    This is temperature scaling: T is fitted on rows held out from training, and the model then predicts
+    ``softmax(logits / T)``. The order of the classes stays the same. At the minimum the model's expected
+    logit ⟨p, z⟩ and the target's logit ⟨t, z⟩ have the same sum over the rows; this does not calibrate each
+    class, or each level of confidence, by itself. The loss is convex in ``β = 1/T``, so there is at most one
+    minimum. It is found to rounding for logits of any scale. Source: Guo et al., "On calibration of modern
+    neural networks", 2017.
 
     Args:
-        logits: (C,), (N, C) or (N, C, d1, ...), a tensor of any floating type, an array or a list; computed
-            in float64, some rows at a time. Masked classes are −inf. With N labels, (N,) are the logits of
-            two classes, (0, s), as ``decision_function`` of scikit-learn returns them.
-        target: class indices, (), (N,) or (N, d1, ...), or labels of ``classes``; or probabilities, the shape
-            of ``logits``; or a :class:`TopKTarget`. No row's mass may be negative. Floating numbers
-            are labels only with ``classes``: beside logits (C,), C of them are the probabilities of one row.
-        classes: (C,) the labels of the columns, in their order: text, whole numbers or bools; two of them for
-            (0, s). None: the target holds the positions of the columns.
+        logits: z, (C,), (N, C) or (N, C, d1, ...): a tensor of any floating type, an array or a list. Masked
+            classes are −inf. Beside N labels, (N,) are the logits of two classes, (0, s), as
+            ``decision_function`` of scikit-learn returns them. The computation is in float64, some rows at a
+            time.
+        target: class indices, (), (N,) or (N, d1, ...), or labels of ``classes``; or probabilities, of the
+            shape of ``logits``; or a :class:`TopKTarget`. No row may have a negative mass. Floating numbers
+            are labels only with ``classes``: beside logits (C,), C floating numbers are the probabilities of
+            one row.
+        classes: (C,) the labels of the columns, in their order: text, whole numbers or bools. For logits (0,
+            s) these are two. None: the target holds positions of columns.
         ignore_index: rows with this target are left out. None means −100.
-        sample_weight: the shape of an index target, not negative. A row of weight 0 is left out.
+        sample_weight: s, of the shape of an index target, not negative. A row of weight 0 is left out.
 
     Returns:
-        T, a Python float. 1.0, with a ``UserWarning``, where the loss does not depend on T: the logits of
-        each row are equal, or no row counts.
+        T, a Python float without a unit. Where the loss does not depend on T (the logits of each row are
+        equal, or no row counts) it is 1.0, with a ``UserWarning``.
 
     Raises:
-        NoBestTemperature: a ValueError; ``limit``, 0.0 or ``math.inf``, is the temperature towards which the
-            loss keeps falling.
-        ValueError: shapes that do not fit; a row with nan, +inf, masked classes alone, or a target on a
-            masked class; a weight or mass that is negative or not finite; a label that is not among
-            ``classes``; each by its row. ``classes`` of another number than the columns, or not distinct.
+        NoBestTemperature: a ValueError; the loss keeps falling as T goes to its ``limit``, 0.0 or
+            ``math.inf``.
+        ValueError: shapes that do not fit; a row with nan, with +inf, with masked classes alone, or with a
+            target on a masked class; a weight or mass that is negative or not finite; a label that is not in
+            ``classes``. The message names the row. Also ``classes`` that differ in number from the columns,
+            or that are not distinct.
         IndexError, TypeError: as :func:`cross_entropy`; text without ``classes``.
 
     Example:

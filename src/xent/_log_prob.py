@@ -33,10 +33,17 @@ if TYPE_CHECKING:
 
 
 class LogProb(NamedTuple):
-    """Log-probabilities of classes, and the entropy of each row; nats."""
+    """Log-probabilities of given classes, and the entropy of each row.
 
-    log_prob: Tensor  # of the shape of the indices; 0 where one is ignored
-    entropy: Tensor  # of the shape of the rows; 0 where all of a row's indices are ignored
+    Example:
+        >>> import torch, xent
+        >>> found = xent.log_prob(torch.zeros(1, 4), torch.tensor([2]), return_entropy=True)
+        >>> [round(value.item(), 6) for value in found]  # −log 4 and log 4
+        [-1.386294, 1.386294]
+    """
+
+    log_prob: Tensor  # log p of each index, of the shape of the indices, nats; 0 where it is ignored
+    entropy: Tensor  # H(p) of each row, nats; 0 where all indices of the row are ignored
 
 
 @overload
@@ -78,23 +85,25 @@ def log_prob(
     check_targets: bool | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor | LogProb:
-    r"""Return log p of given classes of each row of logits, in nats: ``(z_j − m) − log1p(r)``.
+    r"""Return the log-probabilities of given classes in each row of logits, in nats.
 
-    Differentiable twice; computed in float64 and returned as float32 (float64 for float64 logits).
+    The value for class j is ``log p_j = (z_j − m) − log1p(r)``, with m the largest logit of the row and
+    ``r = Σ_c exp(z_c − m) − 1``. It is differentiable twice. It is computed in float64 and returned as
+    float32 (float64 for float64 logits).
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...).
-        indices: of any integer type: one class a row, (), (N,) or (N, d1, ...); or k, (k,), (N, k) or
-            (N, k, d1, ...), as ``torch.gather`` takes them, some of which may be equal.
-        ignore_index: an index whose log-probability is 0 and has no gradient.
+        input: logits z, (C,), (N, C) or (N, C, d1, ...).
+        indices: the classes, of any integer type. For one class a row: (), (N,) or (N, d1, ...). For k
+            classes a row: (k,), (N, k) or (N, k, d1, ...), as ``torch.gather`` takes them; some may be equal.
+        ignore_index: an index whose log-probability is 0, without gradient. None means −100.
         softcap, temperature, check_targets, group: as in :func:`xent.cross_entropy`.
-        return_entropy: also return H(p) of each row, from the same sweep.
+        return_entropy: whether the entropy H(p) of each row is returned too, from the same sweep.
 
     Returns:
         A tensor of the shape of ``indices``, or with ``return_entropy`` a :class:`LogProb`.
 
     Raises:
-        IndexError: an index is neither a class nor ``ignore_index``.
+        IndexError: an index that is neither a class nor ``ignore_index``.
         ValueError, TypeError: shapes and types that do not fit, as :func:`xent.cross_entropy`.
 
     Example:
@@ -174,16 +183,16 @@ def linear_log_prob(
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> Tensor | LogProb:
-    r"""Return log p of given classes of each row of a linear head, in nats: the logits never exist.
+    r"""Return the log-probabilities of given classes under a linear classifier, without storing the logits.
 
-    :func:`log_prob` of ``logit_scale * (input @ linear_weight.T + linear_bias)``: one matrix product forward
-    and three more for gradients, those of the entropy among them.
+    The value is :func:`log_prob` of ``logit_scale * (input @ linear_weight.T + linear_bias)``, in nats. It
+    costs one matrix product. The gradients cost three more, with those of the entropy among them.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget, group: as in
-            :func:`xent.linear_cross_entropy`.
-        indices: of any integer type: one class a row, of the shape of the unreduced loss; or k, with one
-            dimension more at the end, some of which may be equal.
+        input, linear_weight, linear_bias: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype, memory_budget, group: as in :func:`xent.linear_cross_entropy`.
+        indices: the classes, of any integer type. For one class a row: the shape of the unreduced loss. For k
+            classes a row: one more dimension, of size k, at the end; some may be equal.
         ignore_index, return_entropy: as in :func:`log_prob`.
         softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
 

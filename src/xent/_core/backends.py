@@ -15,25 +15,38 @@ from xent._core.triton.backend import Triton
 
 
 class BackendInfo(NamedTuple):
-    """A backend that may compute a loss."""
+    """A description of a backend."""
 
-    name: str
-    serves: str  # the problems that it takes
-    missing: str | None  # what this machine lacks for it to serve any; None: nothing
-    memory: str  # what it works within where no memory_budget is given
+    name: str  # the name under which it is registered
+    serves: str  # the problems that it computes, in words
+    missing: str | None  # what this machine lacks for it to serve any problem; None if nothing
+    memory: str  # its working memory where no memory_budget is given, in words
 
 
 _backends: list[Backend] = [OneTile(), Triton(), Tiles(), Reference()]
 
 
 def register_backend(backend: Backend) -> None:
-    """Have a backend tried before those that are registered; one of the same name is replaced.
+    """Register a backend, which each call then tries before all others.
 
-    The interface, :class:`Backend`, may change until version 1.0.
+    A backend of the same name is replaced. The interface, :class:`Backend`, may change until version 1.0.
+
+    Args:
+        backend: an instance of a subclass of :class:`Backend`, with a ``name`` and a ``serves``.
 
     Raises:
-        TypeError: what is no :class:`Backend`, or has no ``name`` and ``serves``.
-        ValueError: the name is that of the tiles, which serve what no other does.
+        TypeError: an object that is not a :class:`Backend`, or has no string ``name`` or ``serves``.
+        ValueError: the name "tiles", which belongs to the backend that serves every problem.
+
+    Example:
+        >>> import xent
+        >>> from xent._core.backend import Tiles
+        >>> class Mine(Tiles):
+        ...     name, serves = "mine", "every problem"
+        >>> xent.register_backend(Mine())
+        >>> xent.backends()[0].name
+        'mine'
+        >>> xent.unregister_backend("mine")
     """
     if not isinstance(backend, Backend):
         raise TypeError(f"backend must be a Backend, got {type(backend).__name__}")
@@ -46,7 +59,13 @@ def register_backend(backend: Backend) -> None:
 
 
 def unregister_backend(name: str) -> None:
-    """Take a registered backend out again.
+    """Remove a registered backend.
+
+    Args:
+        name: the name of the backend.
+
+    Raises:
+        ValueError: there is no backend of this name, or it is "tiles", which serves every problem.
 
     Example:
         >>> import xent
@@ -54,9 +73,6 @@ def unregister_backend(name: str) -> None:
         Traceback (most recent call last):
             ...
         ValueError: name must be one of ['one_tile', 'triton', 'tiles', 'reference'], and not 'tiles'; got ...
-
-    Raises:
-        ValueError: there is none of this name, or it is the tiles, which serve what no other does.
     """
     names = [backend.name for backend in _backends]
     if name not in names or name == Tiles.name:
@@ -65,10 +81,14 @@ def unregister_backend(name: str) -> None:
 
 
 def backends() -> tuple[BackendInfo, ...]:
-    """Return the backends in the order in which each call tries them, with what each serves, or why not.
+    """Return the backends in the order in which each call tries them.
 
-    The first one that serves a problem computes it. The tiles serve every problem, so what stands behind them
-    is there for tests.
+    A backend computes row statistics and gradients. The first one that serves a problem computes it. The
+    backend "tiles" serves every problem; "reference", behind it, is there for tests.
+
+    Returns:
+        A named tuple for each backend: its ``name``, the problems it ``serves``, what is ``missing`` on this
+        machine (None if nothing), and its working ``memory`` where no ``memory_budget`` is given.
 
     Example:
         >>> import xent
