@@ -10,11 +10,14 @@ from xent.nn._options import changed, keep
 
 
 class BCELoss(nn.Module):
-    """:func:`xent.binary_cross_entropy` as a module; loads the state dict of :class:`torch.nn.BCELoss`.
+    """A module of :func:`xent.binary_cross_entropy`, which loads the state dict of :class:`torch.nn.BCELoss`.
 
     Args:
         weight: a factor for each element, of a shape that broadcasts to that of the input, kept as a buffer.
         reduction, clamp: as in :func:`xent.binary_cross_entropy`.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -37,21 +40,33 @@ class BCELoss(nn.Module):
         return changed(self, reduction="mean", clamp=False)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss; input and target are probabilities, of one shape."""
+        """Return the loss of probabilities, in nats.
+
+        Args:
+            input: probabilities, of any shape.
+            target: target probabilities, of the shape of ``input``.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of ``input``.
+        """
         return _binary.binary_cross_entropy(
             input, target, self.weight, reduction=self.reduction, clamp=self.clamp
         )
 
 
 class BCEWithLogitsLoss(nn.Module):
-    """:func:`xent.binary_cross_entropy_with_logits` as a module.
+    """A module of :func:`xent.binary_cross_entropy_with_logits`.
 
-    Loads the state dict of :class:`torch.nn.BCEWithLogitsLoss`.
+    It loads the state dict of :class:`torch.nn.BCEWithLogitsLoss`.
 
     Args:
         weight: a factor for each element, of a shape that broadcasts to that of the input, kept as a buffer.
         reduction: as in :func:`xent.binary_cross_entropy_with_logits`.
-        pos_weight: a factor for the positive class, of such a shape, kept as a buffer.
+        pos_weight: a factor for the positive class, of a shape that broadcasts to that of the input, kept as
+            a buffer.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -78,17 +93,28 @@ class BCEWithLogitsLoss(nn.Module):
         return changed(self, reduction="mean")
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the loss; input: logits; target: of their shape."""
+        """Return the loss of logits, in nats.
+
+        Args:
+            input: logits, of any shape.
+            target: target probabilities, of the shape of ``input``.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of ``input``.
+        """
         return _binary.binary_cross_entropy_with_logits(
             input, target, self.weight, reduction=self.reduction, pos_weight=self.pos_weight
         )
 
 
 class KLDivLoss(nn.Module):
-    """:func:`xent.kl_div` as a module.
+    """A module of :func:`xent.kl_div`.
 
     Args:
         reduction, log_target: as in :func:`xent.kl_div`.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -109,5 +135,13 @@ class KLDivLoss(nn.Module):
         return changed(self, reduction="mean", log_target=False)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        """Return the divergence; input: log-probabilities; target: probabilities, or their logarithms."""
+        """Return the divergence from log-probabilities, in nats.
+
+        Args:
+            input: log-probabilities, of any shape.
+            target: probabilities, or with ``log_target`` their logarithms.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the common shape.
+        """
         return _binary.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)

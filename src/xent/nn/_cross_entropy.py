@@ -20,12 +20,15 @@ from xent.nn._options import changed, keep
 
 
 class CrossEntropyLoss(nn.Module):
-    """:func:`xent.cross_entropy` as a module.
+    """A module of :func:`xent.cross_entropy`: options at construction, tensors at the call.
 
     Args:
-        weight: (C,), a factor for each class, kept as a buffer.
-        ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, check_targets: as in
-            :func:`xent.cross_entropy`.
+        weight: w, (C,), a factor for each class, kept as a buffer.
+        ignore_index, reduction, label_smoothing, z_loss: as in :func:`xent.cross_entropy`.
+        softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -76,10 +79,17 @@ class CrossEntropyLoss(nn.Module):
         data_group: Any = None,
         temperature: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; input (C,), (N, C) or (N, C, d1, ...) and target as in :func:`xent.cross_entropy`.
+        """Return the loss of logits and targets, in nats.
 
-        With ``group``, the module's ``weight`` is of this process's classes. ``temperature`` is one for each
-        row, in place of the module's.
+        Args:
+            input: logits, (C,), (N, C) or (N, C, d1, ...).
+            target, sample_weight, denominator, data_group: as in :func:`xent.cross_entropy`.
+            group: as in :func:`xent.cross_entropy`; the module's ``weight`` is then that of this process's
+                classes.
+            temperature: a tensor with a number for each row, in place of the module's.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of an index target.
         """
         return _cross_entropy.cross_entropy(
             input,
@@ -93,27 +103,34 @@ class CrossEntropyLoss(nn.Module):
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """A linear classifier and its cross-entropy in one module: the logits never exist.
+    """A linear classifier and its cross-entropy in one module, which does not store the logits.
 
-    Takes the place of ``nn.Linear`` followed by ``nn.CrossEntropyLoss``, and loads the state dict of
-    :class:`torch.nn.LinearCrossEntropyLoss`.
+    The module replaces ``nn.Linear`` followed by ``nn.CrossEntropyLoss``, and loads the state dict of
+    :class:`torch.nn.LinearCrossEntropyLoss`. Its parameters are those of the layer ``linear``.
 
-    The layer ``linear`` is read and not called. It may be parametrised or replaced by another
-    ``torch.nn.Linear``; one whose call computes more than its product (an adapter, a quantised layer, a layer
-    with hooks) is a TypeError. ``logits``, ``log_prob``, ``predict`` and ``top_k`` are of the same head.
+    The module reads the weight and bias of ``linear`` and does not call the layer. The layer may be
+    parametrised or replaced by another ``torch.nn.Linear``. A layer whose call computes more than its product
+    (a quantised layer, a layer with hooks) is a TypeError. ``logits``, ``log_prob``, ``predict`` and
+    ``top_k`` evaluate the same head.
 
     Args:
-        in_features: D; None with ``linear_weight``, whose second dimension it is.
-        num_classes: C; None with ``linear_weight``, of whose rows there are as many.
-        out_features: (d1, ...), the positions of a K-dimensional loss.
-        bias: whether the classifier has one.
-        linear_weight: (C·d1·..., D), a ``torch.nn.Parameter`` that ``linear.weight`` becomes: that of an
-            embedding, whose gradient is then the sum of both uses. ``device`` and ``dtype`` are its own.
-        linear_bias: (C·d1·...), the same for ``linear.bias``.
-        weight: (C,), a factor for each class, kept as a buffer.
+        in_features: D, the number of features. None with ``linear_weight``, which determines it.
+        num_classes: C, the number of classes. None with ``linear_weight``, which determines it.
+        out_features: (d1, ...), the positions of a loss in K dimensions.
+        bias: whether the classifier has a bias.
+        linear_weight: (C·d1·..., D), a ``torch.nn.Parameter`` that becomes ``linear.weight``. With the weight
+            of an embedding the two are tied, and the gradient is the sum of both uses. ``device`` and
+            ``dtype`` are then not given.
+        linear_bias: (C·d1·...), a ``torch.nn.Parameter`` that becomes ``linear.bias``.
+        device, dtype: the device and type of a new layer, as in :class:`torch.nn.Linear`.
+        weight: w, (C,), a factor for each class, kept as a buffer.
         logit_scale, product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
-        ignore_index, reduction, label_smoothing, z_loss, softcap, temperature, check_targets: as in
-            :func:`xent.cross_entropy`.
+        ignore_index, reduction, label_smoothing, z_loss: as in :func:`xent.cross_entropy`.
+        softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
+
+    Raises:
+        ValueError: sizes or tensors that do not fit together; an option outside its values.
+        TypeError: an option of the wrong kind.
 
     Example:
         >>> import torch, xent
@@ -218,10 +235,17 @@ class LinearCrossEntropyLoss(nn.Module):
         data_group: Any = None,
         temperature: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; input (..., D) and target as in :func:`xent.linear_cross_entropy`.
+        """Return the loss of features and targets, in nats.
 
-        With ``group``, the module is of this process's classes: ``num_classes`` is how many these are.
-        ``temperature`` is one for each row, in place of the module's.
+        Args:
+            input: features, (..., D).
+            target, sample_weight, denominator, data_group: as in :func:`xent.linear_cross_entropy`.
+            group: as in :func:`xent.linear_cross_entropy`. The module then holds this process's classes, and
+                ``num_classes`` is their number.
+            temperature: a tensor with a number for each row, in place of the module's.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of an index target.
         """
         if target is None:
             raise TypeError(
@@ -243,10 +267,10 @@ class LinearCrossEntropyLoss(nn.Module):
         )
 
     def logits(self, input: Tensor) -> Tensor:
-        """Return the logits that enter the softmax, after scale, softcap and temperature.
+        """Return the logits that enter the softmax: after scale, softcap and temperature.
 
         Args:
-            input: (..., D).
+            input: features, (..., D).
 
         Returns:
             (..., C), or (..., C, d1, ...), as :func:`xent.cross_entropy` takes them for one batch dimension.
@@ -263,7 +287,15 @@ class LinearCrossEntropyLoss(nn.Module):
     def log_prob(self, input: Tensor, indices: Tensor, *, return_entropy: Literal[True]) -> LogProb: ...
 
     def log_prob(self, input: Tensor, indices: Tensor, *, return_entropy: bool = False) -> Tensor | LogProb:
-        """Return log p of given classes, as :func:`xent.linear_log_prob`; no logits are formed."""
+        """Return the log-probabilities of given classes, without storing the logits.
+
+        Args:
+            input: features, (..., D).
+            indices, return_entropy: as in :func:`xent.linear_log_prob`.
+
+        Returns:
+            A tensor of the shape of ``indices`` in nats, or with ``return_entropy`` a :class:`xent.LogProb`.
+        """
         weight, bias = self._head()
         found: Tensor | LogProb = _log_prob.linear_log_prob(  # type: ignore[call-overload]
             input,
@@ -279,7 +311,14 @@ class LinearCrossEntropyLoss(nn.Module):
         return found
 
     def predict(self, input: Tensor) -> Tensor:
-        """Return the most probable class of each row, int64, the lowest of equal ones; forms no logits."""
+        """Return the most probable class of each row, the lowest of equal ones, without storing the logits.
+
+        Args:
+            input: features, (..., D).
+
+        Returns:
+            Class indices, int64, of the shape of the unreduced loss.
+        """
         weight, bias = self._head()
         with torch.no_grad():
             rows = _row_statistics.linear_row_statistics(
@@ -288,7 +327,15 @@ class LinearCrossEntropyLoss(nn.Module):
         return rows.argmax
 
     def top_k(self, input: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return the k largest probabilities of each row and their classes, as :func:`xent.linear_top_k`."""
+        """Return the k largest probabilities of each row and their classes.
+
+        Args:
+            input: features, (..., D).
+            k: the number of classes, at most C.
+
+        Returns:
+            Probabilities and indices, as :func:`xent.linear_top_k`.
+        """
         weight, bias = self._head()
         return _row_statistics.linear_top_k(
             input, weight, k, linear_bias=bias, **self._products(), **self._of_logits()

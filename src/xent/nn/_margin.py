@@ -16,23 +16,30 @@ from xent.nn._options import changed, keep
 
 
 class MarginLoss(nn.Module):
-    """A cosine classifier with a margin, and its cross-entropy: CosFace, ArcFace, both, or neither.
+    """A cosine classifier with a margin and its cross-entropy: CosFace, ArcFace, both, or neither.
 
-    Features and class vectors are scaled to length 1, so that their product is the cosine of the angle θ
-    between them; the loss is cross-entropy over ``scale·cos θ``, with ``scale·(cos(θ + angle) − cosine)`` for
-    the target. The logits never exist, and the margin costs a few operations a row. Sources: Wang et al.,
-    "CosFace", 2018; Deng et al., "ArcFace", 2019; without a margin, Zhai and Wu, "Classification is a strong
-    baseline for deep metric learning" (normalised softmax), 2019.
+    Features and class vectors are scaled to length 1. Their product is then the cosine of the angle θ between
+    them. The loss is the cross-entropy over the logits ``s·cos θ``, with ``s·(cos(θ + angle) − cosine)`` for
+    the target's class. The logits are not stored, and the margin costs a few operations a row. Sources: Wang
+    et al., "CosFace", 2018; Deng et al., "ArcFace", 2019; without a margin, Zhai and Wu, "Classification is a
+    strong baseline for deep metric learning" (normalised softmax), 2019.
 
     Args:
-        in_features: D.
-        num_classes: C.
+        in_features: D, the number of features.
+        num_classes: C, the number of classes.
         margin: a :class:`xent.Margin`, or a number that is subtracted from the target's cosine.
-        scale: s, one over the temperature.
-        weight: (C,), a factor for each class, kept as a buffer.
+        scale: s, the reciprocal of the temperature.
+        device, dtype: the device and type of ``class_weight``.
+        weight: w, (C,), a factor for each class, kept as a buffer.
         memory_budget: as in :func:`xent.linear_cross_entropy`.
         sparse_grad: whether calls with ``classes`` give ``class_weight`` a sparse gradient.
         ignore_index, reduction, label_smoothing, check_targets: as in :func:`xent.cross_entropy`.
+
+    Attributes:
+        class_weight: (C, D), the parameter: a vector for each class, of any length.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -81,7 +88,7 @@ class MarginLoss(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw directions that spread evenly: their lengths do not matter."""
+        """Draw the class vectors from a normal distribution, so that their directions are uniform."""
         nn.init.normal_(self.class_weight, std=self.class_weight.shape[1] ** -0.5)
 
     def extra_repr(self) -> str:
@@ -90,9 +97,13 @@ class MarginLoss(nn.Module):
         return f"{size}, {others}" if others else size
 
     def cosines(self, input: Tensor) -> Tensor:
-        """Return cos θ of features (..., D) with every class, (..., C): what to rank the classes by.
+        """Return the cosines of features with every class vector, by which classes are ranked.
 
-        A row of zeros has no direction, and cosines of 0.
+        Args:
+            input: features, (..., D). A row of zeros has no direction; its cosines are 0.
+
+        Returns:
+            cos θ, (..., C).
         """
         return cosines(input, self.class_weight)
 
@@ -106,7 +117,16 @@ class MarginLoss(nn.Module):
         classes: Tensor | None = None,
         log_q: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; input (..., D), target (...); the rest as in :func:`xent.linear_cross_entropy`."""
+        """Return the loss of features and class indices, in nats.
+
+        Args:
+            input: features, (..., D).
+            target: class indices, (...).
+            sample_weight, denominator, classes, log_q: as in :func:`xent.linear_cross_entropy`.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of the target.
+        """
         return _cross_entropy.linear_cross_entropy(
             input,
             self.class_weight,

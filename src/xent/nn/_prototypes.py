@@ -23,16 +23,31 @@ from xent.losses._cross_entropy import linear_cross_entropy
 
 
 class PrototypeHead(nn.Module):
-    """A module of prototypes over normalised features, trained on the balanced assignments of other views.
+    """A layer of prototypes, trained without labels on the balanced assignments of other views of a sample.
+
+    A prototype is a vector of length 1, and its score is its cosine z with the features. Each view x_b
+    predicts the assignment of another view x_a of the same sample:
+    ``L = mean over pairs of views a ≠ b of −⟨q(x_a), log p(x_b)⟩``, with the prediction
+    ``p = softmax(z/temperature)`` and the assignment q = :func:`xent.sinkhorn.assign` of z. In an assignment
+    every prototype gets the same mass, so that the rows cannot collapse onto one prototype. Assignments are
+    constant targets. Source: Caron et al., "Unsupervised learning of visual features by contrasting cluster
+    assignments", 2020.
 
     Args:
         in_features: D, the number of features.
         num_prototypes: K, the number of prototypes.
-        temperature: τ of the predictions.
-        epsilon: ε of the assignments. With ε < τ the assignments are sharper than the predictions; as ε goes
-            to 0, each row is assigned to one prototype.
-        iterations: the number of Sinkhorn iterations in every assignment; row sums are exact, column sums
+        temperature: the temperature of the predictions.
+        epsilon: ε, the entropy weight of the assignments. With ε below ``temperature`` they are sharper than
+            the predictions; as ε goes to 0, each row is assigned to one prototype.
+        iterations: the number of Sinkhorn iterations in each assignment. Row sums are exact, column sums
             approximate.
+        device, dtype: the device and type of ``prototypes``.
+
+    Attributes:
+        prototypes: (K, D), the parameter: a vector for each prototype, of any length.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -78,33 +93,55 @@ class PrototypeHead(nn.Module):
         )
 
     def cosines(self, input: Tensor) -> Tensor:
-        """Return the cosines of features (..., D) with each prototype, (..., K); 0 for a row of zeros."""
+        """Return the cosines of features with each prototype.
+
+        Args:
+            input: features, (..., D). A row of zeros has cosines of 0.
+
+        Returns:
+            (..., K).
+        """
         return cosines(input, self.prototypes)
 
     def predict(self, input: Tensor) -> Tensor:
-        """Return the nearest prototype of features (..., D), (...) int64."""
+        """Return the nearest prototype of each row of features.
+
+        Args:
+            input: features, (..., D).
+
+        Returns:
+            Positions of prototypes, (...) int64.
+        """
         return self.cosines(input).argmax(-1)
 
     @torch.no_grad()
     def assign(self, input: Tensor) -> sinkhorn.Assignment:
-        """Return the balanced assignment of features (N, D), a plan (N, K), without gradient."""
+        """Return the balanced assignment of rows to prototypes, without gradient.
+
+        Args:
+            input: features, (N, D).
+
+        Returns:
+            A :class:`xent.sinkhorn.Assignment` with a plan (N, K).
+        """
         return sinkhorn.assign(
             self.cosines(input), epsilon=self.epsilon, max_iterations=self.iterations, tolerance=None
         )
 
     def forward(self, *views: Tensor, assigned: int = 2) -> Tensor:
-        """Return the loss of swapped assignments.
+        """Return the loss of swapped assignments, in nats.
 
         Args:
-            views: two or more tensors (N, D): features of different views of the same N samples.
-            assigned: the number of views that are assigned, from the first; each assignment is predicted from
-                every other view.
+            *views: two or more tensors (N, D): features of different views of the same N samples.
+            assigned: the number of views that are assigned, from the first one. Each of these assignments is
+                predicted from every other view.
 
         Returns:
-            A scalar, in nats.
+            A scalar.
 
         Raises:
-            ValueError: fewer than two views, views of different shapes, or more assigned than there are.
+            ValueError: fewer than two views, views of different shapes, or ``assigned`` above the number of
+                views.
         """
         for number, view in enumerate(views):
             require_tensors(spread=False, **{f"views[{number}]": view})

@@ -54,7 +54,17 @@ class _RowLoss(nn.Module):
         temperature: Tensor | None = None,
         denominator: float | Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; tensors as in the function, ``temperature`` one for each row."""
+        """Return the loss of logits and class indices, in nats.
+
+        Args:
+            input: logits, (C,), (N, C) or (N, C, d1, ...).
+            target: class indices, of the shape of the unreduced loss.
+            sample_weight, denominator: as in :func:`xent.cross_entropy`.
+            temperature: a tensor with a number for each row, in place of the module's.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of the target.
+        """
         tensors = {"sample_weight": sample_weight, "denominator": denominator}
         return self._of_logits(input, target, **self._options(temperature, **tensors))
 
@@ -64,11 +74,14 @@ class _RowLoss(nn.Module):
 
 
 class FocalLoss(_RowLoss):
-    """:func:`xent.focal_loss` as a module.
+    """A module of :func:`xent.focal_loss`: options at construction, tensors at the call.
 
     Args:
         gamma, ignore_index, reduction, temperature, check_targets: as in :func:`xent.focal_loss`.
-        alpha: a number or (C,), kept as a buffer; None means 1.
+        alpha: α, a number, or a tensor (C,) that is kept as a buffer; None means 1.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -101,10 +114,13 @@ class FocalLoss(_RowLoss):
 
 
 class PolyLoss(_RowLoss):
-    """:func:`xent.poly_loss` as a module.
+    """A module of :func:`xent.poly_loss`: options at construction, tensors at the call.
 
     Args:
         epsilon, ignore_index, reduction, temperature, check_targets: as in :func:`xent.poly_loss`.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -166,7 +182,17 @@ class _Classifier(_RowLoss):
         group: Any = None,
         data_group: Any = None,
     ) -> Tensor:
-        """Return the loss; input (..., D), tensors as in the function, ``temperature`` one for each row."""
+        """Return the loss of features and class indices, in nats.
+
+        Args:
+            input: features, (..., D).
+            target: class indices, (...).
+            sample_weight, denominator, group, data_group: as in :func:`xent.linear_cross_entropy`.
+            temperature: a tensor with a number for each row, in place of the module's.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of the target.
+        """
         weight, bias = weight_and_bias(self.linear, "linear")
         tensors: dict[str, Any] = {"sample_weight": sample_weight, "denominator": denominator}
         tensors |= {"linear_bias": bias, "group": group, "data_group": data_group}
@@ -175,16 +201,21 @@ class _Classifier(_RowLoss):
 
 
 class LinearFocalLoss(_Classifier, FocalLoss):
-    """A linear classifier and its focal loss in one module: the logits never exist.
+    """A linear classifier and its focal loss in one module, which does not store the logits.
 
-    The layer ``linear`` is read and not called, as in :class:`LinearCrossEntropyLoss`.
+    The module reads the weight and bias of its layer ``linear`` and does not call it, as in
+    :class:`LinearCrossEntropyLoss`.
 
     Args:
-        in_features: D.
-        num_classes: C.
-        bias: whether the classifier has one.
+        in_features: D, the number of features.
+        num_classes: C, the number of classes.
+        bias: whether the classifier has a bias.
+        device, dtype: the device and type of the parameters, as in :class:`torch.nn.Linear`.
         gamma, alpha, ignore_index, reduction, temperature, check_targets: as in :class:`FocalLoss`.
         product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -225,16 +256,21 @@ class LinearFocalLoss(_Classifier, FocalLoss):
 
 
 class LinearPolyLoss(_Classifier, PolyLoss):
-    """A linear classifier and its poly loss in one module: the logits never exist.
+    """A linear classifier and its poly-1 loss in one module, which does not store the logits.
 
-    The layer ``linear`` is read and not called, as in :class:`LinearCrossEntropyLoss`.
+    The module reads the weight and bias of its layer ``linear`` and does not call it, as in
+    :class:`LinearCrossEntropyLoss`.
 
     Args:
-        in_features: D.
-        num_classes: C.
-        bias: whether the classifier has one.
+        in_features: D, the number of features.
+        num_classes: C, the number of classes.
+        bias: whether the classifier has a bias.
+        device, dtype: the device and type of the parameters, as in :class:`torch.nn.Linear`.
         epsilon, ignore_index, reduction, temperature, check_targets: as in :class:`PolyLoss`.
         product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent

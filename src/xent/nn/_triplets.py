@@ -16,11 +16,14 @@ from xent.triplets._losses import count_of_negatives
 
 
 class SoftTripletLoss(nn.Module):
-    """:func:`xent.triplets.smooth_triplet_loss` as a module: of logits.
+    """A module of :func:`xent.triplets.smooth_triplet_loss`: options at construction, logits at the call.
 
     Args:
         margin, ignore_index, reduction, check_targets: as in :func:`xent.triplets.smooth_triplet_loss`.
-        negatives: ``"all"``, or how many of the hardest.
+        negatives: ``"all"``, or a number k for the k hardest of each row.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -56,22 +59,36 @@ class SoftTripletLoss(nn.Module):
         negatives: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; input (C,), (N, C) or (N, C, d1, ...); ``negatives`` (N, ..., k) are sampled."""
+        """Return the loss of logits and class indices, in nats.
+
+        Args:
+            input: logits, (C,), (N, C) or (N, C, d1, ...).
+            target: class indices, (), (N,) or (N, d1, ...).
+            negatives: sampled negatives, class indices (N, ..., k), in place of the module's.
+            sample_weight: as in :func:`xent.cross_entropy`.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of the target.
+        """
         return triplets.smooth_triplet_loss(
             input, target, sample_weight=sample_weight, **_triplet_options(self, negatives)
         )
 
 
 class LinearSoftTripletLoss(nn.Module):
-    """A vector for each class and the smooth triplet loss of features: no logits are kept.
+    """A vector for each class and the smooth triplet loss of features in one module, without stored logits.
 
     Args:
-        in_features: D.
-        num_classes: C.
-        bias: whether the classes have one.
-        geometry: ``"inner"``, ``"cosine"`` or ``"squared_l2"``.
+        in_features: D, the number of features.
+        num_classes: C, the number of classes.
+        bias: whether the classes have a bias.
+        geometry: the score of a row and a class, as in :func:`xent.triplets.linear_triplet_loss`.
+        device, dtype: the device and type of the parameters, as in :class:`torch.nn.Linear`.
         memory_budget: as in :func:`xent.triplets.linear_triplet_loss`.
         margin, negatives, ignore_index, reduction, check_targets: as in :class:`SoftTripletLoss`.
+
+    Raises:
+        ValueError, TypeError: an option outside its values.
 
     Example:
         >>> import torch, xent
@@ -127,7 +144,17 @@ class LinearSoftTripletLoss(nn.Module):
         negatives: Tensor | None = None,
         sample_weight: Tensor | None = None,
     ) -> Tensor:
-        """Return the loss; input (..., D), target (...); ``negatives`` (..., k) are sampled."""
+        """Return the loss of features and class indices, in nats.
+
+        Args:
+            input: features, (..., D).
+            target: class indices, (...).
+            negatives: sampled negatives, class indices (..., k), in place of the module's.
+            sample_weight: as in :func:`xent.cross_entropy`.
+
+        Returns:
+            A scalar, or for ``"none"`` a tensor of the shape of the target.
+        """
         weight, bias = weight_and_bias(self.linear, "linear")
         if isinstance(weight, LowRank):
             raise TypeError("linear has an adapter, which triplets do not take: merge it into the weight")
