@@ -35,6 +35,7 @@ from xent._core.statistics import RequestedOutputs
 from xent._core.target import TopKTarget
 from xent._core.tiles import top_k as streaming
 from xent._core.validators import as_number, valid
+from xent._util import html
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -52,6 +53,37 @@ class RowStatistics(NamedTuple):
     entropy: Tensor  # H(p)
     argmax: Tensor  # int64, the lowest class of the largest logit; −1 in rows that are ignored
     correct: Tensor | None  # bool, argmax is the target; None unless a target is a class
+
+    def _repr_html_(self) -> str:
+        """Return the statistics of the first rows as a table for a notebook.
+
+        >>> import xent
+        >>> rows = xent.row_statistics(torch.zeros(1, 10), torch.tensor([3]))
+        >>> "<tr><td>0</td><td>2.303</td><td>-2.303</td>" in rows._repr_html_()
+        True
+        """
+        return html.shown(self, self, self._table)
+
+    def _table(self) -> str:
+        columns: dict[str, list[object]] = {
+            heading: html.first(value)
+            for heading, value in (
+                ("loss", self.loss),
+                ("log p", self.log_prob),
+                ("logsumexp", self.logsumexp),
+                ("entropy", self.entropy),
+            )
+            if value is not None
+        }
+        classes = html.first(self.argmax)
+        columns["argmax"] = ["ignored" if each == -1 else each for each in classes]
+        if self.correct is not None:
+            correct = html.first(self.correct)
+            columns["correct"] = [
+                None if each == -1 else right for each, right in zip(classes, correct, strict=True)
+            ]
+        caption = "Statistics of each row's softmax, in nats; argmax is the class of the largest logit"
+        return html.table_by_row(caption, self.logsumexp.shape, columns)
 
 
 def row_statistics(

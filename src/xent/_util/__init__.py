@@ -1,1 +1,1 @@
-"""Helpers that know nothing of cross-entropy: files written whole or not at all, and text."""
+"""Helpers that know nothing of cross-entropy: files written whole or not at all, text, tables."""

@@ -5,13 +5,13 @@ Every name of a class is text: the template escapes it, and a control character 
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xent._util import html
 from xent._util.atomic_write import atomic_write, check_file
 from xent._util.text import counted, printable
 from xent.auditing.records import RowMeasures
@@ -201,11 +201,7 @@ def _compared(result: AuditResult, found: Mapping[str, Any] | None) -> list[Tabl
 
 def summary_html(result: AuditResult) -> str:
     """Return the result as a small table for a notebook."""
-    rows = "".join(
-        f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>"
-        for name, value in _cards(result)
-    )
-    return f"<p><b>{html.escape(headline(result))}</b></p><table>{rows}</table>"
+    return html.table(headline(result), (), _cards(result))
 
 
 def _of(shown: int, there: int, what: str) -> str:

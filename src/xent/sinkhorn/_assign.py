@@ -22,6 +22,8 @@ from xent._autograd.transforms import batched, is_opaque
 from xent._core.logits import compute_dtype
 from xent._core.statistics import statistics_dtype
 from xent._core.validators import Whole, valid
+from xent._util import html
+from xent._util.text import counted
 from xent.sinkhorn._autograd import (
     Settings,
     Solution,
@@ -48,6 +50,50 @@ class Assignment(NamedTuple):
     error: Tensor  # (...): Σ|column sums − c| over Σ c; the row sums are exact
     iterations: Tensor  # (...), int64
     converged: Tensor  # (...), bool: error ≤ tolerance, and the type of the scores holds the plan
+
+    def _repr_html_(self) -> str:
+        """Return the columns that the first rows are assigned to as a table for a notebook.
+
+        >>> "<td>0: 1</td>" in assign(torch.tensor([[9.0, 0.0], [0.0, 9.0]]))._repr_html_()
+        True
+        """
+        return html.shown(self, (self.plan, *self.potentials, *self[2:]), self._table)
+
+    def _table(self) -> str:
+        plan = html.first_rows(self.plan)
+        names = ("largest", "second", "third")[: plan.shape[1]]
+        mass, columns = (each.T.tolist() for each in plan.topk(len(names)))
+        cells: dict[str, list[object]] = {
+            name: [
+                f"{column}: {html.cell(part)}" if part > 0 else None
+                for column, part in zip(columns[k], mass[k], strict=True)
+            ]
+            for k, name in enumerate(names)
+        }
+        caption = (
+            f"Assignment of {self.plan.shape[-2]:,} rows to {self.plan.shape[-1]:,} columns: "
+            "the columns of the largest mass of each row, and that mass"
+        )
+        return "\n".join(
+            [
+                html.table_by_row(caption, self.plan.shape[:-1], cells),
+                html.paragraph(self._convergence()),
+            ]
+        )
+
+    def _convergence(self) -> str:
+        count, converged = self.converged.numel(), int(self.converged.sum())
+        if not count:
+            return "0 assignments."
+        said = "Converged" if converged == count else "Not converged"
+        if count > 1:
+            said = f"{converged:,} of {count:,} assignments converged"
+        iterations, error = int(self.iterations.max()), self.error.detach().max().item()
+        most = "at most " if count > 1 else ""
+        return (
+            f"{said}, after {most}{counted(iterations, 'iteration')}; error of the column sums "
+            f"{most}{html.cell(error)} of all mass."
+        )
 
 
 def assign(

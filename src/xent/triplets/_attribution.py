@@ -15,6 +15,7 @@ from torch import Tensor
 from xent._arguments.call import Call, resolve_logits
 from xent._core.logits import compute_dtype
 from xent._core.validators import valid
+from xent._util import html
 from xent.triplets import _attribution_sweep
 from xent.triplets._arguments import (
     class_indices,
@@ -33,6 +34,32 @@ class Attribution(NamedTuple):
     losses: Tensor  # (..., k) π_j·CE, nats
     remainder: Tensor  # (...) the loss of all other rivals, nats
     loss: Tensor  # (...) cross-entropy, nats
+
+    def _repr_html_(self) -> str:
+        """Return the rivals of the first rows as a table for a notebook.
+
+        >>> import xent
+        >>> found = xent.triplets.attribution(torch.tensor([[0.0, 2.0, 1.0, -3.0]]), torch.tensor([0]), 2)
+        >>> "<td>1: 1.755 (73 %)</td>" in found._repr_html_()
+        True
+        """
+        return html.shown(self, self, self._table)
+
+    def _table(self) -> str:
+        classes, shares, losses = (html.first_rows(each) for each in (self.classes, self.shares, self.losses))
+        columns: dict[str, list[object]] = {"loss": html.first(self.loss)}
+        names = ("first", "second", "third", "fourth", "fifth")[: classes.shape[1]]
+        for k, name in enumerate(names):
+            columns[f"{name} rival"] = [
+                None if rival < 0 else f"{rival}: {html.cell(nats)} ({100 * share:.0f} %)"
+                for rival, share, nats in zip(
+                    classes[:, k].tolist(), shares[:, k].tolist(), losses[:, k].tolist(), strict=True
+                )
+            ]
+        remainder = self.remainder.detach().reshape(-1)[: html.MOST]
+        columns["other rivals"] = html.first(remainder + losses[:, len(names) :].sum(1))
+        caption = "What rival classes carry of each row's cross-entropy: class, nats, percent of the row"
+        return html.table_by_row(caption, self.loss.shape, columns)
 
 
 def attribution(

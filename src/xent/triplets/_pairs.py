@@ -16,6 +16,8 @@ from torch import Tensor
 from xent._arguments.call import Call, resolve_logits
 from xent._core.statistics import statistics_dtype
 from xent._core.validators import valid
+from xent._util import html
+from xent._util.text import counted
 from xent.triplets import _attribution_sweep
 from xent.triplets._arguments import class_indices, eager_problem, report_options, resolve_plain_head
 from xent.triplets._attribution import weighted_loss
@@ -78,6 +80,28 @@ class PairMatrix:
             for (y, j), nats, share in zip(indices[order].tolist(), loss.tolist(), shares, strict=True)
             if nats > 0
         ]
+
+    def _repr_html_(self) -> str:
+        """Return the pairs with the largest loss as a table for a notebook.
+
+        >>> import xent
+        >>> found = xent.triplets.pair_matrix(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0]))
+        >>> "<tr><td>0</td><td>1</td><td>1.76</td><td>73.11 %</td></tr>" in found._repr_html_()
+        True
+        """
+        return html.shown(self, (self.matrix, self.remainder, self.count), self._table)
+
+    def _table(self) -> str:
+        pairs = self.largest(html.MOST)
+        values = self.matrix.values() if self.matrix.is_sparse else self.matrix
+        nats, rows = self.loss.detach().sum().item(), int(self.count.sum())
+        note = html.how_many(len(pairs), int((values > 0).sum()), "pair", "largest")
+        return html.table(
+            "Loss by pair of true class and rival class, in nats summed over rows",
+            ("true class", "rival class", "loss", "share"),
+            [(pair.true, pair.rival, pair.loss, f"{100 * pair.share:.4g} %") for pair in pairs],
+            f"{note} All loss: {html.cell(nats)} nats in {counted(rows, 'row')}.",
+        )
 
     def __add__(self, other: PairMatrix) -> PairMatrix:
         if not isinstance(other, PairMatrix):

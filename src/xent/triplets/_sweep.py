@@ -26,6 +26,7 @@ from xent._core.ops import TileOps, cut
 from xent._core.problem import Problem
 from xent._core.statistics import NEG_INF, PairwiseMerge, TargetColumns, finite_base, statistics_dtype
 from xent._core.tiles.sweep import Workspace
+from xent._util import html
 
 FAR = 80.0  # beyond it exp m nears the end of float32's range, and log1p(1/v) < 2e-35 is negligible beside m
 HALVINGS = 6  # the product of 2⁶ factors 1 + u is at most 2⁶⁴, within float32's range
@@ -45,6 +46,22 @@ class Bounds(NamedTuple):
     union: Tensor  # Σ softplus(m)
     hardest_low: Tensor  # softplus(max m)
     hardest_high: Tensor  # softplus(max m + log(C−1))
+
+    def _repr_html_(self) -> str:
+        """Return the bounds of the first rows as a table for a notebook.
+
+        >>> "<td>3</td>" in Bounds(*torch.arange(7.0))._repr_html_()
+        True
+        """
+        return html.shown(
+            self,
+            self,
+            lambda: html.table_by_row(
+                "Bounds on the cross-entropy, in nats",
+                self.loss.shape,
+                {name: html.first(value) for name, value in self._asdict().items()},
+            ),
+        )
 
 
 class Sums(NamedTuple):
