@@ -32,35 +32,39 @@ def audit(
     sweeps: int = 2,
     worst: int = WORST,
 ) -> AuditResult:
-    r"""Return where the loss of a classifier comes from.
+    r"""Return an audit of a classifier: its mean loss over a data set, taken apart.
 
-    The mean cross-entropy with its interval, and its parts: by class, by pair of a class and a rival, by
-    calibration and discrimination, by temperature; the rows that cost most and those whose label looks wrong.
-    Arrays are NumPy's, torch's (computed on the CPU), data frames or lists. The formulas are those of
-    :doc:`/explanation/audit`.
+    The result holds the mean cross-entropy with its interval and its parts: by class, by pair of a class and
+    a rival, by calibration and discrimination, by temperature. It also lists the rows of the largest losses
+    and the rows whose label looks wrong. Arrays may be NumPy's, torch's (computed on the CPU), data frames or
+    lists. The formulas are in :doc:`/explanation/audit`.
 
     Args:
         probabilities: (N, C), or (N,) of the second of two classes. Rows sum to 1, as for
             :func:`xent.metrics.log_loss`.
-        target: (N,) labels, or (N, C) masses of the classes.
-        logits, log_probabilities: in the place of probabilities, of the same shapes.
-        features, head: (N, D) and the classifier over them: a weight (C, D), a pair of weight and bias (C,),
-            a module that :func:`xent.integrations.head_of` knows, or what that returns. The logits of some
-            rows exist at a time.
-        classes: (C,) the labels of the columns. None: positions 0 to C − 1, or of other labels those that
-            occur, sorted.
-        sample_weight: (N,), not negative.
-        ids: (N,) names of the rows, which lists of rows show.
-        renormalize: whether probabilities of few digits, off 1 by up to 1e-3, are divided by their sum.
-        sweeps: 1 leaves out what takes a second sweep: the best temperature and the suspects.
-        worst: how many rows of the largest losses are kept.
+        target: (N,) labels, or (N, C) the mass of each class.
+        logits, log_probabilities: the predictions in another form, in place of ``probabilities``, of the same
+            shapes.
+        features: (N, D), in place of ``probabilities``; ``head`` makes logits of them, for some rows at a
+            time.
+        head: the classifier of ``features``: a weight (C, D), a pair of weight and bias (C,), a module that
+            :func:`xent.integrations.head_of` knows, or what that function returns.
+        classes: (C,) the labels of the columns. None: the positions 0 to C − 1, or for other labels those
+            that occur, sorted.
+        sample_weight: s, (N,), not negative.
+        ids: (N,) names of the rows, shown in lists of rows.
+        renormalize: whether each row of probabilities, whose sum may be off 1 by up to 1e-3, is divided by
+            its sum.
+        sweeps: the number of passes over the rows, 1 or 2. 1 leaves out what needs a second pass: the best
+            temperature and the suspects.
+        worst: the number of rows of the largest losses that are kept.
 
     Returns:
-        An :class:`xent.auditing.AuditResult`.
+        An :class:`xent.AuditResult`.
 
     Raises:
-        ValueError, TypeError: shapes that do not fit; nan; numbers that are no probabilities; a label that is
-            no class; each by row, column and value.
+        ValueError, TypeError: shapes that do not fit; nan; numbers that are not probabilities; a label that
+            is not a class. The message names row, column and value.
 
     Example:
         >>> import xent
@@ -116,12 +120,17 @@ def _whole(name: str, value: Any) -> int:
 class Audit:
     """An audit of a stream of batches, or of parts that are merged.
 
-    Each batch is given to ``update``; audits of other rows of the same classes are added by ``merge``; the
-    temperature and the suspects take the same rows once more, given to ``second_sweep()``.
+    :meth:`update` adds a batch. :meth:`merge` adds an audit of other rows of the same classes. The best
+    temperature and the suspects need a second pass: :meth:`second_sweep` returns an audit that takes the same
+    rows once more. :meth:`result` returns the result of the rows so far.
 
     Args:
-        classes: their labels, or their number C for labels 0 to C − 1.
-        worst: how many rows of the largest losses are kept.
+        classes: the labels of the classes, or their number C for the labels 0 to C − 1.
+        worst: the number of rows of the largest losses that are kept.
+
+    Raises:
+        ValueError: fewer than two classes, or a negative ``worst``.
+        TypeError: a ``worst`` that is not a whole number.
 
     Example:
         >>> import numpy as np, xent
@@ -155,10 +164,16 @@ class Audit:
         renormalize: bool = False,
         start: int | None = None,
     ) -> None:
-        """Add rows; the arguments are those of :func:`audit`.
+        """Add a batch of rows. An error leaves the audit as it was.
 
-        ``start`` is the number of the first row among all, from 0, where rows do not follow those before: the
-        blocks of the bootstrap and the sample of rows go by it. An error leaves the audit as it was.
+        Args:
+            probabilities, target, logits, log_probabilities, features, head: as in :func:`audit`.
+            sample_weight, ids, renormalize: as in :func:`audit`.
+            start: the position of the first row among all rows, from 0. None means that the rows follow those
+                before. The bootstrap's blocks and the sample of rows depend on positions.
+
+        Raises:
+            ValueError, TypeError: as :func:`audit`.
         """
         given = read(
             probabilities,
@@ -182,7 +197,15 @@ class Audit:
         self._next = at + given.predictions.count
 
     def merge(self, other: Audit) -> None:
-        """Add the rows of an audit of the same classes and sweep."""
+        """Add the rows of another audit.
+
+        Args:
+            other: an audit of other rows, of the same classes and in the same sweep.
+
+        Raises:
+            ValueError: an audit of other classes, of another sweep, or this audit itself.
+            TypeError: an object that is not an audit.
+        """
         if not isinstance(other, Audit):
             raise TypeError(f"merge takes another Audit, got {type(other).__name__}")
         if other is self:
@@ -195,7 +218,14 @@ class Audit:
             self._second.merge(other._second)
 
     def second_sweep(self) -> Audit:
-        """Return an audit that takes the same rows once more, for the best temperature and the suspects."""
+        """Return an audit that takes the same rows once more, for the best temperature and the suspects.
+
+        Returns:
+            A new audit. Its :meth:`update` must get all rows of the first sweep before :meth:`result`.
+
+        Raises:
+            ValueError: no rows were added yet.
+        """
         if not self._first.mean_loss.rows:
             raise ValueError("no rows were given yet; a second sweep follows a first one")
         again = Audit(self.classes, worst=self._first.worst.most)
@@ -203,7 +233,14 @@ class Audit:
         return again
 
     def result(self) -> AuditResult:
-        """Return the result of the rows so far; raise a ValueError if there are none."""
+        """Return the result of the rows so far.
+
+        Returns:
+            An :class:`xent.AuditResult`, without ``rows``.
+
+        Raises:
+            ValueError: no rows were added yet, or the second sweep lacks rows of the first.
+        """
         if not self._first.mean_loss.rows:
             raise ValueError("no rows were given yet")
         if self._second is not None and self._second.rows != self._first.mean_loss.rows:

@@ -24,29 +24,35 @@ VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class AuditResult:
-    """The parts of a classifier's loss; every measure is an attribute, such as ``result.log_loss``.
+    """The parts of a classifier's loss over a data set.
 
-    ``rows`` is an Arrow table of every row's measures, made by one more sweep over the caller's arrays; None
-    where these came as a stream, and of a result that was pickled.
+    Every single measure is an attribute, such as ``result.log_loss``; :doc:`/explanation/audit` lists and
+    defines them. ``print(result)`` shows them in sentences.
+
+    Example:
+        >>> import xent
+        >>> result = xent.audit([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]], target=[0, 1, 1])
+        >>> round(result.log_loss, 6), result.worst[0].row, result.to_dict()["measures"]["infinite_rows"]
+        (0.414932, 3, 0)
     """
 
-    source: str
-    count: int  # rows
-    weight: float  # of all rows
-    classes: int
-    sweeps: int  # 1 without what a second sweep measures
-    measures: Measures
-    top_k: dict[int, float]  # accuracy by k
-    per_class: list[ClassMeasures]
-    pairs: list[PairMeasures]  # the heaviest first
-    pairs_remainder: float  # nats of the mean loss in other pairs
-    reliability: list[Point]
-    margins: list[Bar]
-    losses: list[tuple[float, float, float, float]]  # ends of a cell, its weight, its share of the loss
-    bounds: Bounds | None
-    worst: list[RowMeasures]
-    suspect_rows: list[RowMeasures]
-    left_out: list[str]  # what was not measured, and why
+    source: str  # the kind of the predictions, or the files that hold them
+    count: int  # N, the number of rows
+    weight: float  # the sum of the rows' weights
+    classes: int  # C, the number of classes
+    sweeps: int  # the number of passes; 1 is without temperature and suspects
+    measures: Measures  # the measures that are one number each
+    top_k: dict[int, float]  # the accuracy of the k most probable classes, by k
+    per_class: list[ClassMeasures]  # the measures of each class, in the order of the columns
+    pairs: list[PairMeasures]  # the loss of each pair of class and rival, largest first
+    pairs_remainder: float  # the mean loss in pairs that are not listed, nats
+    reliability: list[Point]  # confidence and accuracy of groups of rows
+    margins: list[Bar]  # the histogram of the rows' margins
+    losses: list[tuple[float, float, float, float]]  # cells: low, high, weight, share of the loss
+    bounds: Bounds | None  # the mean triplet bounds of a sample; None where not computed
+    worst: list[RowMeasures]  # the rows of the largest losses
+    suspect_rows: list[RowMeasures]  # the rows whose label looks wrong
+    left_out: list[str]  # the measures that are not there, and why
     _rows: Callable[[], pa.Table] | None = dataclasses.field(default=None, repr=False, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -64,11 +70,18 @@ class AuditResult:
 
     @functools.cached_property
     def rows(self) -> pa.Table | None:
-        """Every row's measures as an Arrow table; None of a stream."""
+        """The measures of every row, an Arrow table, made by one more pass over the caller's arrays.
+
+        None for a stream of batches, and after pickling.
+        """
         return None if self._rows is None else self._rows()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain JSON values, of the documented schema."""
+        """Return the result as plain JSON values.
+
+        Returns:
+            A dictionary of the schema in :doc:`/reference/audit-json`.
+        """
         return {
             "schema": "xent.audit",
             "version": VERSION,
@@ -100,9 +113,17 @@ class AuditResult:
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return the result as JSON, and write it to a file where one is named.
+        """Return the result as JSON text, and write it to a file if a path is given.
 
-        Raises ``OSError`` where the file cannot be written, ``BadInput`` for a path that is a folder.
+        Args:
+            path: the file to write, or None.
+
+        Returns:
+            The text, of the schema in :doc:`/reference/audit-json`.
+
+        Raises:
+            OSError: the file cannot be written.
+            BadInput: the path is a folder.
         """
         text = json_text(self.to_dict(), indent=1, default=str) + "\n"
         if path is not None:
@@ -112,9 +133,14 @@ class AuditResult:
         return text
 
     def report(self, path: str | os.PathLike[str]) -> None:
-        """Write one self-contained page of HTML.
+        """Write the result as one self-contained HTML page.
 
-        Raises ``MissingExtra`` without Jinja and Matplotlib, ``OSError`` where the file cannot be written.
+        Args:
+            path: the file to write.
+
+        Raises:
+            MissingExtra: Jinja or Matplotlib is not installed.
+            OSError: the file cannot be written.
         """
         from xent.auditing.page import write_page
 

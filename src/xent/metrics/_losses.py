@@ -27,11 +27,20 @@ from xent.metrics._labels import Labels, format_labels, read_labels
 
 
 class ClassLoss(NamedTuple):
-    """The log loss of each label; over labels that occur, log_loss is its mean weighted by ``weight``."""
+    """The log loss of each label.
 
-    labels: np.ndarray  # (C,) in the order of the columns
-    loss: np.ndarray  # (C,) float64: the mean over the rows of a label, in nats; nan for a label without rows
-    weight: np.ndarray  # (C,) float64: Σ s over the rows of a label; their number without weights
+    The mean of ``loss`` weighted by ``weight``, over the labels that occur, is :func:`log_loss`.
+
+    Example:
+        >>> from xent.metrics import log_loss_per_class
+        >>> each = log_loss_per_class(["b", "a"], [[0.5, 0.5], [1.0, 0.0]])
+        >>> dict(zip(each.labels.tolist(), each.weight.tolist()))
+        {'a': 1.0, 'b': 1.0}
+    """
+
+    labels: np.ndarray  # (C,), in the order of the columns
+    loss: np.ndarray  # (C,) float64, the mean over the rows of a label, nats; nan for a label without rows
+    weight: np.ndarray  # (C,) float64, Σ s over the rows of a label; their number without weights
 
 
 def log_loss(
@@ -43,29 +52,33 @@ def log_loss(
     labels: Any = None,
     renormalize: bool = False,
 ) -> float:
-    """Return the mean of −log of the probability given to the true label, in nats.
+    """Return the mean log loss of predicted probabilities, in nats.
 
-    scikit-learn's ``log_loss`` with its arguments. The differences: nothing is clipped, so a true label of
-    probability 0 gives inf; columns follow ``labels`` in the order given; rows that do not sum to 1 are
-    errors.
+    The loss of a row is ``ℓ = −log p_y``, with p_y the probability given to the true label; the mean is
+    ``Σ s·ℓ / Σ s``. The function has the arguments of scikit-learn's ``log_loss``, with three differences.
+    Nothing is clipped, so a true label of probability 0 gives inf. The columns follow ``labels`` in the order
+    given. Rows that do not sum to 1 are errors.
 
     Args:
         y_true: (N,) or (N, 1) labels (whole numbers, bools, strings), or (N, C) one-hot.
-        y_pred: (N, C) probabilities, NumPy, torch (any device), a data frame or lists; or (N,) or (N, 1), the
-            probabilities of the second of two labels. A row must sum to 1 within √eps of its type, 1e-6 or
-            C·5e-7 (six places), whichever is largest.
-        normalize: False for the sum instead of the mean.
-        sample_weight: (N,), finite, not negative, not all 0. A row of weight 0 is left out of the sum (its
-            probabilities are still checked).
+        y_pred: (N, C) probabilities: NumPy, torch (any device), a data frame or lists; or (N,) or (N, 1), the
+            probabilities of the second of two labels. A row must sum to 1 within the largest of √eps of its
+            type, 1e-6 and C·5e-7 (six decimal places).
+        normalize: whether to return the mean; False returns the sum.
+        sample_weight: s, (N,), finite, not negative, not all 0. A row of weight 0 is left out of the sum; its
+            probabilities are still checked.
         labels: (C,), the labels of the columns of ``y_pred``; by default the labels in ``y_true``, sorted.
-        renormalize: True divides each row of ``y_pred`` by its sum, which may then be off 1 by up to 1e-3.
+        renormalize: whether each row of ``y_pred`` is divided by its sum, which may then be off 1 by up to
+            1e-3.
 
     Returns:
-        Σ s·ℓ / Σ s, or Σ s·ℓ; inf where a row of positive weight gives its label the probability 0.
+        The mean or the sum, a float in nats; inf where a row of positive weight gives its label the
+        probability 0.
 
     Raises:
         ValueError: a probability outside 0..1, a row that does not sum to 1, a label that has no column, a
-            bad weight, naming row and value; shapes that do not fit; only one label and no ``labels``.
+            bad weight; the message names row and value. Also shapes that do not fit, and a single label
+            without ``labels``.
         TypeError: probabilities or weights that are not real numbers.
 
     Example:
@@ -82,9 +95,7 @@ def log_loss(
 def log_loss_per_sample(
     y_true: Any, y_pred: Any, *, labels: Any = None, renormalize: bool = False
 ) -> np.ndarray:
-    """Return −log of the probability that each row gives to its true label, in nats.
-
-    Takes no weights, since nothing is averaged.
+    """Return the log loss of each row, ``−log p_y``, in nats.
 
     Args:
         y_true, y_pred, labels, renormalize: as in :func:`log_loss`.
@@ -110,17 +121,16 @@ def log_loss_per_sample(
 def log_loss_per_class(
     y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None, renormalize: bool = False
 ) -> ClassLoss:
-    """Return the log loss of each true label, in nats.
+    """Return the mean log loss of the rows of each label, in nats.
 
-    The unweighted mean over labels is the balanced log loss; the mean weighted by ``weight`` is
+    The unweighted mean over the labels is the balanced log loss. The mean weighted by ``weight`` is
     :func:`log_loss`.
 
     Args:
         y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`.
 
     Returns:
-        ``(labels, loss, weight)``, each (C,), in the order of the columns; a loss in nats, nan for a label
-        that no row of positive weight has.
+        A :class:`ClassLoss`, ``(labels, loss, weight)``, each (C,), in the order of the columns.
 
     Raises:
         ValueError, TypeError: as :func:`log_loss`.
@@ -149,21 +159,24 @@ def brier_score(
 ) -> float:
     """Return the mean squared distance of the probabilities from the one-hot labels.
 
-    scikit-learn's ``brier_score_loss`` with its arguments.
+    The score of a row is ``b = Σ_c (p_c − [c = y])²``; the mean is ``Σ s·b / Σ s``, halved for two labels.
+    The function has the arguments of scikit-learn's ``brier_score_loss``. Source: Brier, "Verification of
+    forecasts expressed in terms of probability", 1950.
 
     Args:
-        y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`; with ``y_pred`` (N,),
-            the labels may be any two numbers, of which the larger is the positive one; one of the two may be
+        y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`. With ``y_pred`` (N,) the
+            labels may be any two numbers, of which the larger is the positive one; one of the two may be
             missing. Strings need ``pos_label`` or ``labels``.
-        pos_label: the label whose probabilities ``y_pred`` (N,) gives.
-        scale_by_half: True gives a score in 0..1, False one in 0..2; ``"auto"`` halves for two labels.
+        pos_label: with ``y_pred`` (N,), the label whose probabilities it holds.
+        scale_by_half: True halves the score, which is then in 0..1; False leaves it in 0..2; ``"auto"``
+            halves it for two labels.
 
     Returns:
-        Σ s·b / Σ s, halved or not; without a unit.
+        The mean, a float without a unit.
 
     Raises:
-        ValueError, TypeError: as :func:`log_loss`; a ``pos_label`` that is not a label, or with ``y_pred``
-        (N, C).
+        ValueError, TypeError: as :func:`log_loss`; also a ``pos_label`` that is not a label, or beside
+            ``y_pred`` (N, C).
 
     Example:
         >>> from xent.metrics import brier_score
@@ -192,16 +205,19 @@ def brier_score(
 def d2_log_loss(
     y_true: Any, y_pred: Any, *, sample_weight: Any = None, labels: Any = None, renormalize: bool = False
 ) -> float:
-    """Return 1 − log_loss / label_entropy, as scikit-learn's ``d2_log_loss_score``.
+    """Return D², the share of the labels' entropy that the predictions explain:
+    ``1 − log_loss / label_entropy``.
 
-    1 is perfect, 0 is as good as predicting the frequencies of the labels; there is no lower bound.
+    1 is perfect. 0 is as good as the labels' frequencies as a prediction for every row. There is no lower
+    bound. The function is scikit-learn's ``d2_log_loss_score``. Source: McFadden, "Conditional logit analysis
+    of qualitative choice behavior", 1974.
 
     Args:
         y_true, y_pred, sample_weight, labels, renormalize: as in :func:`log_loss`.
 
     Returns:
-        A float; nan where all rows of positive weight have one label (the entropy is 0), −inf where the log
-        loss is infinite.
+        A float without a unit: nan where all rows of positive weight have one label (the entropy is 0), −inf
+        where the log loss is infinite.
 
     Raises:
         ValueError, TypeError: as :func:`log_loss`.
@@ -222,12 +238,15 @@ def d2_log_loss(
 def label_entropy(y: Any, *, sample_weight: Any = None) -> float:
     """Return the entropy of the labels' frequencies, in nats: the log loss of the best constant prediction.
 
+    The entropy is ``H = −Σ_c f_c·log f_c``, with ``f_c = Σ_{y_n = c} s_n / Σ s`` the share of label c in the
+    weight.
+
     Args:
-        y: as ``y_true`` in :func:`log_loss`; a single label is allowed, and has the entropy 0.
-        sample_weight: (N,), finite, not negative, not all 0.
+        y: as ``y_true`` in :func:`log_loss`. A single label is allowed and has the entropy 0.
+        sample_weight: s, (N,), finite, not negative, not all 0.
 
     Returns:
-        −Σ f log f over the labels, f the share of each in the weight.
+        A float in nats.
 
     Raises:
         ValueError, TypeError: as :func:`log_loss`.
