@@ -43,16 +43,21 @@ if TYPE_CHECKING:
 
 
 class RowStatistics(NamedTuple):
-    """The statistics of each row, in the shape of the unreduced loss; nats; zeros in ignored rows."""
+    """Statistics of each row, of the shape of the unreduced loss; they are 0 in ignored rows.
 
-    loss: Tensor | None  # as reduction="none"; None without a target
-    log_prob: (
-        Tensor | None
-    )  # log p of the target's class, whatever its weight; None unless a target is a class
-    logsumexp: Tensor
-    entropy: Tensor  # H(p)
-    argmax: Tensor  # int64, the lowest class of the largest logit; −1 in rows that are ignored
-    correct: Tensor | None  # bool, argmax is the target; None unless a target is a class
+    Example:
+        >>> import torch, xent
+        >>> rows = xent.row_statistics(torch.zeros(1, 4))  # without a target
+        >>> rows.loss is None, round(rows.entropy.item(), 6), rows.argmax.item()  # log 4
+        (True, 1.386294, 0)
+    """
+
+    loss: Tensor | None  # ℓ as of reduction="none", nats; None without a target
+    log_prob: Tensor | None  # log p of the target's class, nats; None unless the target is a class
+    logsumexp: Tensor  # lse(z), nats
+    entropy: Tensor  # H(p), nats
+    argmax: Tensor  # int64, the lowest class of the largest logit; −1 in ignored rows
+    correct: Tensor | None  # bool, whether argmax is the target; None unless the target is a class
 
     def _repr_html_(self) -> str:
         """Return the statistics of the first rows as a table for a notebook.
@@ -98,20 +103,23 @@ def row_statistics(
     check_targets: bool | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> RowStatistics:
-    r"""Return loss, log-probability, logsumexp, entropy and argmax of each row, from one sweep over logits.
+    r"""Return loss, log-probability, logsumexp, entropy and argmax of each row of logits, from one sweep.
 
-    Every field but ``argmax`` and ``correct`` is differentiable, any of them twice; they are computed in
-    float64 and returned as float32 (float64 for float64 logits).
+    The statistics are ``ℓ = a·lse(z) − ⟨t, z⟩``, ``log p_y``, ``lse(z) = log Σ_c exp(z_c)``,
+    ``H(p) = lse(z) − ⟨p, z⟩`` and the class of the largest logit, with ``p = softmax(z)``. Each field but
+    ``argmax`` and ``correct`` is differentiable twice. The fields are computed in float64 and returned as
+    float32 (float64 for float64 logits).
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        input: logits z, (C,), (N, C) or (N, C, d1, ...).
         target: None, or as in :func:`xent.cross_entropy`.
-        weight, ignore_index, label_smoothing, softcap, temperature, check_targets, group: as in
-            :func:`xent.cross_entropy`. The logits of logsumexp, entropy and log_prob are those that enter
-            the softmax: after softcap and temperature.
+        weight, ignore_index, label_smoothing: as in :func:`xent.cross_entropy`. They change ``loss`` alone,
+            but for ignored rows, which are 0 in every field.
+        softcap, temperature: as in :func:`xent.cross_entropy`. Every field is of the logits after both.
+        check_targets, group: as in :func:`xent.cross_entropy`.
 
     Returns:
-        :class:`RowStatistics`, fields of shape (), (N,) or (N, d1, ...).
+        A :class:`RowStatistics` with fields of shape (), (N,) or (N, d1, ...).
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`xent.cross_entropy`.
@@ -150,19 +158,19 @@ def linear_row_statistics(
     memory_budget: int | None = None,
     group: ProcessGroup | DeviceMesh | None = None,
 ) -> RowStatistics:
-    r"""Return the statistics of each row of a linear head, straight from features: the logits never exist.
+    r"""Return the statistics of each row under a linear classifier, without storing the logits.
 
-    :func:`row_statistics` of ``input @ linear_weight.T + linear_bias``: one matrix product forward, three
-    more for the gradients of any of the fields together.
+    The value is :func:`row_statistics` of ``input @ linear_weight.T + linear_bias``. It costs one matrix
+    product; the gradients of all fields together cost three more.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget, group: as in
-            :func:`xent.linear_cross_entropy`.
-        target, weight, ignore_index, label_smoothing, softcap, temperature, check_targets: as in
-            :func:`row_statistics`.
+        input, linear_weight, linear_bias: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype, memory_budget, group: as in :func:`xent.linear_cross_entropy`.
+        target, weight, ignore_index, label_smoothing: as in :func:`row_statistics`.
+        softcap, temperature, check_targets: as in :func:`row_statistics`.
 
     Returns:
-        :class:`RowStatistics`.
+        A :class:`RowStatistics` with fields of the shape of the unreduced loss.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`xent.linear_cross_entropy`.
@@ -192,15 +200,23 @@ def linear_row_statistics(
 def entropy(
     input: Tensor, *, softcap: float | None = None, temperature: float | Tensor = 1.0, bits: bool = False
 ) -> Tensor:
-    r"""Return H(softmax(z)) of each row in nats, ``log1p(r) − e/(1 + r)`` relative to the row's maximum.
+    r"""Return the entropy of each row's softmax, in nats.
+
+    The entropy is ``H = −Σ_c p_c·log p_c`` with ``p = softmax(z)``. It is computed as
+    ``log1p(r) − e/(1 + r)``, with ``r = Σ_c exp(z_c − m) − 1`` and ``e = Σ_c exp(z_c − m)·(z_c − m)``
+    relative to the largest logit m, so it keeps its digits for large logits and confident rows. Source:
+    Shannon, "A mathematical theory of communication", 1948.
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        input: logits z, (C,), (N, C) or (N, C, d1, ...).
         softcap, temperature: as in :func:`xent.cross_entropy`.
-        bits: divide by log 2.
+        bits: whether the result is divided by log 2.
 
     Returns:
-        (), (N,) or (N, d1, ...), of the type of ``input``; differentiable twice.
+        (), (N,) or (N, d1, ...), in nats (or bits), of the type of ``input``; differentiable twice.
+
+    Raises:
+        ValueError, TypeError: as :func:`xent.cross_entropy`.
 
     Example:
         >>> import torch, xent
@@ -218,18 +234,21 @@ def entropy(
 def top_k(
     input: Tensor, k: int, *, softcap: float | None = None, temperature: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the k largest probabilities of each row and their classes, largest first.
+    r"""Return the k largest probabilities of each row of logits and their classes, largest first.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
-        k: at most C.
+        k: the number of classes, at most C.
         softcap, temperature: as in :func:`xent.cross_entropy`.
 
     Returns:
-        probabilities (..., k), no gradient, float32 or float64; indices (..., k) int64.
+        A pair of probabilities (..., k), float32 or float64, without gradient, and class indices (..., k),
+        int64.
 
     Raises:
-        NotImplementedError: ``torch.func`` or forward mode asks for a derivative, which would be a silent 0.
+        ValueError, TypeError: a k outside 1..C; else as :func:`xent.cross_entropy`.
+        NotImplementedError: a derivative through ``torch.func`` or in forward mode, which would be 0
+            silently.
 
     Example:
         >>> import torch, xent
@@ -252,15 +271,19 @@ def linear_top_k(
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Return the k largest probabilities of a linear head, streaming over the classes, without logits.
+    r"""Return the k largest probabilities of each row under a linear classifier, without storing the logits.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
-            :func:`xent.linear_cross_entropy`.
+        input, linear_weight, linear_bias: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
         k, softcap, temperature: as in :func:`top_k`.
 
     Returns:
-        probabilities (..., k) and indices (..., k), as :func:`top_k`; what :class:`TopKTarget` takes.
+        A pair of probabilities (..., k) and class indices (..., k), as :func:`top_k`.
+        :meth:`xent.TopKTarget.from_top_k` makes a target of them.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`top_k`.
 
     Example:
         >>> import torch, xent

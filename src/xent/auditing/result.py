@@ -36,7 +36,7 @@ class AuditResult:
         (0.414932, 3, 0)
     """
 
-    source: str  # the kind of the predictions, or the files that hold them
+    source: str  # the files that hold the rows; empty for arrays
     count: int  # N, the number of rows
     weight: float  # the sum of the rows' weights
     classes: int  # C, the number of classes

@@ -40,16 +40,22 @@ TOLERANCE = 1e-6
 
 
 class Assignment(NamedTuple):
-    """A plan, its potentials, and its convergence.
+    """A plan between rows and columns, its potentials f and g, and its convergence.
 
     ``plan = exp((scores + f[..., None] + g[..., None, :]) / epsilon)`` with ``f, g = potentials``.
+
+    Example:
+        >>> import torch, xent
+        >>> found = xent.sinkhorn.assign(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> found.plan.round(decimals=3).tolist(), found.converged.item()
+        ([[1.0, 0.0], [0.0, 1.0]], True)
     """
 
-    plan: Tensor  # (..., N, K), in the type of the scores; values beyond it are clamped
+    plan: Tensor  # Q, (..., N, K), of the type of the scores; values beyond its range are clamped
     potentials: tuple[Tensor, Tensor]  # f (..., N) and g (..., K), float64; −inf where there is no mass
-    error: Tensor  # (...): Σ|column sums − c| over Σ c; the row sums are exact
-    iterations: Tensor  # (...), int64
-    converged: Tensor  # (...), bool: error ≤ tolerance, and the type of the scores holds the plan
+    error: Tensor  # (...) Σ|column sums − c| over Σ c; the row sums are exact
+    iterations: Tensor  # (...) int64, the number of iterations
+    converged: Tensor  # (...) bool, whether error ≤ tolerance and the type of the scores holds the plan
 
     def _repr_html_(self) -> str:
         """Return the columns that the first rows are assigned to as a table for a notebook.
@@ -110,47 +116,56 @@ def assign(
     start: tuple[Tensor, Tensor] | None = None,
     differentiate: Literal["implicit", "unroll"] = "implicit",
 ) -> Assignment:
-    r"""Return the plan Q = diag(u) exp(S/ε) diag(v) whose rows sum to 1 and whose columns sum to N/K.
+    r"""Return a balanced assignment of rows to columns: the plan of entropic optimal transport.
+
+    With scores S (larger is likelier) and the entropy weight ε, the plan ``Q = diag(u) exp(S/ε) diag(v)`` has
+    the row sums r (by default 1) and the column sums c (by default N/K). It maximises ``⟨S, Q⟩ + ε·H(Q)``
+    under these sums. The last step always scales the rows, so the row sums are exact; ``error`` is that of
+    the column sums.
 
     With ``tolerance=None`` the method is Sinkhorn's, for ``max_iterations`` iterations: columns, then rows,
-    from u = 1. With a tolerance it is Sinkhorn's where that converges soon, otherwise Newton's on the dual,
-    with ε lowered to its value. Both reach the same plan; at a small ε Newton's takes tens of iterations
-    instead of thousands. The last step always scales the rows, whose sums are exact; ``error`` is that of the
-    column sums. Sources: Cuturi (2013), *Sinkhorn distances*; Chizat et al. (2018), *Scaling algorithms for
-    unbalanced optimal transport*.
+    from u = 1. With a tolerance the method is Sinkhorn's where that converges soon, and otherwise Newton's on
+    the dual problem, with ε lowered step by step to its value. Both reach the same plan. At a small ε
+    Newton's method takes tens of iterations instead of thousands. Sources: Cuturi, "Sinkhorn distances",
+    2013; Chizat et al., "Scaling algorithms for unbalanced optimal transport problems", 2018.
 
     Args:
-        scores: S, (..., N, K), float; each (N, K) is a separate assignment. −inf forbids a pair. For costs,
-            pass their negatives. Half types are computed in float32; sums and potentials are float64.
-        epsilon: ε > 0, the temperature of the plan. Not differentiable, nor are the relaxations.
+        scores: S, (..., N, K), floating; each (N, K) is a separate assignment. A score of −inf forbids a
+            pair. For costs, pass their negatives. Half types are computed in float32; sums and potentials are
+            float64.
+        epsilon: ε > 0, the entropy weight, in the unit of the scores. No gradient.
         row_marginal: r, (N,) or (..., N), not negative; 1 by default.
-        column_marginal: c, (K,) or (..., K), with the same sum; by default Σ r / K. Rows and columns of mass
-            0 are left out; their potentials are −inf.
-        mask: bool, broadcast to the scores; False forbids a pair, whatever its score, even nan.
+        column_marginal: c, (K,) or (..., K), with the same sum as r; Σ r / K by default. Rows and columns of
+            mass 0 are left out; their potentials are −inf.
+        mask: bool, of a shape that broadcasts to the scores. False forbids a pair, whatever its score, even
+            nan.
         max_iterations: the largest number of iterations; without a tolerance, the exact number. One iteration
-            is a sum over columns and a sum over rows; a step of conjugate gradients counts as one.
+            is a sum over columns and a sum over rows. A step of conjugate gradients counts as one too.
         tolerance: the ``error`` to reach, or None. Newton's method reaches 1e-12 too.
-        row_relaxation, column_relaxation: λ > 0, which replaces the condition on that side by a penalty
-            λ·KL(sums ‖ marginal); None or infinity keeps the condition. The plan then maximises
-            ⟨S, Q⟩ − ε·KL(Q ‖ r cᵀ) less the penalty (POT's ``reg_m``, ``reg_type="kl"``), and the sums of the
-            marginals may differ.
-        start: potentials to start from, those of an earlier assignment; only the rows' are used.
-        differentiate: ``"implicit"``: the derivative of the solution by the implicit function theorem, of
-            any order, from one linear system; if the plan has not converged, that of the converged plan with
-            the same column sums. ``"unroll"``: the derivative of Sinkhorn's iterations, all kept in memory.
+        row_relaxation: ρ > 0 replaces the condition on the row sums by the penalty ρ·KL(row sums ‖ r); None
+            and infinity keep the condition. With a relaxation the plan maximises ⟨S, Q⟩ − ε·KL(Q ‖ r cᵀ) less
+            the penalty (POT's ``reg_m`` with ``reg_type="kl"``), and r and c may differ in their sums. No
+            gradient.
+        column_relaxation: the same for the column sums.
+        start: potentials to start from, those of an earlier assignment; only f is used.
+        differentiate: ``"implicit"`` gives the derivative of the solution by the implicit function theorem,
+            of any order, from one linear system. If the plan has not converged, it is that of the converged
+            plan with the same column sums. ``"unroll"`` gives the derivative of Sinkhorn's iterations, which
+            are all kept in memory.
 
     Returns:
-        :class:`Assignment`. Differentiable in ``scores`` and the marginals (along changes that keep Σ r = Σ
-        c; nan for a mass of 0); as a target, use ``plan.detach()``. Plan and error are always finite. If the
-        tolerance is not reached, ``converged`` is False, and a ``UserWarning`` is given if one was passed.
-        The same holds where the type of the scores cannot hold the plan, which is then clamped.
+        An :class:`Assignment`. It is differentiable in ``scores`` and the marginals, along changes that keep
+        Σ r = Σ c (nan for a mass of 0). As a target, use ``plan.detach()``. Plan and error are always finite.
+        If the tolerance is not reached, or the type of the scores cannot hold the plan, which is then
+        clamped, ``converged`` is False, with a ``UserWarning``; without a tolerance the first case gives no
+        warning.
 
     Raises:
         ValueError: scores that are nan or +inf; marginals that are negative, do not fit, or differ in their
-            sums; a row or column with mass whose every pair is forbidden; each by its place. An option out of
-            its range.
-        TypeError: scores that are not a floating-point tensor; an option of the wrong kind, by name.
-        NotImplementedError: in a graph that is being compiled, or on tensors without data.
+            sums; a row or column with mass whose every pair is forbidden. The message names the place. Also
+            an option out of its range.
+        TypeError: scores that are not a floating tensor; an option of the wrong kind.
+        NotImplementedError: a call in a graph that is being compiled, or on tensors without data.
 
     Example:
         >>> import torch, xent

@@ -27,13 +27,20 @@ from xent.triplets._arguments import (
 
 
 class Attribution(NamedTuple):
-    """The decomposition of each row's loss: ``losses.sum(-1) + remainder`` equals ``loss``."""
+    """The decomposition of each row's cross-entropy by rival class: ``losses.sum(-1) + remainder == loss``.
 
-    classes: Tensor  # (..., k) int64, the rivals of the largest shares, largest first; −1 if masked
+    Example:
+        >>> import torch, xent
+        >>> found = xent.triplets.attribution(torch.tensor([[0.0, 2.0, 1.0]]), torch.tensor([0]), 1)
+        >>> found.classes.item(), round(found.shares.item(), 6)
+        (1, 0.731059)
+    """
+
+    classes: Tensor  # (..., k) int64, the rivals with the largest shares, largest first; −1 if masked
     shares: Tensor  # (..., k) π_j, in 0..1
-    losses: Tensor  # (..., k) π_j·CE, nats
+    losses: Tensor  # (..., k) π_j·ℓ, nats
     remainder: Tensor  # (...) the loss of all other rivals, nats
-    loss: Tensor  # (...) cross-entropy, nats
+    loss: Tensor  # (...) ℓ, the cross-entropy, nats
 
     def _repr_html_(self) -> str:
         """Return the rivals of the first rows as a table for a notebook.
@@ -74,22 +81,24 @@ def attribution(
 ) -> Attribution:
     r"""Return the k rivals with the largest shares of each row's cross-entropy, and the loss of the others.
 
-    ``losses = π_j·CE`` with π the softmax over the rivals; derivation in :doc:`/explanation/triplets`.
+    A rival is any class other than the target class. The cross-entropy ℓ of a row is the sum of ``π_j·ℓ``
+    over its rivals j, with π the softmax over the rivals alone; :doc:`/explanation/triplets` has the
+    derivation.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
         target: class indices of any integer type, (), (N,) or (N, d1, ...).
-        top_k: number of rivals to return; at most C − 1 are.
+        top_k: k, the number of rivals to return; at most C − 1 are returned.
         ignore_index, softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
-        :class:`Attribution`, without gradient, float32 or float64. Ignored rows, and rivals masked by −inf,
-        have shares and losses of 0 and the class −1.
+        An :class:`Attribution`, without gradient, float32 or float64. Ignored rows, and rivals masked by
+        −inf, have shares and losses of 0 and the class −1.
 
     Raises:
-        IndexError: a target outside 0..C−1, naming row and value.
-        ValueError, TypeError: as :func:`xent.cross_entropy`; a target that is not one class a row.
-        NotImplementedError: under ``torch.func.grad``, in forward mode, in a graph.
+        IndexError: a target outside 0..C−1; the message names row and value.
+        ValueError, TypeError: as :func:`xent.cross_entropy`; also a target that is not one class a row.
+        NotImplementedError: a call under ``torch.func.grad``, in forward mode or in a compiled graph.
 
     Example:
         >>> import torch, xent
@@ -119,15 +128,16 @@ def linear_attribution(
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> Attribution:
-    r"""Return the attribution of a linear head from its features, streaming over the classes.
+    r"""Return the attribution of a linear classifier's cross-entropy from its features, without storing the
+    logits.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
-            :func:`xent.linear_cross_entropy`.
+        input, linear_weight, linear_bias: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
         target, top_k, ignore_index, softcap, temperature, check_targets: as in :func:`attribution`.
 
     Returns:
-        :class:`Attribution`, as :func:`attribution`.
+        An :class:`Attribution`, as :func:`attribution`.
 
     Raises:
         IndexError, ValueError, TypeError, NotImplementedError: as :func:`attribution`.

@@ -30,23 +30,24 @@ from xent.triplets._sweep import Bounds, chain
 def margins(
     input: Tensor, target: Tensor, *, ignore_index: int | None = -100, check_targets: bool | None = None
 ) -> Tensor:
-    r"""Return the margins m_j = z_j − z_y of each row: how far each rival is ahead of the target class.
+    r"""Return the margins ``m_j = z_j − z_y`` of each row: how far each rival's logit is above the target's.
 
-    Differentiable any number of times, in every mode of torch.
+    A rival is any class j other than the target class y. The margins are differentiable any number of times,
+    in every mode of torch.
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...).
-        target: class indices of any integer type, (), (N,) or (N, d1, ...).
+        input: logits z, (C,), (N, C) or (N, C, d1, ...).
+        target: class indices y of any integer type, (), (N,) or (N, d1, ...).
         ignore_index: rows with this target have margins of 0. None means −100.
         check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
-        (C − 1,), (N, C − 1) or (N, d1, ..., C − 1): the classes in order, without the target class. Float32
-        for half types.
+        (C − 1,), (N, C − 1) or (N, d1, ..., C − 1), in nats: the classes in order, without the target class.
+        The type is that of ``input``, float32 for half types.
 
     Raises:
-        IndexError: a target outside 0..C−1, naming row and value.
-        ValueError, TypeError: as :func:`xent.cross_entropy`; a target that is not one class a row.
+        IndexError: a target outside 0..C−1; the message names row and value.
+        ValueError, TypeError: as :func:`xent.cross_entropy`; also a target that is not one class a row.
 
     Example:
         >>> import torch, xent
@@ -66,13 +67,14 @@ def linear_margins(
     ignore_index: int | None = -100,
     check_targets: bool | None = None,
 ) -> Tensor:
-    r"""Return the margins of a linear head; they take as much memory as its logits.
+    r"""Return the margins of each row under a linear classifier; they take as much memory as its logits.
 
     Args:
-        input: features, (..., D).
-        linear_weight: (C, D), or (C, d1, ..., D).
-        linear_bias: (C,), or (C, d1, ...).
-        target, ignore_index, check_targets: as in :func:`margins`; (..., d1, ...).
+        input: features x, (..., D).
+        linear_weight: W, (C, D), or (C, d1, ..., D).
+        linear_bias: b, (C,), or (C, d1, ...).
+        target: class indices of any integer type, (..., d1, ...).
+        ignore_index, check_targets: as in :func:`margins`.
 
     Returns:
         (..., d1, ..., C − 1), as :func:`margins`.
@@ -126,29 +128,30 @@ def bounds(
     temperature: float = 1.0,
     check_targets: bool | None = None,
 ) -> Bounds:
-    r"""Return lower and upper bounds on each row's cross-entropy by triplet losses, in nats.
+    r"""Return lower and upper bounds on the cross-entropy of each row by triplet losses, in nats.
 
-    ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``; formulas in
-    :class:`Bounds` and :doc:`/explanation/triplets`. The first three can lie far below the loss: they
-    average over
-    the rivals, while cross-entropy follows the hardest one. With one class there is no triplet, and all
-    fields are 0.
+    ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``. :class:`Bounds` has
+    the formulas, :doc:`/explanation/triplets` their derivation. The first three can lie far below the loss:
+    they average over the rivals, while cross-entropy follows the hardest rival. With one class there is no
+    triplet, and all fields are 0.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...). A rival masked by −inf adds nothing.
         target: class indices of any integer type, (), (N,) or (N, d1, ...).
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``, of every field; the order of the fields is kept.
-        sample_weight: as in :func:`xent.cross_entropy`; negative weights break the order of the fields.
+        reduction: ``"none"``, ``"mean"`` or ``"sum"`` of each field, as in :func:`xent.cross_entropy`. The
+            order of the fields stays.
+        sample_weight: as in :func:`xent.cross_entropy`. Negative weights break the order of the fields.
         ignore_index, softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
-        :class:`Bounds`, fields of shape (), (N,) or (N, d1, ...), float32 or float64, without gradient: the
-        losses to train are :func:`triplet_loss`, :func:`smooth_triplet_loss` and :func:`xent.cross_entropy`.
+        A :class:`Bounds` with fields of shape (), (N,) or (N, d1, ...), float32 or float64, without gradient.
+        The losses for training are :func:`triplet_loss`, :func:`smooth_triplet_loss` and
+        :func:`xent.cross_entropy`.
 
     Raises:
-        IndexError: a target outside 0..C−1, naming row and value.
-        ValueError, TypeError: as :func:`xent.cross_entropy`; a target that is not one class a row.
-        NotImplementedError: under ``torch.func.grad``, in forward mode, in a graph.
+        IndexError: a target outside 0..C−1; the message names row and value.
+        ValueError, TypeError: as :func:`xent.cross_entropy`; also a target that is not one class a row.
+        NotImplementedError: a call under ``torch.func.grad``, in forward mode or in a compiled graph.
 
     Example:
         >>> import torch, xent
@@ -177,19 +180,20 @@ def linear_bounds(
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> Bounds:
-    r"""Return the bounds of a linear head from its features in one sweep, without storing the logits.
+    r"""Return the bounds on the cross-entropy of a linear classifier from its features, without storing the
+    logits.
 
-    :func:`bounds` of ``input @ linear_weight.T + linear_bias``, for one matrix product and one exponential a
-    logit, like the loss itself.
+    The value is :func:`bounds` of ``input @ linear_weight.T + linear_bias``. Like the loss itself it costs
+    one matrix product and one exponential a logit.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
-            :func:`xent.linear_cross_entropy`.
-        target, ignore_index, reduction, sample_weight, softcap, temperature, check_targets: as in
-            :func:`bounds`.
+        input, linear_weight, linear_bias: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype, memory_budget: as in :func:`xent.linear_cross_entropy`.
+        target, ignore_index, reduction, sample_weight: as in :func:`bounds`.
+        softcap, temperature, check_targets: as in :func:`bounds`.
 
     Returns:
-        :class:`Bounds`, as :func:`bounds`.
+        A :class:`Bounds`, as :func:`bounds`.
 
     Raises:
         IndexError, ValueError, TypeError, NotImplementedError: as :func:`bounds`.

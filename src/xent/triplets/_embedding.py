@@ -27,25 +27,29 @@ def triplet_margin_loss(
     reduction: str = "mean",
     smooth: bool = False,
 ) -> Tensor:
-    r"""Return the triplet loss of embeddings, as torch's function of this name, or a smooth form of it.
+    r"""Return the triplet loss of embeddings (anchor, positive, negative), or a smooth form of it.
 
-    Signature and values are those of :func:`torch.nn.functional.triplet_margin_loss`.
+    The loss of a triplet is ``max(d(anchor, positive) − d(anchor, negative) + margin, 0)``, with the distance
+    ``d(u, v) = ‖u − v + eps‖`` in the norm of exponent ``p``. The function replaces :func:`torch.nn.functional.triplet_margin_loss`. With ``smooth``
+    the softplus ``log(1 + exp(u))`` replaces ``max(u, 0)``.
 
     Args:
         anchor, positive, negative: (N, D) or (D,), of shapes that broadcast.
-        margin: how much farther away than the positive the negative must be; above 0, as in torch, unless
-            ``smooth``.
+        margin: the distance by which the negative must be farther away than the positive. It is above 0, as
+            in torch, unless ``smooth``.
         p: the exponent of the norm.
-        eps: added to every coordinate of a difference.
-        swap: measure the negative's distance from the anchor or from the positive, whichever is nearer.
+        eps: a number that is added to every coordinate of a difference.
+        swap: whether the negative's distance is measured from the anchor or from the positive, whichever is
+            nearer.
         reduction: ``"mean"`` (0 over no rows), ``"sum"`` or ``"none"``.
-        smooth: softplus in place of the hinge, so that every triplet keeps a gradient.
+        smooth: whether to use softplus in place of the hinge, so that every triplet has a gradient.
 
     Returns:
-        A scalar, or (N,) for ``"none"``.
+        A scalar, or for ``"none"`` (N,), of the type of the embeddings.
 
     Raises:
-        ValueError, RuntimeError: as torch's.
+        ValueError, RuntimeError: as torch's function.
+        TypeError: an argument of the wrong kind.
 
     Example:
         >>> import torch, xent

@@ -39,28 +39,30 @@ def triplet_loss(
     sample_weight: Tensor | None = None,
     check_targets: bool | None = None,
 ) -> Tensor:
-    r"""Return the triplet loss ``(1/(K+1)) Σ max(z_j − z_y + margin, 0)`` over K negatives of each row.
+    r"""Return the triplet loss of logits over K negatives of each row.
 
-    Differentiable in every mode of torch. Over all negatives with margin log C it is the field ``hinge`` of
-    :func:`bounds`, a lower bound on cross-entropy.
+    The loss of a row is ``(1/(K+1)) Σ_j max(m_j + margin, 0)``, with ``m_j = z_j − z_y`` the margin of
+    negative j over the target class y. It is differentiable in every mode of torch. Over all negatives with
+    margin log C it is the field ``hinge`` of :func:`bounds`, a lower bound on cross-entropy. Source: Schroff
+    et al., "FaceNet", 2015.
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...).
+        input: logits z, (C,), (N, C) or (N, C, d1, ...).
         target: class indices of any integer type, (), (N,) or (N, d1, ...).
-        margin: how far each negative's logit must stay below the target's.
-        negatives: ``"all"``, the C − 1 other classes; a number k, the k hardest of each row (at most C − 1);
-            or class indices (N, k) or (N, d1, ..., k), sampled negatives. A sample equal to the row's target
-            is left out, and the row's K is then smaller.
-        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ sample_weight over rows not
-            ignored, and is 0 over no rows.
+        margin: the distance by which each negative's logit must stay below the target's, in nats.
+        negatives: ``"all"`` for the C − 1 other classes; a number k for the k hardest of each row (at most C
+            − 1); or sampled negatives, class indices (N, k) or (N, d1, ..., k). A sample that equals the
+            row's target is left out, and the row's K is then smaller.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. The mean divides by Σ ``sample_weight`` over the rows
+            that are not ignored, and is 0 over no rows.
         ignore_index, sample_weight, check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
-        A scalar, or the shape of the target for ``"none"``, of the type of ``input`` (float32 under
-        autocast).
+        A scalar, or for ``"none"`` a tensor of the shape of the target, of the type of ``input`` (float32
+        under autocast).
 
     Raises:
-        IndexError: a target or a sampled negative outside 0..C−1, by place and value.
+        IndexError: a target or a sampled negative outside 0..C−1; the message names place and value.
         ValueError: shapes or option values that do not fit together.
         TypeError: types that do not fit together; a target that is not one class a row.
 
@@ -85,20 +87,21 @@ def smooth_triplet_loss(
     sample_weight: Tensor | None = None,
     check_targets: bool | None = None,
 ) -> Tensor:
-    r"""Return the loss ``(1/(K+1)) Σ softplus(z_j − z_y + margin)`` over K negatives of each row.
+    r"""Return the smooth triplet loss of logits over K negatives of each row.
 
-    :func:`triplet_loss` with softplus in place of the hinge. Over all negatives it is the field ``smooth`` of
-    :func:`bounds`; over one negative, with margin 0, it is half the logistic loss of the difference of the
-    two logits.
+    The loss of a row is ``(1/(K+1)) Σ_j softplus(m_j + margin)``, with ``m_j = z_j − z_y`` and
+    ``softplus(u) = log(1 + exp(u))``. It is :func:`triplet_loss` with softplus in place of the hinge. Over
+    all negatives it is the field ``smooth`` of :func:`bounds`. Over one negative, with margin 0, it is half
+    the logistic loss of the difference of the two logits.
 
     Args:
-        margin: None for log(K + 1), which makes the loss a lower bound on the cross-entropy over the target
-            class and the K negatives.
-        input, target, negatives, ignore_index, reduction, sample_weight, check_targets: as in
-            :func:`triplet_loss`.
+        margin: as in :func:`triplet_loss`. None means log(K + 1), with which the loss is a lower bound on the
+            cross-entropy over the target class and the K negatives.
+        input, target, negatives, ignore_index: as in :func:`triplet_loss`.
+        reduction, sample_weight, check_targets: as in :func:`triplet_loss`.
 
     Returns:
-        As :func:`triplet_loss`.
+        A scalar or a tensor, as :func:`triplet_loss`.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`triplet_loss`.
@@ -128,27 +131,29 @@ def linear_triplet_loss(
     check_targets: bool | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""Return the triplet loss of a linear head from its features, without storing the logits.
+    r"""Return the triplet loss of a linear classifier from its features, without storing the scores.
 
-    Each tile of rows × classes is computed again in the backward pass: four matrix products in all. A second
-    derivative through ``create_graph`` stores every tile, and so takes as much memory as the logits, as do
-    ``torch.func`` transforms, forward mode and compiled graphs.
+    The value is :func:`triplet_loss` of the scores that ``geometry`` makes of features and class vectors.
+    Each tile of rows × classes is computed again in the backward pass, so that loss and gradients cost four
+    matrix products. A second derivative through ``create_graph`` stores every tile, as much memory as the
+    logits. So do transforms of ``torch.func``, forward mode and compiled graphs.
 
     Args:
-        input: features, (..., D).
-        linear_weight: (C, D), or (C, d1, ..., D): the class vectors.
+        input: features x, (..., D).
+        linear_weight: W, (C, D), or (C, d1, ..., D): the class vectors w.
         target: class indices of any integer type, (..., d1, ...).
-        linear_bias: (C,), or (C, d1, ...), added to the scores.
-        geometry: the score of a row and a class: ``"inner"`` ⟨x, w⟩; ``"cosine"`` of the angle between them;
-            ``"squared_l2"`` −‖x − w‖². The last ranks the classes like the first where all ‖w‖ are equal, or
-            where the first has the bias −‖w‖²/2; its margins are then twice as large.
-        negatives: as in :func:`triplet_loss`; the class vectors of the k hardest or sampled negatives are
+        linear_bias: b, (C,), or (C, d1, ...), added to the scores.
+        geometry: the score of a row and a class: ``"inner"`` is ⟨x, w⟩, ``"cosine"`` the cosine of the angle
+            between x and w, ``"squared_l2"`` is −‖x − w‖². The last one ranks the classes as ``"inner"`` does
+            where all ‖w‖ are equal, or where ``"inner"`` has the bias −‖w‖²/2; its margins are then twice as
+            large.
+        negatives: as in :func:`triplet_loss`. The class vectors of k hardest or sampled negatives are
             gathered for a block of rows at a time.
         margin, ignore_index, reduction, sample_weight, check_targets: as in :func:`triplet_loss`.
-        memory_budget: bytes of working memory, not counting inputs, gradients and O(N·D); 64 MiB by default.
+        memory_budget: bytes of working memory, beside inputs, gradients and O(N·D); 64 MiB by default.
 
     Returns:
-        As :func:`triplet_loss`.
+        A scalar or a tensor, as :func:`triplet_loss`.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`triplet_loss`.
@@ -181,16 +186,16 @@ def linear_smooth_triplet_loss(
     check_targets: bool | None = None,
     memory_budget: int | None = None,
 ) -> Tensor:
-    r"""Return the smooth triplet loss of a linear head from its features, without storing the logits.
+    r"""Return the smooth triplet loss of a linear classifier from its features, without storing the scores.
 
     Args:
-        input, linear_weight, target, linear_bias, geometry, negatives, memory_budget: as in
-            :func:`linear_triplet_loss`.
+        input, linear_weight, target, linear_bias: as in :func:`linear_triplet_loss`.
+        geometry, negatives, memory_budget: as in :func:`linear_triplet_loss`.
         margin: as in :func:`smooth_triplet_loss`.
         ignore_index, reduction, sample_weight, check_targets: as in :func:`triplet_loss`.
 
     Returns:
-        As :func:`triplet_loss`.
+        A scalar or a tensor, as :func:`triplet_loss`.
 
     Raises:
         IndexError, ValueError, TypeError: as :func:`triplet_loss`.

@@ -26,28 +26,35 @@ MAX_DENSE_CLASSES = 4096  # a dense matrix of 128 MiB
 
 
 class Pair(NamedTuple):
-    """A true class, a rival class, and the loss of the pair: in nats, and as a share of all loss."""
+    """A true class, a rival class, and the loss of the pair.
 
-    true: int
-    rival: int
-    loss: float
-    share: float
+    Example:
+        >>> import torch, xent
+        >>> xent.triplets.pair_matrix(torch.zeros(1, 2), torch.tensor([1])).largest(1)
+        [Pair(true=1, rival=0, loss=0.6931471805599453, share=1.0)]
+    """
+
+    true: int  # the true class
+    rival: int  # the rival class
+    loss: float  # Σ π·ℓ over the rows of the pair, nats
+    share: float  # the loss as a share of the loss of all pairs, 0..1
 
 
 @dataclass(frozen=True, eq=False)
 class PairMatrix:
-    """The loss of each pair of true class and rival class; `+` joins disjoint sets of rows.
+    """The loss of each pair of true class and rival class; ``a + b`` joins disjoint sets of rows.
 
-    Attributes:
-        matrix: (C, C) float64, [true class, rival class], nats summed over rows; dense, or a coalesced sparse
-            COO tensor of the k largest shares of each row.
-        remainder: (C,) float64, the loss of the rivals that a sparse matrix leaves out; 0 in a dense one.
-        count: (C,) int64, the number of rows of each class.
+    Example:
+        >>> import torch, xent
+        >>> z = torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 0.0]])
+        >>> pairs = xent.triplets.pair_matrix(z, torch.tensor([0, 1]))
+        >>> pairs.matrix.shape, pairs.count.tolist()
+        (torch.Size([3, 3]), [1, 1, 0])
     """
 
-    matrix: Tensor
-    remainder: Tensor
-    count: Tensor
+    matrix: Tensor  # (C, C) float64, [true, rival], nats summed over rows; dense, or coalesced sparse COO
+    remainder: Tensor  # (C,) float64, nats, the loss of the rivals that a sparse matrix leaves out; else 0
+    count: Tensor  # (C,) int64, the number of rows of each class
 
     @property
     def loss(self) -> Tensor:
@@ -57,6 +64,12 @@ class PairMatrix:
 
     def largest(self, k: int = 10) -> list[Pair]:
         """Return the k pairs with the largest loss, largest first; pairs without loss are left out.
+
+        Args:
+            k: the largest number of pairs.
+
+        Returns:
+            A list of :class:`Pair`.
 
         Example:
             >>> import torch, xent
@@ -134,24 +147,26 @@ def pair_matrix(
 ) -> PairMatrix:
     r"""Return the loss of each pair of true class and rival class, summed over rows.
 
-    ``M[y, j] = Σ_n [y_n = y]·π_nj·CE_n``; see :doc:`/explanation/triplets`. For a data set in batches, add
-    the matrices of the batches.
+    The entry is ``M[y, j] = Σ_n [y_n = y]·π_nj·ℓ_n``, with π_nj the share of rival j in the loss ℓ_n of row n
+    (:func:`attribution`). For a data set in batches, add the matrices of the batches.
+    :doc:`/explanation/triplets` has the derivation.
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...).
         target: class indices of any integer type, (), (N,) or (N, d1, ...).
-        top_k: None for a dense matrix of all pairs; a number k for a sparse one of the k rivals with the
+        top_k: None for a dense matrix of all pairs. A number k for a sparse matrix of the k rivals with the
             largest shares of each row.
         ignore_index, softcap, temperature, check_targets: as in :func:`xent.cross_entropy`.
 
     Returns:
-        :class:`PairMatrix`, float64, without gradient.
+        A :class:`PairMatrix`, float64, without gradient.
 
     Raises:
-        IndexError: a target outside 0..C−1, naming row and value.
+        IndexError: a target outside 0..C−1; the message names row and value.
         ValueError: a dense matrix of more than 4,096 classes; else as :func:`xent.cross_entropy`.
         TypeError: a target that is not one class a row; else as :func:`xent.cross_entropy`.
-        NotImplementedError: under ``torch.func`` transforms, in forward mode, in a graph.
+        NotImplementedError: a call under transforms of ``torch.func``, in forward mode or in a compiled
+            graph.
 
     Example:
         >>> import torch, xent
@@ -180,15 +195,16 @@ def linear_pair_matrix(
     product_dtype: torch.dtype | None = None,
     memory_budget: int | None = None,
 ) -> PairMatrix:
-    r"""Return the pair matrix of a linear head from its features, tiles of logits within the memory budget.
+    r"""Return the pair matrix of a linear classifier from its features, without storing the logits.
 
     Args:
-        input, linear_weight, linear_bias, logit_scale, product_dtype, memory_budget: as in
-            :func:`xent.linear_cross_entropy`; the matrix itself comes beside the budget.
+        input, linear_weight, linear_bias: as in :func:`xent.linear_cross_entropy`.
+        logit_scale, product_dtype: as in :func:`xent.linear_cross_entropy`.
+        memory_budget: as in :func:`xent.linear_cross_entropy`; the matrix itself comes on top.
         target, top_k, ignore_index, softcap, temperature, check_targets: as in :func:`pair_matrix`.
 
     Returns:
-        :class:`PairMatrix`, as :func:`pair_matrix`.
+        A :class:`PairMatrix`, as :func:`pair_matrix`.
 
     Raises:
         IndexError, ValueError, TypeError, NotImplementedError: as :func:`pair_matrix`.

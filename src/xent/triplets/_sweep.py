@@ -34,15 +34,22 @@ PIECE = 1 << 19  # elements of a tile processed at a time, so that intermediate 
 
 
 class Bounds(NamedTuple):
-    """Bounds on the loss of each row, or of the reduction, in nats.
+    """Bounds on the cross-entropy of each row, or on its reduction, in nats.
 
-    ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``.
+    ``hinge ≤ smooth ≤ tight ≤ loss ≤ union`` and ``hardest_low ≤ loss ≤ hardest_high``. The sums run over the
+    C − 1 rivals of the target class, with their margins m, and ``softplus(u) = log(1 + exp(u))``.
+
+    Example:
+        >>> import torch, xent
+        >>> found = xent.triplets.bounds(torch.zeros(1, 2), torch.tensor([0]))  # of two classes: equal
+        >>> [round(getattr(found, name).item(), 6) for name in ("tight", "loss", "union")]
+        [0.693147, 0.693147, 0.693147]
     """
 
     hinge: Tensor  # (1/C) Σ max(m + log C, 0): the triplet loss with margin log C
     smooth: Tensor  # (1/C) Σ softplus(m + log C)
     tight: Tensor  # 1/(C−1) Σ softplus(m + log(C−1)): the loss where all m are equal
-    loss: Tensor  # cross-entropy
+    loss: Tensor  # the cross-entropy itself
     union: Tensor  # Σ softplus(m)
     hardest_low: Tensor  # softplus(max m)
     hardest_high: Tensor  # softplus(max m + log(C−1))
