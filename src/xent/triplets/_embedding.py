@@ -30,8 +30,9 @@ def triplet_margin_loss(
     r"""Return the triplet loss of embeddings (anchor, positive, negative), or a smooth form of it.
 
     The loss of a triplet is ``max(d(anchor, positive) − d(anchor, negative) + margin, 0)``, with the distance
-    ``d(u, v) = ‖u − v + eps‖`` in the norm of exponent ``p``. The function replaces :func:`torch.nn.functional.triplet_margin_loss`. With ``smooth``
-    the softplus ``log(1 + exp(u))`` replaces ``max(u, 0)``.
+    ``d(u, v) = ‖u − v + eps‖`` in the norm of exponent ``p``. The function replaces
+    :func:`torch.nn.functional.triplet_margin_loss`. With ``smooth`` the softplus ``log(1 + exp(u))`` replaces
+    ``max(u, 0)``.
 
     Args:
         anchor, positive, negative: (N, D) or (D,), of shapes that broadcast.
