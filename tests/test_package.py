@@ -18,7 +18,15 @@ import xent
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = [m.name for m in pkgutil.walk_packages(xent.__path__, "xent.") if not m.name.endswith("__main__")]
 HOW_TO = sorted((ROOT / "docs" / "how-to").glob("*.md"))  # whose snippets test_how_to runs
-PAGES = [ROOT / "README.md", *sorted(set((ROOT / "docs").rglob("*.md")) - set(HOW_TO))]
+MADE = (ROOT / "docs" / "_build", ROOT / "docs" / "reference" / "api")  # by the build of the site
+PAGES = [
+    ROOT / "README.md",
+    *(
+        page
+        for page in sorted((ROOT / "docs").rglob("*.md"))
+        if page not in HOW_TO and not any(page.is_relative_to(folder) for folder in MADE)
+    ),
+]
 
 
 def python(code: str) -> str:

@@ -40,65 +40,86 @@ GROUPS = {
 @click.option(
     "--kind",
     type=click.Choice(["probs", "logits", "log-probs"]),
-    help="What the columns hold; it is never guessed.",
+    help="What the columns hold. Needed with predictions, as xent does not guess it.",
 )
 @click.option(
     "--model",
     type=click.Path(path_type=Path),
-    help="A model of xent fit; DATA then holds its features.",
+    help="A model that xent fit wrote. DATA then holds features, from which the model predicts.",
 )
-@click.option("--label", metavar="COLUMN", help="The column of the true classes; of .npy a second file.")
+@click.option("--label", metavar="COLUMN", help="The column of the true classes. For .npy, a second file.")
 @click.option(
     "--classes",
     callback=column_names,
     metavar="A,B",
-    help="The columns of the classes, called like them; of arrays the classes of the columns.",
+    help="The columns of the predictions, each named after its class. For arrays, the classes in "
+    "the order of the columns.",
 )
-@click.option("--prefix", metavar="TEXT", help="The columns of the classes start with it: p_ for p_cat.")
-@click.option("--positive", metavar="CLASS", help="The class that a single column of predictions is of.")
-@click.option("--renormalize", is_flag=True, help="Divide probabilities of few digits by their sum.")
-@click.option("--id", "id_", metavar="COLUMN", help="The column that names the rows.")
-@click.option("--weight", metavar="COLUMN", help="The column of the rows' weights.")
+@click.option(
+    "--prefix",
+    metavar="TEXT",
+    help="The predictions are in the columns whose names start with TEXT: with p_, the column "
+    "p_cat is of class cat.",
+)
+@click.option(
+    "--positive",
+    metavar="CLASS",
+    help="The file has one column of predictions, which is for this one of two classes.",
+)
+@click.option(
+    "--renormalize",
+    is_flag=True,
+    help="Divide each row of probabilities by its sum, which is off by up to 1e-3 in files of few digits.",
+)
+@click.option("--id", "id_", metavar="COLUMN", help="The column with the name of each row.")
+@click.option("--weight", metavar="COLUMN", help="The column with the weight of each row.")
 @click.option(
     "--soft-prefix",
     metavar="TEXT",
-    help="In the place of labels: columns of each class's mass start with it: t_ for t_cat.",
+    help="Soft labels instead of --label: the share of each class, in the columns whose names "
+    "start with TEXT, such as t_cat.",
 )
 @click.option(
     "--allow-zero",
     is_flag=True,
-    help="Count rows whose class has probability 0, and report the loss of the others.",
+    help="Accept rows whose true class has probability 0: count them, and report the loss of the others.",
 )
-@click.option("--html", type=click.Path(path_type=Path), help="Write the result as one page.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write the result as one HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--rows", type=click.Path(path_type=Path), help="Write every row's measures, .parquet.")
+@click.option(
+    "--rows", type=click.Path(path_type=Path), help="Write the measures of every row to this .parquet file."
+)
 @click.option(
     "--worst",
     type=click.IntRange(0, 100_000),
     default=100,
     show_default=True,
     metavar="K",
-    help="How many rows of the largest losses to keep.",
+    help="Number of rows with the largest losses to list.",
 )
 @click.option(
     "--fail-on",
     multiple=True,
     metavar="TEXT",
-    help="Exit with 3 where it holds, such as 'log_loss>0.5'; may be repeated.",
+    help="Exit with code 3 if this holds, for example 'log_loss>0.5'. May be repeated.",
 )
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @click.option(
     "--against",
     type=click.Path(path_type=Path),
-    help="The same rows under another model: a file of predictions, or with --model another model.",
+    help="Another model's predictions for the same rows: a file of them, or with --model another model.",
 )
-@click.option("--compare", type=click.Path(path_type=Path), help="Another audit's JSON.")
+@click.option(
+    "--compare",
+    type=click.Path(path_type=Path),
+    help="The JSON of another audit: print how each measure differs.",
+)
 @click.option(
     "--sweeps",
     type=click.IntRange(1, 2),
     default=2,
     show_default=True,
-    help="1 leaves out the best temperature and the suspects.",
+    help="Number of passes over DATA. 1 leaves out the best temperature and the suspects of a wrong label.",
 )
 @timeout_option
 @reading_options
@@ -128,10 +149,10 @@ def audit(
     layout: Layout,
     form: str,
 ) -> None:
-    """Say where the loss of a classifier comes from: classes, pairs, calibration, rows, labels.
+    """Show where the loss of a classifier comes from: classes, pairs, calibration, rows, labels.
 
-    DATA holds a column of predictions for each class and one of labels, as xent predict writes them with
-    --keep; or with --model the features that the model is to predict from. Files larger than memory are read
+    DATA holds a column of predictions for each class and a column of labels, as xent predict --keep writes
+    them. With --model, DATA holds features, from which the model predicts. Files larger than memory are read
     in pieces, twice.
 
     \b

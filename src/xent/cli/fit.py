@@ -79,50 +79,72 @@ GROUPS = {
 @click.command(cls=GroupedCommand, groups=GROUPS)
 @click.argument("data", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--demo", is_flag=True, help="Fit scikit-learn's handwritten digits instead of a file.")
-@click.option("--label", metavar="COLUMN", help="The column to learn. NPZ: the array; NPY: the second file.")
 @click.option(
-    "--features", callback=column_names, metavar="A,B", help="Columns to learn from [all numeric ones]."
+    "--label",
+    metavar="COLUMN",
+    help="The column with the class of each row. NPZ: the array. NPY: the second file.",
+)
+@click.option(
+    "--features",
+    callback=column_names,
+    metavar="A,B",
+    help="Columns to learn from. [default: all columns of numbers]",
 )
 @click.option("--exclude", callback=column_names, metavar="A,B", help="Columns not to learn from.")
 @click.option(
     "--categorical",
     callback=categorical_columns,
     metavar="auto|A,B",
-    help="Learn from columns of few values, by an indicator for each; auto: all of text and booleans.",
+    help="Columns of categories to learn from, by an indicator for each value. auto: all columns "
+    "of text and booleans.",
 )
 @click.option(
     "--max-categories",
     type=click.IntRange(1, 100_000),
     default=MOST,
     show_default=True,
-    help="Most values of such a column.",
+    help="Largest number of values in a column of --categorical.",
 )
 @click.option(
     "--missing",
     type=click.Choice(["error", "drop", "impute"]),
     default="error",
     show_default=True,
-    help="Rows that lack a value: drop them, or impute the median and add an indicator.",
+    help="What to do with rows that lack a value: stop, drop the rows, or impute the median and "
+    "add an indicator.",
 )
-@click.option("--weight", metavar="COLUMN", help="How much each row counts. NPY: a second file.")
 @click.option(
-    "--class-weight", type=click.Choice(["balanced"]), help="balanced: every class weighs alike in the fit."
+    "--weight", metavar="COLUMN", help="The column with the weight of each row. NPY: a second file."
+)
+@click.option(
+    "--class-weight",
+    type=click.Choice(["balanced"]),
+    help="balanced: all classes have the same weight in the fit, however many rows they have.",
 )
 @click.option(
     "--soft-labels",
     "soft",
     callback=column_names,
     metavar="A,B",
-    help="Columns with the mass of each class, in the place of --label. Arrays: one of rows × classes.",
+    help="Soft labels instead of --label: columns with the share of each class in the row. "
+    "Arrays: one of rows × classes.",
 )
 @click.option(
     "--test",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Rows that take no part in the fit, to judge the model by.",
+    help="A file of rows on which the fitted model is judged; they take no part in the fit.",
 )
-@click.option("--test-label", metavar="COLUMN", help="Where its labels are, if not under --label.")
-@click.option("--test-array", metavar="NAME", help="Its array of features, if not that of --array.")
+@click.option(
+    "--test-label",
+    metavar="COLUMN",
+    help="The column of labels in the --test file, if it is not that of --label.",
+)
+@click.option(
+    "--test-array",
+    metavar="NAME",
+    help="The array of features in the --test file, if it is not that of --array.",
+)
 @click.option(
     "--calibrate", is_flag=True, help="Fit the temperature of the probabilities to the validation rows."
 )
@@ -131,20 +153,22 @@ GROUPS = {
     type=Finite(0, 1, max_open=True),
     default=0.2,
     show_default=True,
-    help="Share of the rows held out, every class alike; 0 for none.",
+    help="Share of the rows of each class that is held out for validation. 0 holds out none.",
 )
 @click.option(
     "--l2",
     type=Strength(0),
     default=1.0,
     show_default=True,
-    help="Penalty l2/2·‖W‖²; 1/C of scikit-learn. auto: the best of --l2-path 1e-5:1e6:45.",
+    help="Strength of the penalty l2/2·‖W‖², which is 1/C in scikit-learn. auto: the best of "
+    "--l2-path 1e-5:1e6:45.",
 )
 @click.option(
     "--l2-path",
     type=StrengthPath(),
     metavar="START:STOP:COUNT",
-    help="Choose --l2 among these by the loss on the validation rows, then fit all rows at the best.",
+    help="Try COUNT strengths from START to STOP, choose the one of the smallest validation loss, "
+    "and fit all rows with it.",
 )
 @click.option(
     "--solver",
@@ -154,24 +178,39 @@ GROUPS = {
     help="auto chooses by the shape and --tol. "
     + " ".join(solver.summary for solver in all_solvers() if solver.summary),
 )
-@click.option("--max-iter", type=click.IntRange(1), default=1000, show_default=True, help="Most iterations.")
+@click.option(
+    "--max-iter",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Largest number of iterations.",
+)
 @click.option(
     "--tol",
     type=Finite(0),
     default=1e-4,
     show_default=True,
-    help="Stop when the objective is this close to its minimum, relative to itself; see --stopping.",
+    help="Stop when the objective is this close to its minimum, relative to the objective; see --stopping.",
 )
 @click.option(
     "--stopping",
     type=click.Choice(STOPPING),
     default=STOPPING[0],
     show_default=True,
-    help="What --tol bounds; gradient: the largest component of the mean loss's, as in scikit-learn.",
+    help="What --tol bounds. objective: its distance from the minimum. gradient: the largest "
+    "component of the gradient of the mean loss, as in scikit-learn.",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the split.")
 @click.option(
-    "--standardize/--no-standardize", default=True, help="Bring features to mean 0 and deviation 1 [yes]."
+    "--seed",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the split into training and validation rows.",
+)
+@click.option(
+    "--standardize/--no-standardize",
+    default=True,
+    help="Scale features to mean 0 and standard deviation 1. [default: yes]",
 )
 @click.option(
     "--out",
@@ -187,20 +226,24 @@ GROUPS = {
     default=1,
     show_default=True,
     metavar="K",
-    help="Under torchrun: K ranks share the classes, and read the same rows; "
+    help="Under torchrun: K processes share the classes and read the same rows; "
     f"--solver {', '.join(solver.name for solver in all_solvers() if solver.class_parallel)} only.",
 )
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
     metavar="DIR",
-    help="Keep the state of the fit in DIR: a process that is killed loses an iteration or 10 s.",
+    help="Keep the state of the fit in DIR. A process that is killed loses one iteration, or 10 s of work.",
 )
-@click.option("--resume", is_flag=True, help="Go on from the last checkpoint in DIR.")
+@click.option(
+    "--resume", is_flag=True, help="Continue from the last checkpoint in the directory of --checkpoint."
+)
 @device_option
 @timeout_option
 @reading_options
-@click.option("--verbose", "-v", is_flag=True, help="Say which solver and threads were chosen, and why.")
+@click.option(
+    "--verbose", "-v", is_flag=True, help="Print which solver and how many threads were chosen, and why."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 def fit(
@@ -232,9 +275,9 @@ def fit(
     """Fit a softmax classifier to DATA: .csv, .tsv, .parquet, .npz, .safetensors, or .npy with
     --label labels.npy.
 
-    Several files, a pattern or a folder of them, are one table; - is standard input. Text may be compressed,
+    Several files, a pattern or a folder are read as one table; - is standard input. Text may be compressed,
     .csv.gz or .csv.zst. Rows of .npy, .safetensors and large .parquet files are read when they are used, so
-    that the memory that a fit takes does not grow with them.
+    that memory does not grow with the file.
 
     \b
     xent fit --demo

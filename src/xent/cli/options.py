@@ -133,5 +133,5 @@ timeout = click.option(
     show_default=True,
     envvar="XENT_TIMEOUT",
     metavar="SECONDS",
-    help="Under torchrun: how long a rank waits for another that does not answer.",
+    help="Under torchrun: how long a process waits for another that does not answer.",
 )

@@ -60,9 +60,7 @@ class Done:
     required=True,
     help=".parquet, .csv or .jsonl; - is standard output, as CSV.",
 )
-@click.option(
-    "--label", metavar="COLUMN", help="Where the labels are, if not under the name the model was fitted on."
-)
+@click.option("--label", metavar="COLUMN", help="The column of labels, if its name is not that in the model.")
 @click.option(
     "--keep", callback=column_names, metavar="A,B", help="Columns of DATA to copy before the predictions."
 )
@@ -70,14 +68,15 @@ class Done:
     "--top",
     type=click.IntRange(1),
     metavar="K",
-    help="Write the K most probable classes of each row, not a column for each.",
+    help="Write the K most probable classes of each row instead of a column for each class.",
 )
 @click.option(
     "--skip-bad",
     is_flag=True,
-    help="Leave rows out that cannot be predicted, and say how many; others are led by their number.",
+    help="Leave out rows that cannot be predicted, and print how many. The others are written "
+    "with their row numbers.",
 )
-@click.option("--lines", is_flag=True, help="With -o -: a JSON object a line, and not CSV.")
+@click.option("--lines", is_flag=True, help="With -o -: write one JSON object a line instead of CSV.")
 @timeout_option
 @reading_options
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -97,12 +96,12 @@ def predict(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the probability of every class, and the most probable one, for each row of DATA.
+    """Write the probability of every class, and the most probable class, for each row of DATA.
 
-    Where DATA has labels, it also says how many are predicted; that none of them is known is an error.
-    Several files, a pattern or a folder of them, are one table; - is standard input. Rows are written as
-    they are read, so that the memory that it takes does not grow with them. A file of predictions is whole
-    or is not there; of standard output the rows before a bad one are out when the command fails.
+    If DATA has labels, the command also prints the share of right predictions and the loss. It is an error
+    if the model knows none of the labels. Several files, a pattern or a folder are read as one table; - is
+    standard input. Rows are written as they are read, so that memory does not grow with the file. A command
+    that fails leaves no file; on standard output, the rows before a bad one have been written.
 
     \b
     xent predict xent-model/model.safetensors flowers.csv -o predictions.parquet

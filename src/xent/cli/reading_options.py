@@ -14,16 +14,35 @@ from xent.data.layout import STANDARD_INPUT, Layout
 from xent.errors import BadInput
 
 OPTIONS = (
-    click.option("--delimiter", metavar="MARK", help="Between the columns of text [, or, of .tsv, a tab]."),
-    click.option("--decimal", metavar="MARK", default=".", show_default=True, help="The decimal mark."),
-    click.option("--encoding", metavar="NAME", default="utf-8", show_default=True, help="Of text."),
-    click.option("--no-header", is_flag=True, help="The first line is a row; columns are f0, f1, ..."),
-    click.option("--array", metavar="NAME", help="NPZ, safetensors: the array of features."),
+    click.option(
+        "--delimiter",
+        metavar="MARK",
+        help="The mark between columns of text. [default: a comma; a tab in .tsv]",
+    ),
+    click.option(
+        "--decimal",
+        metavar="MARK",
+        default=".",
+        show_default=True,
+        help="The decimal mark in columns of text.",
+    ),
+    click.option(
+        "--encoding", metavar="NAME", default="utf-8", show_default=True, help="The encoding of text."
+    ),
+    click.option(
+        "--no-header",
+        is_flag=True,
+        help="The first line is a row of data. The columns are called f0, f1, ...",
+    ),
+    click.option(
+        "--array", metavar="NAME", help="The name of the array of features in NPZ and safetensors files."
+    ),
     click.option(
         "--format",
         "form",
         metavar="SUFFIX",
-        help="Of standard input, -: csv, tsv, csv.gz, parquet, npz, npy or safetensors [csv].",
+        help="The format of standard input: csv, tsv, csv.gz, parquet, npz, npy or safetensors. "
+        "[default: csv]",
     ),
 )
 

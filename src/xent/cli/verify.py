@@ -20,10 +20,13 @@ from xent.cli.options import device
     "dtypes",
     multiple=True,
     type=click.Choice(["float64", "float32", "bfloat16", "float16"]),
-    help="A type to check, as often as you like [float64 and float32].",
+    help="A type to check. May be repeated. [default: float64 and float32]",
 )
 @click.option(
-    "--figures", type=click.Path(path_type=Path), metavar="DIR", help="Draw what the identities look like."
+    "--figures",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write figures of the identities into this directory, as SVG.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
 def verify(device: str, dtypes: tuple[str, ...], figures: Path | None, as_json: bool) -> None:
