@@ -25,20 +25,35 @@ from xent.curvature._tiles import Curvature, Form
 
 
 class HeadFisher(HeadOperator):
-    """The Fisher information of a linear head, in one of three versions that are different matrices.
+    """The Fisher information of a linear head, as an operator, in one of three versions.
+
+    The versions are different matrices. With e_y the one-hot vector of class y and γ the row's weight they
+    are
+
+    * type 2, ``Σ γ·a·E_{y∼p}[(p − e_y)(p − e_y)ᵀ] ⊗ x xᵀ``: the expectation over labels drawn from the model,
+      in closed form. It equals the Gauss–Newton matrix.
+    * Monte Carlo: the same, estimated from labels drawn from the model for each row.
+    * empirical, ``Σ γ·(a·p − t)(a·p − t)ᵀ ⊗ x xᵀ``: outer products of the gradients at the targets given. It
+      vanishes where the model fits the targets.
+
+    The methods are those of :class:`HeadHessian`. Source: Kunstner et al., "Limitations of the empirical
+    Fisher approximation for natural gradient descent", 2019.
 
     Args:
-        kind: ``"type-2"``: the expectation over labels drawn from the model,
-            γ·a·E_{y∼p}[(p − e_y)(p − e_y)ᵀ] ⊗ x xᵀ in closed form: the Gauss–Newton matrix.
-            ``"monte-carlo"``: the same, estimated from ``samples`` labels drawn for each row.
-            ``"empirical"``: outer products of the gradients at the targets given,
-            γ·(a·p − t)(a·p − t)ᵀ ⊗ x xᵀ, which vanishes where the model fits the targets.
-        samples, generator: of ``"monte-carlo"``: the number of labels for each row, and the generator of
-            their seed (None: torch's default one). The labels depend on the seed and on the row: in one
-            tensor on its index, in batches on its content, so the matrix is the same however a loader
-            shuffles or splits the rows. In batches, rows that are equal in every bit get the same labels.
-        features, weight, target, ...: as in :class:`HeadHessian`; without ``z_loss``, which is not part of
-            a likelihood.
+        kind: ``"type-2"``, ``"monte-carlo"`` or ``"empirical"``.
+        samples: with ``"monte-carlo"``, the number of labels drawn for each row.
+        generator: with ``"monte-carlo"``, the source of the seed; None is torch's default generator. The
+            labels depend on the seed and on the row: in one tensor on its position, in batches on its
+            content. So the matrix is the same however a loader shuffles or splits the rows. In batches, rows
+            that are equal in every bit get the same labels.
+        features, weight, target: as in :class:`HeadHessian`.
+        options: the other arguments of :class:`HeadHessian`. ``z_loss`` must be 0, as it is not part of a
+            likelihood.
+
+    Raises:
+        ValueError: a ``z_loss``; ``samples`` or ``generator`` with another kind; else as
+            :class:`HeadHessian`.
+        TypeError, IndexError, RuntimeError, NotImplementedError: as :class:`HeadHessian`.
 
     Example:
         >>> import torch, xent

@@ -111,10 +111,12 @@ class HeadOperator:
 
     @property
     def weight(self) -> Tensor:
+        """The weight W of the head, (C, D)."""
         return self.source.weight
 
     @property
     def bias(self) -> Tensor | None:
+        """The bias b of the head, (C,), or None."""
         return self.source.bias
 
     @property
@@ -126,15 +128,18 @@ class HeadOperator:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """The shape of the matrix, (P, P), with P the number of parameters."""
         size = sum(shape.numel() for shape in self.shapes)
         return size, size
 
     @property
     def dtype(self) -> torch.dtype:
+        """The type of the weight and of every result."""
         return self.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """The device of the weight and of every result."""
         return self.weight.device
 
     @property
@@ -149,11 +154,15 @@ class HeadOperator:
     # ── products ──
 
     def __matmul__(self, v: Any) -> Any:
-        """Return H v, in the shape of v, for one right-hand side or for several in one sweep.
+        """Return the product H v for one right-hand side v, or for several in one sweep; differentiable in v.
 
-        One: the parameter's shape; flat (P,); for several parameters a tuple of their shapes. Several:
-        columns (P, K), as a matrix of P rows always is read; or a stack (K, *shape) of three dimensions or
-        more. Differentiable in v.
+        Args:
+            v: one right-hand side, in the parameter's shape, flat (P,), or for several parameters a tuple of
+                their shapes; or several, as columns (P, K), as a matrix of P rows is always read, or as a
+                stack (K, *shape) of three dimensions or more.
+
+        Returns:
+            The product, in the shape of ``v``.
         """
         return self._apply_symmetric(v, self._products)
 
@@ -192,7 +201,11 @@ class HeadOperator:
 
     @without_autograd
     def diagonal(self) -> Any:
-        """Return the exact diagonal, in the parameter's shape (a tuple of shapes for several parameters)."""
+        """Return the exact diagonal.
+
+        Returns:
+            A tensor of the parameter's shape, or a tuple of such for several parameters.
+        """
         wants = tuple(name in self.wrt for name in PLACES)
         total: list[Tensor] | None = None
         for curvature in self._curvatures():
@@ -209,7 +222,11 @@ class HeadOperator:
 
     @without_autograd
     def trace(self) -> Tensor:
-        """Return the trace, a scalar; for weight and bias it costs one matrix product."""
+        """Return the trace. For weight and bias it costs one matrix product.
+
+        Returns:
+            A scalar.
+        """
         total = torch.zeros((), dtype=statistics_dtype(self.device), device=self.device)
         for curvature in self._curvatures():
             if "features" in self.wrt:
@@ -225,9 +242,17 @@ class HeadOperator:
 
     @without_autograd
     def block(self, index: int) -> Tensor:
-        """Return the diagonal block of class ``index``, or with respect to features alone of row ``index``.
+        """Return the diagonal block of one class, or, with respect to features alone, of one row.
 
-        (D, D); for a class whose bias is in ``wrt`` too, (D + 1, D + 1) with the bias last.
+        Args:
+            index: the position of the class or row.
+
+        Returns:
+            (D, D); (D + 1, D + 1), with the bias last, for a class whose bias is in ``wrt`` too.
+
+        Raises:
+            IndexError: a position that does not exist.
+            ValueError: features are in ``wrt`` beside other parameters.
         """
         if self.wrt == ("features",):
             assert self.source.rows_shape is not None
@@ -262,7 +287,14 @@ class HeadOperator:
         return total
 
     def to_dense(self) -> Tensor:
-        """Return the matrix (P, P), for small heads."""
+        """Return the matrix, for small heads.
+
+        Returns:
+            (P, P), with P the number of parameters.
+
+        Raises:
+            ValueError: a matrix of more than 2²⁸ elements.
+        """
         size = self.shape[0]
         if size**2 > LARGEST_DENSE:
             raise ValueError(f"{size} × {size} is too large for a dense matrix: use products, or to_scipy()")
@@ -271,9 +303,10 @@ class HeadOperator:
         return torch.cat(columns, dim=1) if columns else eye
 
     def to_scipy(self) -> LinearOperator:
-        """Return a :class:`scipy.sparse.linalg.LinearOperator`, for ``eigsh``, ``cg`` and the like.
+        """Return the operator in SciPy's form, for ``eigsh``, ``cg`` and the like.
 
-        NumPy has no bfloat16, so half types return float32.
+        Returns:
+            A :class:`scipy.sparse.linalg.LinearOperator`. Half types give float32, as NumPy has no bfloat16.
         """
         from scipy.sparse.linalg import LinearOperator
 
@@ -344,27 +377,35 @@ def _require(t: Tensor | None) -> Tensor:
 class HeadHessian(HeadOperator):
     """The Hessian of a linear head's loss, as an operator.
 
-    ``H @ v`` costs three matrix products where the budget holds the probabilities and tangents of a chunk of
-    rows (five where not), each further right-hand side two; no (N, C) tensor is made.
+    With z = W x + b, the row weights γ (sample weights over the divisor of the loss) and J the softmax
+    Jacobian, the Hessian in W is ``H = Σ_n γ_n·a_n·J_n ⊗ x_n x_nᵀ``, in one row's x it is ``γ·a·Wᵀ J W``, and
+    in b it is ``Σ_n γ_n·a_n·J_n``. With respect to weight (or bias) and features together it also has a cross
+    term and is indefinite.
+
+    ``H @ v`` costs three matrix products where ``memory_budget`` holds the probabilities and tangents of a
+    chunk of rows, else five. Each further right-hand side costs two. No tensor of shape (N, C) is made.
 
     Args:
-        features: (N, D) or (..., D), or batches ``(features, target[, sample_weight])`` of any number, in
-            something that can be gone through again and again; these are read in every product.
-        weight, bias: the head, (C, D) and (C,). All tensors are held constant, and must stay as they are.
+        features: x, (N, D) or (..., D). Or batches ``(features, target[, sample_weight])`` of any number, in
+            a container that can be iterated over again and again; each product reads them once.
+        weight: W, (C, D). All tensors are held constant, and must not be changed in place.
         target: as in :func:`xent.linear_cross_entropy`.
-        wrt: ``"weight"``, ``"bias"``, ``"features"``, or several, whose parameters then lie in that order.
-            With weight (or bias) and features together H is indefinite.
-        reduction: ``"mean"`` or ``"sum"``. ``denominator`` replaces the mean's divisor.
-        class_weight: (C,), ``weight`` of :func:`xent.linear_cross_entropy`.
-        ignore_index, label_smoothing, sample_weight, z_loss, softcap, temperature, memory_budget: as there.
+        bias: b, (C,).
+        wrt: the parameters: ``"weight"``, ``"bias"``, ``"features"``, or several of them, in the order of
+            their parameters in vectors.
+        reduction: ``"mean"`` or ``"sum"``, as in :func:`xent.cross_entropy`.
+        class_weight: w, (C,), the argument ``weight`` of :func:`xent.cross_entropy`.
+        ignore_index, label_smoothing, sample_weight, z_loss: as in :func:`xent.cross_entropy`.
+        softcap, temperature, denominator: as in :func:`xent.cross_entropy`.
+        memory_budget: as in :func:`xent.linear_cross_entropy`.
 
     Raises:
-        ValueError: shapes that do not fit; features that are not finite, naming the row.
+        ValueError: shapes that do not fit; features that are not finite, with their row.
         TypeError: types that do not fit; an iterator in place of batches.
-        IndexError: a target, or a block, that is none.
-        RuntimeError: a tensor that was changed in place since.
-        NotImplementedError: torch.func differentiating in a tensor, or mapping over it (``H @ v`` has
-            derivatives in v).
+        IndexError: a target outside 0..C−1.
+        RuntimeError: a tensor that was changed in place since the construction.
+        NotImplementedError: differentiation of ``torch.func`` in a tensor, or a map over it. (``H @ v`` has
+            derivatives in v.)
 
     Example:
         >>> import torch, xent
@@ -380,12 +421,22 @@ class HeadHessian(HeadOperator):
 
 
 class HeadGGN(HeadOperator):
-    """The generalised Gauss–Newton matrix of a linear head's loss: Σ Jacᵀ (γ·a·J + 2λγ·p pᵀ) Jac.
+    """The generalised Gauss–Newton matrix of a linear head's loss, as an operator.
 
-    Positive semidefinite where no mass is negative. With respect to weight, bias or features alone it equals
-    :class:`HeadHessian`, except for z-loss (it keeps 2λ·p pᵀ only) and softcap (it drops the second
-    derivative); with respect to several, it has no cross term. Arguments and methods are those of
-    :class:`HeadHessian`.
+    The matrix is ``Σ_n Jacᵀ (γ·a·J + 2λγ·p pᵀ) Jac``, with Jac the derivative of a row's logits in the
+    parameters, γ the row's weight and λ the z-loss weight. It is positive semidefinite where no mass is
+    negative. With respect to weight, bias or features alone it equals :class:`HeadHessian`, but for two
+    terms: of a z-loss it keeps 2λ·p pᵀ only, and it drops the second derivative of a softcap. With respect to
+    several parameters it has no cross term. The methods are those of :class:`HeadHessian`. Source:
+    Schraudolph, "Fast curvature matrix-vector products for second-order gradient descent", 2002.
+
+    Args:
+        features, weight, target, bias, wrt, reduction: as in :class:`HeadHessian`.
+        class_weight, ignore_index, label_smoothing, sample_weight: as in :class:`HeadHessian`.
+        z_loss, softcap, temperature, denominator, memory_budget: as in :class:`HeadHessian`.
+
+    Raises:
+        ValueError, TypeError, IndexError, RuntimeError, NotImplementedError: as :class:`HeadHessian`.
 
     Example:
         >>> import torch, xent

@@ -3,11 +3,11 @@
     J = diag(p) − p pᵀ        J v = p∘(u − ⟨p, u⟩)        u = v − v_k        k = argmax p
     J = S Sᵀ                  S = diag(√p) − p √pᵀ
     J⁺ = Π diag(1/p) Π        Π = I − 11ᵀ/n on the n classes of the support
-    (J + λI)⁻¹ v = (v + κp)/(p + λ)        κ = ⟨g, v⟩/(λ Σ g)        g = p/(p + λ)
-    log det(J + λI) = Σ log(p + λ) + log(λ Σ g)
+    (J + δI)⁻¹ v = (v + κp)/(p + δ)        κ = ⟨g, v⟩/(δ Σ g)        g = p/(p + δ)
+    log det(J + δI) = Σ log(p + δ) + log(δ Σ g)
 
 J·1 = 0, so a constant may be subtracted from v: here its value at the most probable class k. Then 1 − p_k is
-computed as Σ_{j≠k} p_j, without cancellation on a row with p_k near 1. λ Σ g equals the 1 − Σ p²/(p + λ) of
+computed as Σ_{j≠k} p_j, without cancellation on a row with p_k near 1. δ Σ g equals the 1 − Σ p²/(p + δ) of
 Sherman and Morrison's formula, without its cancellation.
 """
 
@@ -67,30 +67,31 @@ def zero_where_masked(v: Tensor, weight: Tensor) -> Tensor:
 
 
 class SoftmaxJacobian(RowOperator):
-    r"""The operator J = diag(p) − p pᵀ of each row of logits, the Hessian of its cross-entropy at mass 1.
+    r"""The Jacobian of softmax, ``J = diag(p) − p pᵀ``, of each row of logits, as an operator.
 
-    Every method costs O(C) a row in time and memory (``to_dense`` C²), is made of torch's operations, and is
-    differentiable in the logits and in its arguments. Half types are computed in float32; results have the
-    type of the logits, rounded once. A row that is wholly masked, or holds +inf or nan, has no softmax: its
-    results are nan, those of other rows are not. Formulas: :doc:`/explanation/curvature`.
+    J is the Hessian of the cross-entropy of a target of mass 1 in the logits z, with ``p = softmax(z)``. Each
+    method takes O(C) time and memory a row (``to_dense`` O(C²)) and is differentiable in the logits and in
+    its arguments. Half types are computed in float32; results are rounded once, to the type of the logits. A
+    row that is masked altogether, or holds +inf or nan, has no softmax: its results are nan, those of other
+    rows are not. The formulas are in :doc:`/explanation/curvature`.
 
-    In ``J @ v``, v with as many dimensions as the logits is one vector a row, of their shape; with one
-    dimension more, at the end, it is a matrix a row. Nothing is broadcast. ``J.T`` is J.
+    ``J @ v`` multiplies one vector a row, v of the shape of the logits, or one matrix a row, v with one
+    dimension more at the end. Nothing is broadcast. ``J.T`` is J.
 
     Args:
-        logits: (..., C), of any floating type. A class at −inf is masked: p = 0, its row and column of J are
-            zero, and the entries of vectors there are ignored.
+        logits: z, (..., C), of any floating type. A class at −inf is masked: p = 0, its row and column of J
+            are zero, and the entries of vectors there are ignored.
 
     Raises:
-        TypeError: logits, or a vector, that are not a floating-point tensor.
+        TypeError: logits, or a vector, that are not a floating tensor.
         ValueError: logits without a class dimension; a vector of another shape; damping that is not positive.
 
     Example:
         >>> import torch, xent
         >>> J = xent.curvature.SoftmaxJacobian(torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log())
-        >>> [round(x, 12) for x in (J @ torch.tensor([1.0, 0.0, 0.0])).tolist()]
-        [0.21, -0.14, -0.07]
-        >>> round(J.trace().item(), 12), round(J.top_eigenpair().value.item(), 9)
+        >>> J @ torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+        tensor([ 0.2100, -0.1400, -0.0700], dtype=torch.float64)
+        >>> round(J.trace().item(), 9), round(J.top_eigenpair().value.item(), 9)
         (0.46, 0.334403065)
     """
 
@@ -111,7 +112,10 @@ class SoftmaxJacobian(RowOperator):
         return p[..., None] * self._softmax.centred(zero_where_masked(v, p))
 
     def diagonal(self) -> Tensor:
-        """Return the diagonal p(1 − p), (..., C), accurate also where p is near 1.
+        """Return the diagonal ``p(1 − p)``, accurate also where p is near 1.
+
+        Returns:
+            (..., C), of the type of the logits.
 
         Example:
             >>> import torch, xent
@@ -122,22 +126,33 @@ class SoftmaxJacobian(RowOperator):
         return self._round(self._softmax.p * self._softmax.q)
 
     def trace(self) -> Tensor:
-        """Return Σ p(1 − p) = 1 − Σ p², (...,): the probability that two draws from p differ."""
+        """Return the trace ``Σ p(1 − p) = 1 − Σ p²``: the probability that two draws from p differ.
+
+        Returns:
+            (...,), of the type of the logits.
+        """
         return self._round((self._softmax.p * self._softmax.q).sum(-1))
 
     def to_dense(self) -> Tensor:
-        """Return diag(p) − p pᵀ, (..., C, C)."""
+        """Return the matrices ``diag(p) − p pᵀ``.
+
+        Returns:
+            (..., C, C), of the type of the logits.
+        """
         p, q = self._softmax.p, self._softmax.q
         eye = torch.eye(p.shape[-1], dtype=torch.bool, device=p.device)
         return self._round(torch.where(eye, (p * q)[..., None], 0.0 - p[..., None] * p[..., None, :]))
 
     def eigenvalue_bounds(self) -> tuple[Tensor, Tensor]:
-        """Return (low, high), bounds on the largest eigenvalue, each (...,), without iterating.
+        """Return bounds on the largest eigenvalue, without iterating.
 
-        The eigenvalues lie between neighbours of the sorted p (Cauchy's interlacing): p₁ ≥ λ₁ ≥ p₂ ≥ λ₂ ≥
-        ... ≥ 0, and the last is 0. λ₁ is at most 2p₁(1 − p₁) too, the largest absolute row sum (Gershgorin),
-        and at least the Rayleigh quotients of e₁ − e₂ and of e₁ − 1/n. Both bounds are equal for two classes
-        and for n equal ones.
+        The eigenvalues μ lie between neighbours of the sorted p (Cauchy's interlacing):
+        ``p₁ ≥ μ₁ ≥ p₂ ≥ μ₂ ≥ ... ≥ 0``, and the last one is 0. μ₁ is also at most ``2p₁(1 − p₁)``, the
+        largest absolute row sum (Gershgorin), and at least the Rayleigh quotients of e₁ − e₂ and of e₁ − 1/n,
+        with n the number of unmasked classes. Both bounds are equal for two classes and for n equal ones.
+
+        Returns:
+            A pair ``(low, high)``, each (...,).
         """
         p, q, first = self._softmax.p, self._softmax.q, self._softmax.first
         p1, q1 = p.gather(-1, first)[..., 0], q.gather(-1, first)[..., 0]
@@ -151,11 +166,14 @@ class SoftmaxJacobian(RowOperator):
         return self._round(torch.minimum(low, high)), self._round(high)
 
     def top_eigenpair(self) -> Eigenpair:
-        """Return the largest eigenvalue (...,) and its unit eigenvector (..., C), by the secular equation.
+        """Return the largest eigenvalue and its unit eigenvector.
 
-        The vector sums to zero, and its entry at the most probable class is positive. Where several
-        probabilities are largest, it is (1, −1)/√2 on the first two. Where only one class is unmasked, J is 0
-        and the vector is the unit vector of that class. It takes six Newton steps.
+        Six Newton steps solve the secular equation.         The vector sums to zero, and its entry at the
+        most probable class is positive. Where several probabilities are largest, it is (1, −1)/√2 on the
+        first two. Where only one class is unmasked, J is 0 and the vector is the unit vector of that class.
+
+        Returns:
+            An :class:`Eigenpair`: the eigenvalue (...,) and the vector (..., C).
 
         Example:
             >>> import torch, xent
@@ -168,28 +186,33 @@ class SoftmaxJacobian(RowOperator):
         return Eigenpair(self._round((theta / softmax.normaliser)[..., 0]), self._round(vector))
 
     def sqrt(self) -> SquareRoot:
-        """Return S with J = S Sᵀ, an operator with ``@``, ``.T`` and ``to_dense``.
+        """Return a root S of J, ``J = S Sᵀ``, as an operator; S ε with ε ~ N(0, I) has the covariance J.
 
-        The covariance of S ε, ε ~ N(0, I), is J.
+        Returns:
+            An operator with ``@``, ``.T`` and ``to_dense``.
         """
         return SquareRoot(self)
 
     def pseudo_inverse(self) -> PseudoInverse:
-        """Return J⁺, an operator with ``@``, ``.T`` and ``to_dense``."""
+        """Return the pseudo-inverse J⁺ as an operator.
+
+        Returns:
+            An operator with ``@``, ``.T`` and ``to_dense``.
+        """
         return PseudoInverse(self)
 
     def solve(self, v: Tensor, damping: float) -> Tensor:
-        """Return (J + λI)⁻¹ v by the formula of Sherman and Morrison, accurate for λ down to eps·p.
+        """Return ``(J + δI)⁻¹ v`` by the formula of Sherman and Morrison, accurate for δ down to eps·p.
 
-        For a smaller λ and a v that sums to zero, the result depends on Σ v/λ, and Σ v is accurate only to
+        For a smaller δ and a v that sums to zero, the result depends on Σ v/δ, and Σ v is accurate only to
         eps² of its terms.
 
         Args:
             v: (..., C) or (..., C, K), as for ``@``.
-            damping: λ > 0; J is singular along the ones vector.
+            damping: δ > 0. J itself is singular along the vector of ones.
 
         Returns:
-            The shape of ``v``, the type of the logits; v/λ at a masked class.
+            A tensor of the shape of ``v`` and the type of the logits; v/δ at a masked class.
 
         Raises:
             ValueError: damping that is not a positive number of the type of the computation.
@@ -197,7 +220,7 @@ class SoftmaxJacobian(RowOperator):
         Example:
             >>> import torch, xent
             >>> J = xent.curvature.SoftmaxJacobian(torch.randn(8, 1000))
-            >>> x = J.solve(torch.ones(8, 1000), damping=1e-8)  # J·1 = 0, so x = 1/λ
+            >>> x = J.solve(torch.ones(8, 1000), damping=1e-8)  # J·1 = 0, so x = 1/δ
             >>> bool(((x * 1e-8 - 1).abs() < 1e-6).all())
             True
         """
@@ -217,10 +240,13 @@ class SoftmaxJacobian(RowOperator):
         return self._apply(solved, v, "v")
 
     def logdet(self, damping: float) -> Tensor:
-        """Return log det(J + λI) = Σ log(p + λ) + log(λ Σ p/(p + λ)), (...,).
+        """Return ``log det(J + δI) = Σ log(p + δ) + log(δ Σ p/(p + δ))``.
 
         Args:
-            damping: λ > 0, as for :meth:`solve`. A masked class adds log λ.
+            damping: δ > 0, as for :meth:`solve`. A masked class adds log δ.
+
+        Returns:
+            (...,), of the type of the logits.
 
         Raises:
             ValueError: as :meth:`solve`.
@@ -294,7 +320,7 @@ def compensated_sum(v: Tensor) -> tuple[Tensor, Tensor]:
     """Return Σ v over the last dimension but one and its rounding error, (..., C, K) -> (..., 1, K) each.
 
     Sums in pairs and accumulates the error of each addition (Knuth), so that cancelling entries leave no
-    rounding error, which division by a small λ would magnify.
+    rounding error, which division by a small δ would magnify.
     """
     error = torch.zeros_like(v[..., :1, :])
     while (n := v.shape[-2]) > 1:

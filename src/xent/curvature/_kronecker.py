@@ -9,7 +9,7 @@ drawn labels (Martens and Grosse, "Optimizing Neural Networks with Kronecker-fac
 curvature do not count. Exact for one row, for rows with equal inputs, and for rows with equal predictions.
 With G = U diag(g) Uᵀ and A = V diag(a) Vᵀ everything is elementwise on the (C, D̃) matrix UᵀXV:
 
-    Λ = Γ·g aᵀ        (Γ·G⊗A + λ)⁻¹ X = U [UᵀXV / (Λ + λ)] Vᵀ        log det = Σ log(Λ + λ)
+    Λ = Γ·g aᵀ        (Γ·G⊗A + δ)⁻¹ X = U [UᵀXV / (Λ + δ)] Vᵀ        log det = Σ log(Λ + δ)
 
 Corrected (George et al., "Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis",
 2018), Λ_ij = Σ_n γ_n·(u_iᵀ M_n u_i)·(x̃_nᵀ v_j)²: of all matrices diagonal in the basis u_i ⊗ v_j the nearest
@@ -38,43 +38,59 @@ from xent.curvature._tiles import Curvature, Form
 
 
 class KroneckerEigen(NamedTuple):
-    """The eigenvalues ``values[i, j]`` and eigenvectors ``of_classes[:, i]`` ⊗ ``of_inputs[:, j]``."""
+    """The eigenvalues of a :class:`HeadKronecker`, and its eigenvectors as two factors.
 
-    values: Tensor  # (C, D̃)
-    of_classes: Tensor  # (C, C), orthonormal columns
-    of_inputs: Tensor  # (D̃, D̃)
+    The eigenvector of ``values[i, j]`` is ``of_classes[:, i] ⊗ of_inputs[:, j]``.
+
+    Example:
+        >>> import torch, xent
+        >>> x, w, y = torch.randn(64, 4), torch.randn(3, 4), torch.randint(3, (64,))
+        >>> eigen = xent.curvature.HeadKronecker(x, w, y).eigh()
+        >>> eigen.values.shape, eigen.of_classes.shape, eigen.of_inputs.shape
+        (torch.Size([3, 4]), torch.Size([3, 3]), torch.Size([4, 4]))
+    """
+
+    values: Tensor  # (C, D̃) the eigenvalues μ; D̃ is D, or D + 1 with the bias
+    of_classes: Tensor  # (C, C) eigenvectors of G, orthonormal columns
+    of_inputs: Tensor  # (D̃, D̃) eigenvectors of A, orthonormal columns
 
 
 class HeadKronecker(HeadOperator):
-    """The curvature of a linear head as Γ·G ⊗ A, in O(C² + D²) memory whatever the number of rows.
+    """The curvature of a linear head as one Kronecker product ``Γ·G ⊗ A``, in O(C² + D²) memory.
 
-    An approximation of :class:`HeadGGN` (the Hessian, apart from z-loss and softcap), in weight, bias or
-    both. :class:`HeadHessian` sweeps over the rows for every product. Here one sweep computes the factors,
-    and then products, solutions, determinants and samples cost O(C²D + CD²) each, after O(C³ + D³) for the
-    eigenvectors. The sweep takes chunks of rows within the memory budget, and stores no (N, C) tensor.
+    G is the mean of the rows' curvature in the logits, ``a·J``, A the mean of ``x̃ x̃ᵀ``, and Γ the sum of
+    the row weights over the divisor of the loss; x̃ is x, or (x, 1) where the bias is a parameter too, with
+    D̃ entries. The product approximates :class:`HeadGGN` in weight, bias or both. One sweep over the rows
+    computes the factors. After O(C³ + D³) for the eigenvectors, each product, solution, determinant or sample
+    costs O(C²D + CD²) and reads no row, where :class:`HeadHessian` sweeps over the rows for every product.
+    The sweep takes chunks of rows within ``memory_budget`` and makes no tensor of shape (N, C). Sources:
+    Martens and Grosse, "Optimizing neural networks with Kronecker-factored approximate curvature", 2015; for
+    :meth:`corrected`, George et al., "Fast approximate natural gradient descent in a Kronecker-factored
+    eigenbasis", 2018.
+
+    The methods of :class:`HeadHessian` (``@``, ``diagonal``, ``trace``, ``block``, ``to_dense``,
+    ``to_scipy``) are exact for the approximation. The matrix is semidefinite unless masses or weights are
+    negative. Without z-loss and softcap it is singular along vectors that are equal in all classes
+    (``G @ ones`` is 0).
 
     Args:
-        features, weight, target, bias, reduction, ...: as in :class:`HeadHessian`.
-        wrt: ``"weight"``, ``"bias"``, or both; the order of the names is the order of the parameters.
-        weighting: the weights of the rows in A: ``"rows"``, their weights in the loss; ``"curvature"``, these
-            times tr M. The second makes the trace exact, and is closer for a fitted head, most of whose rows
-            have no curvature. It costs one more sweep.
-        corrected: see :meth:`corrected`.
+        features, weight, target: as in :class:`HeadHessian`.
+        wrt: ``"weight"``, ``"bias"``, or both, in the order of their parameters in vectors.
+        weighting: the weights of the rows in A. ``"rows"`` takes their weights in the loss. ``"curvature"``
+            takes these times the trace of the row's curvature: the trace of the approximation is then exact,
+            and the approximation is closer for a fitted head, most of whose rows have no curvature. It costs
+            one more sweep.
+        corrected: whether the eigenvalues are corrected as in :meth:`corrected`.
+        options: the other arguments of :class:`HeadHessian`, such as ``bias`` and ``reduction``.
 
     Attributes:
-        A: (D̃, D̃), the (weighted) mean of x̃ x̃ᵀ; D̃ is D, or D + 1 with the bias as the last row and column.
-        G: (C, C), the mean of each row's curvature in the logits, a·J.
-        total: Γ, the factor of G ⊗ A: the sum of the row weights over the divisor of the loss.
-
-    Methods of :class:`HeadHessian` (``@``, ``diagonal``, ``trace``, ``block``, ``to_dense``, ``to_scipy``)
-    are exact for the approximation. Further ones: :meth:`eigh`, :meth:`solve`, :meth:`logdet`,
-    :meth:`sample`, :meth:`corrected`. With masses or weights below 0 it may be indefinite; otherwise it is
-    semidefinite. It is singular along vectors that are equal in all classes (``G @ ones`` is 0) unless z-loss
-    or softcap are used.
+        A: (D̃, D̃), with the bias as the last row and column.
+        G: (C, C).
+        total: Γ, a number.
 
     Raises:
-        ValueError: shapes that do not fit; features that are not finite; ``damping`` that leaves the matrix
-            singular or indefinite, in methods that invert it.
+        ValueError: shapes that do not fit; features that are not finite. In methods that invert the matrix,
+            ``damping`` that leaves it singular or indefinite.
         TypeError: types that do not fit; an iterator in place of batches.
 
     Example:
@@ -144,11 +160,14 @@ class HeadKronecker(HeadOperator):
 
     @without_autograd
     def eigh(self) -> KroneckerEigen:
-        """Return the eigenvalues (C, D̃) and the eigenvectors, the latter as two factors; computed once.
+        """Return the eigenvalues and the eigenvectors, the latter as two factors; they are computed once.
 
         Eigenvalues of the factors at the level of rounding are set to 0; small ones that come from features
         with a small unit are not. After the correction the values are not sorted, and the vectors are still
         those of G and A.
+
+        Returns:
+            A :class:`KroneckerEigen`.
         """
         if self._eigen is None:
             g, u = eigen(self.G * self.total, semidefinite=self._semidefinite)
@@ -161,7 +180,11 @@ class HeadKronecker(HeadOperator):
     def corrected(self) -> HeadKronecker:
         """Return a copy whose eigenvalues are the exact second moments of the curvature in the eigenbasis.
 
-        Costs one more sweep over the rows, O(N·C² + N·D²). Its trace is exact.
+        Of all matrices that are diagonal in this basis, the copy is the nearest to the curvature in the
+        Frobenius norm, and its trace is exact. It costs one more sweep over the rows, O(N·C² + N·D²).
+
+        Returns:
+            The copy.
         """
         self.eigh()  # computed once for both
         corrected = copy.copy(self)
@@ -213,7 +236,11 @@ class HeadKronecker(HeadOperator):
 
     @without_autograd
     def diagonal(self) -> Any:
-        """Return the exact diagonal of the approximation, in the parameter's shape (a tuple for several)."""
+        """Return the exact diagonal of the approximation.
+
+        Returns:
+            A tensor of the parameter's shape, or a tuple of such for several parameters.
+        """
         if self.is_corrected:
             values, u, v = self.eigh()
             return self._in_parameter_shape(u.square() @ values @ v.square().t())
@@ -221,7 +248,11 @@ class HeadKronecker(HeadOperator):
 
     @without_autograd
     def trace(self) -> Tensor:
-        """Return the exact trace of the approximation, a scalar."""
+        """Return the exact trace of the approximation.
+
+        Returns:
+            A scalar.
+        """
         trace = (
             self.eigh().values.sum() if self.is_corrected else self.G.trace() * self.total * self.A.trace()
         )
@@ -229,7 +260,14 @@ class HeadKronecker(HeadOperator):
 
     @without_autograd
     def block(self, index: int) -> Tensor:
-        """Return the approximation's block of class ``index``, (D̃, D̃)."""
+        """Return the approximation's diagonal block of one class.
+
+        Args:
+            index: the class.
+
+        Returns:
+            (D̃, D̃).
+        """
         index = self._index(index, len(self.G))
         if self.is_corrected:
             values, u, v = self.eigh()
@@ -239,20 +277,37 @@ class HeadKronecker(HeadOperator):
     # ── inverses, determinants and samples ──
 
     def solve(self, v: Any, damping: float = 0.0, *, factored: bool = False) -> Any:
-        """Return (K + damping·I)⁻¹ v, exactly, for one right-hand side or several; shapes as in ``@``.
+        """Return ``(K + δI)⁻¹ v`` with K the approximation, exactly, for one right-hand side or several.
 
         Args:
-            v: right-hand sides.
-            damping: λ; it must be above 0 where K is singular.
-            factored: damp the factors instead, (Γ·G + √λ/π) ⊗ (A + π√λ) with π² = mean eigenvalue of A over
-                that of Γ·G (Martens and Grosse, §6.3), as implementations without eigenvectors do.
+            v: right-hand sides, in any shape that ``@`` takes.
+            damping: δ, above 0 where K is singular.
+            factored: whether to damp the factors instead, as implementations without eigenvectors do: (Γ·G +
+                √δ/π) ⊗ (A + π√δ), with π² the mean eigenvalue of A over that of Γ·G (Martens and Grosse,
+                §6.3).
+
+        Returns:
+            The solutions, in the shape of ``v``.
+
+        Raises:
+            ValueError: damping that leaves the matrix singular or indefinite.
         """
         values = self._damped(damping, factored)
         return self._apply_symmetric(v, lambda stacks: self._in_eigenbasis(stacks, lambda t: t / values))
 
     @without_autograd
     def logdet(self, damping: float = 0.0, *, factored: bool = False) -> Tensor:
-        """Return log det(K + damping·I), a scalar; arguments as in :meth:`solve`."""
+        """Return ``log det(K + δI)`` with K the approximation.
+
+        Args:
+            damping, factored: as in :meth:`solve`.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: damping that leaves the matrix singular or indefinite.
+        """
         return self._damped(damping, factored).log().sum().to(self.dtype)
 
     @without_autograd
@@ -264,12 +319,18 @@ class HeadKronecker(HeadOperator):
         count: int | None = None,
         factored: bool = False,
     ) -> Any:
-        """Draw from N(0, (K + damping·I)⁻¹), in the parameter's shape (a tuple for several).
+        """Draw from the normal distribution ``N(0, (K + δI)⁻¹)`` with K the approximation.
 
         Args:
-            generator: generator of the noise, on this device; None is torch's default one.
+            generator: the generator of the noise, on this device; None is torch's default one.
             damping, factored: as in :meth:`solve`.
-            count: the number of draws, along a new first dimension; None for one without it.
+            count: the number of draws, along a new first dimension; None for one draw without it.
+
+        Returns:
+            A tensor of the parameter's shape, or a tuple of such for several parameters.
+
+        Raises:
+            ValueError: damping that leaves the matrix singular or indefinite.
         """
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(

@@ -45,28 +45,35 @@ def ggn_vector_product(
 ) -> Any:
     r"""Multiply the generalised Gauss–Newton matrix of a model's loss by a vector.
 
-    Takes one forward-mode and one reverse-mode pass through the model, and between them the loss's curvature
-    in closed form. Positive semidefinite where no target mass is negative. Source: Schraudolph, "Fast
-    curvature matrix-vector products for second-order gradient descent", 2002.
+    The matrix is ``Jacᵀ H_out Jac``, with Jac the derivative of the model's outputs in its parameters and
+    H_out the curvature of the loss in the outputs. Neither is formed. The product takes one forward-mode and
+    one reverse-mode pass through the model; between them the loss's curvature is applied in closed form. The
+    matrix is positive semidefinite where no target mass is negative. Source: Schraudolph, "Fast curvature
+    matrix-vector products for second-order gradient descent", 2002.
 
     Args:
-        model: a module, with its own buffers, or a function of ``(params, inputs)``; returns logits, (N, C)
-            or of another shape that :func:`xent.cross_entropy` takes, or with a ``head`` features (..., D).
-            Put it in eval mode: it is called once in each pass, and in training mode dropout would draw
+        model: a module, with its own buffers, or a function of ``(params, inputs)``. It returns logits, (N,
+            C) or of another shape that :func:`xent.cross_entropy` takes, or with a ``head`` features (...,
+            D). Put a module in eval mode: each pass calls it once, and in training mode dropout would draw
             another mask in each.
-        params: the parameters to differentiate in: ``dict(module.named_parameters())`` or any part of it; for
-            a function, its first argument.
+        params: the parameters: ``dict(module.named_parameters())`` or any part of it; for a function, its
+            first argument.
         inputs: the model's inputs; a tuple holds several.
         target: as in :func:`xent.cross_entropy`.
         vector: in the structure of ``params``, or flat (P,). The product is differentiable in it.
         head: ``(weight,)`` or ``(weight, bias)``, (C, D) and (C,), of a linear head after the model, whose
             logits are then not stored. It is held constant.
         options: ``reduction`` (``"mean"`` or ``"sum"``), ``class_weight``, ``ignore_index``,
-            ``label_smoothing``, ``sample_weight``, ``z_loss``, ``softcap``, ``temperature``,
-            ``denominator``, and with a head ``memory_budget``: as in :class:`HeadHessian`.
+            ``label_smoothing``, ``sample_weight``, ``z_loss``, ``softcap``, ``temperature``, ``denominator``,
+            and with a head ``memory_budget``, as in :class:`HeadHessian`.
 
     Returns:
         The product, in the structure of ``vector``.
+
+    Raises:
+        ValueError: shapes or structures that do not fit together.
+        TypeError: an option that does not exist; types that do not fit.
+        NotImplementedError: differentiation of ``torch.func`` in ``params`` or in a tensor held constant.
 
     Example:
         >>> import torch, xent
@@ -98,18 +105,22 @@ def hessian_vector_product(
     head: Head | None = None,
     **options: Any,
 ) -> Any:
-    r"""Multiply the Hessian of a model's loss in its parameters by a vector, forward over reverse.
+    r"""Multiply the Hessian of a model's loss in its parameters by a vector.
 
-    Indefinite in general. The loss's second derivative is its closed form; with a ``head`` no logits are
-    stored.
+    The product is ``d/dε ∇L(θ + ε v)`` at ε = 0, with θ the parameters: forward mode over reverse mode, where
+    the loss's second derivative is its closed form. The Hessian is indefinite in general. With a ``head`` no
+    logits are stored.
 
     Args:
         model, params, inputs, target, vector, head: as in :func:`ggn_vector_product`.
-        options: the same, and all others of :func:`xent.cross_entropy`, or with a head of
-            :func:`xent.linear_cross_entropy`: ``margin``, ``log_q``, ...
+        options: as in :func:`ggn_vector_product`, and all others of :func:`xent.cross_entropy`, or with a
+            head of :func:`xent.linear_cross_entropy`, such as ``margin`` and ``log_q``.
 
     Returns:
         The product, in the structure of ``vector``.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as :func:`ggn_vector_product`.
 
     Example:
         >>> import torch, xent

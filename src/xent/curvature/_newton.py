@@ -35,15 +35,23 @@ Preconditioner: TypeAlias = Literal["class-blocks", "kronecker", "diagonal"]
 
 
 class NewtonStep(NamedTuple):
-    """The step to add to weight and bias, and how the iterations ended."""
+    """A step to add to weight and bias, and how the iterations ended.
 
-    weight: Tensor  # (C, D)
-    bias: Tensor | None  # (C,)
-    iterations: int
-    residual: float  # ‖(H + ρ) s + ∇‖ / ‖∇‖ of this step
-    decrease: float  # of the quadratic model: −⟨∇, s⟩ − ½⟨s, (H + ρ) s⟩, never negative
-    converged: bool  # whether this residual is within the tolerance
-    negative_curvature: bool  # whether it ended the iterations
+    Example:
+        >>> import torch, xent
+        >>> x, y = torch.randn(100, 4), torch.randint(3, (100,))
+        >>> step = xent.curvature.newton_step(x, torch.zeros(3, 4), y, l2=0.01)
+        >>> step.weight.shape, step.bias is None, step.converged
+        (torch.Size([3, 4]), True, True)
+    """
+
+    weight: Tensor  # (C, D) the step of the weight
+    bias: Tensor | None  # (C,) the step of the bias; None without one
+    iterations: int  # the number of iterations of conjugate gradients
+    residual: float  # ‖(H + l2 + δ) s + ∇‖ / ‖∇‖ of this step s
+    decrease: float  # of the quadratic model: −⟨∇, s⟩ − ½⟨s, (H + l2 + δ) s⟩, nats, never negative
+    converged: bool  # whether the residual is within the tolerance
+    negative_curvature: bool  # whether negative curvature ended the iterations
 
 
 def newton_step(
@@ -60,32 +68,38 @@ def newton_step(
     max_iterations: int | None = None,
     **options: Any,
 ) -> NewtonStep:
-    """Return the step s of Newton's method from (weight, bias) on a linear head's loss + l2/2·‖weight‖².
+    """Return the step of Newton's method for the weight (and bias) of a linear head.
 
-    Solves (H + l2 + damping) s = −∇ by preconditioned conjugate gradients, one product with H an iteration. A
-    bias is a parameter too, damped but not penalised. Along directions that neither the loss nor l2 nor
-    damping depends on, the step is 0: there its classes sum to zero.
+    The objective is the head's loss plus ``l2/2·‖W‖²``. The step s solves ``(H + l2 + δ) s = −∇``, with H the
+    curvature and ∇ the gradient of the objective, by preconditioned conjugate gradients: one product with H
+    an iteration. A bias is a parameter too; it is damped but not penalised. Along directions on which neither
+    the loss nor l2 nor damping depends, the step is 0: there its sum over the classes is zero. Source:
+    Steihaug, "The conjugate gradient method and trust regions in large scale optimization", 1983, for the end
+    at negative curvature.
 
     Args:
-        features: (N, D) or batches of them, weight (C, D), target, bias (C,), and ``options``: as in
-            :class:`HeadHessian`.
-        l2: factor of the penalty, whose gradient is part of ∇.
-        damping: λ of Levenberg and Marquardt, which shortens the step and does not move the minimum.
-        curvature: ``"gauss-newton"`` is semidefinite where no mass is negative; ``"hessian"`` differs from it
-            with z-loss or softcap only, and may be indefinite: then the iterations end at negative curvature.
-        preconditioner: ``"kronecker"`` (C² + D² memory), ``"class-blocks"`` (C·D²), ``"diagonal"`` or None.
-        tolerance: of the residual relative to the gradient, in the 2-norm. The residual is recomputed for the
-            returned step, with one more product. Where it is not reached, because of rounding or because the
-            loss has no curvature along a part of the gradient, ``converged`` is False.
-        max_iterations: None for twice the number of parameters.
+        features, weight, target, bias: as in :class:`HeadHessian`, float32 or float64.
+        l2: the factor of the penalty, whose gradient is part of ∇.
+        damping: δ of Levenberg and Marquardt. It shortens the step and does not move the minimum.
+        curvature: ``"gauss-newton"`` or ``"hessian"``. The first is semidefinite where no mass is negative.
+            The second differs from it with z-loss or softcap only. It may be indefinite; the iterations then
+            end at negative curvature, with a direction of descent.
+        preconditioner: the approximate inverse of the system: ``"kronecker"`` (C² + D² memory),
+            ``"class-blocks"`` (C·D²), ``"diagonal"`` or None.
+        tolerance: the residual relative to the gradient, in the 2-norm, at which the iterations end. For the
+            returned step the residual is computed anew, with one more product. Where rounding, or a part of
+            the gradient along which the loss has no curvature, keeps it above the tolerance, ``converged`` is
+            False.
+        max_iterations: the largest number of iterations; None is twice the number of parameters.
+        options: the other arguments of :class:`HeadHessian`, without ``wrt``.
 
     Returns:
-        :class:`NewtonStep`.
+        A :class:`NewtonStep`.
 
     Raises:
-        ValueError: a negative l2 or damping, an unknown preconditioner, shapes that do not fit, features
-            or a gradient that are not finite.
-        TypeError: half precision, in which conjugate gradients do not converge.
+        ValueError: a negative ``l2`` or ``damping``, an unknown preconditioner, shapes that do not fit,
+            features or a gradient that are not finite.
+        TypeError: half types, in which conjugate gradients do not converge; an option that does not exist.
 
     Example:
         >>> import torch, xent

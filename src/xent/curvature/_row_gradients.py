@@ -26,16 +26,24 @@ ROW_OPTIONS = [name for name in OPTIONS if name not in ("reduction", "denominato
 def row_gradient_norms(
     features: Tensor, weight: Tensor, target: Target, *, bias: Tensor | None = None, **options: Any
 ) -> Tensor:
-    r"""Return the norm of each row's gradient in a linear head, ``|s|·‖∂ℓ/∂u‖·‖x̃‖``, without the gradient.
+    r"""Return the norm of each row's gradient in a linear head, without the gradient.
+
+    The norm is ``|s|·‖∂ℓ/∂u‖·‖x̃‖``, with u the logits, s the sample weight, and x̃ = (x, 1) with a bias,
+    else x. It costs two matrix products. Source: Goodfellow, "Efficient per-example gradient computations",
+    2015.
 
     Args:
-        features, weight, target, bias: of the head, as in :class:`HeadHessian`, held constant. x̃ = (x, 1)
-            with a bias, else x.
+        features, weight, target, bias: as in :class:`HeadHessian`; they are held constant.
         options: ``class_weight``, ``ignore_index``, ``label_smoothing``, ``sample_weight``, ``z_loss``,
-            ``softcap``, ``temperature``, ``memory_budget``.
+            ``softcap``, ``temperature`` and ``memory_budget``, as in :class:`HeadHessian`.
 
     Returns:
-        (...), one number a row, 0 where a row is left out. Costs two matrix products.
+        (...), one number a row, 0 for a row that is left out.
+
+    Raises:
+        ValueError, IndexError: as :func:`xent.linear_cross_entropy`.
+        TypeError: an option that does not exist; types that do not fit.
+        NotImplementedError: differentiation of ``torch.func`` in a tensor.
 
     Example:
         >>> import torch, xent
@@ -60,14 +68,19 @@ def row_gradient_norms(
 def row_gradients(
     features: Tensor, weight: Tensor, target: Target, *, bias: Tensor | None = None, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Return the gradient of each row's loss in a linear head, ``s·(∂ℓ/∂u) xᵀ``, a matrix a row.
+    r"""Return the gradient of each row's loss in a linear head, the matrix ``s·(∂ℓ/∂u) xᵀ``.
+
+    u are the logits and s the sample weight of the row.
 
     Args:
-        features: (N, D), the rows.
+        features: x, (N, D).
         weight, target, bias, options: as in :func:`row_gradient_norms`.
 
     Returns:
         (N, C, D); with a bias a pair of that and (N, C). Half types are rounded once.
+
+    Raises:
+        ValueError, IndexError, TypeError, NotImplementedError: as :func:`row_gradient_norms`.
 
     Example:
         >>> import torch, xent

@@ -43,6 +43,7 @@ class RowOperator(ABC):
 
     @property
     def device(self) -> torch.device:
+        """The device of the logits and of every result."""
         return self._device
 
     def __matmul__(self, v: Tensor) -> Tensor:

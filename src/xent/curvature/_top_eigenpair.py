@@ -1,11 +1,11 @@
 """The largest eigenvalue of diag(p) − p pᵀ, from the secular equation.
 
-    (p_i − λ) v_i = p_i ⟨p, v⟩        so        Σ p_i²/(p_i − λ) = 1        so, as Σ p = 1 and λ ≠ 0,
+    (p_i − μ) v_i = p_i ⟨p, v⟩        so        Σ p_i²/(p_i − μ) = 1        so, as Σ p = 1 and μ ≠ 0,
 
-    Σ p_i/(p_i − λ) = 0
+    Σ p_i/(p_i − μ) = 0
 
 with one root between any two neighbours of the sorted p; the largest lies between the two largest, p₁ ≥ p₂.
-In units of p₁, with e = p/p₁ and λ = p₁θ, and with the two largest classes' terms taken out of the sum,
+In units of p₁, with e = p/p₁ and μ = p₁θ, and with the two largest classes' terms taken out of the sum,
 
     a₂/w = a₁        w = e₂ + Σ_{i≥3} e_i a₂/a_i        a₁ = 1 − θ        a_i = θ − e_i
 
@@ -29,10 +29,17 @@ ATTACHED = 2  # steps that autograd sees: one makes the first derivative right, 
 
 
 class Eigenpair(NamedTuple):
-    """The largest eigenvalue, and a unit eigenvector whose entry at the most probable class is positive."""
+    """The largest eigenvalue of each row's J, and its unit eigenvector.
 
-    value: Tensor  # (...,)
-    vector: Tensor  # (..., C)
+    Example:
+        >>> import torch, xent
+        >>> pair = xent.curvature.SoftmaxJacobian(torch.zeros(2)).top_eigenpair()
+        >>> pair.value.item(), [round(x, 6) for x in pair.vector.tolist()]
+        (0.5, [0.707107, -0.707107])
+    """
+
+    value: Tensor  # (...,) the largest eigenvalue μ₁
+    vector: Tensor  # (..., C) its eigenvector of length 1, positive at the most probable class
 
 
 class Poles(NamedTuple):
