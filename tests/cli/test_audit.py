@@ -270,6 +270,10 @@ def test_a_probability_of_0_needs_a_word(frame):
     assert found["measures"]["infinite_rows"] == 1
     others = frame.drop(index=2)
     assert found["measures"]["finite_log_loss"] == pytest.approx(expected(others)["measures"]["log_loss"])
+    assert [each["loss"] for each in found["per_class"]] == pytest.approx(
+        [each["loss"] for each in expected(others)["per_class"]]
+    )
+    assert sum(cell["weight"] for cell in found["losses"]) == len(others)
     run("audit", "p.csv", *options, "--allow-zero", "--fail-on", "log_loss>5", code=3)
 
 

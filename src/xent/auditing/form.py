@@ -135,8 +135,8 @@ def _pairs(first: FirstSweep, second: SecondSweep | None) -> list[Pair]:
 def _classes(
     totals: Totals, per_class: ClassReliability, names: Sequence[str], carried: float
 ) -> list[ClassMeasures]:
-    weight, loss, hits, predicted = (
-        totals.per_class(name) for name in ("weight", "loss", "hits", "predicted")
+    weight, counted, loss, hits, predicted = (
+        totals.per_class(name) for name in ("weight", "finite", "loss", "hits", "predicted")
     )
     thresholds = totals.thresholds
     place = {int(c): i for i, c in enumerate(per_class.classes)}
@@ -150,7 +150,7 @@ def _classes(
                 name=name,
                 rows=int(totals.rows[c]),
                 weight=float(weight[c]),
-                loss=float(loss[c] / weight[c]) if weight[c] > 0 else None,
+                loss=float(loss[c] / counted[c]) if counted[c] > 0 else None,
                 share=share_of(float(loss[c]), carried),
                 recall=float(hits[c] / weight[c]) if weight[c] > 0 else None,
                 precision=float(hits[c] / predicted[c]) if predicted[c] > 0 else None,

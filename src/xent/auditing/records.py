@@ -22,7 +22,7 @@ class ClassMeasures(NamedTuple):
     name: str
     rows: int
     weight: float
-    loss: float | None  # nats, the mean; None without rows
+    loss: float | None  # nats, the mean over rows of finite loss; None without any
     share: float  # of the whole loss
     recall: float | None
     precision: float | None

@@ -69,7 +69,9 @@ class MeasuredRows(Rows):
     hit: Tensor  # the mass of the predicted class: 1 or 0 without soft labels
     soft_top: Tensor | None = None  # (n, K) of soft labels: the mass of the 1, 2, ... K most probable classes
     soft_brier: Tensor | None = None  # ‖p − t‖² of soft labels
-    by_class: Tensor | None = None  # (2, C) of soft labels: weight and loss of each class, summed over rows
+    by_class: Tensor | None = (
+        None  # (3, C) of soft labels: weight, that of finite loss, and loss of each class
+    )
 
     @cached_property
     def margin(self) -> Tensor:

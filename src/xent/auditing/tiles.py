@@ -220,7 +220,8 @@ class Tile:
             brier = torch.sub(self.p, self.mass, out=self.memory.take(1, self.x)).square_().sum(1).double()
             counted = self.weight * known.loss.isfinite()
             loss = self.soft_loss(self.mass).nan_to_num_(posinf=0.0)
-            by_class = torch.stack([self.weight @ self.mass.double(), counted @ loss])
+            mass = self.mass.double()
+            by_class = torch.stack([self.weight @ mass, counted @ mass, counted @ loss])
         return MeasuredRows(
             **{field.name: getattr(known, field.name) for field in dataclasses.fields(known)},
             runner_up=self.top.runner_up,

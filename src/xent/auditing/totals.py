@@ -22,8 +22,8 @@ TOP = (1, 2, 3, 5, 10, 20, 50, DEEPEST)
 
 SCALARS = ("hit", "confidence", "entropy", "brier", "gradient_norm", "curvature_trace")
 
-PER_CLASS = ("weight", "loss", "hits", "predicted", "own", "labelled")
-"""Sums of each class: weight, loss, hits of its rows; weight predicted as it; Σ p, weight of labels."""
+PER_CLASS = ("weight", "finite", "loss", "hits", "predicted", "own", "labelled")
+"""Sums of each class: weight, that of finite loss, loss, hits; weight predicted so; Σ p, weight of labels."""
 
 
 class Cells:
@@ -63,11 +63,12 @@ class Totals:
         weight, hit = rows.weight, rows.weight * rows.hit
         loss = torch.where(weight > 0, rows.loss, 0.0)
         infinite = loss.isinf()
+        counted = weight
         if infinite.any():
-            loss = loss.masked_fill(infinite, 0.0)
+            loss, counted = loss.masked_fill(infinite, 0.0), weight.masked_fill(infinite, 0.0)
         part = weight * loss
         add_at(self.rows, rows.label.numpy())
-        self._add_classes(rows, part, hit)
+        self._add_classes(rows, part, hit, counted)
         self.scalars += [float(weight @ getattr(rows, name)) for name in SCALARS]
         s, right, rank = weight.numpy(), hit.numpy(), rows.rank.numpy()
         for i, k in enumerate(TOP):
@@ -84,11 +85,11 @@ class Totals:
         self.margin += [(kept * (margin if len(kept) == len(s) else margin[finite])).sum(), kept.sum()]
         with np.errstate(divide="ignore"):
             cells = LOSSES.of(np.log2(loss.numpy()))
-        add_at(self.losses[0], cells, s)
+        add_at(self.losses[0], cells, counted.numpy())
         add_at(self.losses[1], cells, part.numpy())
 
-    def _add_classes(self, rows: MeasuredRows, loss: Tensor, hit: Tensor) -> None:
-        """Add to the sums of each class, of weighted losses and weighted hits (n,)."""
+    def _add_classes(self, rows: MeasuredRows, loss: Tensor, hit: Tensor, counted: Tensor) -> None:
+        """Add to the sums of each class: weighted losses and hits, and the weights of finite losses, (n,)."""
         sums = dict(zip(PER_CLASS, self.classes, strict=True))
         label, prediction, s = rows.label.numpy(), rows.prediction.numpy(), rows.weight
         add_at(sums["labelled"], label, s.numpy())
@@ -96,11 +97,11 @@ class Totals:
         add_at(sums["own"], label, (s * rows.own).numpy())
         add_at(sums["hits"], prediction, hit.numpy())
         if rows.by_class is not None:
-            weight, part = rows.by_class.numpy()
-            sums["weight"] += weight
-            sums["loss"] += part
+            for name, sums_of in zip(("weight", "finite", "loss"), rows.by_class.numpy(), strict=True):
+                sums[name] += sums_of
             return
         add_at(sums["weight"], label, s.numpy())
+        add_at(sums["finite"], label, counted.numpy())
         add_at(sums["loss"], label, loss.numpy())
 
     def merge(self, other: Totals) -> None:
