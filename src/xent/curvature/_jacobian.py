@@ -168,9 +168,9 @@ class SoftmaxJacobian(RowOperator):
     def top_eigenpair(self) -> Eigenpair:
         """Return the largest eigenvalue and its unit eigenvector.
 
-        Six Newton steps solve the secular equation.         The vector sums to zero, and its entry at the
-        most probable class is positive. Where several probabilities are largest, it is (1, −1)/√2 on the
-        first two. Where only one class is unmasked, J is 0 and the vector is the unit vector of that class.
+        Six Newton steps solve the secular equation. The vector sums to zero, and its entry at the most
+        probable class is positive. Where several probabilities are largest, it is (1, −1)/√2 on the first
+        two. Where only one class is unmasked, J is 0 and the vector is the unit vector of that class.
 
         Returns:
             An :class:`Eigenpair`: the eigenvalue (...,) and the vector (..., C).

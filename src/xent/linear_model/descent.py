@@ -43,7 +43,7 @@ class Progress:
     """The state of a solver after an iteration; ``SoftmaxRegression.fit`` hands it to its callback."""
 
     iteration: int
-    objective: float  # mean loss in nats + λ/2 ‖W‖²
+    objective: float  # mean loss in nats + l2/2·‖W‖²
     gradient_norm: float  # its gradient's largest component
     coef: np.ndarray  # (K, D), K = C or, for two classes, 1
     intercept: np.ndarray  # (K,)

@@ -43,30 +43,28 @@ class Exports:
     intercept_: np.ndarray  # (C,), of two classes (1,)
 
     def to_torch(self) -> torch.nn.Linear:
-        """Return a layer whose softmax gives the probabilities: features (N, D) to logits (N, C).
+        """Return a layer of PyTorch whose softmax gives the probabilities.
 
-        Returns
-        -------
-        torch.nn.Linear : weight (C, D) and bias (C,), copies on the CPU of the type of ``coef_``, with
-            ``temperature_`` divided out; training them leaves the estimator as it is. The first row of two
-            classes is zeros. Columns are in the order of ``classes_``.
+        Returns:
+            A :class:`torch.nn.Linear` from features (N, D) to logits (N, C), columns in the order of
+            ``classes_``. Its weight (C, D) and bias (C,) are copies on the CPU, of the type of ``coef_``,
+            divided by ``temperature_``; training them leaves the estimator as it is. For two classes the
+            first row is zeros.
 
-        Raises
-        ------
-        sklearn.exceptions.NotFittedError : before ``fit``.
-        BadInput : a ValueError; a weight, divided by ``temperature_``, leaves the range of its type.
+        Raises:
+            sklearn.exceptions.NotFittedError: a call before ``fit``.
+            BadInput: a ValueError; a weight, divided by ``temperature_``, leaves the range of its type.
 
-        Examples
-        --------
-        >>> import torch, xent
-        >>> from sklearn.datasets import load_iris
-        >>> X, y = load_iris(return_X_y=True)
-        >>> model = xent.SoftmaxRegression().fit(X, y)
-        >>> layer = model.to_torch()
-        >>> with torch.no_grad():
-        ...     p = layer(torch.from_numpy(X)).softmax(1)
-        >>> bool(abs(p.numpy() - model.predict_proba(X)).max() < 1e-12)
-        True
+        Example:
+            >>> import torch, xent
+            >>> from sklearn.datasets import load_iris
+            >>> X, y = load_iris(return_X_y=True)
+            >>> model = xent.SoftmaxRegression().fit(X, y)
+            >>> layer = model.to_torch()
+            >>> with torch.no_grad():
+            ...     p = layer(torch.from_numpy(X)).softmax(1)
+            >>> bool(abs(p.numpy() - model.predict_proba(X)).max() < 1e-12)
+            True
         """
         weight, bias = _with_zeros(*_divided(self))
         classes, features = weight.shape
@@ -80,28 +78,25 @@ class Exports:
     def to_sklearn(self) -> Pipeline:
         """Return a pipeline of one step, a fitted ``LogisticRegression`` with the same probabilities.
 
-        Its parameters are this estimator's where both have them, ``C`` as chosen, so that fitting it again
-        minimises the same objective. ``temperature_`` is in its coefficients.
+        Its parameters are this estimator's where both have them, with ``C`` as chosen, so that fitting it
+        again minimises the same objective. ``temperature_`` is in its coefficients.
 
-        Returns
-        -------
-        sklearn.pipeline.Pipeline : with the step ``"logisticregression"``, whose ``coef_`` is (C, D), of two
-            classes (1, D), a copy in the type of ``coef_``. Steps may be put before it.
+        Returns:
+            A :class:`sklearn.pipeline.Pipeline` with the step ``"logisticregression"``, whose ``coef_`` is
+            (C, D), for two classes (1, D), a copy in the type of ``coef_``. Steps may be put before it.
 
-        Raises
-        ------
-        sklearn.exceptions.NotFittedError : before ``fit``.
-        BadInput : a ValueError; a weight, divided by ``temperature_``, leaves the range of its type.
+        Raises:
+            sklearn.exceptions.NotFittedError: a call before ``fit``.
+            BadInput: a ValueError; a weight, divided by ``temperature_``, leaves the range of its type.
 
-        Examples
-        --------
-        >>> import xent
-        >>> from sklearn.datasets import load_iris
-        >>> X, y = load_iris(return_X_y=True)
-        >>> model = xent.SoftmaxRegression().fit(X, y)
-        >>> pipeline = model.to_sklearn()
-        >>> [name for name, _ in pipeline.steps], pipeline.predict(X[:3]).tolist()
-        (['logisticregression'], [0, 0, 0])
+        Example:
+            >>> import xent
+            >>> from sklearn.datasets import load_iris
+            >>> X, y = load_iris(return_X_y=True)
+            >>> model = xent.SoftmaxRegression().fit(X, y)
+            >>> pipeline = model.to_sklearn()
+            >>> [name for name, _ in pipeline.steps], pipeline.predict(X[:3]).tolist()
+            (['logisticregression'], [0, 0, 0])
         """
         weight, bias = _divided(self)
         parameters: dict[str, Any] = self.get_params(deep=False)  # type: ignore[attr-defined]
@@ -120,34 +115,32 @@ class Exports:
 
         The input is ``features``, float32 (N, D). The outputs are ``probabilities``, float32 (N, C), columns
         in the order of ``classes_``, and ``label`` (N,): int64 for whole numbers, string for text, bool for
-        booleans, double for other numbers. All is computed in float32, with ``temperature_`` divided out.
-        The metadata hold the classes and the names of the features, if they have some, as JSON.
+        booleans, double for other numbers. All is computed in float32, and the weights are divided by
+        ``temperature_``. The metadata hold the classes and the names of the features, if they have names, as
+        JSON.
 
-        Parameters
-        ----------
-        path : the file to write, in a folder that exists; a file of that name is replaced. It is written
-            whole or not at all.
+        Args:
+            path: the file to write, in a folder that exists. A file of that name is replaced. The file is
+                written whole or not at all.
 
-        Raises
-        ------
-        sklearn.exceptions.NotFittedError : before ``fit``.
-        MissingExtra : an ImportError; onnx is not installed.
-        BadInput : a ValueError; a weight beyond float32, classes of a type that ONNX has no tensor for, more
-            weights than the 2 GiB of a file hold, a path that cannot be written to.
+        Raises:
+            sklearn.exceptions.NotFittedError: a call before ``fit``.
+            MissingExtra: an ImportError; onnx is not installed.
+            BadInput: a ValueError; a weight beyond float32, classes of a type that ONNX has no tensor for,
+                more weights than the 2 GiB of a file hold, a path that cannot be written to.
 
-        Examples
-        --------
-        >>> import onnx, tempfile, xent
-        >>> from sklearn.datasets import load_iris
-        >>> X, y = load_iris(return_X_y=True)
-        >>> model = xent.SoftmaxRegression().fit(X, y)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     model.to_onnx(f"{folder}/iris.onnx")
-        ...     written = onnx.load(f"{folder}/iris.onnx")
-        >>> [output.name for output in written.graph.output]
-        ['probabilities', 'label']
-        >>> {entry.key: entry.value for entry in written.metadata_props}["classes"]
-        '[0, 1, 2]'
+        Example:
+            >>> import onnx, tempfile, xent
+            >>> from sklearn.datasets import load_iris
+            >>> X, y = load_iris(return_X_y=True)
+            >>> model = xent.SoftmaxRegression().fit(X, y)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     model.to_onnx(f"{folder}/iris.onnx")
+            ...     written = onnx.load(f"{folder}/iris.onnx")
+            >>> [output.name for output in written.graph.output]
+            ['probabilities', 'label']
+            >>> {entry.key: entry.value for entry in written.metadata_props}["classes"]
+            '[0, 1, 2]'
         """
         weight, bias = _with_zeros(*_divided(self, np.dtype(np.float32)))
         names = getattr(self, "feature_names_in_", None)

@@ -101,21 +101,21 @@ def _in_units(read: Model) -> tuple[np.ndarray, np.ndarray]:
 def load_model(path: str | os.PathLike[str]) -> LoadedModel:
     """Return the estimator of a file that ``xent fit`` or ``SoftmaxRegression.save`` wrote.
 
-    It predicts for a frame (pandas, polars, Arrow) with the columns of the file that was fitted, in any order
-    and among others: categories are encoded and gaps filled as they were in the fit. An array (N, D) is of
-    the features themselves, in the order of ``feature_names_in_``. ``coef_`` is in the units of the columns.
+    It predicts for a data frame (pandas, polars, Arrow) that has the columns of the fit, in any order and
+    among others: categories are encoded and gaps are filled as in the fit. An array (N, D) holds the features
+    themselves, in the order of ``feature_names_in_``. ``coef_`` is in the units of the columns.
 
     Args:
         path: a ``.safetensors`` file.
 
     Returns:
-        The estimator, with ``classes_``, ``coef_`` (C, D), ``intercept_`` (C,), ``temperature_``,
-        ``n_features_in_`` and, where columns have names, ``feature_names_in_``; of two classes ``coef_`` is
-        (1, D).
+        A fitted :class:`xent.SoftmaxRegression`, with ``classes_``, ``coef_`` (C, D), ``intercept_`` (C,),
+        ``temperature_``, ``n_features_in_`` and, where columns have names, ``feature_names_in_``. For two
+        classes ``coef_`` is (1, D).
 
     Raises:
-        BadInput: a ValueError; no file, or one that is no model or is damaged.
-        TypeError: the path is neither a str nor an os.PathLike.
+        BadInput: a ValueError; there is no such file, or it is not a model, or it is damaged.
+        TypeError: a path that is neither a str nor an os.PathLike.
 
     Example:
         >>> import tempfile, xent

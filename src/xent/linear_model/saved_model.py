@@ -30,25 +30,26 @@ class Saved:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model as a ``.safetensors`` file: numbers and JSON, nothing that can run.
 
-        ``xent.load_model`` reads it, and so does ``xent predict``. Features without names are those of an
-        array of as many columns.
+        :func:`xent.load_model` and ``xent predict`` read it. Features without names count as the columns of
+        an array.
 
-        Raises
-        ------
-        sklearn.exceptions.NotFittedError : before ``fit``.
-        BadInput : a ValueError; classes that are no text, whole numbers or booleans, weights that are not
-            finite, a path that is no file's.
+        Args:
+            path: the file to write.
 
-        Examples
-        --------
-        >>> import tempfile, xent
-        >>> from sklearn.datasets import load_iris
-        >>> X, y = load_iris(return_X_y=True)
-        >>> model = xent.SoftmaxRegression().fit(X, y)
-        >>> path = tempfile.mkdtemp() + "/iris.safetensors"
-        >>> model.save(path)
-        >>> bool((xent.load_model(path).predict(X) == model.predict(X)).all())
-        True
+        Raises:
+            sklearn.exceptions.NotFittedError: a call before ``fit``.
+            BadInput: a ValueError; classes that are not text, whole numbers or booleans, weights that are not
+                finite, a path that is not a file's.
+
+        Example:
+            >>> import tempfile, xent
+            >>> from sklearn.datasets import load_iris
+            >>> X, y = load_iris(return_X_y=True)
+            >>> model = xent.SoftmaxRegression().fit(X, y)
+            >>> path = tempfile.mkdtemp() + "/iris.safetensors"
+            >>> model.save(path)
+            >>> bool((xent.load_model(path).predict(X) == model.predict(X)).all())
+            True
         """
         model_file.save(self._as_model(), Path(path))
 

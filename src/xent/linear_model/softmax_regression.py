@@ -3,7 +3,7 @@
     min over W, b of   C · Σ_n s_n ℓ(W x_n + b, t_n)  +  ½ ‖W‖²           ℓ = a·lse(z) − ⟨t, z⟩
 
 The objective is scikit-learn's, and so is its scale inside the solver: divided by C·Σ_n s_n a_n it is a mean
-loss in nats plus λ/2 ‖W‖², λ = 1/(C·Σ s a), and ``tol`` bounds how far *it* is above its minimum. The
+loss in nats plus l2/2·‖W‖² with l2 = 1/(C·Σ s a), and ``tol`` bounds how far *it* is above its minimum. The
 intercept b is not penalised.
 
 The solver minimises it over (V, c) instead of (W, b), where W = V/σ and b = c − W μ: the same objective
@@ -62,65 +62,66 @@ FLOATING = [np.float64, np.float32, np.float16]
 class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
     """Multinomial logistic regression with scikit-learn's parameters and objective, for hard and soft labels.
 
-    Parameters
-    ----------
-    C : float in (0, inf], default 1.0
-        Inverse strength of the penalty in ``C·Σ s_n ℓ_n + ½‖coef_‖²``; ``inf`` is no penalty.
-    tol : float, default 1e-4
-        Stop when the objective F is this close to its minimum F*: F − F* ≤ tol·max(F, 1e-3·log C). See
-        ``stopping``.
-    max_iter : int, default 1000
-        Most iterations of the solver. scikit-learn's 100 is often too few at its own tolerance; a fit that
-        converges earlier costs nothing extra, one that does not warns.
-    fit_intercept : bool, default True
-    class_weight : dict, "balanced" or None
-        Multiplies the loss class by class; ``"balanced"`` is (total mass) / (classes · mass of the class).
-    solver : "auto", "lbfgs" or "newton-cg", default "auto"
-        "auto" is "lbfgs", but for a ``tol`` finer than L-BFGS resolves. L-BFGS starts from an approximate
-        inverse of the Hessian and reaches the default ``tol`` soonest. Newton's method with conjugate
-        gradients takes tens of iterations to a gradient of 1e-10 in float64, where L-BFGS no longer resolves
-        a decrease; each costs as much as some products with X, and keeps a standardised copy of an X in
-        memory. Others may be added with ``xent.linear_model.register_solver``.
-    stopping : "objective" or "gradient", default "objective"
-        "objective" compares ``tol`` with a bound on the distance from the minimum: the duality gap
-        ‖∂F/∂W‖²/2λ, or ten times half the Newton decrement as the solver estimates it, whichever is smaller.
-        "gradient" is the rule of ``LogisticRegression``: no component of the scaled objective's gradient
-        exceeds ``tol``. That component shrinks with the number of classes, and the fit gets worse.
-    warm_start : bool, default False
-        Start from the coefficients of the last ``fit``.
-    random_state : None
-        Accepted as a scikit-learn parameter; the solver draws nothing, so it has no effect.
-    verbose : int, default 0
-        Print a line each iteration when positive.
+    ``fit`` minimises ``C·Σ_n s_n·ℓ_n + ½‖W‖²`` over the weight W (``coef_``) and the intercept b, which is
+    not penalised, with the cross-entropy ``ℓ = a·lse(z) − ⟨t, z⟩`` of the logits z = W x + b. "The scaled
+    objective" below is this divided by ``C·Σ_n s_n·a_n``: a mean loss in nats plus ``l2/2·‖W‖²`` with
+    ``l2 = 1/(C·Σ_n s_n·a_n)``. The class needs the extra ``xent[probe]``.
 
-    Attributes
-    ----------
-    classes_ : (C,) labels in sorted order; ``arange(C)`` for soft labels.
-    coef_ : (C, D), for two classes (1, D): one vector, logits (0, s).
-    intercept_ : (C,), for two classes (1,).
-    n_iter_ : int
-    loss_curve_ : (n_iter_ + 1,) the scaled objective in nats, at the start and after each iteration.
-    gradient_norm_ : float, the largest component of its gradient at the end.
-    objective_gap_ : float, the bound on the scaled objective's distance from its minimum, in nats.
-    converged_ : bool, whether what ``stopping`` names is at most ``tol``.
-    solver_ : str, the solver that "auto" has chosen, or the one given.
-    temperature_ : float, by which logits are divided: 1 after ``fit``. May be set, to what
-        ``xent.fit_temperature(model.decision_function(X), y, classes=model.classes_)`` says of rows held out.
-    n_features_in_, feature_names_in_ : as scikit-learn has them.
+    Args:
+        C: the inverse strength of the penalty, in (0, inf]; ``inf`` is no penalty.
+        tol: the tolerance. The solver stops when the scaled objective F is within
+            ``tol·max(F, 1e-3·log(number of classes))`` of its minimum; see ``stopping``.
+        max_iter: the largest number of iterations. scikit-learn's default, 100, is often too few at its own
+            tolerance. A fit that does not converge warns.
+        fit_intercept: whether to fit b.
+        class_weight: a dictionary with a factor of the loss for each class; or ``"balanced"``, which is
+            (total mass) / (number of classes · mass of the class); or None.
+        solver: ``"auto"``, ``"lbfgs"``, ``"newton-cg"``, or a solver that
+            :func:`xent.linear_model.register_solver` added. ``"auto"`` is ``"lbfgs"`` unless ``tol`` is finer
+            than L-BFGS resolves. L-BFGS starts from an approximate inverse of the Hessian and reaches the
+            default ``tol`` soonest. Newton's method with conjugate gradients reaches a gradient of 1e-10 in
+            float64 in tens of iterations, where L-BFGS no longer resolves a decrease. Each of its iterations
+            costs some products with X, and it keeps a standardised copy of an X in memory.
+        stopping: the quantity that ``tol`` bounds. ``"objective"`` is a bound on the distance of the scaled
+            objective from its minimum: the smaller of the duality gap ``‖∂F/∂W‖²/(2·l2)`` and ten times half
+            the Newton decrement as the solver estimates it. ``"gradient"`` is the rule of scikit-learn's
+            ``LogisticRegression``: the largest component of F's gradient. That component shrinks with the
+            number of classes, so the same ``tol`` gives a worse fit of many classes.
+        warm_start: whether ``fit`` starts from the coefficients of the last one.
+        random_state: accepted as a parameter of scikit-learn's. The solver draws nothing, so it has no
+            effect.
+        verbose: whether to print a line for each iteration (a positive number).
 
-    Examples
-    --------
-    >>> from sklearn.datasets import load_iris
-    >>> X, y = load_iris(return_X_y=True)
-    >>> model = SoftmaxRegression().fit(X, y)
-    >>> model.predict(X[:3]).tolist(), round(model.score(X, y), 3)
-    ([0, 0, 0], 0.973)
+    Attributes:
+        classes_: (C,) the labels, sorted; ``arange(C)`` for soft labels.
+        coef_: W, (C, D); for two classes (1, D): one vector, with the logits (0, s).
+        intercept_: b, (C,); for two classes (1,).
+        n_iter_: the number of iterations.
+        loss_curve_: (n_iter_ + 1,) the scaled objective in nats, at the start and after each iteration.
+        gradient_norm_: the largest component of its gradient at the end.
+        objective_gap_: the bound on its distance from its minimum, in nats.
+        converged_: whether the quantity of ``stopping`` is at most ``tol``.
+        solver_: the name of the solver that was used.
+        temperature_: the number by which logits are divided, 1 after ``fit``. It may be set, for instance to
+            ``xent.fit_temperature(model.decision_function(X), y, classes=model.classes_)`` of rows held out.
+        n_features_in_: D.
+        feature_names_in_: (D,) the names of the columns, where X has names.
 
-    Soft labels are rows of nonnegative numbers, one column a class:
+    Raises:
+        MissingExtra: an ImportError at the first use of the name; scikit-learn or SciPy is not installed.
 
-    >>> T = np.eye(3)[y] * 0.9 + 0.1 / 3
-    >>> SoftmaxRegression().fit(X, T).predict_proba(X[:1]).round(2).tolist()
-    [[0.92, 0.08, 0.0]]
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> model = SoftmaxRegression().fit(X, y)
+        >>> model.predict(X[:3]).tolist(), round(model.score(X, y), 3)
+        ([0, 0, 0], 0.973)
+
+        Soft labels are rows of numbers that are not negative, with one column for each class:
+
+        >>> T = np.eye(3)[y] * 0.9 + 0.1 / 3
+        >>> SoftmaxRegression().fit(X, T).predict_proba(X[:1]).round(2).tolist()
+        [[0.92, 0.08, 0.0]]
     """
 
     classes_: np.ndarray
@@ -162,27 +163,30 @@ class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
     def fit(
         self, X: Any, y: Any, sample_weight: Any = None, *, callback: Callable[[Progress], None] | None = None
     ) -> SoftmaxRegression:
-        """Fit to features X (N, D) and labels y.
+        """Fit the model to features and labels.
 
-        Parameters
-        ----------
-        X : (N, D) array-like, tensor or SciPy sparse. Tensors are computed with on their device. float32 and
-            half types, which stay what they are in memory, are computed with in float32, others in float64.
-            An array that ``np.load(path, mmap_mode="r")`` maps may be larger than memory: it is read a chunk
-            at a time. A sparse matrix or array is computed with as compressed rows (CSR), into which other
-            formats are converted once; a fit does not fill it in.
-        y : (N,) labels of any type, or soft labels (N, C ≥ 2): nonnegative, the mass of class c in row n.
-            Rows need not sum to one: a row of mass a counts a times, a row of zeros not at all. Columns of
-            whole numbers or bools must be one-hot, as they may be labels beside something else.
-        sample_weight : (N,) nonnegative, or None.
-        callback : called with a ``Progress`` after each iteration; raising ``StopIteration`` ends the fit.
+        Args:
+            X: features, (N, D), array-like, tensor or SciPy sparse. Tensors are computed with on their
+                device. float32 and half types keep their type in memory and are computed with in float32,
+                other types in float64. An array that ``np.load(path, mmap_mode="r")`` maps may be larger than
+                memory: it is read a chunk at a time. A sparse matrix or array is computed with as compressed
+                rows (CSR), into which other formats are converted once; it is not filled in.
+            y: labels of any type, (N,), or soft labels (N, C) with C ≥ 2: the mass of class c in row n, not
+                negative. A row need not sum to one: a row of mass a counts a times, and a row of zeros does
+                not count. Columns of whole numbers or bools must be one-hot, as they could also be labels
+                beside something else.
+            sample_weight: s, (N,), not negative, or None.
+            callback: a function called with a ``Progress`` after each iteration. If it raises
+                ``StopIteration``, the fit ends.
 
-        Raises
-        ------
-        ValueError : fewer than two classes, labels that are missing, negative or non-finite entries, shapes
-            that do not match, a parameter out of range.
-        TypeError : X is a sparse tensor, y is sparse; a parameter of the wrong kind.
-        KeyboardInterrupt : passed on, with the coefficients of the last iteration in place.
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: fewer than two classes, labels that are missing, entries that are negative or not
+                finite, shapes that do not match, a parameter out of range.
+            TypeError: a sparse tensor X, a sparse y, a parameter of the wrong kind.
+            KeyboardInterrupt: passed on, with the coefficients of the last iteration in place.
         """
         parameters = self._parameters()
         if callback is not None and not callable(callback):
@@ -328,7 +332,15 @@ class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
         warnings.warn(f"{type(self).__name__} {message}", ConvergenceWarning, stacklevel=4)
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """Return logits (N, C); for two classes (N,), the logit of ``classes_[1]`` against 0."""
+        """Return the logits, divided by ``temperature_``.
+
+        Args:
+            X: features, (N, D), as for :meth:`fit`.
+
+        Returns:
+            (N, C), columns in the order of ``classes_``; for two classes (N,), the logit of ``classes_[1]``
+            against 0.
+        """
         check_is_fitted(self)
         if stays_tensor(X):
             validate_data(self, X, skip_check_array=True, reset=False)
@@ -354,21 +366,42 @@ class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
         return torch.cat(parts).numpy()
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return probabilities (N, C), columns in the order of ``classes_``."""
+        """Return the probabilities of the classes.
+
+        Args:
+            X: features, (N, D), as for :meth:`fit`.
+
+        Returns:
+            (N, C), columns in the order of ``classes_``.
+        """
         z = self.decision_function(X)
         if z.ndim == 1:
             return np.stack([expit(-z), expit(z)], axis=1)
         return softmax(z, axis=1)
 
     def predict_log_proba(self, X: Any) -> np.ndarray:
-        """Return log-probabilities (N, C) in nats, from the logits: finite where p rounds to 0."""
+        """Return the logarithms of the probabilities, computed from the logits: finite where p rounds to 0.
+
+        Args:
+            X: features, (N, D), as for :meth:`fit`.
+
+        Returns:
+            (N, C) in nats, columns in the order of ``classes_``.
+        """
         z = self.decision_function(X)
         if z.ndim == 1:
             return np.stack([log_expit(-z), log_expit(z)], axis=1)
         return log_softmax(z, axis=1)
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return the most probable class of each row, (N,)."""
+        """Return the most probable class of each row.
+
+        Args:
+            X: features, (N, D), as for :meth:`fit`.
+
+        Returns:
+            Labels, (N,).
+        """
         best = self._best(X)  # first: it raises where nothing is fitted yet
         return self.classes_[best]
 
@@ -377,9 +410,18 @@ class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
         return (z > 0).astype(np.intp) if z.ndim == 1 else z.argmax(axis=1)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
-        """Return the accuracy; for soft labels (N, C), the share of their mass on the predicted classes.
+        """Return the accuracy; for soft labels, the share of their mass on the predicted classes.
 
-        Columns of soft labels are in the order of ``classes_``.
+        Args:
+            X: features, (N, D), as for :meth:`fit`.
+            y: labels (N,), or soft labels (N, C) with columns in the order of ``classes_``.
+            sample_weight: s, (N,), not negative, or None.
+
+        Returns:
+            A share, from 0 to 1.
+
+        Raises:
+            ValueError: soft labels of another number of columns, or without mass.
         """
         best = self._best(X)
         y = read_labels(y, len(best))

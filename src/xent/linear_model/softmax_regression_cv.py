@@ -31,42 +31,41 @@ SPAN = (-4.0, 4.0)
 
 
 class SoftmaxRegressionCV(SoftmaxRegression):
-    """``SoftmaxRegression`` that chooses ``C`` by cross-validation, as ``LogisticRegressionCV`` does.
+    """A :class:`xent.SoftmaxRegression` that chooses the strength of its penalty by cross-validation.
 
-    Each fold is fitted along a path from the strongest penalty to the weakest, every fit from the last one's
-    end, so that 45 strengths cost a few fits.
+    The strength is the C with the best mean score over the folds: each fold is scored by the model that was
+    fitted to the other folds. Each fold is fitted along a path from the strongest penalty to the weakest,
+    where every fit starts from the end of the last one, so that 45 strengths cost a few fits. The parameters
+    are those of scikit-learn's ``LogisticRegressionCV``. The class needs the extra ``xent[probe]``.
 
-    Parameters
-    ----------
-    Cs : int or array of floats, default 10
-        Inverse strengths; a whole number is that many from 1e-4 to 1e4, evenly in the logarithm.
-    cv : int, splitter, iterable of (training, test) positions, or None, default None
-        The folds; None is 5, stratified by class.
-    scoring : str, callable or None, default None
-        What is best: None or "neg_log_loss" is the mean loss (least), else the name of a scorer of
-        scikit-learn, such as "accuracy", or ``scoring(estimator, X, y)``.
-    refit : bool, default True
-        Fit all rows at the best strength. False averages the folds' coefficients there.
-    tol : float, default 1e-4
-        As in ``SoftmaxRegression``, for the fit to all rows; folds are fitted within 10·tol.
-    max_iter, fit_intercept, class_weight, solver, stopping, random_state, verbose :
-        As in ``SoftmaxRegression``.
+    Args:
+        Cs: the inverse strengths, an array of numbers; or a whole number, for that many from 1e-4 to 1e4,
+            evenly in the logarithm.
+        cv: the folds: their number, a splitter, an iterable of (training, test) positions, or None for 5
+            folds stratified by class.
+        scoring: None or ``"neg_log_loss"`` for the least mean loss; or the name of a scorer of scikit-learn,
+            such as ``"accuracy"``; or a function ``scoring(estimator, X, y)``.
+        refit: whether to fit all rows at the best strength. False averages the folds' coefficients there.
+        tol: as in :class:`xent.SoftmaxRegression`, for the fit to all rows; folds are fitted within 10·tol.
+        max_iter, fit_intercept, class_weight, solver: as in :class:`xent.SoftmaxRegression`.
+        stopping, random_state, verbose: as in :class:`xent.SoftmaxRegression`.
 
-    Attributes
-    ----------
-    C_ : float, the best strength, the strongest penalty of several.
-    Cs_ : (k,) the strengths, ascending.
-    scores_ : (folds, k) the score of each fold at each strength; greater is better.
-    n_iter_path_ : (folds, k) iterations.
-    classes_, coef_, intercept_, ... : as ``SoftmaxRegression`` has them, of the last fit.
+    Attributes:
+        C_: the best strength; of several equally good ones the strongest penalty.
+        Cs_: (k,) the strengths, ascending.
+        scores_: (folds, k) the score of each fold at each strength; greater is better.
+        n_iter_path_: (folds, k) the numbers of iterations.
+        coef_: as in :class:`xent.SoftmaxRegression`, of the last fit, and so are its other attributes.
 
-    Examples
-    --------
-    >>> from sklearn.datasets import load_iris
-    >>> X, y = load_iris(return_X_y=True)
-    >>> model = SoftmaxRegressionCV(Cs=[0.01, 1.0, 100.0]).fit(X, y)
-    >>> model.C_, model.scores_.shape
-    (100.0, (5, 3))
+    Raises:
+        MissingExtra: an ImportError at the first use of the name; scikit-learn or SciPy is not installed.
+
+    Example:
+        >>> from sklearn.datasets import load_iris
+        >>> X, y = load_iris(return_X_y=True)
+        >>> model = SoftmaxRegressionCV(Cs=[0.01, 1.0, 100.0]).fit(X, y)
+        >>> model.C_, model.scores_.shape
+        (100.0, (5, 3))
     """
 
     C_: float
@@ -106,13 +105,16 @@ class SoftmaxRegressionCV(SoftmaxRegression):
     def fit(self, X: Any, y: Any, sample_weight: Any = None) -> SoftmaxRegressionCV:  # type: ignore[override]
         """Choose the strength by the folds' scores, then fit all rows.
 
-        Parameters
-        ----------
-        X, y, sample_weight : as in ``SoftmaxRegression.fit``.
+        Args:
+            X, y, sample_weight: as in :meth:`xent.SoftmaxRegression.fit`.
 
-        Raises
-        ------
-        ValueError, TypeError : as there; Cs without a strength, or one that is no positive number.
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: as :meth:`xent.SoftmaxRegression.fit`; also ``Cs`` without a strength or with one that
+                is not positive, and a score that is not finite.
+            TypeError: as :meth:`xent.SoftmaxRegression.fit`.
         """
         parameters = self._parameters()
         self.Cs_ = strengths(self.Cs)

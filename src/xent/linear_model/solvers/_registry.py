@@ -33,39 +33,47 @@ Minimize: TypeAlias = Callable[["Objective", np.ndarray, int, AfterIteration], b
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """A way to the minimum of the objective of ``SoftmaxRegression``.
+    """A method that minimises the objective of :class:`xent.SoftmaxRegression`.
 
-    Args:
-        name: what ``solver=`` and ``--solver`` call it.
-        minimize: called as ``minimize(objective, theta, max_iter, after_iteration)``. ``objective(theta)`` is
-            the value and the gradient at theta (P,), both float64; ``objective.hessian(theta)`` is the
-            Hessian there, an operator as in ``xent.curvature``. ``after_iteration(theta)`` is to be called
-            after each of at most ``max_iter`` iterations; the ``StopIteration`` that it raises ends the fit,
-            and may be let through. Its second argument, where a solver has one, is an estimate of how far
-            the value is above its minimum; without it the duality gap alone ends a fit. Returns True
-            where the arithmetic resolves no further decrease, False otherwise.
-        class_parallel: whether it works where processes share the classes, which have no Hessian.
-        precise: whether it goes on where values of the objective no longer differ; a fit that stalls with
-            another solver is then advised to try this one.
-        summary: a sentence for ``xent fit --help``, or nothing.
+    ``minimize`` is called as ``minimize(objective, theta, max_iter, after_iteration)``. ``objective(theta)``
+    returns the value and the gradient at theta, (P,), both float64. ``objective.hessian(theta)`` returns the
+    Hessian there, an operator as in :mod:`xent.curvature`. The function calls ``after_iteration(theta)``
+    after each of at most ``max_iter`` iterations; the ``StopIteration`` that it raises ends the fit and may
+    be let through. A second argument of ``after_iteration`` is an estimate of the value's distance from the
+    minimum; without it the duality gap alone ends a fit. The function returns True where the arithmetic
+    resolves no further decrease, else False.
+
+    Example:
+        >>> from xent.linear_model import Solver
+        >>> def gradient_descent(objective, theta, max_iter, after_iteration):
+        ...     for _ in range(max_iter):
+        ...         _, gradient = objective(theta)
+        ...         theta = theta - 0.5 * gradient
+        ...         after_iteration(theta)
+        ...     return False
+        >>> Solver("gradient-descent", gradient_descent, class_parallel=False).name
+        'gradient-descent'
     """
 
-    name: str
-    minimize: Minimize
-    class_parallel: bool = True
-    precise: bool = False
-    summary: str = ""
+    name: str  # its name in ``solver=`` and ``--solver``
+    minimize: Minimize  # the function that minimises
+    class_parallel: bool = True  # whether it works where processes share the classes, without a Hessian
+    precise: bool = False  # whether it goes on where values of the objective no longer differ
+    summary: str = ""  # a sentence for ``xent fit --help``, or nothing
 
 
 _SOLVERS: dict[str, Solver] = {}
 
 
 def register_solver(solver: Solver) -> None:
-    """Make a solver known by its name.
+    """Register a solver, which ``SoftmaxRegression(solver=name)`` and ``xent fit --solver name`` then take.
+
+    Args:
+        solver: the solver, with its name.
 
     Raises:
-        TypeError: what is no :class:`Solver`.
-        ValueError: the name is another solver's.
+        TypeError: an object that is not a :class:`Solver`.
+        ValueError: a name that another solver has.
 
     Example:
         >>> register_solver(Solver("lbfgs", lambda objective, theta, max_iter, after_iteration: True))
