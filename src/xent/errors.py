@@ -20,18 +20,53 @@ _DISTRIBUTION = {"sklearn": "scikit-learn"}  # where pip's name is not the impor
 
 
 class BadInput(ValueError):
-    """Data, a model file or a setting that cannot be used; the message is one line and names the way out."""
+    """An error of data, a model file or a setting that cannot be used.
+
+    The message is one line that names the place and the way out. The command line prints it and ends with the
+    exit code 2.
+
+    Example:
+        >>> import xent
+        >>> from xent.errors import BadInput
+        >>> try:
+        ...     xent.load_model("no-such-file.safetensors")
+        ... except BadInput as error:
+        ...     print(error)
+        no-such-file.safetensors: ...
+    """
 
 
 class MissingExtra(ImportError):
-    """A package of an optional extra is not installed; the message names the extra."""
+    """An error of an optional extra whose package is not installed; the message names the extra.
+
+    Example:
+        >>> from xent.errors import MissingExtra, needs
+        >>> try:
+        ...     with needs("report"):
+        ...         raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        ... except MissingExtra as error:
+        ...     print(error)
+        matplotlib is not installed; it comes with: pip install 'xent[report]'
+    """
 
 
 class NoBestTemperature(ValueError):
-    """No finite positive temperature is the best one: the loss keeps falling on the way to a limit.
+    """An error of :func:`xent.fit_temperature`: the loss keeps falling as the temperature goes to a limit.
 
-    ``limit`` is 0.0 where the logits put every target first (any smaller T is better), and ``math.inf`` where
-    they say less about the targets than equal logits would (any larger T is better).
+    ``limit`` is 0.0 where the logits put every target first, so that any smaller T is better. It is
+    ``math.inf`` where they predict the targets worse than equal logits would, so that any larger T is better.
+
+    Args:
+        message: the text of the error.
+        limit: 0.0 or ``math.inf``.
+
+    Example:
+        >>> import torch, xent
+        >>> try:
+        ...     xent.fit_temperature(torch.tensor([[5.0, 0.0]]), torch.tensor([0]))  # right already
+        ... except xent.errors.NoBestTemperature as error:
+        ...     print(error.limit)
+        0.0
     """
 
     def __init__(self, message: str, limit: float) -> None:
@@ -40,29 +75,59 @@ class NoBestTemperature(ValueError):
 
 
 class RankLost(ConnectionError):
-    """Another of the processes that share a job has ended, or does not answer."""
+    """An error of several processes that share a job: another one has ended, or does not answer.
+
+    Example:
+        >>> from xent.errors import RankLost
+        >>> issubclass(RankLost, ConnectionError)
+        True
+    """
 
 
 class Terminated(SystemExit):
-    """The arrival of SIGTERM, which torchrun sends to the other ranks when one has ended."""
+    """An exit by SIGTERM, which torchrun sends to the other processes of a job when one has ended.
+
+    Example:
+        >>> from xent.errors import Terminated
+        >>> Terminated().code  # 128 + 15
+        143
+    """
 
     def __init__(self) -> None:
         super().__init__(128 + signal.SIGTERM)
 
 
 class RankFailed(RuntimeError):
-    """Another of the processes that share a job met an error that is no bad input; it says which there."""
+    """An error of several processes that share a job: another one met an error other than a ``BadInput``.
+
+    The message names that process (its rank) and its error.
+
+    Example:
+        >>> from xent.errors import RankFailed
+        >>> issubclass(RankFailed, RuntimeError)
+        True
+    """
 
 
 @contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Turn a failed import of one of the extra's packages, inside the block, into a ``MissingExtra``.
+    """Turn a failed import of one of an extra's packages, inside the block, into a :class:`MissingExtra`.
 
-    >>> with needs("report"):
-    ...     raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
-    Traceback (most recent call last):
-        ...
-    xent.errors.MissingExtra: matplotlib is not installed; it comes with: pip install 'xent[report]'
+    Args:
+        extra: the name of the extra, such as ``"report"``.
+
+    Returns:
+        A context manager.
+
+    Raises:
+        MissingExtra: a package of the extra is not installed.
+
+    Example:
+        >>> with needs("report"):
+        ...     raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib")
+        Traceback (most recent call last):
+            ...
+        xent.errors.MissingExtra: matplotlib is not installed; it comes with: pip install 'xent[report]'
     """
     try:
         yield

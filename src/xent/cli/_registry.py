@@ -12,15 +12,15 @@ _COMMANDS: dict[str, str | click.Command] = {}
 
 
 def register_command(name: str, command: str | click.Command) -> None:
-    """Make a command known, as ``xent NAME``.
+    """Register a command, which people then call as ``xent NAME``.
 
     Args:
-        name: what a person types.
-        command: a click command, or ``"module:attribute"``, which is imported when the command is used. An
-            error that it raises is a line and an exit code, as in :mod:`xent.cli.commands`.
+        name: the name.
+        command: a command of click, or ``"module:attribute"``, which is imported when the command is used. An
+            error that it raises becomes one line and an exit code, as for the commands of xent.
 
     Raises:
-        ValueError: the name is another command's.
+        ValueError: a name that another command has.
 
     Example:
         >>> register_command("fit", "my_package.commands:fit")

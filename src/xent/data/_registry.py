@@ -60,31 +60,33 @@ def register_reader(
     layout: Sequence[str] = (),
     shared_batches: SharedBatches | None = None,
 ) -> None:
-    """Make a file format known by the suffix of its files.
+    """Register a reader of a file format, by the suffix of the files.
 
     Args:
-        suffix: with its dot, in lower case, as ``".csv"``.
-        reader: called as ``reader(path, wanted, share)`` for a file that is there and not empty; returns a
-            ``Table`` of the rows of the share (``share.of(n_rows)``) with the columns that are wanted.
-            :func:`xent.data.table_from_arrow` makes one of an Arrow table. What it raises becomes a
+        suffix: the suffix with its dot, in lower case, such as ``".csv"``.
+        reader: a function, called as ``reader(path, wanted, share)`` for a file that exists and is not empty.
+            It returns a :class:`Table` of the wanted columns of the rows ``share.of(n_rows)``.
+            :func:`table_from_arrow` makes one of an Arrow table. An error that the reader raises becomes a
             ``BadInput`` that names the file.
-        name: of the format, in messages; the suffix in capitals if None.
-        count: called as ``count(path)``, returns the number of rows; where there is none a file is read for
-            it, if several files are shared by several processes.
-        labels: for formats whose labels are a file of their own, called as ``labels(folder, wanted, share,
-            rows)`` for several files with as many rows; returns codes (n,) and classes of the share.
-        compressed: whether the reader takes files with ``.gz``, ``.zst`` or ``.bz2`` after the suffix, which
-            ``xent.data.layout.opened`` decompresses.
-        batches: called as ``batches(path, wanted, keep)``, yields tables of some rows each and an Arrow table
-            of their columns to keep; predictions for formats with it take constant memory.
-        layout: the options of ``wanted.layout`` that the reader goes by, such as ``"--encoding"``; others are
-            an error that names them.
-        shared_batches: called as ``shared_batches(path, wanted, keep, share)`` where several processes share
-            a file, for formats of which a part can be read alone, and with ``count``; yields the position of
-            each table's first row too. Of other formats each process reads all rows, and uses its own.
+        name: the name of the format in messages; None is the suffix in capitals.
+        count: a function, called as ``count(path)``, that returns the number of rows. Without it a file is
+            read for its number of rows, where several files are shared by several processes.
+        labels: for formats whose labels are a file of their own, a function, called as
+            ``labels(folder, wanted, share, rows)`` for several files with ``rows`` rows together. It returns
+            codes (n,) and classes of the share.
+        compressed: whether the reader takes files with ``.gz``, ``.zst`` or ``.bz2`` after the suffix;
+            ``xent.data.layout.opened`` decompresses them.
+        batches: a function, called as ``batches(path, wanted, keep)``, that yields tables of some rows each
+            and an Arrow table of their columns to keep. With it, predictions take constant memory.
+        layout: the options of ``wanted.layout`` that the reader uses, such as ``"--encoding"``. Others are an
+            error that names them.
+        shared_batches: for formats of which a part can be read alone, and with ``count``, a function, called
+            as ``shared_batches(path, wanted, keep, share)`` where several processes share a file. It also
+            yields the position of each table's first row. Without it each process reads all rows and uses its
+            own.
 
     Raises:
-        ValueError: the suffix has no dot or is not in lower case; it is another reader's.
+        ValueError: a suffix that has no dot or is not in lower case, or that another reader has.
 
     Example:
         >>> register_reader("jsonl", lambda path, wanted, share: ...)

@@ -314,10 +314,28 @@ def within(batches: Iterable[Any], rows: slice, position: int = 0) -> Iterator[A
 
 
 def table_from_arrow(path: Path, wanted: Wanted, arrow: Any, share: Share) -> Table:
-    """Return the rows of a share, and the columns that are wanted, of an Arrow table of a whole file.
+    """Return the wanted columns of an Arrow table of a whole file, for the rows of a share.
 
-    Raises ``BadInput`` for columns that are not there, numbers that are missing or not finite, and rows
-    without a label.
+    Args:
+        path: the file, for messages.
+        wanted: the columns to read.
+        arrow: a ``pyarrow.Table`` of all rows of the file.
+        share: the share of the rows; ``Share()`` is all of them.
+
+    Returns:
+        A :class:`Table`.
+
+    Raises:
+        BadInput: a ValueError; a column that is not there, a number that is missing or not finite, a row
+            without a label.
+
+    Example:
+        >>> import pyarrow
+        >>> from xent.data import Wanted, table_from_arrow
+        >>> arrow = pyarrow.table({"petal": [0.5, 1.5], "kind": ["rose", "iris"]})
+        >>> table = table_from_arrow(Path("flowers.jsonl"), Wanted("kind"), arrow, Share())
+        >>> table.feature_names, table.classes[table.codes].tolist()
+        (('petal',), ['rose', 'iris'])
     """
     check_columns(path, len(arrow.schema.names))
     check_names(path, arrow.schema.names)

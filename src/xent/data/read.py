@@ -43,20 +43,32 @@ register_reader(".npy", read_npy, count=count_npy, labels=labels_of_npy)
 
 
 def read_table(path: str | Path | Sequence[str | Path], wanted: Wanted, ranks: Ranks = ALONE) -> Table:
-    """Return the wanted columns of a file, of several ranks each its share of the rows.
+    """Return the wanted columns of a file, or of several, as a table.
 
-    Several files, or a folder of them, are one table: their rows follow each other, the columns are alike.
-    For ``.npy`` the label is the name of a second ``.npy`` file; for ``.npz`` that of an array inside, beside
-    the features: the array ``X`` or the only two-dimensional one. Columns of arrays are named x0, x1, ...
+    Several files, or a folder of them, are one table: their rows follow each other, and their columns must be
+    alike. For ``.npy`` the label is the name of a second ``.npy`` file. For ``.npz`` it is the name of an
+    array beside the features, which are the array ``X`` or the only two-dimensional one. Columns of arrays
+    are named x0, x1, ...
 
-    Raises ``BadInput`` with one line that names the file, and the row, column and value where there are such.
+    Args:
+        path: a file or a folder, or several of them.
+        wanted: the columns to read.
+        ranks: the processes of a job, each of which gets its share of the rows; the default is one process.
 
-    >>> import tempfile
-    >>> path = Path(tempfile.mkdtemp()) / "flowers.csv"
-    >>> _ = path.write_text("id,petal,kind\\n1,0.5,rose\\n2,1.5,iris\\n")
-    >>> table = read_table(path, Wanted("kind", exclude=["id"]))
-    >>> table.feature_names, table.features.tolist(), table.classes[table.codes].tolist()
-    (('petal',), [[0.5], [1.5]], ['rose', 'iris'])
+    Returns:
+        A :class:`Table`.
+
+    Raises:
+        BadInput: a ValueError; a file that is not there, is damaged, or lacks a column, a number or a label.
+            The message is one line that names the file and, where there are such, row, column and value.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "flowers.csv"
+        >>> _ = path.write_text("id,petal,kind\\n1,0.5,rose\\n2,1.5,iris\\n")
+        >>> table = read_table(path, Wanted("kind", exclude=["id"]))
+        >>> table.feature_names, table.features.tolist(), table.classes[table.codes].tolist()
+        (('petal',), [[0.5], [1.5]], ['rose', 'iris'])
     """
     given = [Path(path)] if isinstance(path, str | Path) else [Path(each) for each in path]
     with ranks.raise_together():

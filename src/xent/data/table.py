@@ -30,28 +30,35 @@ Missing: TypeAlias = Literal["error", "drop", "impute"]
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The rows of a file, or those of one share of it.
+    """The rows of a file, or of one share of it: features, labels, weights.
 
-    ``codes`` and ``classes`` are None where no label was asked for or, if it was optional, found; a code is
+    ``codes`` and ``classes`` are None where no label was wanted or, where it was optional, found. A code is
     −1 where an optional label is missing.
+
+    Example:
+        >>> import numpy as np
+        >>> from xent.data import Table
+        >>> table = Table("flowers.csv", np.array([[0.5], [1.5]]), ("petal",))
+        >>> len(table), table.codes is None
+        (2, True)
     """
 
-    source: str
+    source: str  # the file or folder, for messages
     features: np.ndarray | RowSource  # (N, D) floating, finite; a mapped array, or rows read when needed
-    feature_names: tuple[str, ...]  # D
-    label_name: str | None = None  # the column; None too for labels that are a file of their own
+    feature_names: tuple[str, ...]  # (D,) the names of the features
+    label_name: str | None = None  # the label's column; None too for labels that are a file of their own
     codes: np.ndarray | None = None  # (N,) int64, positions in classes
     classes: np.ndarray | None = None  # (C,) str, int or bool, sorted
-    unused: dict[str, str] = dataclasses.field(default_factory=dict)  # columns that are neither, and why
-    start: int = 0  # the first row's position in the file
-    width: int | None = None  # columns of the array that the features are from; None where columns have names
-    lists: dict[str, int] = dataclasses.field(default_factory=dict)  # lengths of those that features are from
+    unused: dict[str, str] = dataclasses.field(default_factory=dict)  # columns not used, and the reason
+    start: int = 0  # the position of the first row in the file
+    width: int | None = None  # columns of the array that held the features; None where columns have names
+    lists: dict[str, int] = dataclasses.field(default_factory=dict)  # lengths of the columns that are lists
     categories: tuple[Category, ...] = ()  # columns of few values, which are not yet features
-    unknown: dict[str, int] = dataclasses.field(default_factory=dict)  # rows whose category no model knows
-    weight: np.ndarray | None = None  # (N,) float64, how much each row counts
+    unknown: dict[str, int] = dataclasses.field(default_factory=dict)  # rows of a category unknown to a model
+    weight: np.ndarray | None = None  # (N,) float64, the weight of each row; None is 1
     soft: np.ndarray | None = None  # (N, C) float64, the mass of each class; codes are of the largest
-    dropped: int = 0  # rows left out, of all ranks, for what they lack
-    readable: np.ndarray | None = None  # (N,) bool, where rows that are not are passed over; None is all
+    dropped: int = 0  # the number of rows left out for what they lack, over all processes
+    readable: np.ndarray | None = None  # (N,) bool, False for rows to pass over; None is all True
 
     def __len__(self) -> int:
         """Return N."""
@@ -63,7 +70,14 @@ class Table:
         return tuple(self.unused)
 
     def taken(self, rows: np.ndarray) -> Table:
-        """Return the table of some of its rows, ascending positions; ``start`` stays."""
+        """Return the table of some of its rows; ``start`` stays.
+
+        Args:
+            rows: positions in this table, ascending.
+
+        Returns:
+            The table of these rows.
+        """
 
         def of(array: np.ndarray | None) -> np.ndarray | None:
             return None if array is None else array[rows]
@@ -83,9 +97,13 @@ class Table:
         return row_source(self.features)
 
     def own(self, rows: np.ndarray) -> np.ndarray:
-        """Return positions in this share, of those of some rows that lie in it.
+        """Return the positions in this share of those of some rows that lie in it.
 
-        The rows are given by their positions in the file, ascending.
+        Args:
+            rows: positions in the file, ascending.
+
+        Returns:
+            Positions in this table, ascending.
         """
         low, high = np.searchsorted(rows, [self.start, self.start + len(self)])
         return rows[low:high] - self.start if self.start else rows[low:high]
@@ -104,49 +122,48 @@ OF_AUDIT = {"--features": "--classes", "--soft-labels": "--soft-prefix", "--keep
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """The columns to read.
+    """The columns to read from a file, and the treatment of rows that lack something.
 
-    ``features`` None: every numeric column but the label and ``exclude``. ``label`` None: no label.
-    ``label_optional``: the column, or a row's label, may be missing. ``model`` names the model file whose
-    features these are, in its order; labels are then there to be compared with its classes, so that a row may
-    lack one and numbers may be floats. ``width`` is that of the arrays it was fitted on, and ``lists``
-    has the lengths of the lists. ``parts`` is the
-    number of files that make up the table: each may take that part of the memory.
-
-    ``categorical`` names columns whose values are numbered, "auto" every column of text or booleans that has
-    at most ``most`` of them. ``missing`` says what becomes of a row that lacks a number or a category: an
-    error, or it is dropped, or it keeps nan. ``known`` are the values of columns whose categories a fit has
-    fixed: these have any number of others, and text such as ``NA`` is no value unless it is one of them.
-    ``weight`` names the column of rows' weights, ``soft`` those of the classes' masses, which stand in the
-    place of labels. With ``skip_bad`` rows whose numbers cannot be used are read as nan or inf,
-    and the caller passes them over. With ``raw`` numbers come as they are stored, nan and
-    infinite ones too, a column after the other in memory: the caller judges them.
+    Example:
+        >>> from xent.data import Wanted
+        >>> wanted = Wanted("kind", exclude=["id"], missing="drop")
+        >>> wanted.label, wanted.features is None
+        ('kind', True)
     """
 
-    label: str | None = None
-    features: Sequence[str] | None = None
-    exclude: Sequence[str] = ()
-    label_optional: bool = False
-    model: Path | None = None
-    width: int | None = None
-    lists: dict[str, int] = dataclasses.field(default_factory=dict)
-    parts: int = 1
-    layout: Layout = PLAIN
-    categorical: Sequence[str] | Literal["auto"] = ()
-    most: int = MOST
-    known: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
-    missing: Missing = "error"
-    weight: str | None = None
-    soft: Sequence[str] = ()
-    skip_bad: bool = False
-    raw: bool = False
+    label: str | None = None  # the column of the labels; None is no label
+    features: Sequence[str] | None = None  # None: every numeric column but the label and ``exclude``
+    exclude: Sequence[str] = ()  # columns that are not features
+    label_optional: bool = False  # whether the label's column, or a row's label, may be missing
+    model: Path | None = None  # the model file whose features these are; labels are then for comparison
+    width: int | None = None  # columns of the arrays that the model was fitted on
+    lists: dict[str, int] = dataclasses.field(default_factory=dict)  # the lengths of columns that are lists
+    parts: int = 1  # the number of files of the table; each may take that part of the memory
+    layout: Layout = PLAIN  # the layout of text files and archives
+    categorical: Sequence[str] | Literal["auto"] = ()  # columns of categories; "auto": text of few values
+    most: int = MOST  # the largest number of values of a column of categories
+    known: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)  # values fixed by a fit
+    missing: Missing = "error"  # rows that lack a number or category: an error, "drop", or "impute" (nan)
+    weight: str | None = None  # the column of the rows' weights
+    soft: Sequence[str] = ()  # columns of the classes' masses, in place of a label
+    skip_bad: bool = False  # whether unusable numbers are read as nan or inf, for the caller to pass over
+    raw: bool = False  # whether numbers come as they are stored, nan and infinite ones too
 
     def most_of(self, column: str) -> int:
-        """Return the number of values up to which a column is one of categories."""
+        """Return the number of values up to which a column is one of categories.
+
+        Args:
+            column: the name of the column.
+        """
         return sys.maxsize if column in self.known else self.most
 
     def blank_in(self, column: str, blank: Collection[str]) -> Collection[str]:
-        """Return the texts that are no value in a column of categories; ``blank`` are those of its format."""
+        """Return the texts that are no value in a column of categories.
+
+        Args:
+            column: the name of the column.
+            blank: the texts that are no value in its file format.
+        """
         return set(MISSING) - {*self.known[column]} if column in self.known else blank
 
     @property
@@ -155,7 +172,11 @@ class Wanted:
         return [*([] if self.weight is None else [self.weight]), *self.soft]
 
     def option(self, name: str) -> str:
-        """Return what the command calls an option of ``xent fit``."""
+        """Return the name by which the running command calls an option of ``xent fit``.
+
+        Args:
+            name: the option of ``xent fit``.
+        """
         return OF_AUDIT.get(name, name) if self.raw else name
 
     @property
@@ -176,7 +197,11 @@ class Wanted:
         return "name another with --label"
 
     def without(self, column: str) -> str:
-        """Return the advice to a command that is to go on without a column."""
+        """Return the advice to a command that is to go on without a column.
+
+        Args:
+            column: the name of the column.
+        """
         if self.model is not None:
             return "fit a model without the column"
         if column in self.beside:

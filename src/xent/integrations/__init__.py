@@ -17,31 +17,40 @@ __all__ = ["Head", "head_of"]
 
 
 class Head(TypedDict):
-    """The classifier of a layer, by the names of the arguments of a loss from features."""
+    """The classifier of a layer, by the names of the arguments of a loss from features.
 
-    linear_weight: Tensor | LowRank
-    linear_bias: Tensor | None
+    Example:
+        >>> import torch
+        >>> from xent.integrations import head_of
+        >>> head = head_of(torch.nn.Linear(16, 100))
+        >>> {name: tuple(tensor.shape) for name, tensor in head.items()}
+        {'linear_weight': (100, 16), 'linear_bias': (100,)}
+    """
+
+    linear_weight: Tensor | LowRank  # W, (C, D)
+    linear_bias: Tensor | None  # b, (C,); None without one
 
 
 def head_of(module: nn.Module) -> Head:
-    """Return the weight and bias of a layer as arguments of a loss from features, which never calls it.
+    """Return the weight and bias of a layer as arguments of a loss from features; the layer is not called.
 
-    Known are ``torch.nn.Linear``, ``torch.nn.Embedding`` (as a tied head), PEFT's LoRA layer of either kind
-    of scaling with one active adapter (the weight is then a :class:`xent.LowRank`; of a disabled or merged
-    adapter, the base weight), and the copy of a layer that PEFT trains in its place. A weight that FSDP2
-    shards is gathered, a DTensor placed by its classes says its group to the loss.
+    It knows ``torch.nn.Linear``, ``torch.nn.Embedding`` (as a tied head), and PEFT's LoRA layer with one
+    active adapter, of either kind of scaling. The weight of a LoRA layer is a :class:`xent.LowRank`, or the
+    base weight where the adapter is disabled or merged. It also knows the copy of a layer that PEFT trains in
+    its place. A weight that FSDP2 shards is gathered. A DTensor placed by its classes brings its group to the
+    loss.
 
     Args:
         module: a layer whose call is ``x @ weight.T + bias``.
 
     Returns:
-        ``{"linear_weight": ..., "linear_bias": ...}``, read anew in each step: adapters and hooks may change
-        between two calls.
+        A :class:`Head`, ``{"linear_weight": ..., "linear_bias": ...}``. Call the function anew in each step,
+        as adapters and hooks may change between two calls.
 
     Raises:
-        TypeError: a call of the layer would do more: another class, a forward of its own, a hook, a quantised
-            weight, several active adapters, an adapter with dropout or of a variant such as DoRA. The message
-            names it and the way out.
+        TypeError: a call of the layer would compute more: another class, a forward of its own, a hook, a
+            quantised weight, several active adapters, an adapter with dropout or of a variant such as DoRA.
+            The message names the cause and the way out.
 
     Example:
         >>> import torch, xent

@@ -44,8 +44,23 @@ class LanguageHead(TypedDict):
 def language_head(model: Any) -> LanguageHead:
     """Return the head of a causal language model of Transformers, as arguments of a loss from its features.
 
+    Args:
+        model: a causal language model of Transformers, without wrappers.
+
+    Returns:
+        ``{"linear_weight": ..., "linear_bias": ..., "logit_scale": ..., "softcap": ...}``; scale and softcap
+        are those of the model's config.
+
     Raises:
-        TypeError: the model has no head of its own, or one that computes more than x Wᵀ + b.
+        TypeError: a model that has no head of its own, or one that computes more than x Wᵀ + b.
+
+    Example:
+        >>> import transformers
+        >>> from xent.integrations.transformers import language_head
+        >>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100)
+        >>> head = language_head(transformers.GPT2LMHeadModel(config))
+        >>> tuple(head["linear_weight"].shape), head["logit_scale"], head["softcap"]
+        ((100, 8), 1.0, None)
     """
     layer = model.get_output_embeddings()
     if layer is None:

@@ -30,11 +30,27 @@ class _Trained(LightningModule):
         return self.optimizer(self.parameters())
 
     def training_step(self, batch: Any, index: int) -> Tensor:
-        """Return the loss of a batch, which is logged as ``train_loss``."""
+        """Return the loss of a batch, which is logged as ``train_loss``.
+
+        Args:
+            batch: as the class describes it.
+            index: the number of the batch.
+
+        Returns:
+            The loss, (), in nats.
+        """
         return self._step(batch, "train")
 
     def validation_step(self, batch: Any, index: int) -> Tensor:
-        """Return the loss of a batch, which is logged as ``val_loss``."""
+        """Return the loss of a batch, which is logged as ``val_loss``.
+
+        Args:
+            batch: as the class describes it.
+            index: the number of the batch.
+
+        Returns:
+            The loss, (), in nats.
+        """
         return self._step(batch, "val")
 
     def _step(self, batch: Any, stage: str) -> Tensor:
@@ -42,14 +58,18 @@ class _Trained(LightningModule):
 
 
 class CausalLM(_Trained):
-    """A causal language model of Transformers, trained by `causal_lm_loss` without logits.
+    """A module of Lightning: a causal language model of Transformers, trained without stored logits.
+
+    The loss is :func:`xent.integrations.transformers.causal_lm_loss`. A batch is a dictionary with
+    ``input_ids`` and ``labels``, as the collators of Transformers make it. The module logs ``train_loss`` and
+    ``val_loss``, ``..._accuracy`` and ``..._entropy``, over the tokens that count.
 
     Args:
         model: the language model, which PEFT may wrap.
-        optimizer: makes the optimizer of parameters; :class:`torch.optim.AdamW` by default.
+        optimizer: a function from parameters to their optimiser; :class:`torch.optim.AdamW` by default.
 
-    A batch is a dictionary with ``input_ids`` and ``labels``, as collators of Transformers make it. Logged
-    are ``train_loss`` and ``val_loss``, ``..._accuracy`` and ``..._entropy``, of the tokens that count.
+    Raises:
+        ValueError, TypeError: in a step, as :func:`xent.integrations.transformers.causal_lm_loss`.
 
     Example:
         >>> import lightning, torch, transformers
@@ -74,14 +94,18 @@ class CausalLM(_Trained):
 
 
 class Classifier(_Trained):
-    """Any module that makes features, and a linear classifier on them, trained without logits.
+    """A module of Lightning: a module that makes features and a linear classifier, trained without stored
+    logits.
+
+    A batch is ``(rows, target)``. The module logs ``train_loss`` and ``val_loss``.
 
     Args:
-        features: rows of a batch → (N, in_features).
+        features: a module from the rows of a batch to features, (N, in_features).
         head: the classifier and its loss, a :class:`xent.nn.LinearCrossEntropyLoss`.
-        optimizer: makes the optimizer of parameters; :class:`torch.optim.AdamW` by default.
+        optimizer: a function from parameters to their optimiser; :class:`torch.optim.AdamW` by default.
 
-    A batch is ``(rows, target)``. Logged are ``train_loss`` and ``val_loss``.
+    Raises:
+        IndexError, ValueError, TypeError: in a step, as :func:`xent.linear_cross_entropy`.
 
     Example:
         >>> import torch, xent
@@ -101,7 +125,14 @@ class Classifier(_Trained):
         self.features, self.head, self.optimizer = features, head, optimizer
 
     def forward(self, rows: Any) -> Tensor:
-        """Return the most probable class of each row, int64."""
+        """Return the most probable class of each row.
+
+        Args:
+            rows: the rows of a batch, without targets.
+
+        Returns:
+            Class indices, (N,) int64.
+        """
         return self.head.predict(self.features(rows))
 
     def _step(self, batch: tuple[Any, Tensor], stage: str) -> Tensor:

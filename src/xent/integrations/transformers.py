@@ -23,12 +23,22 @@ __all__ = ["CausalLMLoss", "causal_lm_loss", "compute_loss", "language_head"]
 
 
 class CausalLMLoss(NamedTuple):
-    """The loss of a batch and what trainers log beside it, over the tokens that count."""
+    """The loss of a batch and what trainers log beside it, over the tokens that count.
 
-    loss: Tensor  # (), float32; differentiable
-    correct: Tensor  # (), int64: tokens whose most probable class is the label
-    entropy_sum: Tensor  # (), nats, no gradient
-    tokens: Tensor  # (), int64: labels that are not ignored
+    Example:
+        >>> import torch, transformers
+        >>> from xent.integrations.transformers import causal_lm_loss
+        >>> config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=100)
+        >>> model, ids = transformers.GPT2LMHeadModel(config), torch.randint(100, (2, 6))
+        >>> found = causal_lm_loss(model, ids, ids, return_statistics=True)
+        >>> found.tokens.item()  # five of each row have a next token
+        10
+    """
+
+    loss: Tensor  # () float32, the mean in nats; differentiable
+    correct: Tensor  # () int64, the number of tokens whose most probable class is the label
+    entropy_sum: Tensor  # () the sum of the tokens' entropies, nats, without gradient
+    tokens: Tensor  # () int64, the number of labels that are not ignored
 
 
 @overload
@@ -76,37 +86,42 @@ def causal_lm_loss(
     memory_budget: int | None = None,
     **inputs: Any,
 ) -> Tensor | CausalLMLoss:
-    r"""Return the loss of a causal language model, ``model(input_ids, labels=labels).loss``, without logits.
+    r"""Return the loss of a causal language model of Transformers, without storing the logits.
 
-    Works on the base model's hidden states; scale, softcap and bias of the head come from the architecture's
-    config, and are compared with the model's own loss on a few tokens, once for each model. Adapters of PEFT
-    on the head are followed (:func:`xent.integrations.head_of`). The model runs without a cache of keys and
-    values, as in training, so that packed ``position_ids`` keep sequences apart. Mixed precision by
-    Accelerate replaces the model's forward, which is not called here: run this under
-    ``accelerator.autocast()``. Forward hooks of the model and its wrappers see a tuple.
+    The value is that of ``model(input_ids, labels=labels).loss``: the mean of −log p of the next token. It is
+    computed from the hidden states of the base model and the weight of the head, with the scale and softcap
+    that the architecture's config has. At the first use of a model the function compares its loss with the
+    model's own on a few tokens. Adapters of PEFT on the head are taken into account
+    (:func:`xent.integrations.head_of`).
+
+    The model runs without a cache of keys and values, as in training, so that packed ``position_ids`` keep
+    sequences apart. Under mixed precision by Accelerate, which replaces a forward that is not called here,
+    call the function under ``accelerator.autocast()``. Forward hooks of the model and its wrappers get a
+    tuple.
 
     Args:
         model: a causal language model of Transformers, or one wrapped by PEFT, DDP, FSDP or
             ``torch.compile``.
         input_ids: (batch, tokens); or pass ``inputs_embeds=``.
         labels: (batch, tokens), not shifted; −100 is left out.
-        num_items_in_batch: replaces the number of labels that count as the divisor, as a trainer that
+        num_items_in_batch: a divisor in place of the number of labels that count, as a trainer that
             accumulates gradients passes it.
-        shift_labels: labels that are shifted already; ``labels`` are then not read.
-        return_statistics: also return correct tokens, entropy and count, from the same sweep; one product
-            more.
-        ignore_index: labels that are left out.
-        check_model: compare with the model's own loss at first use; not in a graph that is being compiled.
+        shift_labels: labels that are shifted already, in place of ``labels``.
+        return_statistics: whether to return correct tokens, entropy and count too, from the same sweep, at
+            the cost of one more product.
+        ignore_index: the label that is left out.
+        check_model: whether to compare with the model's own loss at the first use; not in a graph that is
+            being compiled.
         memory_budget: as in :func:`xent.linear_cross_entropy`.
-        **inputs: further arguments of the model: attention_mask, position_ids, ...
+        **inputs: further arguments of the model, such as ``attention_mask`` and ``position_ids``.
 
     Returns:
-        The loss, (), float32; with ``return_statistics`` a :class:`CausalLMLoss`.
+        The loss, (), float32, in nats; with ``return_statistics`` a :class:`CausalLMLoss`.
 
     Raises:
-        ValueError: the model's own loss is another, with both numbers; a mixture of experts that adds its
-            balancing loss; an encoder-decoder; neither labels nor shift_labels.
-        TypeError: a head that computes more than x Wᵀ + b; a wrapper of which the model's forward is no part.
+        ValueError: the model's own loss is another (the message has both numbers); a mixture of experts that
+            adds its balancing loss; an encoder-decoder; neither ``labels`` nor ``shift_labels``.
+        TypeError: a head that computes more than x Wᵀ + b; a wrapper that does not call the model's forward.
 
     Example:
         >>> import torch, transformers
@@ -149,19 +164,21 @@ def compute_loss(
     *,
     check_model: bool = True,
 ) -> Any:
-    """Return the loss of a batch of `transformers.Trainer`, whose method this is to replace in a subclass.
+    """Return the loss of a batch of ``transformers.Trainer``, as a method for a subclass of it.
 
-    ``compute_loss_func`` cannot do this: it is handed logits that exist already. With the statistics
-    ``return_outputs`` returns a dictionary: ``loss``, and ``correct``, ``entropy_sum`` and ``tokens``, (1,)
-    each, which evaluation gathers for ``compute_metrics``.
+    ``compute_loss_func`` of the trainer cannot do this, as it gets logits that exist already.
 
     Args:
-        trainer: the trainer.
-        model, inputs, return_outputs, num_items_in_batch: as `transformers.Trainer.compute_loss`.
+        trainer: the trainer (``self`` of the method).
+        model, inputs, return_outputs, num_items_in_batch: as in ``transformers.Trainer.compute_loss``.
         check_model: as in :func:`causal_lm_loss`.
 
+    Returns:
+        The loss, (); with ``return_outputs`` a pair of it and a dictionary of ``loss``, ``correct``,
+        ``entropy_sum`` and ``tokens``, the last three (1,), which evaluation gathers for ``compute_metrics``.
+
     Raises:
-        ValueError, TypeError: as :func:`causal_lm_loss`; a trainer with label smoothing or a
+        ValueError, TypeError: as :func:`causal_lm_loss`; also a trainer with label smoothing or with a
             ``compute_loss_func``.
 
     Example:

@@ -34,17 +34,35 @@ OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 class TokenOutputs(NamedTuple):
-    """The numbers of each token, in the order in which TRL reads them; None where not requested."""
+    """The numbers of each token, in the order in which TRL reads them, float32 but for ``is_top1``.
 
-    log_probs: Tensor  # float32, as the others
-    entropy: Tensor | None  # nats
-    log_sum_sq_probs: Tensor | None  # log Σ p², no gradient
-    mean_logits: Tensor | None  # after scale, softcap and temperature, no gradient
-    is_top1: Tensor | None  # bool
+    Example:
+        >>> import torch
+        >>> from xent.integrations.trl import ChunkedLogProbFunction
+        >>> hidden, head, tokens = torch.randn(8, 4), torch.randn(10, 4), torch.randint(10, (8,))
+        >>> found = ChunkedLogProbFunction.apply(hidden, head, None, tokens, outputs=("entropy",))
+        >>> found.entropy.shape, found.is_top1 is None
+        (torch.Size([8]), True)
+    """
+
+    log_probs: Tensor  # log p of the target, nats
+    entropy: Tensor | None  # H(p), nats; None where not requested, and so the others
+    log_sum_sq_probs: Tensor | None  # log Σ p², without gradient
+    mean_logits: Tensor | None  # the mean logit after scale, softcap and temperature, without gradient
+    is_top1: Tensor | None  # bool, whether the target is the most probable class
 
 
 class ChunkedLogProbFunction:
-    """The token log-probabilities of TRL's function of this name, called as it is: by ``apply``."""
+    """The token log-probabilities of TRL's class of this name, without stored logits; called by ``apply``.
+
+    Example:
+        >>> import torch
+        >>> from xent.integrations.trl import ChunkedLogProbFunction
+        >>> hidden, head, tokens = torch.randn(8, 4), torch.randn(10, 4), torch.randint(10, (8,))
+        >>> log_probs, entropy, *_ = ChunkedLogProbFunction.apply(hidden, head, None, tokens, 1.0, 32768)
+        >>> log_probs.shape
+        torch.Size([8])
+    """
 
     @staticmethod
     def apply(
@@ -58,25 +76,26 @@ class ChunkedLogProbFunction:
         logit_scale: float = 1.0,
         outputs: tuple[str, ...] = OUTPUTS,
     ) -> TokenOutputs:
-        """Return log p of each target and what else is requested, from one sweep; twice differentiable.
+        """Return log p of each target, and other numbers of each token, from one sweep; twice differentiable.
 
         Args:
-            hidden: (N, D), or (..., D).
-            weight: (C, D), or a :class:`xent.LowRank`.
-            bias: (C,) or None.
-            targets: (N,), or (...); of −100 every output is 0.
-            temperature: divides the logits.
-            chunk_size: has no meaning here: working memory is 64 MiB.
-            final_logit_softcapping: k; logits pass through k·tanh(z/k), after the scale.
-            logit_scale: multiplies the logits.
-            outputs: which of ``"entropy"``, ``"log_sum_sq_probs"``, ``"mean_logits"`` and ``"is_top1"``. The
-                second and the third cost a sweep each.
+            hidden: hidden states, (N, D) or (..., D).
+            weight: W, (C, D), or a :class:`xent.LowRank`.
+            bias: b, (C,), or None.
+            targets: class indices, (N,) or (...). For a target of −100 every output is 0.
+            temperature: T; it divides the logits.
+            chunk_size: accepted and without effect: working memory is 64 MiB on a CPU.
+            final_logit_softcapping: k; logits are replaced by k·tanh(z/k), after the scale.
+            logit_scale: a factor of the logits.
+            outputs: the names of what is computed beside ``"log_probs"``: of ``"entropy"``,
+                ``"log_sum_sq_probs"``, ``"mean_logits"`` and ``"is_top1"``. The second and the third cost a
+                sweep each.
 
         Returns:
-            :class:`TokenOutputs`, a tuple of five, of the shape of ``targets``.
+            A :class:`TokenOutputs`, a tuple of five, each of the shape of ``targets``.
 
         Raises:
-            ValueError: a name that is no output; shapes that do not fit, as :func:`xent.linear_log_prob`.
+            ValueError: a name that is not an output; shapes that do not fit, as :func:`xent.linear_log_prob`.
 
         Example:
             >>> import torch
@@ -139,7 +158,17 @@ class _Head(NamedTuple):
 
 
 class ChunkedDivergenceFunction:
-    """The token divergences of TRL's function of this name, called as it is: by ``apply``."""
+    """The token divergences of TRL's class of this name, without stored logits; called by ``apply``.
+
+    Example:
+        >>> import torch
+        >>> from xent.integrations.trl import ChunkedDivergenceFunction
+        >>> student, teacher = torch.randn(8, 4), torch.randn(8, 6)
+        >>> heads = torch.randn(10, 4, requires_grad=True), torch.randn(10, 6)
+        >>> found, _ = ChunkedDivergenceFunction.apply(student, heads[0], None, teacher, heads[1], None, 0.5)
+        >>> found.shape
+        torch.Size([8])
+    """
 
     @staticmethod
     def apply(
@@ -156,20 +185,20 @@ class ChunkedDivergenceFunction:
         teacher_logit_scale: float = 1.0,
         teacher_final_logit_softcapping: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Return each token's divergence and the student's entropy; the student alone has a gradient.
+        """Return each token's divergence and the student's entropy; only the student gets a gradient.
 
         Args:
-            student_hidden, teacher_hidden: (..., D), of widths of their own.
-            student_weight, teacher_weight: (C, D), or a :class:`xent.LowRank`.
-            student_bias, teacher_bias: (C,) or None.
-            beta: 0 is KL(teacher ‖ student), 1 KL(student ‖ teacher), in between the generalised
+            student_hidden, teacher_hidden: hidden states, (..., D); the two D may differ.
+            student_weight, teacher_weight: W, (C, D), or a :class:`xent.LowRank`.
+            student_bias, teacher_bias: b, (C,), or None.
+            beta: β. 0 is KL(teacher ‖ student), 1 is KL(student ‖ teacher). In between it is the generalised
                 Jensen–Shannon divergence with the mixture (1 − β)·student + β·teacher.
-            temperature: divides both heads' logits, after scale and softcap.
-            student_logit_scale, teacher_logit_scale, student_final_logit_softcapping,
-                teacher_final_logit_softcapping: of each head, as in :func:`xent.linear_kl_divergence`.
+            temperature: T; it divides both heads' logits, after scale and softcap.
+            student_logit_scale, teacher_logit_scale: as ``logit_scale`` of :func:`xent.linear_kl_divergence`.
+            student_final_logit_softcapping, teacher_final_logit_softcapping: as its ``softcap``.
 
         Returns:
-            The divergence and the entropy, (...) float32 each, nats; the entropy has no gradient.
+            A pair of divergence and entropy, (...) float32 each, in nats. The entropy has no gradient.
 
         Raises:
             ValueError, TypeError: as :func:`xent.linear_js_divergence`.
@@ -215,15 +244,16 @@ def add_fused_lm_head(
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
 ) -> None:
-    """Replace the forward of a model as TRL's function of this name does, by one without logits.
+    """Replace the forward of a model by one without stored logits, as TRL's function of this name does.
 
-    Called with ``fused_lm_head=True`` the model returns TRL's ``FusedCausalLMOutput``; else its forward is
-    what it was. Of a trainer of TRL call it after the trainer is made, with what the trainer asks for.
+    Called with ``fused_lm_head=True`` the model returns TRL's ``FusedCausalLMOutput``. Called without it, its
+    forward is what it was. For a trainer of TRL, call the function after the trainer is made, with the
+    outputs that the trainer needs.
 
     Args:
         model: a causal language model of Transformers, which PEFT may wrap.
-        temperature: divides the logits.
-        cast_lm_head_to_fp32: compute hidden states and head in float32, outside autocast.
+        temperature: T; it divides the logits.
+        cast_lm_head_to_fp32: whether to compute with hidden states and head in float32, outside autocast.
         outputs: as in :meth:`ChunkedLogProbFunction.apply`.
 
     Raises:

@@ -24,9 +24,24 @@ if TYPE_CHECKING:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Draw all figures as SVG into ``folder`` and return their paths.
+    """Draw the figures of the identities into a folder, as SVG.
 
-    Raises ``MissingExtra`` without matplotlib, or without scikit-learn, whose digits it draws.
+    Args:
+        folder: the folder, which is made if it does not exist.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        MissingExtra: Matplotlib, or scikit-learn, whose digits are drawn, is not installed.
+        OSError: a file cannot be written.
+
+    Example:
+        >>> import tempfile
+        >>> from xent.verify import draw
+        >>> paths = draw(Path(tempfile.mkdtemp()))
+        >>> paths[0].name
+        'cost-of-a-probability.svg'
     """
     with needs("report"):
         from matplotlib.figure import Figure

@@ -21,19 +21,33 @@ from xent.verify.data import Batch, Head
 
 
 class Deviation(NamedTuple):
-    """The largest deviation among some numbers, and its place."""
+    """The largest deviation among some numbers, and its place.
 
-    units: float
-    where: str
+    Example:
+        >>> from xent.verify import Deviation
+        >>> Deviation(0.5, "row 3").units
+        0.5
+    """
+
+    units: float  # the deviation in units of the type's rounding error; inf for nan
+    where: str  # the batch, the kind of target and the row
 
 
 @dataclass(frozen=True)
 class Setting:
-    """The type, the device and the rows that an identity is checked on."""
+    """The type, the device and the rows on which an identity is checked.
 
-    dtype: torch.dtype
-    device: torch.device
-    batches: tuple[Batch, ...]
+    Example:
+        >>> import torch
+        >>> from xent.verify import Setting
+        >>> setting = Setting(torch.float32, torch.device("cpu"), ())
+        >>> setting.compare(setting.tensor([1.0]), 1.0, 1.0, "one").units
+        0.0
+    """
+
+    dtype: torch.dtype  # the type that is checked
+    device: torch.device  # the device that is checked
+    batches: tuple[Batch, ...]  # rows of logits, targets and heads
 
     @property
     def targets(self) -> Iterator[tuple[str, Batch, Tensor, Tensor]]:
@@ -48,7 +62,11 @@ class Setting:
         return ((batch, batch.head) for batch in self.batches if batch.head is not None)
 
     def tensor(self, values: object) -> Tensor:
-        """Return a tensor of the checked type on the device."""
+        """Return a tensor of the checked type on the device.
+
+        Args:
+            values: numbers, in lists.
+        """
         return torch.tensor(values, dtype=self.dtype, device=self.device)
 
     def compare(
@@ -59,7 +77,22 @@ class Setting:
         where: str,
         dtype: torch.dtype | None = None,  # in which `computed` was computed, if not its own
     ) -> Deviation:
-        """Return the largest deviation and its row. Equal infinities agree; nan deviates by inf."""
+        """Return the largest deviation of computed numbers from expected ones, and its row.
+
+        The deviation is ``|computed − expected| / max(eps·scale, smallest number)``. Equal infinities agree;
+        nan deviates by inf.
+
+        Args:
+            computed: (N, ...).
+            expected: the numbers that the identity predicts, of a shape that broadcasts to that of
+                ``computed``.
+            scale: the size of the terms whose sum ``computed`` is, of such a shape.
+            where: the place, for messages.
+            dtype: the type in which ``computed`` was computed; None is its own.
+
+        Returns:
+            A :class:`Deviation`.
+        """
         info = torch.finfo(dtype or computed.dtype)
         computed = computed.detach().cpu().double()
         expected = torch.as_tensor(expected, dtype=torch.float64).detach().cpu().expand(computed.shape)
@@ -81,14 +114,20 @@ Check = Callable[[Setting], Iterator[Deviation]]
 
 @dataclass(frozen=True)
 class Identity:
-    """A formula, the deviation it is allowed, and the function that checks it."""
+    """A formula, the deviation that it is allowed, and the function that checks it.
 
-    name: str
-    formula: str
-    section: int  # groups and orders the identities in the report
-    allowed: float  # units in the last place
+    Example:
+        >>> from xent.verify import IDENTITIES
+        >>> IDENTITIES["the gradient"].formula
+        '∂ℓ/∂z = a·p − t'
+    """
+
+    name: str  # the name of the identity
+    formula: str  # the identity, in plain Unicode
+    section: int  # the number that groups and orders the identities in the report
+    allowed: float  # the largest deviation at which the identity holds, in units of the rounding error
     because: str  # the reason for that number
-    check: Check
+    check: Check  # the function that yields the deviations of a setting
 
 
 IDENTITIES: dict[str, Identity] = {}

@@ -23,22 +23,32 @@ DTYPES = {
     "float16": torch.float16,
 }
 DEFAULT_DTYPES = ("float64", "float32")
+"""The types that `verify` checks by default."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one identity in one type."""
+    """The result of one identity in one type.
 
-    identity: Identity
-    dtype: str
-    worst: Deviation
-    seconds: float
+    Example:
+        >>> from xent.verify import verify
+        >>> outcome = verify(["float64"]).outcomes[0]
+        >>> outcome.holds, outcome.dtype
+        (True, 'float64')
+    """
+
+    identity: Identity  # the identity
+    dtype: str  # the name of the type
+    worst: Deviation  # the largest deviation
+    seconds: float  # the time of the check, s
 
     @property
     def holds(self) -> bool:
+        """True where the largest deviation is within the one allowed."""
         return self.worst.units <= self.identity.allowed
 
     def summary(self) -> dict[str, Any]:
+        """Return the outcome as a dictionary for JSON."""
         return {
             "dtype": self.dtype,
             "holds": self.holds,
@@ -50,29 +60,43 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Report:
-    """The results of all identities in all types."""
+    """The results of all identities in all types.
 
-    outcomes: tuple[Outcome, ...]
-    dtypes: tuple[str, ...]
-    device: str
-    data: tuple[str, ...]
+    Example:
+        >>> from xent.verify import verify
+        >>> report = verify(["float64"])
+        >>> report.holds, report.failures
+        (True, [])
+    """
+
+    outcomes: tuple[Outcome, ...]  # the results, by type and then by identity
+    dtypes: tuple[str, ...]  # the names of the types
+    device: str  # the device
+    data: tuple[str, ...]  # the batches of rows, each with its number of rows
     missing: str | None  # data that was not available, and the extra that brings it
-    seconds: float
+    seconds: float  # the time of the run, s
 
     @property
     def holds(self) -> bool:
+        """True where every identity holds in every type."""
         return all(outcome.holds for outcome in self.outcomes)
 
     @property
     def failures(self) -> list[Outcome]:
+        """The outcomes whose identity does not hold."""
         return [outcome for outcome in self.outcomes if not outcome.holds]
 
     def of(self, identity: Identity) -> list[Outcome]:
-        """Return the outcomes of an identity in the order of `dtypes`."""
+        """Return the outcomes of an identity in the order of ``dtypes``.
+
+        Args:
+            identity: the identity.
+        """
         return [outcome for outcome in self.outcomes if outcome.identity is identity]
 
     @property
     def identities(self) -> list[Identity]:
+        """The identities that were checked, in order."""
         return list(dict.fromkeys(outcome.identity for outcome in self.outcomes))
 
     def summary(self) -> dict[str, Any]:
@@ -110,7 +134,28 @@ def versions() -> dict[str, str]:
 
 
 def verify(dtypes: Sequence[str] = DEFAULT_DTYPES, device: str = "cpu") -> Report:
-    """Check every identity in every type on a device; an exception in one does not end the others."""
+    """Check every identity in every type on a device.
+
+    The identities are the formulas of cross-entropy, its derivatives and its bounds (:data:`IDENTITIES`). An
+    exception in one identity counts as a deviation of inf, and the others are still checked.
+
+    Args:
+        dtypes: the names of the types: ``"float64"``, ``"float32"``, ``"bfloat16"`` and ``"float16"``.
+        device: the device, as :class:`torch.device` takes it.
+
+    Returns:
+        A :class:`Report`.
+
+    Raises:
+        KeyError: a name that is not a type.
+        RuntimeError: a device that is not there.
+
+    Example:
+        >>> from xent.verify import verify
+        >>> report = verify(["float64"])
+        >>> report.holds, len(report.outcomes) == len(report.identities)
+        (True, True)
+    """
     began = time.perf_counter()
     table = read_digits()
     in_order = sorted(IDENTITIES.values(), key=lambda identity: identity.section)
