@@ -32,7 +32,7 @@ class Subset:
     order: Tensor  # (S,) where the sorted ones are
 
     @classmethod
-    def of(cls, classes: Tensor, count: int, check: bool | None) -> Subset:
+    def of(cls, classes: object, count: int, check: bool | None) -> Subset:
         """Make a subset of `count` classes; raise for the first of (S,) that is no class or a repetition."""
         if not isinstance(classes, Tensor) or classes.dim() != 1 or classes.shape[0] == 0:
             shape = tuple(classes.shape) if isinstance(classes, Tensor) else type(classes).__name__
@@ -142,8 +142,9 @@ def sample_classes(
         >>> w.grad.is_sparse, w.grad._nnz()
         (True, 1000)
     """
-    if not isinstance(target, Tensor) or not holds_integers(target):
-        kind = target.dtype if isinstance(target, Tensor) else type(target).__name__
+    given: object = target
+    if not isinstance(given, Tensor) or not holds_integers(given):
+        kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
         raise TypeError(f"target must hold class indices, of an integer type, got {kind}")
     num_classes, num_samples = valid("num_classes", num_classes), valid("num_samples", num_samples)
     ignore_index, generator = valid("ignore_index", ignore_index), valid("generator", generator)

@@ -27,7 +27,7 @@ def unit(rows: Tensor) -> Tensor:
     return torch.where(nothing, 0.0, scaled / length)
 
 
-def cosines(x: Tensor, w: Tensor) -> Tensor:
+def cosines(x: object, w: Tensor) -> Tensor:
     """Return the cosines (..., C) of features (..., D) with vectors (C, D), in their type."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"input must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")

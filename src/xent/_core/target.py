@@ -77,7 +77,7 @@ class TopKTarget:
         self._check_rest()
 
     def _check_rest(self) -> None:
-        rest = self.rest
+        rest: object = self.rest
         if rest is None:
             return
         if self.remainder != "bucket":

@@ -227,7 +227,8 @@ def check_order(given: Any, name: str, names: Sequence[str]) -> None:
 
 def named_classes(classes: Any) -> list[Any]:
     """Return the classes of a list, or 0 to C − 1 of their number; raise a ValueError for one named twice."""
-    if isinstance(classes, numbers.Integral) and not isinstance(classes, bool):
+    # bool is registered as Integral
+    if isinstance(classes, numbers.Integral) and not isinstance(classes, bool):  # type: ignore[unreachable]
         return list(range(int(classes)))
     found = list(classes)
     texts = [class_text(value) for value in found]

@@ -102,7 +102,8 @@ class HeadOperator:
             raise TypeError(f"wrt must be a name or several, got {type(wrt).__name__}")
         self.wrt: tuple[Wrt, ...] = (wrt,) if isinstance(wrt, str) else tuple(wrt)
         self._check_wrt(features, bias)
-        with plain(weight.device if isinstance(weight, Tensor) else torch.device("cpu")):
+        given: object = weight
+        with plain(given.device if isinstance(given, Tensor) else torch.device("cpu")):
             self.source = Source(features, weight, bias, target, self.options)
             if self.source.in_memory:
                 self._cached = list(self._make_curvatures())

@@ -255,12 +255,12 @@ class SoftmaxJacobian(RowOperator):
         p = self._softmax.p
         return self._round((p + damping).log().sum(-1) + (damping * (p / (p + damping)).sum(-1)).log())
 
-    def _check_damping(self, damping: float) -> None:
+    def _check_damping(self, damping: object) -> None:
         if isinstance(damping, Tensor):
             raise TypeError("damping must be a number: pass damping.item()")
-        as_number("damping", damping)
+        value = as_number("damping", damping)
         dtype = self._softmax.p.dtype
-        if not torch.finfo(dtype).tiny <= damping < math.inf:
+        if not torch.finfo(dtype).tiny <= value < math.inf:
             raise ValueError(
                 f"damping must be positive, finite and no less than {dtype} holds, got {damping}: J is "
                 "singular along the ones vector, which pseudo_inverse() leaves out"

@@ -232,7 +232,7 @@ def _multiply_output_curvature(
     return result
 
 
-def _checked_head(head: Head) -> tuple[Tensor, Tensor | None]:
+def _checked_head(head: object) -> tuple[Tensor, Tensor | None]:
     """Return weight and bias, None where the head has no bias."""
     if not isinstance(head, tuple | list) or not 1 <= len(head) <= 2:
         size = f" of {len(head)}" if isinstance(head, tuple | list) else ""

@@ -265,7 +265,7 @@ def _lists(given: Any) -> dict[str, int]:
     return dict(given)
 
 
-def _texts(values: list[Any]) -> list[str]:
+def _texts(values: object) -> list[str]:
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
         raise TypeError("names are a list of texts")
     # a lone surrogate, which JSON can hold and no file or terminal can, is a ValueError

@@ -337,7 +337,7 @@ def _head(role: str, given: Head, options: Options, sample_weight: Tensor | None
     return call, cast(LinearHead, problem.logits)
 
 
-def _tensors(role: str, given: Head) -> tuple[Tensor, Weight, Tensor | None]:
+def _tensors(role: str, given: object) -> tuple[Tensor, Weight, Tensor | None]:
     """Return features, weight and bias of a head."""
     if not isinstance(given, tuple | list) or len(given) not in (2, 3):
         raise ValueError(f"{role} must be (features, weight) or (features, weight, bias)")

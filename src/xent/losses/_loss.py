@@ -41,7 +41,8 @@ def loss_of_head(
     calls.require_target(target)
     head = (input, linear_weight, linear_bias)
     tensors = tensors_of_weight(linear_weight)
-    if options.on_one_process and linear_weight is not None and is_plain(*head, target, *options.tensors()):
+    given = linear_weight is not None  # what is missing is named below
+    if given and options.on_one_process and is_plain(*head, target, *options.tensors()):
         return calls.resolve_head(options, *head, target, row_loss, plain=True).loss(plain=True)
     return agreed(
         lambda: calls.resolve_local_head(options, *head, target, row_loss).loss(), options, *tensors

@@ -21,7 +21,7 @@ from xent._core.ops import any_batched
 from xent._core.problem import Problem
 
 
-def class_indices(target: Tensor) -> Tensor:
+def class_indices(target: object) -> Tensor:
     """Return the target; raise a TypeError unless it may hold class indices."""
     if not isinstance(target, Tensor) or target.is_floating_point():
         given = target.dtype if isinstance(target, Tensor) else type(target).__name__
