@@ -2,7 +2,7 @@
 
     python benchmarks/curvature.py [--shapes 1024,768,32768 8192,512,1000] [--rounds 5]
 
-    pip install -c constraints.txt 'xent[all,peers]'
+    pip install -c constraints.txt '.[all]' --group peers
 
 `products alone` is what the matrix products that a Hessian product needs cost by themselves (three). A peer
 that is not installed (curvlinops) is left out and said to be.

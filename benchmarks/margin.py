@@ -1,6 +1,6 @@
 """Margin heads beside pytorch-metric-learning's: the same values and gradients, and what they cost.
 
-    pip install -c constraints.txt 'xent[all,peers]'
+    pip install -c constraints.txt '.[all]' --group peers
     python benchmarks/margin.py [--rows 512] [--features 256] [--classes 50000] [--rounds 7]
 
 Both hold the same class vectors. Values agree to float64 rounding before anything is timed; then the two
