@@ -16,8 +16,11 @@ from torch import Tensor
 SMALLEST = {torch.float32: -87.0, torch.float64: -708.0}
 """−L, by type: above the logarithm of the smallest normal number."""
 
-PART = 1 << 16
-"""Numbers that are looked at together; fewer are not sampled."""
+FEW = 1 << 14
+"""Numbers that are looked at, all of them; of more a sample is."""
+
+LEAST, PARTS = 256, 32
+"""Numbers of a part at least, and parts at most, one after the other: a part needs as much memory again."""
 
 STEP = 61
 """One number of so many is sampled: a prime, so that all columns are met."""
@@ -35,24 +38,21 @@ def exp_(x: Tensor) -> Tensor:
     low = SMALLEST.get(x.dtype)
     if low is None or x.device.type != "cpu" or x.numel() == 0:
         return x.exp_()
-    if x.numel() <= PART:
-        return _part(x, low)
-    if not _many_below(x, low):
+    if not (_any_below(x, low) if x.numel() <= FEW else _many_below(x, low)):
         return x.exp_()
-    if x.is_contiguous():
-        for part in x.view(-1).split(PART):
-            _part(part, low)
-    else:
-        for part in x.split(max(1, PART // (x.numel() // len(x)))):
-            _part(part, low)
+    most = max(LEAST, x.numel() // PARTS)
+    for part in x.view(-1).split(most) if x.is_contiguous() else x.split(max(1, most * len(x) // x.numel())):
+        if _any_below(part, low):
+            rest = torch.sub(part, low).clamp_(low, 0.0).exp_()
+            part.clamp_(min=low).exp_().mul_(rest)
+        else:
+            part.exp_()
     return x
 
 
-def _part(x: Tensor, low: float) -> Tensor:
-    if x.amin().item() >= low:
-        return x.exp_()
-    rest = torch.sub(x, low).clamp_(low, 0.0).exp_()
-    return x.clamp_(min=low).exp_().mul_(rest)
+def _any_below(x: Tensor, low: float) -> bool:
+    """Return whether a number is below a bound, or is none."""
+    return not x.amin().item() >= low
 
 
 def _many_below(x: Tensor, low: float) -> bool:

@@ -22,7 +22,6 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from xent._core.exponential import exp_
 from xent._core.ops import TileOps, cut
 from xent._core.problem import Problem
 from xent._core.statistics import NEG_INF, PairwiseMerge, TargetColumns, finite_base, statistics_dtype
@@ -212,11 +211,11 @@ def _sums(ops: TileOps, m: Tensor, classes: int, buffers: Buffers) -> Sums:
     """Return the sums over a tile of margins m (R, T), −inf where there is no rival."""
     dtype = statistics_dtype(m.device)
     top = m.amax(1)
-    e = exp_(torch.clamp_max(m, FAR, out=_piece(buffers, 0, m)))
+    e = ops.exp(torch.clamp_max(m, FAR, out=_piece(buffers, 0, m)))
     near, far = e.sum(1).to(dtype), torch.full_like(top, NEG_INF, dtype=dtype)
     beyond = top > FAR
     if ops.possible(beyond):
-        wide = exp_(m - finite_base(top)[:, None]).sum(1).to(dtype).log_() + top
+        wide = ops.exp(m - finite_base(top)[:, None]).sum(1).to(dtype).log_() + top
         wide = torch.where(top == math.inf, math.inf, wide)  # a difference of finite logits may be infinite
         near, far = torch.where(beyond, 0.0, near), torch.where(beyond, wide, far)
     hinge, smooth = _softplus_sums(m, e, classes, buffers)
