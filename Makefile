@@ -77,7 +77,7 @@ imports: setup ## the direction of imports: towards core, never up
 wheel: setup ## build the wheel, install it into an empty environment, import it there
 	sh .ci/wheel $(BIN)/python
 
-check: lint types imports wheel test interpreted pages ## what CI runs
+check: lint types imports wheel test interpreted pages docs site ## what CI runs
 
 clean: ## remove what these targets made
 	rm -rf docs/_build docs/reference/api $(VENV) .venv-wheel dist build demo .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
