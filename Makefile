@@ -7,7 +7,7 @@ PIP     = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c co
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test interpreted pages docs site slow lint types imports check wheel clean
+.PHONY: help setup demo test interpreted pages docs site slow format lint types imports check wheel clean
 
 # what renders the formulas of the site, from npm
 MATHJAX := mathjax@3.2.2
@@ -63,6 +63,10 @@ site: docs ## open the site in headless Chromium: no error, no dead link, nothin
 
 slow: setup ## the long soak tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
+
+format: setup ## ruff: put imports in order, format
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
 
 lint: setup ## ruff: style and formatting
 	$(BIN)/ruff check .
