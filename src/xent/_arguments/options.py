@@ -19,7 +19,7 @@ from xent._arguments.validation import check_tensors, is_readable
 from xent._autograd import transforms
 from xent._core.margin import Margin
 from xent._core.record import record
-from xent._core.validators import as_number, valid
+from xent._core.validators import ReductionName, as_number, valid
 
 
 def _tensor(name: str, value: Any) -> Any:
@@ -123,7 +123,7 @@ class LogitOptions(_Group):
 class ReductionOptions(_Group):
     """The options of the step from rows to a loss."""
 
-    reduction: str = "mean"
+    reduction: ReductionName = "mean"
     denominator: float | Tensor | None = None
     z_loss: float = 0.0
     data_group: Any = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from xent._core.logits import LinearHead, Logits
 from xent._core.margin import TargetShift
 from xent._core.ops import BATCHED
 from xent._core.problem import Problem
-from xent._core.reduction import Kind, Reduction
+from xent._core.reduction import Reduction
 from xent._core.row_losses import RowLoss
 from xent._core.selection import Selection
 from xent._core.target import Target, TopKTarget, tensors_of
@@ -266,7 +266,7 @@ def _reduction(options: Options, input: Tensor, target: Target) -> Reduction:
         options.reduction.data_group,
     )
     if denominator is None and data_group is None:
-        return Reduction(kind, z_loss)  # type: ignore[arg-type]  # it is one of the kinds
+        return Reduction(kind, z_loss)
     if denominator is not None and kind != "mean":
         raise ValueError(f"denominator replaces the divisor of reduction='mean'; reduction is {kind!r}")
     if isinstance(denominator, Tensor) and denominator.device != input.device:
@@ -281,4 +281,4 @@ def _reduction(options: Options, input: Tensor, target: Target) -> Reduction:
         average = class_parallel.average_over(data_group)
     nothing = not isinstance(denominator, Tensor) and denominator == 0
     readable = nothing and is_readable(input, options.target.sample_weight, *tensors_of(target))
-    return Reduction(cast(Kind, kind), z_loss, denominator, average, readable)
+    return Reduction(kind, z_loss, denominator, average, readable)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from xent._core.coefficients import Coefficients
 from xent._core.problem import Problem, RowTerms
 from xent._core.record import record
 from xent._core.statistics import Statistics, statistics_dtype
+from xent._core.validators import ReductionName
 
-Kind = Literal["none", "sum", "mean"]
 Scale: TypeAlias = float | Tensor
 
 
@@ -49,7 +49,7 @@ class RowValues(NamedTuple):
 
 @record
 class Reduction:
-    kind: Kind = "mean"
+    kind: ReductionName = "mean"
     z_loss: float = 0.0
     denominator: float | Tensor | None = None
     average: Callable[[Tensor], Tensor] | None = None  # of divisors, over the processes that hold other rows

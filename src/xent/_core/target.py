@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xent._core.class_indices import check_top_k, holds_integers, widened
 from xent._core.functorch import thawed
-from xent._core.validators import Whole, valid
+from xent._core.validators import RemainderName, Whole, valid
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class TopKTarget:
 
     indices: Tensor  # (..., k) integers, different classes of each row
     probabilities: Tensor  # (..., k) floating, the mass of each of them
-    remainder: str = "drop"  # the treatment of the remaining mass
+    remainder: RemainderName = "drop"  # the treatment of the remaining mass
     rest: Tensor | None = None  # (...) floating, the mass of the bucket; None means 1 − Σ probabilities
     name: ClassVar[str] = "TopKTarget.indices"  # of the indices, in messages
 
@@ -98,7 +98,7 @@ class TopKTarget:
         cls,
         probabilities: Tensor,
         indices: Tensor,
-        remainder: str = "drop",
+        remainder: RemainderName = "drop",
         rest: Tensor | None = None,
     ) -> TopKTarget:
         """Return the target of probabilities and indices, in the order in which ``top_k`` returns them.

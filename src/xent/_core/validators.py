@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, TypeAlias, cast, get_args
 
 import numpy as np
 import torch
@@ -21,6 +21,22 @@ from xent._core.functorch import followed
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """The types that losses are computed of."""
+
+# The names that options take, for signatures and for the table below.
+ReductionName: TypeAlias = Literal["none", "sum", "mean"]
+TotalName: TypeAlias = Literal["mean", "sum"]  # of a loss that is one number
+KlReductionName: TypeAlias = Literal["none", "batchmean", "mean", "sum"]
+DirectionName: TypeAlias = Literal["forward", "reverse"]
+RemainderName: TypeAlias = Literal["drop", "spread", "bucket"]
+GeometryName: TypeAlias = Literal["inner", "cosine", "squared_l2"]
+FisherName: TypeAlias = Literal["type-2", "monte-carlo", "empirical"]
+WeightingName: TypeAlias = Literal["rows", "curvature"]
+CurvatureName: TypeAlias = Literal["gauss-newton", "hessian"]
+PreconditionerName: TypeAlias = Literal["class-blocks", "kronecker", "diagonal"]
+StoppingName: TypeAlias = Literal["objective", "gradient"]
+DifferentiateName: TypeAlias = Literal["implicit", "unroll"]
+BalancedName: TypeAlias = Literal["balanced"]
+AutoName: TypeAlias = Literal["auto"]
 
 
 class Validator(Protocol):
@@ -268,21 +284,21 @@ OPTIONS: dict[str, Validator] = {
     "temperature": POSITIVE,
     "ignore_index": Whole("a whole number, or None", optional=True),
     "memory_budget": Whole("a positive number of bytes, or None", 1, optional=True),
-    "reduction": OneOf(("none", "sum", "mean")),
+    "reduction": OneOf(get_args(ReductionName)),
     "check_targets": Flag(optional=True),
     "denominator": Number("positive, or 0 where no row counts", 0.0, ends="low", optional=True),
     "product_dtype": Instance(torch.dtype),
     "sparse_grad": Flag(),
     "normalize": Flag(),
     "bits": Flag(),
-    "direction": OneOf(("forward", "reverse")),
+    "direction": OneOf(get_args(DirectionName)),
     "beta": Number("between 0 and 1", 0.0, 1.0, ends="both"),
     "scale_by_t2": Flag(),
     "return_entropy": Flag(),
     "target_is_logits": Flag(),
     "log_target": Flag(),
     "clamp": Flag(),
-    "remainder": OneOf(("drop", "spread", "bucket")),
+    "remainder": OneOf(get_args(RemainderName)),
     "k": Whole("at least 1", 1),
     # classes
     "num_classes": Whole("at least 1", 1),
@@ -293,7 +309,7 @@ OPTIONS: dict[str, Validator] = {
     "angle": Number("in radians, from 0 to π/2", 0.0, math.pi / 2, ends="both"),
     "scale": Number("positive, and large enough to divide by", sys.float_info.min, ends="low"),
     # triplets
-    "geometry": OneOf(("inner", "cosine", "squared_l2")),
+    "geometry": OneOf(get_args(GeometryName)),
     "top_k": Whole("at least 1", 1),
     "margin": FINITE,
     "p": Number("a number and not nan", ends="both"),
@@ -301,12 +317,12 @@ OPTIONS: dict[str, Validator] = {
     "swap": Flag(),
     "smooth": Flag(),
     # curvature
-    "kind": OneOf(("type-2", "monte-carlo", "empirical")),
+    "kind": OneOf(get_args(FisherName)),
     "samples": Whole("at least 1", 1),
-    "weighting": OneOf(("rows", "curvature")),
+    "weighting": OneOf(get_args(WeightingName)),
     "corrected": Flag(),
-    "curvature": OneOf(("gauss-newton", "hessian")),
-    "preconditioner": OneOf(("class-blocks", "kronecker", "diagonal"), optional=True),
+    "curvature": OneOf(get_args(CurvatureName)),
+    "preconditioner": OneOf(get_args(PreconditionerName), optional=True),
     "l2": NONNEGATIVE,
     "damping": NONNEGATIVE,
     "tolerance": POSITIVE,
@@ -325,14 +341,14 @@ OPTIONS: dict[str, Validator] = {
     "max_iter": Whole("a whole number that is not negative", 0),
     "fit_intercept": Flag(),
     "refit": Flag(),
-    "stopping": OneOf(("objective", "gradient")),
-    "class_weight": ByClass("balanced", NONNEGATIVE),
+    "stopping": OneOf(get_args(StoppingName)),
+    "class_weight": ByClass(get_args(BalancedName)[0], NONNEGATIVE),
     "warm_start": Flag(),
     "random_state": Seed(),
     "verbose": Whole("a whole number that is not negative, or a bool", 0, flag=True),
     # of metrics
     "renormalize": Flag(),
-    "scale_by_half": FlagOr("auto"),
+    "scale_by_half": FlagOr(get_args(AutoName)[0]),
     # assignments
     "scores": Values("floating-point number"),
     "mask": Values("bool", optional=True),
@@ -341,7 +357,7 @@ OPTIONS: dict[str, Validator] = {
     "start": Pair(optional=True),
     "row_relaxation": Number("positive, or None", 0.0, ends="high"),
     "column_relaxation": Number("positive, or None", 0.0, ends="high"),
-    "differentiate": OneOf(("implicit", "unroll")),
+    "differentiate": OneOf(get_args(DifferentiateName)),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
@@ -11,6 +12,9 @@ from rich.console import Console
 from xent._util.atomic_write import check_writable
 from xent._util.text import json_text, printable
 from xent.cli.options import device
+
+if TYPE_CHECKING:
+    from xent.verify.report import DtypeName
 
 
 @click.command()
@@ -29,7 +33,7 @@ from xent.cli.options import device
     help="Write figures of the identities into this directory, as SVG.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the table.")
-def verify(device: str, dtypes: tuple[str, ...], figures: Path | None, as_json: bool) -> None:
+def verify(device: str, dtypes: tuple[DtypeName, ...], figures: Path | None, as_json: bool) -> None:
     """Check every identity of the mathematics on this machine: which hold, and how closely.
 
     \b

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from xent._core.logits import LinearHead
 from xent._core.target import Target
 from xent._core.targets import of_one_class
-from xent._core.validators import valid
+from xent._core.validators import FisherName, valid
 from xent.curvature._batches import Batch
 from xent.curvature._heads import HeadOperator
 from xent.curvature._sampling import content_keys, sample, uniforms
@@ -68,7 +68,7 @@ class HeadFisher(HeadOperator):
         weight: Tensor,
         target: Target = None,
         *,
-        kind: Literal["type-2", "monte-carlo", "empirical"] = "type-2",
+        kind: FisherName = "type-2",
         samples: int = 1,
         generator: torch.Generator | None = None,
         **options: Any,

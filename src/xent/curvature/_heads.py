@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from xent._autograd.transforms import plain
 from xent._core.logits import LinearHead, Tangents, compute_dtype
 from xent._core.statistics import statistics_dtype
 from xent._core.target import Target
-from xent._core.validators import OneOf
+from xent._core.validators import OneOf, TotalName
 from xent.curvature._batches import Batch, Source
 from xent.curvature._kronecker_sums import input_sum
 from xent.curvature._right_hand_sides import MAX_AT_ONCE, RightHandSides, Stacks
@@ -73,7 +73,7 @@ class HeadOperator:
         *,
         bias: Tensor | None = None,
         wrt: Wrt | Sequence[Wrt] = "weight",
-        reduction: str = "mean",
+        reduction: TotalName = "mean",
         class_weight: Tensor | None = None,
         ignore_index: int | None = -100,
         label_smoothing: float = 0.0,
@@ -84,7 +84,7 @@ class HeadOperator:
         denominator: float | None = None,
         memory_budget: int | None = None,
     ) -> None:
-        OneOf(("mean", "sum"))("reduction", reduction)
+        OneOf(get_args(TotalName))("reduction", reduction)
         check_tensors(class_weight=class_weight)  # the loss calls it weight
         self.options = Options.of(
             weight=class_weight,

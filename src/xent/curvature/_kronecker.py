@@ -28,7 +28,7 @@ from torch import Tensor
 from xent._autograd.transforms import plain
 from xent._core.logits import compute_dtype
 from xent._core.target import Target
-from xent._core.validators import FINITE, valid
+from xent._core.validators import FINITE, WeightingName, valid
 from xent.curvature._batches import Batch
 from xent.curvature._eigen import eigen
 from xent.curvature._heads import HeadOperator, without_autograd
@@ -113,7 +113,7 @@ class HeadKronecker(HeadOperator):
         target: Target = None,
         *,
         wrt: Literal["weight", "bias"] | Sequence[Literal["weight", "bias"]] = "weight",
-        weighting: Literal["rows", "curvature"] = "rows",
+        weighting: WeightingName = "rows",
         corrected: bool = False,
         **options: Any,
     ) -> None:

@@ -9,7 +9,7 @@ Neither Jac nor H_out is formed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from xent._arguments.options import Options
 from xent._arguments.validation import check_tensors, require_tensors
 from xent._autograd.transforms import plain
 from xent._core.target import Target, tensors_of
-from xent._core.validators import OneOf
+from xent._core.validators import OneOf, TotalName
 from xent.curvature._batches import OPTIONS, check_options, check_target, refuse_derivatives
 from xent.curvature._heads import HeadGGN
 from xent.curvature._right_hand_sides import RightHandSides, Stacks
@@ -135,7 +135,7 @@ def hessian_vector_product(
     _check_arguments(target, head, options)
     run, params, tangent, restore = _prepare(model, params, inputs, vector)
     settings = loss_options(options)
-    OneOf(("mean", "sum"))("reduction", settings.get("reduction", "mean"))
+    OneOf(get_args(TotalName))("reduction", settings.get("reduction", "mean"))
 
     def loss(params: Any) -> Tensor:
         if head is None:
@@ -209,7 +209,7 @@ def _multiply_output_curvature(
         features = HeadGGN(out.to(weight.dtype), weight, target, bias=bias, wrt="features", **options)
         return (features @ output_tangent.to(weight.dtype)).to(output_tangent.dtype)
     reduction = options.get("reduction", "mean")
-    OneOf(("mean", "sum"))("reduction", reduction)
+    OneOf(get_args(TotalName))("reduction", reduction)
     settings = Options.of(**loss_options(options))
     with plain(out.device):
         call = resolve_logits(settings, out, target)

@@ -14,7 +14,7 @@ a direction of descent. However the iterations end, the quadratic model at the s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,15 +23,13 @@ from xent._arguments.validation import check_tensors, require_tensors
 from xent._autograd.transforms import plain
 from xent._core.target import Target
 from xent._core.tiles import sweep
-from xent._core.validators import valid
+from xent._core.validators import CurvatureName, PreconditionerName, valid
 from xent.curvature import _cg
 from xent.curvature._batches import OPTIONS, Batch, check_options
 from xent.curvature._cg import Map
 from xent.curvature._heads import HeadGGN, HeadHessian, HeadOperator
 from xent.curvature._kronecker import HeadKronecker
 from xent.curvature._preconditioners import from_blocks, from_diagonal, from_factors
-
-Preconditioner: TypeAlias = Literal["class-blocks", "kronecker", "diagonal"]
 
 
 class NewtonStep(NamedTuple):
@@ -62,8 +60,8 @@ def newton_step(
     bias: Tensor | None = None,
     l2: float = 0.0,
     damping: float = 0.0,
-    curvature: Literal["gauss-newton", "hessian"] = "gauss-newton",
-    preconditioner: Preconditioner | None = "kronecker",
+    curvature: CurvatureName = "gauss-newton",
+    preconditioner: PreconditionerName | None = "kronecker",
     tolerance: float = 1e-6,
     max_iterations: int | None = None,
     **options: Any,
@@ -207,7 +205,7 @@ class NewtonSystem:
     def for_cg(
         self,
         right: Tensor,  # (K, D̃)
-        preconditioner: Preconditioner | None,
+        preconditioner: PreconditionerName | None,
         tolerance: float,
         max_iterations: int | None = None,
     ) -> tuple[Map, Tensor, Map, float, int]:
@@ -217,7 +215,7 @@ class NewtonSystem:
         inverse = self.inverse(preconditioner) if limit and bool(right.any()) else _identity
         return self, right, lambda r: self.project(inverse(r)), tolerance, limit
 
-    def inverse(self, preconditioner: Preconditioner | None) -> Map:
+    def inverse(self, preconditioner: PreconditionerName | None) -> Map:
         if preconditioner == "class-blocks":
             classes = range(self.first, self.operator.weight.shape[0])
             return from_blocks(torch.stack([self.operator.block(c) for c in classes]) + self.ridge.diag())

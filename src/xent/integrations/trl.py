@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import types
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ from xent.losses._linear_divergence import divergence_of_rows
 
 __all__ = ["ChunkedDivergenceFunction", "ChunkedLogProbFunction", "TokenOutputs", "add_fused_lm_head"]
 
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+OutputName: TypeAlias = Literal["entropy", "log_sum_sq_probs", "mean_logits", "is_top1"]  # beside log_probs
+OUTPUTS: tuple[OutputName, ...] = get_args(OutputName)
 
 
 class TokenOutputs(NamedTuple):
@@ -74,7 +75,7 @@ class ChunkedLogProbFunction:
         chunk_size: int | None = None,
         final_logit_softcapping: float | None = None,
         logit_scale: float = 1.0,
-        outputs: tuple[str, ...] = OUTPUTS,
+        outputs: tuple[OutputName | Literal["log_probs"], ...] = OUTPUTS,
     ) -> TokenOutputs:
         """Return log p of each target, and other numbers of each token, from one sweep; twice differentiable.
 
@@ -242,7 +243,7 @@ def add_fused_lm_head(
     model: nn.Module,
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
-    outputs: tuple[str, ...] = ("log_probs",),
+    outputs: tuple[OutputName | Literal["log_probs"], ...] = ("log_probs",),
 ) -> None:
     """Replace the forward of a model by one without stored logits, as TRL's function of this name does.
 
@@ -295,7 +296,7 @@ class _Settings(NamedTuple):
 
     temperature: float
     cast: bool
-    outputs: tuple[str, ...]
+    outputs: tuple[OutputName | Literal["log_probs"], ...]
 
 
 def _fused(

@@ -33,7 +33,7 @@ from sklearn.metrics import accuracy_score
 from sklearn.utils.class_weight import compute_class_weight
 from sklearn.utils.validation import assert_all_finite, check_is_fitted, validate_data
 
-from xent._core.validators import OneOf, valid
+from xent._core.validators import BalancedName, OneOf, StoppingName, valid
 from xent.data.rows import RowSource, blocks, is_mapped, row_source
 from xent.data.sparse_rows import sparse_source
 from xent.linear_model.advice import advice, estimator_words
@@ -142,9 +142,9 @@ class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
         tol: float = 1e-4,
         max_iter: int = 1000,
         fit_intercept: bool = True,
-        class_weight: dict[Any, float] | str | None = None,
+        class_weight: dict[Any, float] | BalancedName | None = None,
         solver: str = "auto",
-        stopping: str = "objective",
+        stopping: StoppingName = "objective",
         warm_start: bool = False,
         random_state: Any = None,
         verbose: int = 0,
@@ -199,7 +199,7 @@ class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
         return self
 
     def _labelled_rows(
-        self, class_weight: dict[Any, float] | str | None, X: Any, y: Any, sample_weight: Any
+        self, class_weight: dict[Any, float] | BalancedName | None, X: Any, y: Any, sample_weight: Any
     ) -> tuple[LabelledRows, np.ndarray]:
         """Return the rows with their targets and weights, all of them checked, and the classes, (C,)."""
         if y is None:

@@ -16,7 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import get_scorer
 from sklearn.model_selection import check_cv
 
-from xent._core.validators import valid
+from xent._core.validators import BalancedName, StoppingName, valid
 from xent.data.rows import parts
 from xent.linear_model.labelled_rows import LabelledRows
 from xent.linear_model.path import COMPARED, Point, regularisation_path
@@ -83,9 +83,9 @@ class SoftmaxRegressionCV(SoftmaxRegression):
         tol: float = 1e-4,
         max_iter: int = 1000,
         fit_intercept: bool = True,
-        class_weight: dict[Any, float] | str | None = None,
+        class_weight: dict[Any, float] | BalancedName | None = None,
         solver: str = "auto",
-        stopping: str = "objective",
+        stopping: StoppingName = "objective",
         random_state: Any = None,
         verbose: int = 0,
     ) -> None:

@@ -19,6 +19,7 @@ of torch that are smooth on either branch, so that torch forms all derivatives, 
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -27,10 +28,10 @@ from torch.nn import functional as F
 from xent._arguments.validation import autocasts, check_tensors, require_tensors
 from xent._autograd import transforms
 from xent._core.logits import compute_dtype
-from xent._core.validators import FLOATING, OneOf, valid
+from xent._core.validators import FLOATING, KlReductionName, OneOf, ReductionName, valid
 from xent.losses._elementwise import Into, loss
 
-KL_REDUCTIONS = OneOf(("none", "batchmean", "mean", "sum"))
+KL_REDUCTIONS = OneOf(get_args(KlReductionName))
 LOGITS = "logits go to binary_cross_entropy_with_logits"
 TARGETS = "targets of any sign go to binary_cross_entropy_with_logits"
 NEGATIVE = "pass log_target=True if the target holds logarithms of probabilities"
@@ -42,7 +43,7 @@ def binary_cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     clamp: bool = False,
 ) -> Tensor:
     r"""Return the binary cross-entropy of probabilities, in nats.
@@ -97,7 +98,7 @@ def binary_cross_entropy_with_logits(
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     pos_weight: Tensor | None = None,
 ) -> Tensor:
     r"""Return the binary cross-entropy of logits, in nats.
@@ -139,7 +140,9 @@ def binary_cross_entropy_with_logits(
     return loss(_of_logits, _logit_terms, reduction, s, y, weight, pos_weight).to(dtype)
 
 
-def kl_div(input: Tensor, target: Tensor, *, reduction: str = "mean", log_target: bool = False) -> Tensor:
+def kl_div(
+    input: Tensor, target: Tensor, *, reduction: KlReductionName = "mean", log_target: bool = False
+) -> Tensor:
     r"""Return the Kullback-Leibler divergence from log-probabilities, element by element, in nats.
 
     The value of an element is ``t·(log t − x)``. The function replaces :func:`torch.nn.functional.kl_div`. An

@@ -17,6 +17,7 @@ from xent._arguments.options import (
 from xent._core.low_rank import LowRank
 from xent._core.margin import Margin
 from xent._core.target import TopKTarget
+from xent._core.validators import ReductionName
 from xent.losses._loss import loss_of_head, loss_of_logits
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def cross_entropy(
     weight: Tensor | None = None,
     *,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     z_loss: float = 0.0,
@@ -122,7 +123,7 @@ def linear_cross_entropy(
     linear_bias: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     z_loss: float = 0.0,

@@ -14,7 +14,7 @@ from xent._arguments.options import Execution, LogitOptions, Options, ReductionO
 from xent._arguments.validation import check_tensors, is_readable
 from xent._core.low_rank import LowRank
 from xent._core.row_losses import Focal
-from xent._core.validators import Number
+from xent._core.validators import Number, ReductionName
 from xent.losses._loss import loss_of_head, loss_of_logits, refuse_smoothing
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def focal_loss(
     gamma: float = 2.0,
     alpha: float | Tensor | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     softcap: float | None = None,
@@ -90,7 +90,7 @@ def linear_focal_loss(
     gamma: float = 2.0,
     alpha: float | Tensor | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     logit_scale: float = 1.0,

@@ -28,7 +28,7 @@ from xent._autograd import transforms
 from xent._core.logits import compute_dtype
 from xent._core.selection import Selection
 from xent._core.target import TopKTarget, thawed_target
-from xent._core.validators import valid
+from xent._core.validators import DirectionName, ReductionName, valid
 from xent.losses._divergence_rows import (
     ByChunks,
     Settings,
@@ -44,11 +44,11 @@ def kl_divergence(
     *,
     target: Tensor | TopKTarget,
     input: Tensor,
-    direction: str = "forward",
+    direction: DirectionName = "forward",
     target_is_logits: bool = False,
     temperature: float | Tensor = 1.0,
     scale_by_t2: bool = False,
-    reduction: str = "none",
+    reduction: ReductionName = "none",
     sample_weight: Tensor | None = None,
     bits: bool = False,
 ) -> Tensor:
@@ -117,7 +117,7 @@ def js_divergence(
     target_is_logits: bool = False,
     temperature: float | Tensor = 1.0,
     scale_by_t2: bool = False,
-    reduction: str = "none",
+    reduction: ReductionName = "none",
     sample_weight: Tensor | None = None,
     bits: bool = False,
 ) -> Tensor:
@@ -155,7 +155,7 @@ class _Options(NamedTuple):
     target_is_logits: bool
     temperature: float | Tensor
     scale_by_t2: bool
-    reduction: str
+    reduction: ReductionName
     sample_weight: Tensor | None
     bits: bool
 

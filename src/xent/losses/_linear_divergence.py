@@ -22,11 +22,11 @@ from xent._autograd.chain import needs_gradient
 from xent._core.class_indices import UNCHECKED
 from xent._core.logits import LinearHead, compute_dtype
 from xent._core.low_rank import LowRank, Weight, tensors_of_weight
-from xent._core.reduction import Kind, Scale
+from xent._core.reduction import Scale
 from xent._core.selection import Selection
 from xent._core.target import TopKTarget
 from xent._core.tiles.pair import Pair
-from xent._core.validators import valid
+from xent._core.validators import DirectionName, ReductionName, valid
 from xent.losses._top_k_divergence import as_bucket, top_k_divergence
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def linear_kl_divergence(
     *,
     student: Head,
     teacher: Head | TopKTarget,
-    direction: str = "forward",
+    direction: DirectionName = "forward",
     temperature: float | Tensor = 1.0,
     scale_by_t2: bool = False,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     sample_weight: Tensor | None = None,
     logit_scale: float | tuple[float, float] = 1.0,
     softcap: float | tuple[float | None, float | None] | None = None,
@@ -111,7 +111,7 @@ def linear_js_divergence(
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
     scale_by_t2: bool = False,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     sample_weight: Tensor | None = None,
     logit_scale: float | tuple[float, float] = 1.0,
     softcap: float | tuple[float | None, float | None] | None = None,
@@ -153,7 +153,7 @@ def linear_js_divergence(
 class _Options(NamedTuple):
     temperature: float | Tensor
     scale_by_t2: bool
-    reduction: str
+    reduction: ReductionName
     sample_weight: Tensor | None
     logit_scale: float | tuple[float, float]
     softcap: float | tuple[float | None, float | None] | None
@@ -313,7 +313,7 @@ def _resolve(
     return _Distillation(call, Pair(student, teacher, targets.selection, problem.budget), weight, in_graph)
 
 
-def _scale(kind: Kind, weight: Tensor | None, count: int) -> Scale:
+def _scale(kind: ReductionName, weight: Tensor | None, count: int) -> Scale:
     """Return one over the divisor; 0 where there is nothing to divide."""
     if kind != "mean":
         return 1.0

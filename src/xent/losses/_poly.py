@@ -13,7 +13,7 @@ from torch import Tensor
 from xent._arguments.options import Execution, LogitOptions, Options, ReductionOptions, TargetOptions
 from xent._core.low_rank import LowRank
 from xent._core.row_losses import Poly
-from xent._core.validators import FINITE
+from xent._core.validators import FINITE, ReductionName
 from xent.losses._loss import loss_of_head, loss_of_logits, refuse_smoothing
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def poly_loss(
     *,
     epsilon: float = 1.0,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     softcap: float | None = None,
@@ -82,7 +82,7 @@ def linear_poly_loss(
     linear_bias: Tensor | None = None,
     epsilon: float = 1.0,
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     label_smoothing: float = 0.0,
     sample_weight: Tensor | None = None,
     logit_scale: float = 1.0,

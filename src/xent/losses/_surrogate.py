@@ -16,9 +16,12 @@ from xent._arguments.options import Options
 from xent._autograd.one_head import scattered
 from xent._core.statistics import RequestedOutputs
 from xent._core.target import TopKTarget
+from xent._core.validators import ReductionName
 
 
-def surrogate_cross_entropy(input: Tensor, target: Tensor | TopKTarget, *, reduction: str = "mean") -> Tensor:
+def surrogate_cross_entropy(
+    input: Tensor, target: Tensor | TopKTarget, *, reduction: ReductionName = "mean"
+) -> Tensor:
     r"""Return a logarithm-free surrogate of cross-entropy that has the gradient of cross-entropy.
 
     The value of a row is ``Σ_c (a·p_c − t_c)·z_c``, with ``p = softmax(z)`` and ``a = Σ_c t_c``. It equals

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from xent._core.statistics import statistics_dtype
-from xent._core.validators import valid
+from xent._core.validators import AutoName, valid
 from xent.metrics._arrays import Rows, as_array
 from xent.metrics._comparison import Comparison, Rule, compare, read_weight, sum_of
 from xent.metrics._labels import Labels, format_labels, read_labels
@@ -154,7 +154,7 @@ def brier_score(
     sample_weight: Any = None,
     pos_label: Any = None,
     labels: Any = None,
-    scale_by_half: bool | str = "auto",
+    scale_by_half: bool | AutoName = "auto",
     renormalize: bool = False,
 ) -> float:
     """Return the mean squared distance of the probabilities from the one-hot labels.

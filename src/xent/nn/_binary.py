@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from xent._arguments.validation import check_tensors
+from xent._core.validators import KlReductionName, ReductionName
 from xent.losses import _binary
 from xent.nn._options import changed, keep
 
@@ -27,10 +28,12 @@ class BCELoss(nn.Module):
     """
 
     weight: Tensor | None
-    reduction: str
+    reduction: ReductionName
     clamp: bool
 
-    def __init__(self, weight: Tensor | None = None, *, reduction: str = "mean", clamp: bool = False) -> None:
+    def __init__(
+        self, weight: Tensor | None = None, *, reduction: ReductionName = "mean", clamp: bool = False
+    ) -> None:
         super().__init__()
         check_tensors(weight=weight)
         self.register_buffer("weight", weight)
@@ -77,10 +80,14 @@ class BCEWithLogitsLoss(nn.Module):
 
     weight: Tensor | None
     pos_weight: Tensor | None
-    reduction: str
+    reduction: ReductionName
 
     def __init__(
-        self, weight: Tensor | None = None, *, reduction: str = "mean", pos_weight: Tensor | None = None
+        self,
+        weight: Tensor | None = None,
+        *,
+        reduction: ReductionName = "mean",
+        pos_weight: Tensor | None = None,
     ) -> None:
         super().__init__()
         check_tensors(weight=weight)
@@ -123,12 +130,13 @@ class KLDivLoss(nn.Module):
         0.020136
     """
 
-    reduction: str
+    reduction: KlReductionName
     log_target: bool
 
-    def __init__(self, *, reduction: str = "mean", log_target: bool = False) -> None:
+    def __init__(self, *, reduction: KlReductionName = "mean", log_target: bool = False) -> None:
         super().__init__()
-        self.reduction = str(_binary.KL_REDUCTIONS("reduction", reduction))
+        _binary.KL_REDUCTIONS("reduction", reduction)
+        self.reduction = reduction
         keep(self, log_target=log_target)
 
     def extra_repr(self) -> str:

@@ -13,7 +13,7 @@ from xent._arguments.linear_layer import weight_and_bias
 from xent._arguments.validation import check_tensors
 from xent._core.low_rank import LowRank, Weight
 from xent._core.target import TopKTarget
-from xent._core.validators import Whole, valid
+from xent._core.validators import ReductionName, Whole, valid
 from xent._log_prob import LogProb
 from xent.losses import _cross_entropy
 from xent.nn._options import changed, keep
@@ -44,7 +44,7 @@ class CrossEntropyLoss(nn.Module):
         weight: Tensor | None = None,
         *,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         softcap: float | None = None,
@@ -165,7 +165,7 @@ class LinearCrossEntropyLoss(nn.Module):
         dtype: torch.dtype | None = None,
         weight: Tensor | None = None,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         logit_scale: float = 1.0,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from xent._arguments.validation import check_tensors
 from xent._core.directions import cosines
 from xent._core.margin import Margin
-from xent._core.validators import valid
+from xent._core.validators import ReductionName, valid
 from xent.losses import _cross_entropy
 from xent.nn._options import changed, keep
 
@@ -63,7 +63,7 @@ class MarginLoss(nn.Module):
         dtype: torch.dtype | None = None,
         weight: Tensor | None = None,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         label_smoothing: float = 0.0,
         check_targets: bool | None = None,
         memory_budget: int | None = None,

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from xent._arguments.linear_layer import weight_and_bias
-from xent._core.validators import FINITE, OneOf, valid
+from xent._core.validators import FINITE, ReductionName, valid
 from xent.losses._focal import focal_loss, focal_of, linear_focal_loss
 from xent.losses._poly import linear_poly_loss, poly_loss
 from xent.nn._options import changed, keep
 
-REDUCTIONS = OneOf(("none", "sum", "mean"))
 DEFAULTS: dict[str, Any] = {
     "ignore_index": -100,
     "reduction": "mean",
@@ -30,11 +29,15 @@ class _RowLoss(nn.Module):
     _of_logits: Callable[..., Tensor]
 
     def __init__(
-        self, ignore_index: int | None, reduction: str, temperature: float, check_targets: bool | None
+        self,
+        ignore_index: int | None,
+        reduction: ReductionName,
+        temperature: float,
+        check_targets: bool | None,
     ) -> None:
         super().__init__()
         self.ignore_index = valid("ignore_index", ignore_index)
-        self.reduction = REDUCTIONS("reduction", reduction)
+        self.reduction = valid("reduction", reduction)
         self.temperature = valid("temperature", temperature)
         self.check_targets = valid("check_targets", check_targets)
 
@@ -100,7 +103,7 @@ class FocalLoss(_RowLoss):
         alpha: float | Tensor | None = None,
         *,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         temperature: float = 1.0,
         check_targets: bool | None = None,
     ) -> None:
@@ -137,7 +140,7 @@ class PolyLoss(_RowLoss):
         epsilon: float = 1.0,
         *,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         temperature: float = 1.0,
         check_targets: bool | None = None,
     ) -> None:
@@ -238,7 +241,7 @@ class LinearFocalLoss(_Classifier, FocalLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         temperature: float = 1.0,
         check_targets: bool | None = None,
         product_dtype: torch.dtype | None = None,
@@ -292,7 +295,7 @@ class LinearPolyLoss(_Classifier, PolyLoss):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         temperature: float = 1.0,
         check_targets: bool | None = None,
         product_dtype: torch.dtype | None = None,

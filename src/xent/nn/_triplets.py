@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from xent import triplets
 from xent._arguments.linear_layer import weight_and_bias
 from xent._core.low_rank import LowRank
-from xent._core.validators import valid
+from xent._core.validators import GeometryName, ReductionName, valid
 from xent.nn._options import changed, keep
 from xent.triplets._losses import count_of_negatives
 
@@ -33,15 +33,15 @@ class SoftTripletLoss(nn.Module):
     """
 
     margin: float | None
-    negatives: str | int
+    negatives: Literal["all"] | int
 
     def __init__(
         self,
         *,
         margin: float | None = None,
-        negatives: str | int = "all",
+        negatives: Literal["all"] | int = "all",
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         check_targets: bool | None = None,
     ) -> None:
         super().__init__()
@@ -98,10 +98,10 @@ class LinearSoftTripletLoss(nn.Module):
         torch.Size([1000, 16])
     """
 
-    geometry: str
+    geometry: GeometryName
     memory_budget: int | None
     margin: float | None
-    negatives: str | int
+    negatives: Literal["all"] | int
 
     def __init__(
         self,
@@ -109,13 +109,13 @@ class LinearSoftTripletLoss(nn.Module):
         num_classes: int,
         *,
         bias: bool = False,
-        geometry: str = "inner",
+        geometry: GeometryName = "inner",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         margin: float | None = None,
-        negatives: str | int = "all",
+        negatives: Literal["all"] | int = "all",
         ignore_index: int | None = -100,
-        reduction: str = "mean",
+        reduction: ReductionName = "mean",
         check_targets: bool | None = None,
         memory_budget: int | None = None,
     ) -> None:
@@ -171,7 +171,7 @@ class LinearSoftTripletLoss(nn.Module):
 
 
 def _keep_triplets(
-    module: SoftTripletLoss | LinearSoftTripletLoss, margin: float | None, negatives: str | int
+    module: SoftTripletLoss | LinearSoftTripletLoss, margin: float | None, negatives: Literal["all"] | int
 ) -> None:
     module.margin = None if margin is None else valid("margin", margin)
     count = count_of_negatives(negatives)

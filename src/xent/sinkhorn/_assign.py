@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from torch import Tensor
 from xent._autograd.transforms import batched, is_opaque
 from xent._core.logits import compute_dtype
 from xent._core.statistics import statistics_dtype
-from xent._core.validators import Whole, valid
+from xent._core.validators import DifferentiateName, Whole, valid
 from xent._util import html
 from xent._util.text import counted
 from xent.sinkhorn._autograd import (
@@ -114,7 +114,7 @@ def assign(
     row_relaxation: float | None = None,
     column_relaxation: float | None = None,
     start: tuple[Tensor, Tensor] | None = None,
-    differentiate: Literal["implicit", "unroll"] = "implicit",
+    differentiate: DifferentiateName = "implicit",
 ) -> Assignment:
     r"""Return a balanced assignment of rows to columns: the plan of entropic optimal transport.
 

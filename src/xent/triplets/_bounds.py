@@ -16,6 +16,7 @@ from xent._arguments.options import Options
 from xent._core.logit_map import TileBuffers
 from xent._core.logits import DenseLogits, LinearHead, compute_dtype
 from xent._core.ops import FunctionalOps
+from xent._core.validators import ReductionName
 from xent.triplets._arguments import (
     class_indices,
     join_parts,
@@ -122,7 +123,7 @@ def bounds(
     target: Tensor,
     *,
     ignore_index: int | None = -100,
-    reduction: str = "none",
+    reduction: ReductionName = "none",
     sample_weight: Tensor | None = None,
     softcap: float | None = None,
     temperature: float = 1.0,
@@ -171,7 +172,7 @@ def linear_bounds(
     *,
     linear_bias: Tensor | None = None,
     ignore_index: int | None = -100,
-    reduction: str = "none",
+    reduction: ReductionName = "none",
     sample_weight: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from xent._arguments.validation import require_tensors
 from xent._autograd.transforms import thawed
-from xent._core.validators import valid
+from xent._core.validators import ReductionName, valid
 from xent.triplets._forms import softplus
 
 
@@ -24,7 +24,7 @@ def triplet_margin_loss(
     eps: float = 1e-6,
     swap: bool = False,
     *,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     smooth: bool = False,
 ) -> Tensor:
     r"""Return the triplet loss of embeddings (anchor, positive, negative), or a smooth form of it.

@@ -8,7 +8,7 @@ Over all negatives with margin log C they equal the lower bounds `hinge` and `sm
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ from xent._autograd import transforms
 from xent._core.class_indices import holds_integers, widened
 from xent._core.logits import DenseLogits, LinearHead
 from xent._core.problem import Problem
-from xent._core.validators import Whole, valid
+from xent._core.validators import GeometryName, ReductionName, Whole, valid
 from xent.triplets import _tiles
 from xent.triplets._arguments import class_indices, no_autocast, resolve_plain_head, scatter_rows
 from xent.triplets._forms import Form, in_geometry, softplus
 
-Negatives: TypeAlias = str | int | Tensor
+Negatives: TypeAlias = Literal["all"] | int | Tensor
 
 
 def triplet_loss(
@@ -35,7 +35,7 @@ def triplet_loss(
     margin: float = 1.0,
     negatives: Negatives = "all",
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     sample_weight: Tensor | None = None,
     check_targets: bool | None = None,
 ) -> Tensor:
@@ -83,7 +83,7 @@ def smooth_triplet_loss(
     margin: float | None = None,
     negatives: Negatives = "all",
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     sample_weight: Tensor | None = None,
     check_targets: bool | None = None,
 ) -> Tensor:
@@ -122,11 +122,11 @@ def linear_triplet_loss(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    geometry: str = "inner",
+    geometry: GeometryName = "inner",
     margin: float = 1.0,
     negatives: Negatives = "all",
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     sample_weight: Tensor | None = None,
     check_targets: bool | None = None,
     memory_budget: int | None = None,
@@ -177,11 +177,11 @@ def linear_smooth_triplet_loss(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
-    geometry: str = "inner",
+    geometry: GeometryName = "inner",
     margin: float | None = None,
     negatives: Negatives = "all",
     ignore_index: int | None = -100,
-    reduction: str = "mean",
+    reduction: ReductionName = "mean",
     sample_weight: Tensor | None = None,
     check_targets: bool | None = None,
     memory_budget: int | None = None,
@@ -214,11 +214,11 @@ def linear_smooth_triplet_loss(
 
 def _options(
     ignore_index: int | None,
-    reduction: str,
+    reduction: ReductionName,
     sample_weight: Tensor | None,
     check_targets: bool | None,
     memory_budget: int | None = None,
-    geometry: str = "inner",
+    geometry: GeometryName = "inner",
 ) -> Options:
     """Validate the options of a triplet loss; the order is that of the public signatures."""
     return Options.of(
@@ -239,7 +239,7 @@ def _smooth(margin: float | None) -> Form:
     return Form(softplus, None if margin is None else valid("margin", margin))
 
 
-def _loss(call: Call, form: Form, negatives: Negatives, geometry: str = "inner") -> Tensor:
+def _loss(call: Call, form: Form, negatives: Negatives, geometry: GeometryName = "inner") -> Tensor:
     parts, reduction = call.problems, call.reduction
     by_part = _negatives_by_part(transforms.thawed(negatives), call)
     with no_autocast(parts[0].logits.device):

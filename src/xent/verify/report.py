@@ -7,7 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -16,13 +16,9 @@ import xent
 from xent.verify.data import batches, read_digits
 from xent.verify.registry import IDENTITIES, Deviation, Identity, Setting
 
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-DEFAULT_DTYPES = ("float64", "float32")
+DtypeName: TypeAlias = Literal["float64", "float32", "bfloat16", "float16"]
+DTYPES: dict[DtypeName, torch.dtype] = {name: getattr(torch, name) for name in get_args(DtypeName)}
+DEFAULT_DTYPES: tuple[DtypeName, ...] = ("float64", "float32")
 """The types that `verify` checks by default."""
 
 
@@ -133,7 +129,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def verify(dtypes: Sequence[str] = DEFAULT_DTYPES, device: str = "cpu") -> Report:
+def verify(dtypes: Sequence[DtypeName] = DEFAULT_DTYPES, device: str = "cpu") -> Report:
     """Check every identity in every type on a device.
 
     The identities are the formulas of cross-entropy, its derivatives and its bounds (:data:`IDENTITIES`). An

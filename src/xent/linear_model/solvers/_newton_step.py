@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 import torch
 
+from xent._core.validators import PreconditionerName
 from xent.curvature import _cg
 from xent.curvature._kronecker import HeadKronecker
-from xent.curvature._newton import NewtonSystem, Preconditioner
+from xent.curvature._newton import NewtonSystem
 
 if TYPE_CHECKING:
     from xent.linear_model.objective import Objective
@@ -32,7 +33,7 @@ def newton_step(
     forcing: float,
     damping: float = 0.0,
     most_products: int = MOST_PRODUCTS,
-    preconditioner: Preconditioner | None = None,
+    preconditioner: PreconditionerName | None = None,
 ) -> np.ndarray:
     """Return Newton's step at theta, of its shape; its residual is at most ``forcing`` times the gradient."""
     hessian = objective.hessian(theta)
@@ -54,7 +55,7 @@ def newton_step(
     return step.ravel()
 
 
-def _preconditioner(objective: Objective, columns: int) -> Preconditioner:
+def _preconditioner(objective: Objective, columns: int) -> PreconditionerName:
     """Return the best one that is small beside the data."""
     classes, widest = objective.n_vectors, SPARSE_FACTOR if objective.is_sparse else FACTOR
     if classes == 1:
