@@ -51,7 +51,7 @@ class MissingExtra(ImportError):
 
 
 class NoBestTemperature(ValueError):
-    """An error of :func:`xent.fit_temperature`: the loss keeps falling as the temperature goes to a limit.
+    """An error of ``fit_temperature`` where the loss keeps falling as the temperature goes to a limit.
 
     ``limit`` is 0.0 where the logits put every target first, so that any smaller T is better. It is
     ``math.inf`` where they predict the targets worse than equal logits would, so that any larger T is better.
@@ -75,7 +75,7 @@ class NoBestTemperature(ValueError):
 
 
 class RankLost(ConnectionError):
-    """An error of several processes that share a job: another one has ended, or does not answer.
+    """An error of a job that processes share, where another of them has ended or does not answer.
 
     Example:
         >>> from xent.errors import RankLost
@@ -98,7 +98,7 @@ class Terminated(SystemExit):
 
 
 class RankFailed(RuntimeError):
-    """An error of several processes that share a job: another one met an error other than a ``BadInput``.
+    """An error of a job that processes share, where another of them met an error that is no ``BadInput``.
 
     The message names that process (its rank) and its error.
 
@@ -111,7 +111,7 @@ class RankFailed(RuntimeError):
 
 @contextlib.contextmanager
 def needs(extra: str) -> Iterator[None]:
-    """Turn a failed import of one of an extra's packages, inside the block, into a :class:`MissingExtra`.
+    """Turn a failed import of one of an extra's packages, inside the block, into a ``MissingExtra``.
 
     Args:
         extra: the name of the extra, such as ``"report"``.

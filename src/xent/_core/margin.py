@@ -32,7 +32,7 @@ OUTSIDE = 0.05  # how far rounding, of half types too, may carry a cosine out of
 
 @dataclass(frozen=True)
 class Margin:
-    """A margin: the target's own score is lowered during training, so that its class has to win by more.
+    """A reduction of the target's own score during training, so that its class has to win by more.
 
     The margin applies to scores that are cosines: products of features and class vectors of length 1. With θ
     the angle between them and ``temperature = 1/s``, the target's logit becomes

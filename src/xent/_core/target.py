@@ -16,7 +16,7 @@ from xent._core.validators import RemainderName, Whole, valid
 
 @dataclass(frozen=True, eq=False)
 class TopKTarget:
-    """A sparse soft target: the probabilities of k classes of each row, as a large teacher model gave them.
+    """A sparse soft target that holds the probabilities of k classes of each row, from a teacher model.
 
     Every loss that takes a target takes it, from logits and from features, without a tensor of all classes.
     ``remainder`` decides on the mass ``1 − Σ q`` that the teacher gave to the classes that are not stored.

@@ -32,7 +32,7 @@ def audit(
     sweeps: int = 2,
     worst: int = WORST,
 ) -> AuditResult:
-    r"""Return an audit of a classifier: its mean loss over a data set, taken apart.
+    r"""Return an audit of a classifier, its mean loss over a data set taken apart.
 
     The result holds the mean cross-entropy with its interval and its parts: by class, by pair of a class and
     a rival, by calibration and discrimination, by temperature. It also lists the rows of the largest losses

@@ -38,7 +38,7 @@ from xent.curvature._tiles import Curvature, Form
 
 
 class KroneckerEigen(NamedTuple):
-    """The eigenvalues of a :class:`HeadKronecker`, and its eigenvectors as two factors.
+    """The eigenvalues of a ``HeadKronecker``, and its eigenvectors as two factors.
 
     The eigenvector of ``values[i, j]`` is ``of_classes[:, i] ⊗ of_inputs[:, j]``.
 

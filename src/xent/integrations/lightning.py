@@ -58,7 +58,7 @@ class _Trained(LightningModule):
 
 
 class CausalLM(_Trained):
-    """A module of Lightning: a causal language model of Transformers, trained without stored logits.
+    """A Lightning module that trains a causal language model of Transformers, without stored logits.
 
     The loss is :func:`xent.integrations.transformers.causal_lm_loss`. A batch is a dictionary with
     ``input_ids`` and ``labels``, as the collators of Transformers make it. The module logs ``train_loss`` and
@@ -94,8 +94,7 @@ class CausalLM(_Trained):
 
 
 class Classifier(_Trained):
-    """A module of Lightning: a module that makes features and a linear classifier, trained without stored
-    logits.
+    """A Lightning module that trains any model of features with a linear classifier, without stored logits.
 
     A batch is ``(rows, target)``. The module logs ``train_loss`` and ``val_loss``.
 

@@ -97,7 +97,7 @@ class SoftmaxRegression(Exports, Saved, ClassifierMixin, BaseEstimator):
         coef_: W, (C, D); for two classes (1, D): one vector, with the logits (0, s).
         intercept_: b, (C,); for two classes (1,).
         n_iter_: the number of iterations.
-        loss_curve_: (n_iter_ + 1,) the scaled objective in nats, at the start and after each iteration.
+        loss_curve_: (``n_iter_`` + 1,) the scaled objective in nats, at the start and after each iteration.
         gradient_norm_: the largest component of its gradient at the end.
         objective_gap_: the bound on its distance from its minimum, in nats.
         converged_: whether the quantity of ``stopping`` is at most ``tol``.

@@ -31,7 +31,7 @@ SPAN = (-4.0, 4.0)
 
 
 class SoftmaxRegressionCV(SoftmaxRegression):
-    """A :class:`xent.SoftmaxRegression` that chooses the strength of its penalty by cross-validation.
+    """A ``SoftmaxRegression`` that chooses the strength of its penalty by cross-validation.
 
     The strength is the C with the best mean score over the folds: each fold is scored by the model that was
     fitted to the other folds. Each fold is fitted along a path from the strongest penalty to the weakest,

@@ -11,7 +11,9 @@ from xent.nn._options import changed, keep
 
 
 class BCELoss(nn.Module):
-    """A module of :func:`xent.binary_cross_entropy`, which loads the state dict of :class:`torch.nn.BCELoss`.
+    """The module of ``xent.binary_cross_entropy``.
+
+    It loads the state dict of :class:`torch.nn.BCELoss`.
 
     Args:
         weight: a factor for each element, of a shape that broadcasts to that of the input, kept as a buffer.
@@ -58,7 +60,7 @@ class BCELoss(nn.Module):
 
 
 class BCEWithLogitsLoss(nn.Module):
-    """A module of :func:`xent.binary_cross_entropy_with_logits`.
+    """The module of ``xent.binary_cross_entropy_with_logits``.
 
     It loads the state dict of :class:`torch.nn.BCEWithLogitsLoss`.
 
@@ -115,7 +117,7 @@ class BCEWithLogitsLoss(nn.Module):
 
 
 class KLDivLoss(nn.Module):
-    """A module of :func:`xent.kl_div`.
+    """The module of ``xent.kl_div``.
 
     Args:
         reduction, log_target: as in :func:`xent.kl_div`.

@@ -20,7 +20,7 @@ from xent.nn._options import changed, keep
 
 
 class CrossEntropyLoss(nn.Module):
-    """A module of :func:`xent.cross_entropy`: options at construction, tensors at the call.
+    """The module of ``xent.cross_entropy``, with options at construction and tensors at the call.
 
     Args:
         weight: w, (C,), a factor for each class, kept as a buffer.

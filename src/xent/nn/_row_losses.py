@@ -77,7 +77,7 @@ class _RowLoss(nn.Module):
 
 
 class FocalLoss(_RowLoss):
-    """A module of :func:`xent.focal_loss`: options at construction, tensors at the call.
+    """The module of ``xent.focal_loss``, with options at construction and tensors at the call.
 
     Args:
         gamma, ignore_index, reduction, temperature, check_targets: as in :func:`xent.focal_loss`.
@@ -117,7 +117,7 @@ class FocalLoss(_RowLoss):
 
 
 class PolyLoss(_RowLoss):
-    """A module of :func:`xent.poly_loss`: options at construction, tensors at the call.
+    """The module of ``xent.poly_loss``, with options at construction and tensors at the call.
 
     Args:
         epsilon, ignore_index, reduction, temperature, check_targets: as in :func:`xent.poly_loss`.

@@ -16,7 +16,7 @@ from xent.triplets._losses import count_of_negatives
 
 
 class SoftTripletLoss(nn.Module):
-    """A module of :func:`xent.triplets.smooth_triplet_loss`: options at construction, logits at the call.
+    """The module of ``xent.triplets.smooth_triplet_loss``, with options at construction.
 
     Args:
         margin, ignore_index, reduction, check_targets: as in :func:`xent.triplets.smooth_triplet_loss`.

@@ -116,7 +116,7 @@ def assign(
     start: tuple[Tensor, Tensor] | None = None,
     differentiate: DifferentiateName = "implicit",
 ) -> Assignment:
-    r"""Return a balanced assignment of rows to columns: the plan of entropic optimal transport.
+    r"""Return a balanced assignment of rows to columns, the plan of entropic optimal transport.
 
     With scores S (larger is likelier) and the entropy weight ε, the plan ``Q = diag(u) exp(S/ε) diag(v)`` has
     the row sums r (by default 1) and the column sums c (by default N/K). It maximises ``⟨S, Q⟩ + ε·H(Q)``

@@ -31,7 +31,7 @@ from xent.triplets._sweep import Bounds, chain
 def margins(
     input: Tensor, target: Tensor, *, ignore_index: int | None = -100, check_targets: bool | None = None
 ) -> Tensor:
-    r"""Return the margins ``m_j = z_j − z_y`` of each row: how far each rival's logit is above the target's.
+    r"""Return the margins ``m_j = z_j − z_y`` of each row, how far each rival's logit is above the target's.
 
     A rival is any class j other than the target class y. The margins are differentiable any number of times,
     in every mode of torch.

@@ -33,7 +33,7 @@ Minimize: TypeAlias = Callable[["Objective", np.ndarray, int, AfterIteration], b
 
 @dataclasses.dataclass(frozen=True)
 class Solver:
-    """A method that minimises the objective of :class:`xent.SoftmaxRegression`.
+    """A method that minimises the objective of ``SoftmaxRegression``.
 
     ``minimize`` is called as ``minimize(objective, theta, max_iter, after_iteration)``. ``objective(theta)``
     returns the value and the gradient at theta, (P,), both float64. ``objective.hessian(theta)`` returns the
