@@ -29,6 +29,7 @@ class Group:
     page: str  # below docs, without its suffix
     names: list[str]  # in full: xent.cross_entropy
     data: dict[str, str] = dataclasses.field(default_factory=dict)  # constants: what they are
+    options: bool = True  # the functions' arguments of an option's name are that option
 
     @property
     def slug(self) -> str:
@@ -138,7 +139,9 @@ def options() -> Iterator[tuple[str, list[tuple[str, str, str]]]]:
 
 def values_of(rule: Any) -> str:
     """Return in words what a validator takes."""
-    if hasattr(rule, "names"):
+    if hasattr(rule, "kind"):
+        words = f"a `torch.{rule.kind.__name__}`, or None"
+    elif hasattr(rule, "names"):
         words = " or ".join(f'`"{name}"`' for name in rule.names)
     else:
         words = getattr(rule, "takes", "") or first_sentence(type(rule)).rstrip(".")
@@ -186,7 +189,7 @@ def _write(app: Sphinx) -> None:
     pages = {f"{name}.md": page_of(name, group, titles) for group in known for name in group.names}
     pages.update({f"{group.slug}.md": page_of_group(group, titles) for group in known})
     pages["_names.md"] = all_groups(known)
-    pages["_options.md"] = all_options([name for group in known for name in group.names])
+    pages["_options.md"] = all_options([name for group in known if group.options for name in group.names])
     api = folder / "api"
     api.mkdir(exist_ok=True)
     for stale in set(api.glob("*.md")) - {api / name for name in pages}:

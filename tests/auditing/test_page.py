@@ -6,9 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from browser import browser, requested
 
 import xent
+from browser import browser, requested
 
 
 @pytest.fixture(scope="module")

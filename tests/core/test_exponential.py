@@ -24,7 +24,7 @@ def test_they_are_those_of_torch(shape, low, dtype):
     expected = x.exp()
     found = exp_(x)
     assert found.data_ptr() == x.data_ptr()
-    # both factors of a subnormal number are rounded, each by half a unit of 24 or 53 bits, before the product is
+    # both factors of a subnormal number are rounded before their product is
     smallest = torch.finfo(dtype).smallest_normal
     normal = expected >= 2 * smallest
     torch.testing.assert_close(found[normal], expected[normal], rtol=2 * torch.finfo(dtype).eps, atol=0)

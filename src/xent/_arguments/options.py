@@ -126,7 +126,7 @@ class ReductionOptions(_Group):
     reduction: ReductionName = "mean"
     denominator: float | Tensor | None = None
     z_loss: float = 0.0
-    data_group: Any = None
+    data_group: Any = None  # a torch.distributed process group whose ranks share the rows
 
     validated = (
         ("reduction", "mean", valid),
@@ -142,7 +142,7 @@ class Execution(_Group):
     product_dtype: torch.dtype | None = None
     memory_budget: int | None = None
     check_targets: bool | None = None
-    group: Any = None
+    group: Any = None  # a torch.distributed process group whose ranks share the classes
 
     validated = (
         ("product_dtype", None, valid),

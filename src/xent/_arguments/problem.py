@@ -225,7 +225,10 @@ def _shift(options: Options, logits: Logits, targets: Targets, *, known: bool) -
     assert margin is None or not isinstance(margin, float)
     t = logits.map.temperature
     if margin is not None and logits.map.scale != 1.0:
-        raise ValueError("a margin is held back from cosines: give the scale as temperature=1/logit_scale")
+        raise ValueError(
+            "margin is subtracted from cosines, so logit_scale cannot be given with it: "
+            "pass the scale as temperature=1/logit_scale"
+        )
     if margin is not None:
         least = t.min().item() if isinstance(t, Tensor) and known and t.numel() else t
         size = abs(margin.cosine) + 2 * (margin.angle > 0)

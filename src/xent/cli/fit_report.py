@@ -171,7 +171,7 @@ def _reached(fitted: Fitted) -> str:
     """Return the number that ``--tol`` bounds, with its name."""
     if fitted.model.settings["stopping"] == "gradient":
         return f"gradient {fitted.gradient_norm:.1e}"
-    return f"at most {fitted.gap.relative:.1e} above the minimum by its {fitted.gap.by}"
+    return f"objective at most {fitted.gap.relative:.1e} (relative) above its minimum by the {fitted.gap.by}"
 
 
 def _times(count: int) -> str:

@@ -43,9 +43,9 @@ def focal_loss(
 
     The loss of a row is ``α·(1 − p_y)^γ·(−log p_y)``, with p_y the probability of the target class y. The
     factor ``(1 − p_y)^γ`` lowers the weight of rows that are classified well. The loss is twice
-    differentiable in every mode of torch. Rows whose p_y is near 1 keep their digits; at ``p_y = 1`` the
-    value and its derivatives are 0 for every γ > 0. Source: Lin et al., "Focal loss for dense object
-    detection", 2017.
+    differentiable under autograd, ``torch.func`` and forward mode. Rows whose p_y is near 1 keep their
+    digits; at ``p_y = 1`` the value and its derivatives are 0 for every γ > 0. Source: Lin et al., "Focal
+    loss for dense object detection", 2017.
 
     Args:
         input, ignore_index, reduction, sample_weight, softcap: as in :func:`xent.cross_entropy`.

@@ -56,10 +56,10 @@ def kl_divergence(
 
     With ``p = softmax(z/T)`` the divergence of a row is ``KL(t ‖ p) = Σ t·(log t − log p)`` forward and
     ``KL(p ‖ t) = Σ p·(log p − log t)`` in reverse. It is differentiable in both arguments any number of
-    times, in every mode of torch. The sum is arranged so that nothing cancels. Between two rows of logits the
-    divergence is never negative, and it is 0 for equal ones. Distributions that differ by 1e-8, and rows
-    whose p is within rounding of one class, keep their digits. Source: Kullback and Leibler, "On information
-    and sufficiency", 1951.
+    times, under autograd, ``torch.func`` and forward mode. The sum is arranged so that nothing cancels.
+    Between two rows of logits the divergence is never negative, and it is 0 for equal ones. Distributions
+    that differ by 1e-8, and rows whose p is within rounding of one class, keep their digits. Source: Kullback
+    and Leibler, "On information and sufficiency", 1951.
 
     Args:
         target: t, of the shape of ``input``: probabilities of any mass that is not negative, with 0·log 0 = 0

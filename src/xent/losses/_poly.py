@@ -40,8 +40,8 @@ def poly_loss(
     r"""Return the poly-1 loss of logits and class indices, in nats.
 
     The loss of a row is ``−log p_y + ε·(1 − p_y)``, with p_y the probability of the target class y. It is
-    twice differentiable in every mode of torch, and rows whose p_y is near 1 keep their digits. Source: Leng
-    et al., "PolyLoss", 2022, equation 6.
+    twice differentiable under autograd, ``torch.func`` and forward mode, and rows whose p_y is near 1 keep
+    their digits. Source: Leng et al., "PolyLoss", 2022, equation 6.
 
     Args:
         input, ignore_index, reduction, sample_weight, softcap: as in :func:`xent.cross_entropy`.

@@ -34,7 +34,7 @@ def margins(
     r"""Return the margins ``m_j = z_j − z_y`` of each row, how far each rival's logit is above the target's.
 
     A rival is any class j other than the target class y. The margins are differentiable any number of times,
-    in every mode of torch.
+    under autograd, ``torch.func`` and forward mode.
 
     Args:
         input: logits z, (C,), (N, C) or (N, C, d1, ...).

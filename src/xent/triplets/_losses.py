@@ -42,9 +42,9 @@ def triplet_loss(
     r"""Return the triplet loss of logits over K negatives of each row.
 
     The loss of a row is ``(1/(K+1)) Σ_j max(m_j + margin, 0)``, with ``m_j = z_j − z_y`` the margin of
-    negative j over the target class y. It is differentiable in every mode of torch. Over all negatives with
-    margin log C it is the field ``hinge`` of :func:`bounds`, a lower bound on cross-entropy. Source: Schroff
-    et al., "FaceNet", 2015.
+    negative j over the target class y. It is differentiable under autograd, ``torch.func`` and forward mode.
+    Over all negatives with margin log C it is the field ``hinge`` of :func:`bounds`, a lower bound on
+    cross-entropy. Source: Schroff et al., "FaceNet", 2015.
 
     Args:
         input: logits z, (C,), (N, C) or (N, C, d1, ...).

@@ -9,6 +9,17 @@ from rich.text import Text
 from xent._util.text import printable
 from xent.verify.report import Report
 
+TOPICS = {
+    1: "the loss and its options",
+    2: "numerics",
+    3: "likelihood, entropy, divergence",
+    4: "first derivatives",
+    5: "second derivatives",
+    6: "triplets",
+    7: "temperature and the log-free surrogate",
+}
+"""The topic of each section of identities."""
+
 
 def say(console: Console, report: Report) -> None:
     """Print the table, the identities that do not hold and where, and the data."""
@@ -30,19 +41,22 @@ def say(console: Console, report: Report) -> None:
 
 def _table(report: Report) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("§")
     table.add_column("identity", no_wrap=True)
-    table.add_column("")
+    table.add_column("formula")
     table.add_column("allowed", justify="right")
     for dtype in report.dtypes:
         table.add_column(dtype, justify="right", no_wrap=True)
+    topic = 0
     for identity in report.identities:
+        if identity.section != topic:
+            topic = identity.section
+            table.add_row(Text(TOPICS[topic], "bold"))
         cells = [
             Text(f"{_units(done.worst.units)} {'✓' if done.holds else '✗'}", "" if done.holds else "bold red")
             for done in report.of(identity)
         ]
         allowed = f"{identity.allowed:g}"
-        table.add_row(str(identity.section), Text(identity.name), Text(identity.formula), allowed, *cells)
+        table.add_row(Text(f"  {identity.name}"), Text(identity.formula), allowed, *cells)
     return table
 
 
