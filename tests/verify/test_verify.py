@@ -305,7 +305,7 @@ def test_an_identity_is_one_function(monkeypatch):
     with pytest.raises(AssertionError, match="there already"):
         registry.identity("one", "2 = 2", section=6, allowed=1, because="")(one)
     done = run("--dtype", "float32", code=1)
-    assert "0.00 ✓" in next(line for line in done.stdout.splitlines() if line.startswith("6  one "))
+    assert "0.00 ✓" in next(line for line in done.stdout.splitlines() if line.startswith("  one "))
     assert "✗ an empty one in float32: inf at nothing was compared" in done.stdout
 
 
