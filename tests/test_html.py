@@ -192,6 +192,7 @@ def is_text_of(found, text: str) -> bool:
     return text == f"<pre>{escape(repr(found))}</pre>"
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("name", BY_ROW)
 def test_under_vmap_the_repr_is_shown(name):
     z, y = logits(4, 3)

@@ -140,6 +140,7 @@ CHANGED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning")  # which a layer of torch's calls
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize(("change", "says"), CHANGED.values(), ids=CHANGED)
 def test_a_layer_that_does_more_is_an_error(change, says, head):

@@ -122,6 +122,7 @@ def test_options_of_metrics(metric, name, value):
     refused(name, lambda: metric(*data, **{name: value}))
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_what_is_of_the_right_kind():
     """The same walk with values that are taken, so that none above fails for another reason."""
     right = {

@@ -140,6 +140,7 @@ def test_a_label_of_minus_one_beside_an_id_is_refused():
         SoftmaxRegression().fit(X, np.tile([-1, 2], (150, 1)))
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_floating_columns_keep_any_mass():
     masses = IDS.astype(float)
     assert SoftmaxRegression().fit(X, masses).classes_.tolist() == [0, 1]

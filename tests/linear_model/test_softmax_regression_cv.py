@@ -42,6 +42,7 @@ def test_a_warm_path_takes_fewer_iterations():
     assert warm < 0.75 * cold
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning:sklearn")
 @pytest.mark.parametrize("solver", ["lbfgs", "newton-cg"])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_scores_and_choice_are_those_of_scikit_learn(solver, classes):

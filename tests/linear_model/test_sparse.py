@@ -81,6 +81,7 @@ def test_the_minimum_is_that_of_dense_rows(
     assert found.gradient_norm_ < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore::scipy.sparse.SparseEfficiencyWarning")
 @pytest.mark.parametrize("kind", ["array", "matrix"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_is_read(native, name, kind):
