@@ -46,7 +46,7 @@ interpreted: setup ## run the laws on the kernels of Triton in its interpreter, 
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) tests/laws -k "triton and not float64 and not nonsense" -m "not slow"
 
 pages: setup ## run what the pages of the docs print
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m pages
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m pages tests/test_how_to.py tests/auditing/test_page.py
 
 docs: setup $(SCRIPT) ## build the site into docs/_build/html; its examples, tutorial and links are checked
 	$(BIN)/sphinx-build -W --keep-going -q docs docs/_build/html
@@ -59,7 +59,7 @@ $(SCRIPT):
 	tar -xzOf docs/_build/$(subst @,-,$(MATHJAX)).tgz package/es5/tex-svg.js > $@.part && mv $@.part $@
 
 site: docs ## open the site in headless Chromium: no error, no dead link, nothing loaded from elsewhere
-	$(BIN)/python -m pytest -m site
+	$(BIN)/python -m pytest -m site tests/test_site.py
 
 slow: setup ## the long soak tests
 	$(BIN)/python -m pytest -n $(WORKERS) -m slow
