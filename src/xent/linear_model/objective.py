@@ -1,6 +1,6 @@
 """The objective of ``SoftmaxRegression`` in the solver's variables, on the fused cross-entropy.
 
-    min over W, b of   Σ_n s_n ℓ(W x̃_n + b, t_n) / Σ_n s_n a_n  +  λ/2 ‖W‖²        x̃ = (x − m)/s
+    min over W, b of   Σ_n s_n ℓ(W x̃_n + b, t_n) / Σ_n s_n a_n  +  l2/2 ‖W‖²        x̃ = (x − m)/s
 
     W x̃ + b = V (x̃ − μ)/σ + c         W = V/σ,  b = c − W μ
 
@@ -112,13 +112,13 @@ class Objective:
             self._variance = found.about(self.center) / s**2
 
     def penalise(self, C: float) -> None:
-        """Set the inverse strength of the penalty, and with it λ and σ: another objective, of the same rows.
+        """Set the inverse strength of the penalty, and with it l2 and σ: another objective, of the same rows.
 
-        The Hessian's diagonal at W = 0 is h·E[(x̃_j − μ_j)²] + λ for a weight, h for an intercept. Dividing by
-        h σ_j² with σ_j² = E[(x̃_j − μ_j)²] + λ/h makes it constant (Jacobi's preconditioner). What is known of
-        the last point, its loss and gradient, is not computed again.
+        The Hessian's diagonal at W = 0 is h·E[(x̃_j − μ_j)²] + l2 for a weight, h for an intercept. Dividing
+        by h σ_j² with σ_j² = E[(x̃_j − μ_j)²] + l2/h makes it constant (Jacobi's preconditioner). The loss and
+        the gradient of the last point are not computed again.
         """
-        self.penalty = 1.0 / (C * self.total)  # λ
+        self.penalty = 1.0 / (C * self.total)  # l2
         h = (self.n_classes - 1) / self.n_classes**2
         scale = np.sqrt(self._variance + self.penalty / h)
         self.scale = np.where(np.isfinite(scale) & (scale > 0), scale, 1.0)
@@ -238,7 +238,7 @@ class Objective:
         Set ``gradient_norm`` and ``duality_gap``. With the dual variables t − p(W, c) the gap is the bound of
         strong convexity,
 
-            F − F* ≤ ‖∂F/∂W‖² / 2λ        where ∂F/∂c = 0
+            F − F* ≤ ‖∂F/∂W‖² / (2·l2)        where ∂F/∂c = 0
 
         An intercept is not penalised. Its gradient is taken to reach over 1 + max|c| at most.
         """
@@ -294,8 +294,8 @@ class Objective:
     def hessian(self, theta: np.ndarray) -> SummedHessian:
         """Return the Hessian of the mean loss at θ, an operator in V and, where there is one, c.
 
-        The penalty is not in it: λ/σ² on the diagonal of V. Two classes have two rows, of which the first, of
-        the logit 0, does not move.
+        The penalty, l2/σ² on the diagonal of V, is not in it. Two classes have two rows, of which the first
+        has the logit 0 and does not move.
         """
         return self._hessian.at(theta)
 

@@ -1,6 +1,6 @@
 """A regularisation path: the strengths from strong to weak, each fit begun where the last one ended.
 
-    W(λ₁) → W(λ₂) → ... → W(λ_k)        λ₁ ≥ λ₂ ≥ ... ≥ λ_k
+    W(l2₁) → W(l2₂) → ... → W(l2_k)        l2₁ ≥ l2₂ ≥ ... ≥ l2_k
 
 Neighbouring strengths have neighbouring minima, so that a path of 45 costs a few fits, not 45. What does not
 depend on the strength (the features' means and variances, the checks) is done once.

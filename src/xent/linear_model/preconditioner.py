@@ -2,11 +2,11 @@
 
 At W = 0 every row has p = 1/C, and the Hessian of the mean loss is exactly
 
-    H = (I − 11ᵀ/C)/C ⊗ A + λ/σ²            A = Σ_n m_n x̃_n x̃_nᵀ / Σ_n m_n,   x̃ = ((x − μ)/σ, 1)
+    H = (I − 11ᵀ/C)/C ⊗ A + l2/σ²            A = Σ_n m_n x̃_n x̃_nᵀ / Σ_n m_n,   x̃ = ((x − μ)/σ, 1)
 
 (`Whitening`). Away from it a class sees the rows that are in doubt about it, and other classes other rows:
 
-    H_cc = Σ_n m_n p_nc (1 − p_nc) x̃_n x̃_nᵀ / Σ_n m_n + λ/σ²
+    H_cc = Σ_n m_n p_nc (1 − p_nc) x̃_n x̃_nᵀ / Σ_n m_n + l2/σ²
 
 (`ClassBlocks`: the largest terms of each sum as they are, the rest as their weight times A). Both are formed
 from a sample of the rows, in float32: an approximate inverse costs iterations, not digits. Only directions
@@ -140,7 +140,7 @@ def apart(gradient: Tensor, inverse: Callable[[Tensor], Tensor], ridges: Tensor)
 
 
 def ridge(objective: Objective) -> Tensor:
-    """Return λ/σ² of the weights and 0 of the intercept, 1 where there is none, (D + 1,)."""
+    """Return l2/σ² of the weights and 0 of the intercept, 1 where there is none, (D + 1,)."""
     of_weights = torch.from_numpy(objective.penalty / objective.scale**2)
     of_intercept = of_weights.new_full((1,), float(not objective.fit_intercept))
     return torch.cat([of_weights, of_intercept]).to(objective.device)

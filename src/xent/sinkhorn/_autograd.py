@@ -2,7 +2,7 @@
 
 The conditions P·1 = r, Pᵀ·1 = c on P = exp((S + f + g)/ε) hold along every change of S, r and c. So with
 
-    ⎡diag d    P   ⎤ ⎡x⎤   ⎡G∘P·1  + ε f̄⎤        d = P·1 (1 + ε/λ),  e = Pᵀ·1 (1 + ε/μ)
+    ⎡diag d    P   ⎤ ⎡x⎤   ⎡G∘P·1  + ε f̄⎤        d = P·1 (1 + ε/ρ_r),  e = Pᵀ·1 (1 + ε/ρ_c)
     ⎣  Pᵀ    diag e⎦ ⎣y⎦ = ⎣(G∘P)ᵀ1 + ε ḡ⎦
 
 a gradient (G, f̄, ḡ) on the plan and its potentials becomes

@@ -8,8 +8,8 @@ With ξ = √d∘x, η = √e∘y and B = P / √(d eᵀ), whose singular values
     (I − BᵀB) η = β − Bᵀα        ξ = α − B η        α = a/√d, β = b/√e
 
 Where d and e are the sums of P, the matrix is singular along x = 1, y = −1, once for every connected part of
-P. The right-hand sides of a plan's derivatives have no component there, and at most √λ of one along an
-eigenvector of a tiny eigenvalue λ, so a ridge below rounding does not change the result. Up to `DIRECT`
+P. The right-hand sides of a plan's derivatives have no component there, and at most √μ of one along an
+eigenvector of a tiny eigenvalue μ, so a ridge below rounding does not change the result. Up to `DIRECT`
 unknowns the solver is a Cholesky factorisation of the Schur complement, with that ridge and iterative
 refinement. Above it is conjugate gradients, one product with P and one with Pᵀ a step; where these need more
 than `PATIENCE` steps, it is Cholesky again, up to `LARGEST` unknowns.
@@ -26,7 +26,7 @@ DIRECT = 512  # unknowns of the smaller side: N·K² costs about as much as a fe
 LARGEST = 4096  # unknowns up to which a square matrix is stored
 PATIENCE = 150  # steps of conjugate gradients that cost about as much as the factorisation
 RIDGE = 1e-12
-REFINEMENTS = 4  # leave an error of (RIDGE / λ)⁵ along an eigenvalue λ
+REFINEMENTS = 4  # leave an error of (RIDGE / μ)⁵ along an eigenvalue μ
 CHUNK = 1 << 22  # elements of P in float64 at a time
 STALLED = 50  # steps without a smaller residual after which conjugate gradients stop
 

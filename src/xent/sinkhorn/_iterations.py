@@ -1,10 +1,10 @@
 """Entropic assignment in the log domain: P = exp((S + f + g)/ε) with given sums.
 
     max over P ≥ 0 of  ⟨S, P⟩ − ε·KL(P ‖ r cᵀ)      with P·1 = r, Pᵀ·1 = c,
-                       or minus λ·KL(P·1 ‖ r), minus μ·KL(Pᵀ·1 ‖ c), in place of either
+                       or minus ρ_r·KL(P·1 ‖ r), minus ρ_c·KL(Pᵀ·1 ‖ c), in place of either
 
-    rows     f = ε (log r − φ·L)    L_i = log Σ_j exp((S_ij + g_j)/ε)     φ = λ/(λ + ε), 1 where P·1 = r
-    columns  g = ε (log c − ψ·M)    M_j = log Σ_i exp((S_ij + f_i)/ε)     ψ = μ/(μ + ε), 1 where Pᵀ·1 = c
+    rows     f = ε (log r − φ·L)    L_i = log Σ_j exp((S_ij + g_j)/ε)     φ = ρ_r/(ρ_r + ε), 1 where P·1 = r
+    columns  g = ε (log c − ψ·M)    M_j = log Σ_i exp((S_ij + f_i)/ε)     ψ = ρ_c/(ρ_c + ε), 1 where Pᵀ·1 = c
 
 One iteration is the step of columns and then the step of rows, from f = 0, which leaves an error in the
 column sums. There are two ways to compute it, equal in exact arithmetic:
@@ -47,8 +47,8 @@ class Problem:
     row: Tensor  # (B, N) r, float64; 0 where no mass is allowed
     column: Tensor  # (B, K) c
     epsilon: float
-    row_relaxation: float = math.inf  # λ
-    column_relaxation: float = math.inf  # μ
+    row_relaxation: float = math.inf  # ρ_r
+    column_relaxation: float = math.inf  # ρ_c
 
     @property
     def row_exponent(self) -> float:
@@ -61,7 +61,7 @@ class Problem:
         return 1.0 if math.isinf(self.column_relaxation) else 1 / (1 + self.epsilon / self.column_relaxation)
 
     def target_column_sums(self, g: Tensor) -> Tensor:
-        """Return the column sums at the optimum, (B, K): c, or c·exp(−(g − ε log c)/μ) where relaxed."""
+        """Return the column sums at the optimum, (B, K): c, or c·exp(−(g − ε log c)/ρ_c) where relaxed."""
         if math.isinf(self.column_relaxation):
             return self.column
         gap = (self.epsilon * self.column.log() - g) / self.column_relaxation

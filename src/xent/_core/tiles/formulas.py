@@ -1,14 +1,14 @@
 """The formulas of one tile of rows × classes: its statistics, and its gradient once the row's are known.
 
-With row coefficients from what came after the row's outputs (γ = ∂L/∂ℓ, η = ∂L/∂H, λ_y = ∂L/∂log p_y):
+With row coefficients from what came after the row's outputs (γ = ∂L/∂ℓ, η = ∂L/∂H, ω_y = ∂L/∂log p_y):
 
-    ∂L/∂z = p∘(α − η·(z − m − ē)) − γ·t + Σ λ_y·e_y        α = a·γ + ∂L/∂lse − Σ λ
+    ∂L/∂z = p∘(α − η·(z − m − ē)) − γ·t + Σ ω_y·e_y        α = a·γ + ∂L/∂lse − Σ ω
     ∂L/∂q = γ·(∂t/∂q)·(−log p)
 
-with p = exp(z − m) / (1 + r) and ē = e/(1 + r). At an own class y, where α·p, γ·t and λ may cancel, each
+with p = exp(z − m) / (1 + r) and ē = e/(1 + r). At an own class y, where α·p, γ·t and ω may cancel, each
 upstream gradient has a factor of its own, none of which does (`target_residual`):
 
-    γ·(a·p_y − t_y) + ∂L/∂lse·p_y − λ_y·expm1(log p_y) − p_y·Σ_{j≠y} λ_j − η·p_y·(z_y − m − ē)
+    γ·(a·p_y − t_y) + ∂L/∂lse·p_y − ω_y·expm1(log p_y) − p_y·Σ_{j≠y} ω_j − η·p_y·(z_y − m − ē)
 
 Of log P̄, P̄ the sum of p over the classes that are not own, μ = ∂L/∂log P̄ and π = p/P̄ there:
 

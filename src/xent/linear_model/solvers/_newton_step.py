@@ -1,6 +1,6 @@
 """Newton's step by conjugate gradients from 0, and with it a bound from below on what is left to gain.
 
-    (H + λ/σ² + μ) s = −∇,   ‖residual‖ ≤ η·‖∇‖        −½ ∇ᵀs ≤ ½ ∇ᵀ(H + λ/σ² + μ)⁻¹∇
+    (H + l2/σ² + δ) s = −∇,   ‖residual‖ ≤ η·‖∇‖        −½ ∇ᵀs ≤ ½ ∇ᵀ(H + l2/σ² + δ)⁻¹∇
 
 With each product −½ ∇ᵀs grows.
 """

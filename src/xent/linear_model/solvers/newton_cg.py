@@ -1,6 +1,6 @@
 """Newton's method with conjugate gradients on the objective of ``SoftmaxRegression``.
 
-    (H + λ/σ²) s = −∇,   ‖residual‖ ≤ η·‖∇‖,   η = min(½, √(‖∇‖/‖∇₀‖))        θ ← θ + α·s
+    (H + l2/σ²) s = −∇,   ‖residual‖ ≤ η·‖∇‖,   η = min(½, √(‖∇‖/‖∇₀‖))        θ ← θ + α·s
 
 in the solver's variables θ = (V | c), on standardised features. The forcing term η makes early
 steps cheap and late ones exact, so that the gradient falls superlinearly. Near the minimum two objectives no
