@@ -25,7 +25,6 @@ from torch import Tensor
 from xent._arguments.call import require_target, resolve_logits
 from xent._arguments.options import Options
 from xent._calibration_inputs import read_held_out
-from xent._core.exponential import exp_
 from xent._core.problem import Problem
 from xent._core.target import TopKTarget
 from xent._core.targets import Targets
@@ -219,7 +218,7 @@ def _derivatives(rows: Rows, beta: float) -> Derivatives:
         u = _load(rows.logits, rows.targets, chunk)
         u = (u - u.amax(1, keepdim=True)).div_(rows.scale)
         masked_classes = u == -math.inf if rows.masked else None
-        p = exp_(u * beta)
+        p = (u * beta).exp_()
         if masked_classes is not None:  # also at β = 0, where 0·(−inf) must be 0
             p, u = p.masked_fill_(masked_classes, 0.0), u.masked_fill_(masked_classes, 0.0)
         normaliser = p.sum(1)

@@ -13,7 +13,6 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from xent._core.exponential import exp_
 from xent._core.matmul import multiply_
 
 BATCHED = "processes that share the classes send tensors, not batches of them: take group= out of vmap"
@@ -150,7 +149,7 @@ class InPlaceOps:
         return z.div_(y)
 
     def exp(self, z: Tensor) -> Tensor:
-        return exp_(z)
+        return z.exp_()
 
     def softmax(self, z: Tensor, out: Tensor | None) -> Tensor:
         return torch.softmax(z, 1) if out is None else torch.softmax(z, 1, out=out)

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from xent._calibration import fit_temperature
-from xent._core.exponential import exp_
 from xent.auditing.rows import Rows
 from xent.auditing.sample import Sample
 from xent.auditing.tiles import Tile
@@ -65,7 +64,7 @@ class Tempered:
         u = tile.scores()
         if tile.kind != "logits":
             u -= u.gather(1, place)
-        w = exp_(torch.mul(u, self.beta, out=tile.memory.take(1, u)))
+        w = torch.mul(u, self.beta, out=tile.memory.take(1, u)).exp_()
         # e^(βu) is 0 where u is −inf, whose powers are to count as 0
         if u.amin() == -math.inf:
             u = torch.where(w > 0, u, 0.0)

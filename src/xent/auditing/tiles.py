@@ -22,7 +22,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from xent._core.exponential import exp_
 from xent.auditing.rows import MeasuredRows, Rows
 from xent.auditing.top_two import TopTwo, top_two
 
@@ -107,14 +106,14 @@ class Tile:
         """Return the probabilities of some rows (k,), (k, C), which the caller may change."""
         x = self._rows(rows)
         if self.kind == "logits":
-            return exp_(x.sub_(self.top.top[rows, None])).div_(1 + self.others[rows, None])
-        return x if self.kind == "probs" else exp_(x)
+            return x.sub_(self.top.top[rows, None]).exp_().div_(1 + self.others[rows, None])
+        return x if self.kind == "probs" else x.exp_()
 
     def _probabilities(self, x: Tensor, top: Tensor, others: Tensor) -> Tensor:
         """Return the probabilities of numbers, beside the largest one and Σ e^u of their rows."""
         if self.kind == "probs":
             return x
-        return exp_(x - top).div_(1 + others) if self.kind == "logits" else exp_(x.clone())
+        return (x - top).exp_().div_(1 + others) if self.kind == "logits" else x.exp()
 
     @property
     def log_p(self) -> Tensor:
@@ -131,9 +130,7 @@ class Tile:
     def _beside(self, u: Tensor) -> Tensor:
         """Return e^u (n, C), 0 at the prediction, in the second place of the memory."""
         e = self.memory.take(1, self.x)
-        e.copy_(u if self.kind != "probs" else self.x)
-        if self.kind != "probs":
-            exp_(e)
+        torch.exp(u, out=e) if self.kind != "probs" else e.copy_(self.x)
         return e.scatter_(1, self.prediction[:, None], 0.0)
 
     def scores(self) -> Tensor:

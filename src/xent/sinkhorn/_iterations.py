@@ -32,7 +32,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from xent._core.exponential import exp_
 from xent.sinkhorn._coupling import matvec, rmatvec
 
 CHUNK = 1 << 20  # scores at a time: their copy stays in the cache, and threads seldom wait for each other
@@ -158,7 +157,7 @@ def evaluate(problem: Problem, g: Tensor, plan: Tensor) -> State:
         z = buffer[: part.numel()].view(part.shape)
         torch.add(part, g[items, None, :], out=z)
         m = z.amax(-1).nan_to_num(neginf=0.0)  # for a row of −inf alone
-        total = exp_(z.sub_(m[..., None]).div_(epsilon)).sum(-1)
+        total = z.sub_(m[..., None]).div_(epsilon).exp_().sum(-1)
         r, log_row = problem.row[items, rows], log_r[items, rows]
         # a row without mass, or that is to have none, becomes 0
         has_mass = (total > 0) & (r > 0)
@@ -183,7 +182,7 @@ def plan_as(problem: Problem, state: State, dtype: torch.dtype) -> Tensor:
     if plan.numel() > 0 and not bool(plan.amax() < torch.finfo(plan.dtype).max):
         largest = torch.finfo(problem.row.dtype).max
         z = (problem.scores + state.f[..., None] + state.g[..., None, :]) / problem.epsilon
-        plan = exp_(z).clamp_(max=largest)
+        plan = z.exp_().clamp_(max=largest)
     return plan if plan.dtype == dtype else plan.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
@@ -197,7 +196,7 @@ def column_step(problem: Problem, f: Tensor) -> Tensor:
         here = torch.maximum(m[items], z.amax(-2))
         base = here.nan_to_num(neginf=0.0)
         before = total[items] * ((m[items] - base) / epsilon).exp()
-        total[items] = before + exp_(z.sub_(base[..., None, :]).div_(epsilon)).sum(-2)
+        total[items] = before + z.sub_(base[..., None, :]).div_(epsilon).exp_().sum(-2)
         m[items] = here
     has_mass = (total > 0) & (problem.column > 0)
     g = epsilon * (problem.column.log() - problem.column_exponent * total.log()) - problem.column_exponent * m
